@@ -1,0 +1,328 @@
+"""The run spec: everything a run needs to know, frozen and validated, with no torch behind it.
+
+Every model forbids unknown keys. `config/compose.py` builds a `RunSpec` from Hydra's output and turns pydantic's findings
+into one message that lists every fault. Which of these fields decide a result is said in `stages/graph.py`, not here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PARTS = ("llm", "vision_tower", "connector")
+PartName = Literal["llm", "vision_tower", "connector"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Base of every spec model: immutable, no unknown keys, dumps and loads by the YAML's own key names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+class SourceSpec(Frozen):
+    """One annotation file with the folder its images lie in, both relative to the data set's root."""
+
+    annotations: str
+    images: str = ""
+    format: Literal["llava", "questions"] = "llava"
+    limit: Positive | None = None
+    """Use only the first so many records."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """What a broken record or image does: stop before training with the full list, or be left out and counted."""
+    max_bad: Annotated[int, Field(ge=0)] = 0
+    """With `on_bad: skip`, how many may be left out before the run stops all the same."""
+    how_to_get: str = ""
+    """Shown when a file is missing."""
+
+    @model_validator(mode="after")
+    def _skip_needs_a_limit(self) -> SourceSpec:
+        if self.on_bad == "skip" and self.max_bad == 0:
+            raise ValueError("on_bad=skip needs max_bad, the number of records that may be left out; set max_bad to 1 or more")
+        return self
+
+
+class DataBuildSpec(Frozen):
+    """A data set that a `data` stage makes (the embedded digits scenes)."""
+
+    target: str = Field(alias="_target_")
+    seed: int = 0
+    options: dict[str, Any] = {}
+
+
+class DataSpec(Frozen):
+    """A named data set: files under `root`, or files that a `data` stage builds."""
+
+    name: str
+    root: str | None = None
+    build: DataBuildSpec | None = None
+    sources: dict[str, SourceSpec]
+
+    @model_validator(mode="after")
+    def _root_or_build(self) -> DataSpec:
+        if (self.root is None) == (self.build is None):
+            raise ValueError("a data set needs either `root` (a folder with the files) or `build` (a stage that makes them)")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+class PartBuildSpec(Frozen):
+    """How a `parts` stage trains a part from nothing: on which data, for how long."""
+
+    data: DataSpec
+    source: str
+    steps: Positive
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    warmup_ratio: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_length: Positive = 128
+    seed: int = 0
+    text_tower: dict[str, Any] = {}
+    """Contrastive pretraining only: architecture of the text encoder that is thrown away afterwards."""
+
+
+class TokenizerSpec(Frozen):
+    """A published tokenizer, or one trained by a `parts` stage on a data source's text."""
+
+    pretrained: str | None = None
+    revision: str | None = None
+    pad_token: str | None = None
+    """Used where the tokenizer has no padding token of its own."""
+    vocab_size: Positive | None = None
+    """Set when the tokenizer is trained in the process: size of its byte-level BPE vocabulary."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TokenizerSpec:
+        if (self.pretrained is None) == (self.vocab_size is None):
+            raise ValueError("a tokenizer needs either `pretrained` or `vocab_size` (trained in the process)")
+        return self
+
+
+class PretrainedPart(Frozen):
+    """What an LLM and a vision tower have in common: a class, a published checkpoint, an architecture."""
+
+    target: str = Field(alias="_target_")
+    name: str
+    pretrained: str | None = None
+    """Hub id or local folder."""
+    revision: str | None = None
+    """Commit of the hub repository, so that the same spec always means the same weights."""
+    init: Literal["pretrained", "random", "built"] = "pretrained"
+    architecture: dict[str, Any]
+    """Fields of the Hugging Face config class: planning and random initialisation need no network."""
+    build: PartBuildSpec | None = None
+
+    @model_validator(mode="after")
+    def _origin_is_complete(self) -> PretrainedPart:
+        if self.init == "pretrained" and self.pretrained is None:
+            raise ValueError("init=pretrained needs `pretrained`, a hub id or a local folder; or set init=random")
+        if self.init == "built" and self.build is None:
+            raise ValueError("init=built needs `build`; or set init=random")
+        return self
+
+
+class LLMSpec(PretrainedPart):
+    """A causal language model of transformers, or of tinylmm where transformers has none."""
+
+    tokenizer: TokenizerSpec
+    template: str
+    """Chat template of finetuning and evaluation (`data/chat.py`)."""
+    scale: dict[str, dict[str, Any]] = {}
+    """Hyperparameters that this LLM needs in place of the published ones; recipes read them through `oc.select`."""
+
+
+class ImageSpec(Frozen):
+    """How an image becomes a tower's input (H = W = `size` pixels)."""
+
+    size: Positive
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    mode: Literal["squash", "center_crop", "pad"]
+    """`squash` resizes to size x size, `center_crop` resizes the short edge and cuts the rest, `pad` squares with the mean colour first."""
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+class TowerSpec(PretrainedPart):
+    """A vision tower: which encoder, which layer's output, which of its tokens."""
+
+    encoder: str
+    """Dotted path of the transformers class that holds the weights."""
+    image: ImageSpec
+    select_layer: int = -2
+    """Index into hidden states (0 is the embedding), as in LLaVA; the blocks behind it are not run."""
+    select: Literal["patch", "all"] = "patch"
+    """`patch` drops the CLS token where the encoder has one; `all` keeps it."""
+    drop_first_token: bool = False
+    """Drop the first patch too, as published TinyLLaVA Factory checkpoints with SigLIP do (728 tokens, not 729)."""
+
+
+class ConnectorSpec(Frozen):
+    """Maps tower features (B, P, Dv) to LLM inputs (B, Q, Dl); both widths come from the built parts."""
+
+    target: str = Field(alias="_target_")
+    name: str
+    options: dict[str, Any] = {}
+    """Keyword arguments of the class besides the two widths."""
+
+
+# ---------------------------------------------------------------------------------------------------- recipe
+
+
+class FromLayer(Frozen):
+    """Train a part from this block on: an index, or a fraction of its depth (share: 12 of 24, the upper half)."""
+
+    from_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+
+
+Tune = Literal["frozen", "full"] | FromLayer
+
+
+class TuneSpec(Frozen):
+    """What of each part is trained."""
+
+    llm: Tune = "frozen"
+    vision_tower: Tune = "frozen"
+    connector: Literal["frozen", "full"] = "full"
+
+
+class StageSpec(Frozen):
+    """One training stage. Its optimiser steps are defined by samples, so batch layout and world size do not change them."""
+
+    start: str = Field(alias="from")
+    """`parts`, or the name of an earlier stage whose model is trained on."""
+    data: str
+    """Key of `data.sources`."""
+    tune: TuneSpec
+    lr: Annotated[float, Field(gt=0)] | dict[PartName, Annotated[float, Field(gt=0)]]
+    """Peak learning rate: one for all, or one a part."""
+    global_batch: Positive
+    """Samples an optimiser step, over all ranks and accumulation."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    """Stop after so many optimiser steps whatever `epochs` says."""
+    max_length: Positive
+    """Tokens a sample may have, image tokens counted in; a longer one is cut and counted."""
+    warmup_ratio: Fraction = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    template: str
+    """Chat template; `auto` is the LLM's own."""
+
+
+class RecipeSpec(Frozen):
+    """A training recipe: named stages in the order in which they run."""
+
+    name: str
+    published_data: str
+    """The data set that the recipe was published with; `data=auto` means it."""
+    stages: Annotated[dict[str, StageSpec], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _stages_start_from_earlier_ones(self) -> RecipeSpec:
+        seen = ["parts"]
+        for name, stage in self.stages.items():
+            if stage.start not in seen:
+                raise ValueError(f"stage '{name}' starts from '{stage.start}', which is none of the earlier {seen}")
+            seen.append(name)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- eval, launch, tracking
+
+
+class EvalSpec(Frozen):
+    """One benchmark on one data source, after the last stage or after every one."""
+
+    benchmark: str
+    data: DataSpec
+    source: str
+    after: Literal["last", "every"] = "last"
+    blind: bool = False
+    """Ask every question without its image too: what the language model alone would score."""
+    max_new_tokens: Positive
+    template: str = "auto"
+
+
+class LaunchSpec(Frozen):
+    """How stages are run. Nothing here decides a result, so nothing here is part of a digest."""
+
+    backend: Literal["local", "torchrun"] = "local"
+    nproc: Positive = 1
+    """Ranks on this machine."""
+    deepspeed_stage: Literal[2, 3] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is the GPU where there is one; a bf16 or fp16 stage then refuses to run on a CPU."""
+    micro_batch: Positive = 16
+    """Samples a rank takes through the model at once; gradient accumulation makes up the rest of `global_batch`."""
+    packing: bool = True
+    """Put several samples into one row (attention never crosses them)."""
+    row_tokens: Positive | None = None
+    """Length of a packed row; by default the stage's `max_length`."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    cache_features: bool = True
+    """Compute a frozen tower's features once and keep them on disk."""
+    cache_features_gib: Annotated[float, Field(gt=0)] = 20.0
+    """Above this estimated size the features are computed at every step instead."""
+    save_steps: Positive = 500
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    start_timeout_s: Positive = 600
+    step_timeout_s: Positive = 300
+    eval_batch: Positive = 64
+
+    @model_validator(mode="after")
+    def _ranks_need_torchrun(self) -> LaunchSpec:
+        if self.backend == "local" and (self.nproc > 1 or self.deepspeed_stage is not None):
+            raise ValueError("several ranks or DeepSpeed need backend=torchrun: choose launch=torchrun, zero2 or zero3")
+        return self
+
+
+class WandbSpec(Frozen):
+    """Weights & Biases; off unless asked. The key comes from the environment, never from here; without one it runs offline."""
+
+    enabled: bool = False
+    project: str = "tinylmm"
+    entity: str | None = None
+
+
+class TrackingSpec(Frozen):
+    """Where training curves go besides the stage's own metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb: WandbSpec = WandbSpec()
+    log_steps: Positive = 10
+
+
+class RunSpec(Frozen):
+    """One run, whole."""
+
+    name: str | None = None
+    """Folder name under store/runs; by default made of the chosen parts and recipe."""
+    seed: int = 0
+    store: Path = Path("store")
+    llm: LLMSpec
+    vision_tower: TowerSpec
+    connector: ConnectorSpec
+    recipe: RecipeSpec
+    data: DataSpec
+    eval: dict[str, EvalSpec] = {}
+    launch: LaunchSpec = LaunchSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    trainer: dict[str, Any] = {}
+    """Further fields of transformers.TrainingArguments."""
+    trust: tuple[str, ...] = ()
+    """Packages besides tinylmm, torch and transformers that `_target_` may name."""

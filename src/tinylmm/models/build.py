@@ -1,0 +1,121 @@
+"""Build an LMM from the identities of its parts: published weights, random ones, or a finished part-building stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tinylmm.config.targets import resolve_target
+from tinylmm.errors import ConfigError, Fault, UserError
+from tinylmm.models.connectors import Connector
+from tinylmm.models.lmm import LMM
+from tinylmm.models.vision import HFVisionTower
+
+PART_FILE = "part.json"
+"""Identity of a part beside its Hugging Face files, written by the part-building stages."""
+
+
+def build_lmm(
+    spec: dict[str, Any], parents: dict[str, Path], template: str, seed: int, trust: list[str], attention: str = "auto"
+) -> LMM:
+    """Put an LMM together for the first training stage.
+
+    Args:
+        spec: holds `connector`, `tower_output` and, for parts that no stage built, `llm` and `vision_tower` identities.
+        parents: role -> output folder of the stage that built the part.
+        template: chat template's name.
+        seed: draws the connector (and parts with init=random).
+        attention: transformers' attention implementation; "auto" is flash-attn where it can be imported on a GPU, else SDPA.
+
+    Raises:
+        UserError: weights are not to be had, or the widths do not fit the connector.
+    """
+    torch.manual_seed(seed)
+    implementation = choose_attention(attention)
+    llm = _load_part("llm", spec, parents, trust, implementation)
+    encoder = _load_part("vision_tower", spec, parents, trust, implementation)
+    tower_class = resolve_target(_identity("vision_tower", spec, parents)["_target_"], trust, nn.Module)
+    tower = cast(HFVisionTower, tower_class(encoder, **spec["tower_output"]))
+    # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
+    torch.manual_seed(seed)
+    return LMM(llm, tower, build_connector(spec["connector"], tower.hidden_size, llm, trust), template)
+
+
+def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: list[str]) -> Connector:
+    """Build a connector between a tower of width `vision_dim` and the LLM's input embeddings."""
+    llm_dim = llm.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    connector_class = resolve_target(spec["_target_"], trust, Connector)
+    try:
+        return cast(Connector, connector_class(vision_dim, llm_dim, **spec.get("options", {})))
+    except (TypeError, ValueError) as error:
+        raise ConfigError([Fault("connector", str(error))]) from error
+
+
+def choose_attention(wanted: str) -> str:
+    """Resolve launch.attention=auto: flash-attn where it is installed beside a GPU, SDPA otherwise."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        from transformers.utils import is_flash_attn_2_available
+
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
+
+
+def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path]) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer from its part stage, or by hub id; it always has a padding token afterwards."""
+    where, revision, pad_token = parents.get("tokenizer"), None, None
+    if where is None:
+        source = spec["tokenizer"]
+        where, revision, pad_token = source["pretrained"], source["revision"], source["pad_token"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise _unavailable("tokenizer", str(where), error) from error
+    if pad_token is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"tokenizer {where} has no padding token; set llm.tokenizer.pad_token to one of its tokens")
+    return tokenizer
+
+
+def part_folder_identity(folder: Path) -> dict[str, Any]:
+    """Read the identity that a part-building stage left beside its weights."""
+    return cast(dict[str, Any], json.loads((folder / PART_FILE).read_text(encoding="utf-8")))
+
+
+def _identity(role: str, spec: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any]:
+    return part_folder_identity(parents[role]) if role in parents else cast(dict[str, Any], spec[role])
+
+
+def _load_part(
+    role: str, spec: dict[str, Any], parents: dict[str, Path], trust: list[str], implementation: str
+) -> PreTrainedModel:
+    identity = _identity(role, spec, parents)
+    dotted = identity["encoder"] if role == "vision_tower" else identity["_target_"]
+    model_class = cast(type[PreTrainedModel], resolve_target(dotted, trust, PreTrainedModel))
+    options: dict[str, Any] = {"attn_implementation": implementation, "dtype": torch.float32}
+    if role in parents:
+        return model_class.from_pretrained(parents[role], local_files_only=True, **options)
+    if identity["init"] == "random":
+        config = model_class.config_class(**identity["architecture"])
+        return cast(PreTrainedModel, model_class._from_config(config, **options))
+    try:
+        return model_class.from_pretrained(identity["pretrained"], revision=identity["revision"], **options)
+    except OSError as error:
+        raise _unavailable(role, identity["pretrained"], error) from error
+
+
+def _unavailable(role: str, where: str, error: OSError) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(
+        f"{role}: the weights of '{where}' cannot be loaded ({reason}). "
+        f"Download them with `hf download {where}` on a machine with network, or give a local folder as {role}.pretrained, "
+        f"or start from random weights with {role}.init=random."
+    )

@@ -1,0 +1,149 @@
+"""Save and load a whole LMM as one self-contained folder in Hugging Face conventions. Loading runs no code from it.
+
+    model/
+      config.json      what the parts are, how they fit together, template, image preprocessing
+      llm/             a transformers folder (config.json, model.safetensors)
+      vision_tower/    a transformers folder
+      connector/       model.safetensors
+      tokenizer/       a transformers tokenizer folder
+
+A part that a stage did not change is hard-linked from where it came from: a frozen 2.7B LLM costs no second copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tinylmm import __version__
+from tinylmm.config.targets import resolve_target
+from tinylmm.errors import IntegrityError
+from tinylmm.models.build import build_connector, choose_attention
+from tinylmm.models.lmm import LMM
+from tinylmm.models.vision import HFVisionTower
+
+WEIGHTS = "model.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class LoadedModel:
+    """A model with what is needed to use it.
+
+    Attributes:
+        description: the folder's config.json.
+        folder: where it was loaded from (source of hard links for parts that stay unchanged).
+    """
+
+    model: LMM
+    tokenizer: PreTrainedTokenizerBase
+    description: dict[str, Any]
+    folder: Path | None
+
+
+def describe(identities: dict[str, dict[str, Any]], tower_output: dict[str, Any], connector: dict[str, Any], template: str) -> dict[str, Any]:
+    """Return the content of config.json for a model of these parts."""
+    tower = identities["vision_tower"]
+    return {
+        "model_type": "tinylmm",
+        "format": FORMAT,
+        "tinylmm_version": __version__,
+        "llm": {"_target_": identities["llm"]["_target_"]},
+        "vision_tower": {"_target_": tower["_target_"], "encoder": tower["encoder"], **tower_output},
+        "connector": connector,
+        "image": tower["image"],
+        "template": template,
+    }
+
+
+def save_model(
+    loaded: LoadedModel, folder: Path, state: dict[str, torch.Tensor] | None, unchanged: dict[str, Path]
+) -> None:
+    """Write the model's folder; it must not exist or be left over from a killed try.
+
+    Args:
+        state: full state dict gathered over ranks (ZeRO-3), keys as in `LMM.state_dict()`; None reads the model itself.
+        unchanged: part -> folder that already holds its files.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    model = loaded.model
+    for part in ("llm", "vision_tower"):
+        if part in unchanged:
+            _link_tree(unchanged[part], folder / part)
+    if "llm" not in unchanged:
+        _save_hf(cast(PreTrainedModel, model.llm), folder / "llm", _part_state(state, "llm"))
+    if "vision_tower" not in unchanged:
+        tower_state = _part_state(state, "vision_tower.encoder")
+        whole = model.vision_tower.whole_encoder_state()
+        _save_hf(cast(PreTrainedModel, model.vision_tower.encoder), folder / "vision_tower", {**whole, **(tower_state or {})})
+    connector = _part_state(state, "connector") or model.connector.state_dict()
+    (folder / "connector").mkdir()
+    save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / "connector" / WEIGHTS)
+    loaded.tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_text(json.dumps(loaded.description, indent=1) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path, trust: list[str], attention: str = "auto") -> LoadedModel:
+    """Load what `save_model` wrote, in fp32 on the CPU.
+
+    Raises:
+        IntegrityError: a file is missing, or the connector's tensors are not those of its class.
+    """
+    try:
+        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{folder} is no tinylmm model: config.json is missing") from error
+    options: dict[str, Any] = {"attn_implementation": choose_attention(attention), "dtype": torch.float32, "local_files_only": True}
+    llm_class = cast(type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel))
+    llm = llm_class.from_pretrained(folder / "llm", **options)
+    tower_spec = dict(description["vision_tower"])
+    tower_class = resolve_target(tower_spec.pop("_target_"), trust, nn.Module)
+    encoder_class = cast(type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel))
+    tower = cast(HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec))
+    connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
+    weights = load_file(folder / "connector" / WEIGHTS)
+    if set(weights) != set(connector.state_dict()):
+        raise IntegrityError(f"{folder / 'connector' / WEIGHTS} holds {sorted(weights)}, the connector needs {sorted(connector.state_dict())}")
+    connector.load_state_dict(weights)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
+    model = LMM(llm, tower, connector, description["template"])
+    return LoadedModel(model, tokenizer, description, folder)
+
+
+def _part_state(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
+    if state is None:
+        return None
+    return {key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")}
+
+
+def _save_hf(module: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
+    if state is None:
+        module.save_pretrained(folder)
+    else:
+        module.save_pretrained(folder, state_dict={k: v.detach().cpu().contiguous() for k, v in state.items()})
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard-link every file of `source` into `target`, or copy where the two lie on different file systems."""
+    target.mkdir(parents=True)
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, destination)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+            shutil.copy2(path, destination)

@@ -1,0 +1,179 @@
+"""The large multimodal model: vision tower, connector and LLM, fused at placeholder tokens.
+
+Shapes: R rows of L tokens (a row may hold several samples), N images, P tower tokens an image, Q connector tokens an image,
+Dv and Dl the widths of tower and LLM, S supervised positions, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tinylmm.models.connectors import Connector
+from tinylmm.models.loss import supervised_cross_entropy
+from tinylmm.models.vision import HFVisionTower
+
+IMAGE_TOKEN_ID = -200
+"""Placeholder in `input_ids`, one an image token; replaced by features before the first block, never embedded."""
+
+
+@dataclass
+class LMMOutput:
+    """What a training forward returns.
+
+    Attributes:
+        loss_sum: scalar, cross-entropy summed over the supervised positions (nats).
+        num_supervised: scalar int64, their number.
+    """
+
+    loss_sum: Tensor
+    num_supervised: Tensor
+
+
+class LMM(nn.Module):
+    """Tower + connector + causal LLM.
+
+    Args:
+        llm: a causal LM of transformers (or of its interface).
+        vision_tower: see `models/vision.py`.
+        connector: built for exactly these two widths.
+        template: name of the chat template it is trained with; travels with the saved model.
+    """
+
+    def __init__(self, llm: nn.Module, vision_tower: HFVisionTower, connector: Connector, template: str) -> None:
+        super().__init__()
+        self.llm = llm
+        self.vision_tower = vision_tower
+        self.connector = connector
+        self.template = template
+        self.touch_vision_always = False
+        """Set where ranks must run the same modules: a micro-batch without images then sends one blank image through."""
+
+    @property
+    def config(self) -> Any:
+        """The LLM's config; Trainer and DeepSpeed read sizes from it."""
+        return self.llm.config
+
+    @property
+    def image_tokens(self) -> int:
+        """Q, placeholders an image takes in a sequence."""
+        return self.connector.num_tokens(self.vision_tower.num_tokens)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        targets: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+    ) -> LMMOutput:
+        """Return the summed loss of packed rows.
+
+        Args:
+            input_ids: (R, L) int64; `IMAGE_TOKEN_ID` marks image tokens.
+            position_ids: (R, L) int64, restarting at 0 with each sample; attention never crosses a restart.
+            targets: (R, L) int64, the token to predict at each position, -100 where there is none (already shifted).
+            pixel_values: (N, 3, H, W), or
+            image_features: (N, P, Dv), the frozen tower's output computed before; neither if no row has an image.
+
+        Raises:
+            ValueError: placeholders and features disagree in number.
+        """
+        embeddings, blank = self.embed(input_ids, pixel_values, image_features)
+        decoder = self.llm.get_decoder()  # type: ignore[operator]
+        # No attention mask: restarting positions are what transformers' mask builder reads packing from.
+        hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+        supervised = targets != -100
+        loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised])
+        if blank is not None:
+            loss_sum = loss_sum + 0.0 * blank.float().sum()
+        return LMMOutput(loss_sum=loss_sum, num_supervised=supervised.sum())
+
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed tokens and put image features at their placeholders: (R, L) ids to (R, L, Dl).
+
+        The second value is a blank image's features (or None): it takes no part in the result, only in the graph.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID
+        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # type: ignore[operator]
+        features = self.image_embeddings(pixel_values, image_features)
+        placeholders = int(is_image.sum())
+        available = 0 if features is None else features.shape[0] * features.shape[1]
+        if placeholders != available:
+            raise ValueError(
+                f"the batch has {placeholders} image placeholders but {available} image features "
+                f"({0 if features is None else features.shape[0]} images of {self.image_tokens} tokens)"
+            )
+        if features is None:
+            return embeddings, self._blank_features(embeddings) if self.touch_vision_always and self.training else None
+        flat = features.reshape(-1, features.shape[-1]).to(embeddings.dtype)
+        return embeddings.masked_scatter(is_image.unsqueeze(-1), flat), None
+
+    def image_embeddings(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:
+        """Return (N, Q, Dl) from pixels (N, 3, H, W) or from tower features (N, P, Dv); None if there are no images."""
+        if image_features is None:
+            if pixel_values is None:
+                return None
+            image_features = self.tower_features(pixel_values)
+        weight = next(self.connector.parameters(), None)
+        return self.connector(image_features if weight is None else image_features.to(weight.device))
+
+    def tower_features(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, P, Dv), without a graph where nothing in the tower is trained."""
+        parameter = next(self.vision_tower.parameters())
+        trained = any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return cast(Tensor, self.vision_tower(pixel_values.to(parameter.device, parameter.dtype)))
+
+    def _blank_features(self, like: Tensor) -> Tensor:
+        if any(p.requires_grad for p in self.vision_tower.parameters()):
+            size = self.vision_tower.image_size
+            return cast(Tensor, self.connector(self.tower_features(like.new_zeros(1, 3, size, size))))
+        return cast(Tensor, self.connector(like.new_zeros(1, self.vision_tower.num_tokens, self.vision_tower.hidden_size)))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        image_features: Tensor | None,
+        max_new_tokens: int,
+        eos_token_id: int | list[int],
+        pad_token_id: int,
+    ) -> list[list[int]]:
+        """Continue prompts greedily and return the new token ids of each, without the end token.
+
+        Args:
+            prompts: token ids, with Q placeholders an image.
+            image_features: (N, P, Dv) in the order of the placeholders over all prompts.
+        """
+        device = next(self.llm.parameters()).device
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), pad_token_id, device=device)
+        attention = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # left padding: every row's next token is at the same place
+            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+            attention[row, width - len(prompt) :] = 1
+        embeddings, _ = self.embed(ids, None, image_features)
+        new_ids = self.llm.generate(  # type: ignore[operator]
+            inputs_embeds=embeddings,
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        return [_until(row, ends) for row in new_ids.tolist()]
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[:index]
+    return ids
