@@ -279,6 +279,9 @@ class LaunchSpec(Frozen):
     cache_features_gib: Annotated[float, Field(gt=0)] = 20.0
     """Above this estimated size the features are computed at every step instead."""
     save_steps: Positive = 500
+    """Checkpoint every so many optimiser steps, and"""
+    save_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """at least this often."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     start_timeout_s: Positive = 600
     step_timeout_s: Positive = 300

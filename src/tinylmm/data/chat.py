@@ -1,8 +1,8 @@
 """Chat templates: a conversation becomes token ids and their loss labels together, never by splitting rendered text.
 
-A template lays a conversation out as segments: structure and content in order, each marked as supervised or not. The text
-between two special ids (image slot, EOS) is tokenised as one string, so that the ids are those of the whole text; special
-ids are put in by structure alone, so that no content ("</s>", "<image>", " ASSISTANT: ") can ever become structure.
+A template lays a conversation out as segments: structure and content in order, each marked as supervised or not. The
+text between two special ids (image slot, EOS) is tokenised as one string, so that the ids are those of the whole text;
+special ids are put in by structure alone, so that no content ("</s>", "<image>", " ASSISTANT: ") can become structure.
 Renderings are byte-exact with TinyLLaVA Factory (main) and LLaVA v1; see tests/golden/test_chat_templates.py.
 """
 
@@ -154,8 +154,8 @@ class ChatTemplate:
 class CaptionTemplate(ChatTemplate):
     """Pretraining on captions: `<image>{caption}` and a newline. The question's words are thrown away, there is no EOS.
 
-    Unlike the Factory's, it gives a turn exactly the image slots that its question has (the Factory adds one to every turn
-    of text-only and multi-turn data, which then has more slots than images).
+    Unlike the Factory's, it gives a turn exactly the image slots that its question has. The Factory adds one to every
+    turn, also of text-only and multi-turn data, which then has more slots than images.
     """
 
     def _segments(self, turns: Sequence[Turn]) -> list[_Segment]:
@@ -192,7 +192,7 @@ def get_template(name: str) -> ChatTemplate:
 
 
 def _user_segments(user: str) -> list[_Segment]:
-    """A question with one slot gets it in front, on a line of its own (the Factory's rule); several stay where they are."""
+    """A question's one slot goes in front, on a line of its own (the Factory's rule); several slots stay in place."""
     texts = user.split(IMAGE_SLOT)
     if len(texts) == 2:
         return [_IMAGE, _Segment("\n" + "".join(texts).strip())]
@@ -203,17 +203,20 @@ def _user_segments(user: str) -> list[_Segment]:
 
 
 class _Encoder:
-    """Tokenises pieces of text with a private copy of a fast tokenizer's backend, in which no text is a special token."""
+    """Tokenises text with a private copy of a fast tokenizer's backend, to which no text is a special token."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"the tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) is a slow one, which cannot tell "
-                "where in the text a token lies, so answers cannot be told from questions. Use one with a tokenizer.json "
-                "(convert it once with AutoTokenizer.from_pretrained(...).save_pretrained(...))."
+                f"the tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) is a slow one: it cannot tell "
+                "where in the text a token lies, so answers cannot be told from questions. Use a fast tokenizer, which "
+                "is one that has a tokenizer.json."
             )
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["truncation"] = state["padding"] = None
+        special_ids = set(tokenizer.all_special_ids)
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in special_ids  # also those added as plain tokens
         self._start = _backend(state)
         # Tokenizers with prepend_scheme=first put a space before the text's first word only, not before one behind EOS.
         self._continued = _backend(_without_first_prefix(state))

@@ -39,7 +39,7 @@ def build_lmm(
     implementation = choose_attention(attention)
     llm = _load_part("llm", spec, parents, trust, implementation)
     encoder = _load_part("vision_tower", spec, parents, trust, implementation)
-    tower_class = resolve_target(_identity("vision_tower", spec, parents)["_target_"], trust, nn.Module)
+    tower_class = resolve_target(_identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower")
     tower = cast(HFVisionTower, tower_class(encoder, **spec["tower_output"]))
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
@@ -49,7 +49,7 @@ def build_lmm(
 def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: list[str]) -> Connector:
     """Build a connector between a tower of width `vision_dim` and the LLM's input embeddings."""
     llm_dim = llm.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    connector_class = resolve_target(spec["_target_"], trust, Connector)
+    connector_class = resolve_target(spec["_target_"], trust, Connector, role="connector")
     try:
         return cast(Connector, connector_class(vision_dim, llm_dim, **spec.get("options", {})))
     except (TypeError, ValueError) as error:
@@ -98,8 +98,11 @@ def _load_part(
     role: str, spec: dict[str, Any], parents: dict[str, Path], trust: list[str], implementation: str
 ) -> PreTrainedModel:
     identity = _identity(role, spec, parents)
-    dotted = identity["encoder"] if role == "vision_tower" else identity["_target_"]
-    model_class = cast(type[PreTrainedModel], resolve_target(dotted, trust, PreTrainedModel))
+    if role == "vision_tower":
+        found = resolve_target(identity["encoder"], trust, PreTrainedModel, role="encoder")
+    else:
+        found = resolve_target(identity["_target_"], trust, PreTrainedModel, role="llm")
+    model_class = cast(type[PreTrainedModel], found)
     options: dict[str, Any] = {"attn_implementation": implementation, "dtype": torch.float32}
     if role in parents:
         return model_class.from_pretrained(parents[role], local_files_only=True, **options)

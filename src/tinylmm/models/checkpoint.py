@@ -106,11 +106,11 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
     except FileNotFoundError as error:
         raise IntegrityError(f"{folder} is no tinylmm model: config.json is missing") from error
     options: dict[str, Any] = {"attn_implementation": choose_attention(attention), "dtype": torch.float32, "local_files_only": True}
-    llm_class = cast(type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel))
+    llm_class = cast(type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel, role="llm"))
     llm = llm_class.from_pretrained(folder / "llm", **options)
     tower_spec = dict(description["vision_tower"])
-    tower_class = resolve_target(tower_spec.pop("_target_"), trust, nn.Module)
-    encoder_class = cast(type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel))
+    tower_class = resolve_target(tower_spec.pop("_target_"), trust, nn.Module, role="vision_tower")
+    encoder_class = cast(type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder"))
     tower = cast(HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec))
     connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
     weights = load_file(folder / "connector" / WEIGHTS)

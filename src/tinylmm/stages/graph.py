@@ -107,6 +107,7 @@ class _Builder:
                 spec: dict[str, Any] = {
                     "connector": _dump(self.run.connector, exclude={"name"}),
                     "tower_output": _dump(self.run.vision_tower, include=TOWER_OUTPUT),
+                    "chat_template": self.run.llm.template,
                 }
                 parents: dict[str, str] = {}
                 for role, part in (("llm", llm), ("tokenizer", tokenizer), ("vision_tower", tower)):
@@ -117,8 +118,6 @@ class _Builder:
             parents |= {"prepared": prepared.digest} | self._data_parent(self.run.data)
             fields = _dump(stage, exclude={"start", "data", "template"})
             spec |= {**fields, "seed": self.run.seed, "trainer": dict(self.run.trainer)}
-            if self.run.data.build is None:
-                spec["images"] = self._source(self.run.data, stage.data)
             trained[name] = self._add("train", name, spec, parents, self._locations(stage.data))
         self._evaluations(trained)
         return self.graph
@@ -135,8 +134,7 @@ class _Builder:
         fields["template"] = template
         fields["source"] = self._source(spec.data, spec.source)
         parents = {"model": model.digest} | self._data_parent(spec.data)
-        location = {} if spec.data.root is None else {"root": spec.data.root, "source": _dump(spec.data.sources[spec.source])}
-        self._add("eval", f"{benchmark}@{model.name}", fields, parents, location)
+        self._add("eval", f"{benchmark}@{model.name}", fields, parents, _location(spec.data, spec.source))
 
     def _prepare(self, name: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
         template = self.run.llm.template if stage.template == "auto" else stage.template
@@ -155,10 +153,7 @@ class _Builder:
         return fields | {"content": self.fingerprint("source", (data, name))}
 
     def _locations(self, source: str) -> dict[str, Any]:
-        """Where to read a source that lies outside the store: paths are settings, content is identity."""
-        if self.run.data.root is None:
-            return {}
-        return {"root": self.run.data.root, "source": _dump(self.run.data.sources[source])}
+        return _location(self.run.data, source)
 
     def _data_parent(self, data: DataSpec) -> dict[str, str]:
         if data.build is None:
@@ -199,6 +194,11 @@ class _Builder:
     ) -> Stage:
         settings = self.settings | ({"location": location} if location else {})
         return self.graph.add(kind, name, spec, parents, settings)
+
+
+def _location(data: DataSpec, source: str) -> dict[str, Any]:
+    """Where to read a source: paths are settings, content is identity. A `root` of None is the data stage's output."""
+    return {"root": data.root, "source": _dump(data.sources[source])}
 
 
 def _dump(model: Any, exclude: set[str] | None = None, include: set[str] | None = None) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""`tinylmm store ls|verify|gc` and `tinylmm runs`: look after stored stages, see what ran. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
+from tinylmm.stages.claims import held
+from tinylmm.stages.housekeeping import folders
+from tinylmm.stages.runs import read_runs, used_digests
+from tinylmm.stages.store import Store
+
+app = typer.Typer(help="Look after the store of finished stages.", no_args_is_help=True)
+
+StoreOption = Annotated[Path, typer.Option("--store", envvar="TINYLMM_STORE", help="The store's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DEFAULT_STORE = Path("store")
+
+
+@app.command("ls")
+def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """List finished stages: what they are, how large, which runs use them."""
+    rows = _open(store).ls()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("stage", "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}")
+    for row in rows:
+        status = _coloured(row["status"])
+        table.add_row(
+            row["key"], escape(row["name"]), decimal(row["size"]), _minute(row["finished"]), status, _users(row["runs"])
+        )
+    _console().print(table)
+
+
+@app.command("verify")
+def verify(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Stages to check, as `ls` names them; all by default.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    quick: Annotated[bool, typer.Option("--quick", help="Presence and sizes only; do not read the files.")] = False,
+) -> None:
+    """Check stored stages against their SHA-256 manifests; exit code 1 if a file is missing, altered or was added."""
+    opened = _open(store)
+    stages = _chosen(opened, keys or [])
+    problems: list[tuple[str, str]] = []
+    for folder in stages:
+        if held(opened.root, folder.name):
+            _console().print(f"{folder.name} is being worked on; not checked")
+            continue
+        problems += [(folder.name, problem) for problem in opened.verify(folder, deep=not quick)]
+    damaged = len({key for key, _ in problems})
+    if not problems:
+        _console().print(f"{len(stages)} stages checked: all whole")
+        return
+    _console().print(f"{damaged} of {len(stages)} stages damaged:")
+    for _, problem in problems:
+        _console().print(problem, markup=False, highlight=False, soft_wrap=True)  # whole lines, so they can be searched
+    _console().print("A damaged stage is never used: the next run that needs it makes it anew and sets this one aside.")
+    raise typer.Exit(EXIT_STAGE_FAILED)
+
+
+@app.command("gc")
+def collect_garbage(
+    store: StoreOption = DEFAULT_STORE,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would be deleted.")] = False,
+) -> None:
+    """Delete what no run uses: stages, abandoned work, stages set aside as damaged."""
+    opened = _open(store)
+    rows = opened.gc(used_digests(opened.root), dry_run=not yes)
+    if not rows:
+        _console().print(
+            "Nothing to delete: every stage is used by a run (delete a folder under runs/ to give a run up)."
+        )
+        return
+    table = Table("folder", "size", title="deleted" if yes else "would be deleted")
+    for row in rows:
+        table.add_row(row["folder"], decimal(row["size"]))
+    _console().print(table)
+    total = decimal(sum(row["size"] for row in rows))
+    _console().print(f"{total} freed." if yes else f"{total} would be freed. Nothing was deleted; add --yes to do so.")
+
+
+def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """List runs, newest first: status, stages done, what is being worked on."""
+    opened = _open(store)
+    rows = read_runs(opened.root)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, default=str))
+        return
+    table = Table("run", "status", "created", "stages", "remarks", title=f"{len(rows)} runs in {store}")
+    for run in rows:
+        done = sum(stage.get("status") in ("run", "reused") for stage in run["stages"])
+        progress = f"{done}/{len(run['stages'])}"
+        table.add_row(run["name"], _coloured(run["status"]), _minute(run["created"]), progress, escape(_remarks(run)))
+    _console().print(table)
+
+
+def _open(store: Path) -> Store:
+    if not store.is_dir():
+        raise UserError(
+            f"--store: there is no store at {store.absolute()}. A run makes it; name another one with --store PATH "
+            "or the environment variable TINYLMM_STORE."
+        )
+    return Store(store)
+
+
+def _chosen(store: Store, keys: list[str]) -> list[Path]:
+    stages = {folder.name: folder for folder in folders(store.root / "stages")}
+    for key in keys:
+        if key not in stages:
+            raise UserError(
+                f"verify: there is no finished stage {key!r} in {store.root}. {suggestion(key, stages)} "
+                "`tinylmm store ls` lists them."
+            )
+    return [stages[key] for key in keys] if keys else list(stages.values())
+
+
+def _remarks(run: dict[str, Any]) -> str:
+    if run["status"] == "unreadable":
+        return str(run["problem"])
+    if run["status"] == "running":
+        active = [stage["name"] for stage in run["stages"] if stage.get("status") == "running"]
+        return f"process {run.get('pid')} on {run.get('host')}" + (f": {', '.join(active)}" if active else "")
+    return ", ".join(f"{stage['name']} failed" for stage in run["stages"] if stage.get("status") == "failed")
+
+
+def _users(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _minute(time: str | None) -> str:
+    return time[:16].replace("T", " ") if time else ""
+
+
+def _coloured(status: str) -> str:
+    colours = {"complete": "green", "done": "green", "running": "cyan", "damaged": "red", "failed": "red"}
+    colour = colours.get(status, "yellow")
+    return f"[{colour}]{status}[/{colour}]"
+
+
+def _console() -> Console:
+    return Console()  # made at use, so that it writes to the standard output of that moment

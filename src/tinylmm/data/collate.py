@@ -1,0 +1,183 @@
+"""From prepared samples to a batch: image slots expanded, samples packed into rows, targets shifted.
+
+Shapes: R rows, L positions a row, N images. Several samples share a row, told apart by positions that restart at 0 and
+by segment ids; neither attention nor loss crosses from one sample to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tinylmm.data.chat import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.errors import DataError
+
+ROW_MULTIPLE = 8
+"""Row lengths are multiples of this: matrix kernels for half precision work best so."""
+
+
+def sample_length(record: Mapping[str, Any], image_tokens: int, max_length: int) -> int:
+    """Return how many tokens a prepared sample has in a row: each image as `image_tokens`, cut at `max_length`."""
+    ids = record["input_ids"]
+    return min(len(ids) + ids.count(IMAGE_TOKEN_ID) * (image_tokens - 1), max_length)
+
+
+def supervised_after_cut(record: Mapping[str, Any], image_tokens: int, max_length: int) -> int:
+    """Return how many tokens of a prepared sample are trained on once it is cut at `max_length`.
+
+    The first token of a row is never predicted, so it does not count. 0 means that the sample teaches nothing.
+    """
+    position = count = 0
+    for token, label in zip(record["input_ids"], record["labels"], strict=True):
+        width = image_tokens if token == IMAGE_TOKEN_ID else 1
+        if position + width > max_length:
+            break
+        count += label != IGNORE_INDEX and position > 0
+        position += width
+    return count
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One sample, expanded, cut and shifted; `images` are those whose slots are in it."""
+
+    sample_id: str
+    input_ids: list[int]
+    targets: list[int]
+    images: list[str]
+
+
+class Collator:
+    """Makes one batch out of prepared samples; the same samples in the same order always give the same batch.
+
+    Args:
+        image_tokens: positions that an image takes, the connector's output length Q.
+        pad_id: any id that the LLM can embed; padding carries no loss and is a segment of its own.
+        row_tokens: a row is filled up with samples to at most so many positions; a longer sample has its own row.
+        packing: False gives every sample a row.
+        image: relative path -> pixels (3, H, W); None gives paths alone, for features that were computed before.
+        max_length: a sample is cut from the right to so many positions.
+    """
+
+    def __init__(
+        self,
+        image_tokens: int,
+        pad_id: int,
+        row_tokens: int,
+        packing: bool,
+        image: Callable[[str], torch.Tensor] | None,
+        max_length: int,
+    ) -> None:
+        if min(image_tokens, row_tokens, max_length) < 1 or pad_id < 0:
+            raise ValueError(
+                f"{image_tokens=}, {row_tokens=}, {max_length=} must be positive and {pad_id=} not negative"
+            )
+        self.image_tokens = image_tokens
+        self.pad_id = pad_id
+        self.row_tokens = row_tokens
+        self.packing = packing
+        self.image = image
+        self.max_length = max_length
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate samples with `sample_id`, `input_ids`, `labels`, `images`; none at all give one row of padding.
+
+        Returns:
+            input_ids (R, L) int64: token ids, every position of an image IMAGE_TOKEN_ID.
+            position_ids (R, L) int64: restart at 0 with every sample and with the padding behind them.
+            targets (R, L) int64: the next token of the same sample where it is supervised, else IGNORE_INDEX.
+            segment_ids (R, L) int64: number of the sample in its row; padding has the next one.
+            image_paths: N relative paths in the order of their slots, row by row.
+            pixel_values (N, 3, H, W) in the same order; None if the batch has no image or the collator no `image`.
+            sample_ids: in the order in which the samples lie in the rows. num_samples: how many there are.
+
+        Raises:
+            DataError: an image would be cut in half, or a sample's slots and images differ in number.
+        """
+        rows = self._rows([self._piece(sample) for sample in samples]) or [[]]
+        batch = self._tensors(rows)
+        pieces = [piece for row in rows for piece in row]
+        paths = [path for piece in pieces for path in piece.images]
+        batch["image_paths"] = paths
+        batch["pixel_values"] = None
+        if self.image is not None and paths:
+            pixels = {path: self.image(path) for path in dict.fromkeys(paths)}
+            batch["pixel_values"] = torch.stack([pixels[path] for path in paths])
+        batch["sample_ids"] = [piece.sample_id for piece in pieces]
+        batch["num_samples"] = len(pieces)
+        return batch
+
+    def _piece(self, sample: Mapping[str, Any]) -> _Piece:
+        ids: list[int] = []
+        labels: list[int] = []
+        num_slots = num_kept = 0
+        for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
+            width = self.image_tokens if token == IMAGE_TOKEN_ID else 1
+            if token == IMAGE_TOKEN_ID:
+                num_slots += 1
+                if len(ids) < self.max_length < len(ids) + width:
+                    raise self._half_an_image(sample, start=len(ids))
+                num_kept += len(ids) < self.max_length
+            ids += [token] * width
+            labels += [label] * width
+        if num_slots != len(sample["images"]):
+            raise DataError(
+                f"sample '{sample['sample_id']}': {num_slots} image slots but {len(sample['images'])} images. "
+                "Prepare the data again."
+            )
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        targets = [*labels[1:], IGNORE_INDEX]
+        return _Piece(sample["sample_id"], ids, targets, list(sample["images"][:num_kept]))
+
+    def _half_an_image(self, sample: Mapping[str, Any], start: int) -> DataError:
+        return DataError(
+            f"sample '{sample['sample_id']}': max_length={self.max_length} falls inside an image at positions "
+            f"{start} to {start + self.image_tokens - 1}. Raise the stage's max_length, choose a connector with fewer "
+            "tokens an image, or leave the sample out."
+        )
+
+    def _rows(self, pieces: list[_Piece]) -> list[list[_Piece]]:
+        """First-fit decreasing: the longest sample first, each into the first row that has room."""
+        if not self.packing:
+            return [[piece] for piece in pieces]
+        rows: list[list[_Piece]] = []
+        room: list[int] = []
+        for piece in sorted(pieces, key=lambda piece: -len(piece.input_ids)):  # stable: ties keep their order
+            length = len(piece.input_ids)
+            row = next((number for number, free in enumerate(room) if length <= free), None)
+            if row is None:
+                rows.append([piece])
+                room.append(self.row_tokens - length)
+            else:
+                rows[row].append(piece)
+                room[row] -= length
+        return rows
+
+    def _tensors(self, rows: list[list[_Piece]]) -> dict[str, Any]:
+        longest = max(1, *(sum(len(piece.input_ids) for piece in row) for row in rows))
+        length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+        shape = (len(rows), length)
+        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
+        targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        position_ids = torch.zeros(shape, dtype=torch.int64)
+        segment_ids = torch.zeros(shape, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            start = 0
+            for segment, piece in enumerate(row):
+                end = start + len(piece.input_ids)
+                input_ids[number, start:end] = torch.tensor(piece.input_ids)
+                targets[number, start:end] = torch.tensor(piece.targets)
+                position_ids[number, start:end] = torch.arange(end - start)
+                segment_ids[number, start:end] = segment
+                start = end
+            position_ids[number, start:] = torch.arange(length - start)
+            segment_ids[number, start:] = len(row)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "targets": targets,
+            "segment_ids": segment_ids,
+        }

@@ -1,0 +1,173 @@
+"""The embedded data set: scenes of real handwritten digits, written to disk in LLaVA's format and read like any other.
+
+Files under the output folder:
+
+| file | content |
+|---|---|
+| images/{pretrain,share,finetune,test}/*.png | scenes of 32 x 32 pixels |
+| pretrain.json | image + short caption |
+| share_pretrain.json | image + dense caption |
+| finetune.json | image + one question of each category, in turns |
+| text.json | conversations over scenes described in words, no images: for the LLM and the tokenizer |
+| test.jsonl | questions over scenes of digits by writers that occur in none of the other files |
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tinylmm.data.scenes import (
+    CATEGORIES,
+    Question,
+    Rng,
+    Scans,
+    Scene,
+    ask,
+    caption,
+    dense_caption,
+    description,
+    render,
+    sample_scene,
+)
+from tinylmm.errors import ConfigError, Fault, suggestion
+
+log = logging.getLogger(__name__)
+
+SCENES = {"pretrain": 6000, "share": 3000, "finetune": 4000, "text": 6000, "test": 250}
+"""Records a file gets by default; `options` of the data set's `build` may change any of them."""
+IMAGE_TOKEN = "<image>"
+CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
+
+
+def build_digits(output: Path, seed: int, **options: int) -> dict[str, Any]:
+    """Write the data set; the same seed and options always give the same files.
+
+    Args:
+        output: existing folder; leftovers of an earlier try are overwritten.
+        seed: seed of everything; what a record holds depends on (seed, file, index) alone.
+        options: number of records per file, over `SCENES`.
+
+    Returns:
+        Number of records by file, and of images and questions in all.
+
+    Raises:
+        ConfigError: an option has an unknown name or is not a positive whole number.
+    """
+    counts = _counts(options)
+    train, held_out = Scans("train"), Scans("held_out")
+    written: dict[str, Any] = {}
+    captioned: tuple[tuple[str, str, Callable[[Scene], str]], ...] = (
+        ("pretrain", "pretrain.json", caption),
+        ("share", "share_pretrain.json", dense_caption),
+    )
+    for split, name, say in captioned:
+        records = (_captioned(split, index, seed, train, output, say) for index in range(counts[split]))
+        written[name] = _write_json(output / name, records)
+    records = (_questioned(index, seed, train, output) for index in range(counts["finetune"]))
+    written["finetune.json"] = _write_json(output / "finetune.json", records)
+    records = (_described(index, seed, train) for index in range(counts["text"]))
+    written["text.json"] = _write_json(output / "text.json", records)
+    lines = [line for index in range(counts["test"]) for line in _tested(index, seed, held_out, output)]
+    (output / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    written["test.jsonl"] = len(lines)
+    log.info("wrote %s", ", ".join(f"{name} ({count} records)" for name, count in written.items()))
+    return {"records": written, "images": sum(counts[split] for split in counts if split != "text")}
+
+
+def _counts(options: dict[str, int]) -> dict[str, int]:
+    faults = []
+    for name, value in options.items():
+        where = f"data.build.options.{name}"
+        if name not in SCENES:
+            fix = suggestion(name, SCENES)
+            faults.append(Fault(where, f"is not an option of the digits scenes; there are {', '.join(SCENES)}.", fix))
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            faults.append(Fault(where, f"is {value!r}; it counts records and must be a whole number from 1."))
+    if faults:
+        raise ConfigError(faults)
+    return {**SCENES, **options}
+
+
+def _rng(seed: int, split: str, index: int) -> Rng:
+    return np.random.default_rng([seed, list(SCENES).index(split), index])
+
+
+def _draw(split: str, index: int, seed: int, scans: Scans, output: Path) -> tuple[Scene, str, Rng]:
+    """Compose and write one picture; return the scene, the path under images/ and the generator to go on with."""
+    rng = _rng(seed, split, index)
+    scene = sample_scene(rng, scans)
+    path = f"{split}/{index:06d}.png"
+    target = output / "images" / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(render(scene, scans, rng)).save(target, compress_level=1)
+    return scene, path, rng
+
+
+def _captioned(
+    split: str, index: int, seed: int, scans: Scans, output: Path, say: Callable[[Scene], str]
+) -> dict[str, Any]:
+    scene, path, rng = _draw(split, index, seed, scans, output)
+    request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
+    turns = [(f"{IMAGE_TOKEN}\n{request}", say(scene))]
+    return {"id": f"{split}-{index:06d}", "image": path, "conversations": _conversation(turns)}
+
+
+def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, Any]:
+    scene, path, rng = _draw("finetune", index, seed, scans, output)
+    turns = [(question.text, question.answer) for question in _one_of_each(scene, rng)]
+    turns[0] = (f"{IMAGE_TOKEN}\n{turns[0][0]}", turns[0][1])
+    return {"id": f"finetune-{index:06d}", "image": path, "conversations": _conversation(turns)}
+
+
+def _described(index: int, seed: int, scans: Scans) -> dict[str, Any]:
+    rng = _rng(seed, "text", index)
+    scene = sample_scene(rng, scans)
+    turns = [(question.text, question.answer) for question in _one_of_each(scene, rng)]
+    if rng.random() < 0.5:
+        say = caption if rng.random() < 0.7 else dense_caption
+        request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
+        turns[rng.integers(len(turns))] = (request, say(scene))
+    turns[0] = (f"{description(scene, rng)}\n{turns[0][0]}", turns[0][1])
+    return {"id": f"text-{index:06d}", "conversations": _conversation(turns)}
+
+
+def _tested(index: int, seed: int, scans: Scans, output: Path) -> list[dict[str, Any]]:
+    scene, path, rng = _draw("test", index, seed, scans, output)
+    return [
+        {
+            "question_id": f"{index:06d}-{question.category}",
+            "image": path,
+            "text": question.text,
+            "category": question.category,
+            "answer": question.answer,
+            "options": question.options,
+        }
+        for question in (ask(category, scene, rng) for category in CATEGORIES)
+    ]
+
+
+def _one_of_each(scene: Scene, rng: Rng) -> list[Question]:
+    """Return one question of each category in random order."""
+    return [ask(CATEGORIES[index], scene, rng) for index in rng.permutation(len(CATEGORIES))]
+
+
+def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [
+        {"from": role, "value": value}
+        for human, assistant in turns
+        for role, value in (("human", human), ("gpt", assistant))
+    ]
+
+
+def _write_json(path: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Write a JSON list with one record a line; return the number of records."""
+    lines = [json.dumps(record) for record in records]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    return len(lines)

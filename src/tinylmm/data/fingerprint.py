@@ -1,0 +1,136 @@
+"""Identity by content of what lies outside the store: data sources and local checkpoint folders. No torch, no Pillow.
+
+A source's identity is the SHA-256 of its annotation file and of the sorted listing (path, size) of the images it names.
+Image bytes are not hashed: to read a million files just to plan a run would take longer than many a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tinylmm.config.identity import digest
+from tinylmm.config.spec import SourceSpec
+from tinylmm.data.sample import read_records
+from tinylmm.errors import DataError
+
+MISSING_SHOWN = 20
+STAT_LIMIT = 200_000
+"""Of a source with more images than this, sizes are cached too, for as long as its annotation file is unchanged."""
+HASHED_BYTES = 10_000_000
+"""Files of a checkpoint below this size are hashed; larger ones (weights) are identified by name and size."""
+_CACHE_FORMAT = 1
+
+
+def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> dict[str, Any]:
+    """Return {"annotations", "images", "num_images", "missing", "num_missing"} of one source.
+
+    `annotations` and `images` are SHA-256 digests. `missing` holds the first MISSING_SHOWN image paths that name no
+    file, `num_missing` is how many there are; both are for the check before a run (a missing image counts as size -1 in
+    the digest, so that adding it changes the identity). The hash and the image list are cached in `cache_folder` under
+    the annotation file's path, size and modification time. Images are looked up on disk every time up to STAT_LIMIT of
+    them, beyond that only when the annotation file has changed: delete `cache_folder` after changing images of such a
+    source in place.
+
+    Raises:
+        DataError: the annotation file is missing or unreadable; the message says how to get it.
+    """
+    annotations = root / source.annotations
+    cache = _Cache.of(annotations, cache_folder, source)
+    known = cache.read() or {"annotations": _sha256(annotations), "paths": _image_paths(annotations, source.limit)}
+    images = root / source.images
+    if len(known["paths"]) <= STAT_LIMIT or "listing" not in known:
+        known["listing"] = _listing(images, known["paths"])
+        cache.write(known)
+    return {"annotations": known["annotations"], "num_images": len(known["paths"]), **known["listing"]}
+
+
+def checkpoint_fingerprint(path_or_id: str) -> dict[str, Any]:
+    """Return {} for a hub id, which its revision identifies, and {"files": {path: ...}} for an existing local folder.
+
+    Each file counts with its size, and with its SHA-256 where it is `config.json` or has less than HASHED_BYTES.
+    """
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        return {}
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        entry: dict[str, Any] = {"size": path.stat().st_size}
+        if path.name == "config.json" or entry["size"] < HASHED_BYTES:
+            entry["sha256"] = _sha256(path)
+        files[relative.as_posix()] = entry
+    return {"files": files}
+
+
+class _Cache:
+    """One JSON file for one state of one annotation file."""
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self.path = path
+        self.key = key
+
+    @classmethod
+    def of(cls, annotations: Path, folder: Path, source: SourceSpec) -> _Cache:
+        try:
+            stat = annotations.stat()
+        except OSError as error:
+            hint = (
+                source.how_to_get or "Put the file there, or correct the source's `annotations` or the data's `root`."
+            )
+            raise DataError(f"annotation file {annotations}: not found ({error.strerror}). {hint}") from error
+        where = {"path": str(annotations.absolute()), "images": source.images, "limit": source.limit}
+        state = {"format": _CACHE_FORMAT, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return cls(folder / f"{digest(where)[:32]}.json", where | state)
+
+    def read(self) -> dict[str, Any] | None:
+        """What was cached for the file as it is now; a damaged or foreign cache file counts as none."""
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record["value"] if isinstance(record, dict) and record.get("key") == self.key else None
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Replace the cache file in one step, so that another process never reads half of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
+            json.dump({"key": self.key, "value": value}, file)
+        Path(file.name).replace(self.path)
+
+
+def _image_paths(annotations: Path, limit: int | None) -> list[str]:
+    """Every image path that the first `limit` records name, sorted, each once. Faults are `prepare`'s to report."""
+    paths: set[str] = set()
+    for index, record in enumerate(read_records(annotations)):
+        if index == limit:
+            break
+        named = record.get("image") if isinstance(record, dict) else None
+        paths.update(path for path in (named if isinstance(named, list) else [named]) if isinstance(path, str))
+    return sorted(paths)
+
+
+def _listing(images: Path, paths: Iterable[str]) -> dict[str, Any]:
+    """Digest of (path, size) of all images, and those that are missing. Nothing is opened, whatever the paths name."""
+    state = hashlib.sha256()
+    missing = []
+    for path in paths:
+        try:
+            size = os.stat(images / path).st_size  # noqa: PTH116 - a million calls, and pathlib's are three times slower
+        except (OSError, ValueError):
+            size = -1
+            missing.append(path)
+        state.update(json.dumps([path, size]).encode() + b"\n")
+    return {"images": state.hexdigest(), "missing": missing[:MISSING_SHOWN], "num_missing": len(missing)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

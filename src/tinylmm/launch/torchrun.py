@@ -1,0 +1,91 @@
+"""Runs a stage on several ranks of this machine under torchrun; DeepSpeed, where asked for, starts inside the ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserError
+from tinylmm.launch.worker import RESULT_FILE
+from tinylmm.stages.job import StageJob
+from tinylmm.stop import STOP_FILE, stop_requested
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
+LOG_TAIL_LINES = 20
+POLL_SECONDS = 0.1
+
+
+class RankError(TinyLMMError):
+    """An error of our family raised in a rank, carried to the parent with its message and exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_ranks(job: StageJob) -> dict[str, Any]:
+    """Start torchrun on `job`, wait for it, and return the summary that rank 0 left.
+
+    Raises:
+        StoppedError: ranks saved and stopped because this process was asked to.
+        RankError, UserError: a rank raised an error of ours; message and exit code are its own.
+        StageFailedError: a rank died or hung; names the rank, with the last lines of the log.
+    """
+    for stale in [job.folder / STOP_FILE, job.folder / RESULT_FILE, *job.folder.glob("result-rank*.json")]:
+        stale.unlink(missing_ok=True)
+    launch = job.settings["launch"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['nproc']}"]
+    command += ["--module", "tinylmm.launch.worker", str(job.folder)]
+    with (job.folder / LOG_FILE).open("ab") as output:
+        process = subprocess.Popen(  # its own session: Ctrl-C reaches this parent alone, which then asks the ranks to save
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment(launch), start_new_session=True
+        )
+    try:
+        while process.poll() is None:
+            if stop_requested() and not (job.folder / STOP_FILE).exists():
+                (job.folder / STOP_FILE).touch()
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return _outcome(job, process.returncode)
+
+
+def _environment(launch: dict[str, Any]) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch["nproc"])))
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if launch["device"] == "cpu" or not Path("/dev/nvidiactl").exists():
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def _outcome(job: StageJob, code: int) -> dict[str, Any]:
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in [job.folder / RESULT_FILE, *sorted(job.folder.glob("result-rank*.json"))] if path.exists()]
+    errors = [result for result in results if "error" in result]
+    # One rank's own fault comes before what it made of the others (closed connections, timeouts).
+    errors.sort(key=lambda error: error["type"] == "traceback")
+    if errors:
+        first = errors[0]
+        if first["type"] == "StoppedError":
+            raise StoppedError(first["error"])
+        if first["exit_code"] == UserError.exit_code:
+            raise UserError(first["error"])
+        if first["type"] != "traceback":
+            raise RankError(f"rank {first['rank']}: {first['error']}", first["exit_code"])
+        raise StageFailedError(f"rank {first['rank']} failed:\n{first['error']}")
+    if code != 0 or not results:
+        lines = (job.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])
+        raise StageFailedError(f"torchrun ended with exit code {code} and no rank said why (killed, or out of memory?). Last lines of {job.folder / LOG_FILE}:\n{tail}")
+    return dict(results[0]["summary"])

@@ -1,0 +1,105 @@
+"""Runs one stage: in this process, or as one of torchrun's ranks (`python -m tinylmm.launch.worker WORK_FOLDER`).
+
+A rank reads job.json from the work folder and nothing else. How it ended stands in `result.json`: the summary, or the error
+with its exit code, so that the parent can tell a user's fault from ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tinylmm.config.targets import resolve_target
+from tinylmm.errors import TinyLMMError
+from tinylmm.stages.job import StageJob
+from tinylmm.stop import watch_for_stop
+
+log = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+KINDS = {"parts": "parts", "prepare": "prepare", "train": "train", "eval": "evaluate"}
+"""Stage kind -> module of tinylmm.stages; imported when needed, because they load torch."""
+
+
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Do the stage's work and return its summary."""
+    if job.kind == "data":
+        build = job.spec["build"]
+        make = resolve_target(build["_target_"], job.settings["trust"], role="data")
+        return dict(make(job.output, build["seed"], **build["options"]))
+    module = importlib.import_module(f"tinylmm.stages.{KINDS[job.kind]}")
+    return dict(module.run(job))
+
+
+def main() -> int:
+    """Entry point of a rank."""
+    folder = Path(sys.argv[1])
+    _die_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s")
+    job = StageJob.read(folder)
+    result: dict[str, Any]
+    code = 0
+    with watch_for_stop(folder):
+        try:
+            _join_ranks(job)
+            result = {"summary": run_stage(job)}
+        except TinyLMMError as error:
+            code = error.exit_code
+            result = {"error": str(error), "type": type(error).__name__, "exit_code": code, "rank": rank}
+        except Exception:
+            code = 1
+            result = {"error": traceback.format_exc(), "type": "traceback", "exit_code": code, "rank": rank}
+            log.exception("rank %d failed", rank)
+    if rank == 0 or code:
+        # The first rank to fail says why; later ones only follow.
+        path = folder / (RESULT_FILE if rank == 0 else f"result-rank{rank}.json")
+        path.write_text(json.dumps(result), encoding="utf-8")
+    _leave_ranks(code)
+    return code
+
+
+def _join_ranks(job: StageJob) -> None:
+    """Create the process group with our own timeout: transformers drops its `ddp_timeout` on CPUs and in DeepSpeed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    from datetime import timedelta
+
+    import torch
+    from torch import distributed
+
+    launch = job.settings["launch"]
+    use_cpu = launch["device"] == "cpu" or not torch.cuda.is_available()
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "gloo" if use_cpu else "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=launch["start_timeout_s"]))
+
+
+def _leave_ranks(code: int) -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and code == 0:
+        distributed.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this rank when its parent dies, so that a killed launcher leaves no orphan that writes on."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL("libc.so.6", use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

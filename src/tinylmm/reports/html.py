@@ -1,0 +1,190 @@
+"""The report as one HTML file that needs nothing else: no script, no network, no file beside it.
+
+Everything the user or a model wrote passes through Jinja2's autoescaping; only our own SVG is marked safe. The page's
+content security policy forbids scripts and all loading besides, should anything ever slip through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tinylmm import __version__
+from tinylmm.reports.plots import loss_svg
+from tinylmm.reports.records import Evaluation, Example, Report, RunRecord, Score, ScoreRow, StageRecord
+from tinylmm.reports.tables import compare_grid, row_label
+from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
+from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, verdict, words
+
+CURVE_KINDS = ("parts", "train")
+
+
+def render_html(report: Report) -> str:
+    """Return the page."""
+    environment = Environment(
+        loader=PackageLoader("tinylmm.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "duration": duration, "moment": moment, "words": words, "points": points}
+    single = len(report.runs) == 1
+    header, rows = compare_grid(report)
+    return environment.get_template("report.html.j2").render(
+        title=report.runs[0].name if single else f"{len(report.runs)} runs side by side",
+        single=single,
+        compare={"header": header, "rows": rows},
+        runs=[_run(run, f"run{index}") for index, run in enumerate(report.runs)],
+        version=__version__,
+    )
+
+
+def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
+    headline = run.headline
+    return {
+        "id": identifier,
+        "record": run,
+        "verdict": verdict(run),
+        "headline": {"stage": headline[0], "score": headline[1], "interval": headline[1].interval()}
+        if headline
+        else None,
+        "facts": facts(run.spec),
+        "recipe": recipe_rows(run.spec),
+        "spec": yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True, width=100),
+        "timeline": _timeline(run),
+        "curves": [
+            _curve(stage, f"{identifier}-curve{index}")
+            for index, stage in enumerate(run.stages)
+            if stage.kind in CURVE_KINDS and stage.curve()[0]
+        ],
+        "scores": _scores(run),
+        "examples": [
+            {"benchmark": benchmark, "total": _total(run, benchmark), "cards": [_card(example) for example in examples]}
+            for benchmark, examples in run.examples.items()
+            if examples
+        ],
+        "places": _places(run),
+        "failures": [stage for stage in run.stages if stage.error],
+        "versions": _versions(run),
+    }
+
+
+def _timeline(run: RunRecord) -> dict[str, Any]:
+    longest = max((stage.seconds or 0 for stage in run.stages), default=0)
+    spent = sum(stage.seconds or 0 for stage in run.stages if stage.status == "run")
+    saved = sum(stage.seconds or 0 for stage in run.stages if stage.status == "reused")
+    rows = [
+        {"stage": stage, "width": 100 * (stage.seconds or 0) / longest if longest else 0, "rss": stage.peak_rss_mib}
+        for stage in run.stages
+    ]
+    reused = sum(stage.status == "reused" for stage in run.stages)
+    return {"rows": rows, "spent": spent, "saved": saved, "reused": reused}
+
+
+def _curve(stage: StageRecord, identifier: str) -> dict[str, Any]:
+    steps, losses = stage.curve()
+    _, speeds = stage.curve("samples_per_s")
+    logged = {row["step"] for row in stage.metrics if "step" in row and row.get("loss") is not None}
+    return {
+        "stage": stage,
+        "svg": Markup(loss_svg(steps, losses, identifier)),
+        "first": losses[0],
+        "last": losses[-1],
+        "steps": steps[-1],
+        "speed": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "non_finite": len(logged) - len(steps),
+    }
+
+
+def _scores(run: RunRecord) -> dict[str, Any]:
+    stages = run.scored_stages
+    rows = run.score_rows()
+    shares = all(row.last.is_share for row in rows)
+    top = 100.0 if shares else max([score.value for row in rows for score in row.by_stage.values()] + [1.0])
+    return {
+        "stages": stages,
+        "blind": any(score.blind is not None for row in rows for score in row.by_stage.values()),
+        "chance": any(row.last.chance is not None for row in rows),
+        "rows": [
+            {
+                "label": _label(run, row),
+                "overall": row.last.overall,
+                "by_stage": [row.by_stage.get(stage) for stage in stages],
+                "gain": _gain(row.by_stage, stages),
+                "last": row.last,
+                "bars": _bars(row.by_stage, stages, top),
+                "chance_at": _place(row.last.chance, top),
+                "interval": [_place(end, top) for end in row.last.interval() or ()],
+            }
+            for row in rows
+        ],
+        "protocols": [evaluation for evaluation in _last_evaluations(run) if evaluation.protocol],
+        "shares": shares,
+    }
+
+
+def _label(run: RunRecord, row: ScoreRow) -> str:
+    """The row's name; accuracy over all questions is called that, as the table's head says accuracy already."""
+    label = row_label(run, row)
+    return f"{label.removesuffix('accuracy')}all questions" if row.metric == "accuracy" else label
+
+
+def _gain(by_stage: dict[str, Score], stages: list[str]) -> float | None:
+    """What the last stage added to the one before it."""
+    if len(stages) < 2 or not {stages[-1], stages[-2]} <= by_stage.keys():
+        return None
+    return by_stage[stages[-1]].value - by_stage[stages[-2]].value
+
+
+def _bars(by_stage: dict[str, Score], stages: list[str], top: float) -> list[dict[str, Any]]:
+    """Last stage first, then earlier ones, then blind: the order of interest."""
+    bars = [
+        {
+            "role": "last" if stage == stages[-1] else "earlier",
+            "label": f"after {stage}",
+            "value": by_stage[stage].value,
+        }
+        for stage in reversed(stages)
+        if stage in by_stage
+    ]
+    blind = list(by_stage.values())[-1].blind
+    if blind is not None:
+        bars.append({"role": "blind", "label": "blind", "value": blind})
+    return [bar | {"width": _place(float(bar["value"]), top)} for bar in bars]
+
+
+def _place(value: float | None, top: float) -> float | None:
+    """Where a value lies on a bar's track, in % of its length."""
+    return None if value is None else round(min(max(100 * value / top, 0.0), 100.0), 2)
+
+
+def _last_evaluations(run: RunRecord) -> list[Evaluation]:
+    return list({evaluation.benchmark: evaluation for evaluation in run.evaluations}.values())
+
+
+def _total(run: RunRecord, benchmark: str) -> Score | None:
+    return next((row.last for row in run.score_rows() if row.benchmark == benchmark and row.last.overall), None)
+
+
+def _card(example: Example) -> dict[str, Any]:
+    try:
+        return {"example": example, "image": thumbnail(example.image_path), "missing": ""}
+    except ThumbnailError as reason:
+        return {"example": example, "image": None, "missing": str(reason)}
+
+
+def _places(run: RunRecord) -> list[tuple[str, str]]:
+    rows = [("Run", str(run.folder))]
+    if run.model_folder is not None:
+        rows.append(("Model", str(run.model_folder)))
+    rows += [(f"Answers, {words(e.benchmark)} after {e.stage}", str(e.generations)) for e in run.evaluations]
+    return rows
+
+
+def _versions(run: RunRecord) -> list[tuple[str, str]]:
+    rows = [(name, str(value)) for name, value in run.versions.items() if value]
+    return [*rows, ("host", run.host), ("started", moment(run.created)), ("finished", moment(run.finished))]

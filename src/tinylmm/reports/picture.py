@@ -1,0 +1,208 @@
+"""One PNG that sums a run up for a README: held-out questions on the left, accuracy per question type on the right."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinylmm.errors import UserError
+from tinylmm.reports.records import Example, Report, RunRecord, ScoreRow
+from tinylmm.reports.tables import row_label
+from tinylmm.reports.thumbnails import SMALL_SIDE, ThumbnailError, load_image
+from tinylmm.reports.wording import words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, DPI = 1600, 700, 100
+INK, MUTED, LINE, ACCENT, SOFT, BLIND, WRONG = (
+    "#1c1e21",
+    "#5c636b",
+    "#e2e2dd",
+    "#1558a6",
+    "#9dbfe4",
+    "#b4b7b9",
+    "#a8331d",
+)
+COLUMNS, ROWS = 3, 2
+LINE_CHARS, LABEL_CHARS = 28, 18
+"""What fits under an image at 10.5 points, and beside a bar at 11, in letters of usual width; wider ones are clipped."""
+MAX_ROWS = 9
+"""Question types that fit into the chart's height with readable labels."""
+LEGEND: dict[str, Any] = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1.0, 1.0),
+    "ncols": 4,
+    "frameon": False,
+    "fontsize": 10.5,
+    "handlelength": 1.2,
+    "columnspacing": 1.4,
+    "handletextpad": 0.5,
+}
+"""Above the chart, over labels and bars alike."""
+
+
+def results_picture(report: Report, path: Path) -> None:
+    """Write a 1600 x 700 pixel PNG of one run's results.
+
+    Raises:
+        UserError: several runs, a run with no scores, or `path` does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--picture {path}: the picture is a PNG; let the name end in .png")
+    if len(report.runs) != 1:
+        raise UserError(f"--picture shows one run, {len(report.runs)} were given: {report.name}. Name one of them.")
+    run = report.runs[0]
+    if run.headline is None:
+        raise UserError(f"--picture: run '{run.name}' has no scores yet. Choose a run whose evaluation has finished.")
+
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from tinylmm.reports.write import write_atomically
+
+    with rc_context({"font.family": ["DejaVu Sans"], "font.size": 11, "text.parse_math": False}):
+        figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        _draw_examples(figure, _picked(run))
+        _draw_scores(figure, run)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def _picked(run: RunRecord) -> list[Example]:
+    """Up to six examples that have an image: of different question types first, with a wrong answer if there is one."""
+    assert run.headline is not None, "results_picture refuses a run without scores"
+    shown = [e for e in run.examples.get(run.headline[1].benchmark, ()) if e.image_path and e.image_path.is_file()]
+    by_category: dict[str, list[Example]] = {}
+    for example in shown:
+        by_category.setdefault(example.category, []).append(example)
+    picked: list[Example] = []
+    while len(picked) < COLUMNS * ROWS and any(by_category.values()):
+        for examples in by_category.values():
+            if examples and len(picked) < COLUMNS * ROWS:
+                picked.append(examples.pop(0))
+    if picked and all(example.answer.correct for example in picked):
+        wrong = next((e for e in shown if not e.answer.correct and e.category == picked[-1].category), None)
+        picked[-1] = wrong or next((e for e in shown if not e.answer.correct), picked[-1])
+    return picked
+
+
+def _draw_examples(figure: Figure, examples: list[Example]) -> None:
+    from matplotlib.transforms import Bbox, TransformedBbox
+
+    figure.text(0.02, 0.955, "Held-out questions", fontsize=15, fontweight="bold", color=INK, va="center")
+    for index, example in enumerate(examples):
+        left = 0.02 + (index % COLUMNS) * 0.16
+        top = 0.9 - (index // COLUMNS) * 0.455
+        side = 0.27  # of the figure's height; the width follows from the picture's shape
+        axes = figure.add_axes((left, top - side, side * HEIGHT / WIDTH, side))
+        axes.set_axis_off()
+        try:
+            image = load_image(example.image_path)
+        except ThumbnailError as reason:
+            axes.text(0.5, 0.5, str(reason), ha="center", va="center", color=MUTED)
+        else:
+            crisp = max(image.size) <= SMALL_SIDE
+            axes.imshow(image, interpolation="nearest" if crisp else "antialiased")
+        lines = [(line, INK, "normal") for line in _wrapped(example.question, 3)]
+        mark = "✓" if example.answer.correct else "✗"
+        colour = ACCENT if example.answer.correct else WRONG
+        lines += [(line, colour, "bold") for line in _wrapped(f"{mark} {example.answer.text or '(empty)'}", 1)]
+        if not example.answer.correct:
+            lines += [(line, MUTED, "normal") for line in _wrapped(f"truth: {example.truth}", 1)]
+        for number, (line, colour, weight) in enumerate(lines):
+            height = top - side - 0.03 - number * 0.032
+            text = figure.text(left, height, line, fontsize=10.5, color=colour, fontweight=weight, va="center")
+            text.set_clip_on(True)
+            text.set_clip_box(TransformedBbox(Bbox.from_bounds(left, 0, 0.155, 1), figure.transFigure))
+
+
+def _wrapped(text: str, lines: int) -> list[str]:
+    """At most `lines` lines of `LINE_CHARS`; what does not fit ends in an ellipsis."""
+    return textwrap.wrap(" ".join(text.split()), LINE_CHARS, max_lines=lines, placeholder=" …") or [""]
+
+
+def _draw_scores(figure: Figure, run: RunRecord) -> None:
+    assert run.headline is not None, "results_picture refuses a run without scores"
+    benchmark = run.headline[1].benchmark
+    family = run.headline[1].metric
+    rows = [r for r in run.score_rows() if r.benchmark == benchmark and r.metric.partition("/")[0] == family][:MAX_ROWS]
+    stages = run.scored_stages
+    figure.text(
+        0.535,
+        0.955,
+        f"{words(family).capitalize()} by question type, %",
+        fontsize=15,
+        fontweight="bold",
+        color=INK,
+        va="center",
+    )
+    axes = figure.add_axes((0.665, 0.07, 0.315, 0.76))
+    series: list[tuple[str, str, list[float | None]]] = [
+        (f"after {stage}", ACCENT if stage == stages[-1] else SOFT, [_value(row, stage) for row in rows])
+        for stage in reversed(stages)
+    ]
+    series.append(("without the image", BLIND, [row.last.blind for row in rows]))
+    series = [entry for entry in series if any(value is not None for value in entry[2])]
+    height = 0.8 / len(series)
+    for place, (label, colour, values) in enumerate(series):
+        where = [index - 0.4 + (place + 0.5) * height for index in range(len(rows))]
+        axes.barh(where, [value or 0 for value in values], height * 0.88, color=colour, label=label)
+        for y, value in zip(where, values, strict=True):
+            if value is not None:
+                bold = "bold" if place == 0 else "normal"
+                axes.text(
+                    value + 1,
+                    y,
+                    f"{value:.0f}",
+                    va="center",
+                    fontsize=9.5,
+                    color=INK if place == 0 else MUTED,
+                    fontweight=bold,
+                )
+    labelled = False
+    for index, row in enumerate(rows):
+        if row.last.chance is not None:
+            axes.plot(
+                [row.last.chance] * 2,
+                [index - 0.42, index + 0.42],
+                color=INK,
+                linewidth=1.6,
+                label=None if labelled else "chance",
+            )
+            labelled = True
+    _finish_axes(axes, [_label(run, row) for row in rows])
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: labels[index] == "chance")
+    axes.legend([handles[index] for index in order], [labels[index] for index in order], **LEGEND)
+
+
+def _value(row: ScoreRow, stage: str) -> float | None:
+    return row.by_stage[stage].value if stage in row.by_stage else None
+
+
+def _label(run: RunRecord, row: ScoreRow) -> str:
+    name = "all questions" if row.last.overall else row_label(run, row).rpartition(": ")[2]
+    return f"{name if len(name) <= LABEL_CHARS else name[: LABEL_CHARS - 1] + '…'}  ({row.last.count:,})"
+
+
+def _finish_axes(axes: Axes, labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(max(len(labels), 4) - 0.5, -0.5)  # few bars stay slim
+    axes.set_xlim(0, 106)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.grid(axis="x", color=LINE)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(LINE)
+    axes.tick_params(length=0, colors=MUTED)
+    for number, label in enumerate(axes.get_yticklabels()):
+        label.set_color(INK)
+        label.set_fontweight("bold" if number == 0 else "normal")

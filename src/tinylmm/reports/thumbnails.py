@@ -1,0 +1,67 @@
+"""Images as they are put into a report: small ones as they are, large ones reduced; a bad one becomes a reason, not a crash."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+SMALL_SIDE = 128
+"""Up to this many pixels an image is kept pixel for pixel, and shown enlarged without blur."""
+LARGE_SIDE = 360
+MAX_PIXELS = 64_000_000
+"""Above, an image is not decoded: a small file can unpack into all memory."""
+
+
+class ThumbnailError(Exception):
+    """An image cannot be shown; the message is for the page."""
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """An encoded image with its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
+    crisp: bool
+    """Whether to enlarge it with hard pixel edges."""
+
+
+def load_image(path: Path | None) -> Image.Image:
+    """Open an image as RGB, with no side above `LARGE_SIDE`.
+
+    Raises:
+        ThumbnailError: there is none, it is too large, or it cannot be decoded.
+    """
+    if path is None:
+        raise ThumbnailError("no image")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ThumbnailError(f"image too large ({image.width} × {image.height})")
+            picture = image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ThumbnailError("image missing") from error
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise ThumbnailError("image unreadable") from error
+    picture.thumbnail((LARGE_SIDE, LARGE_SIDE))
+    return picture
+
+
+def thumbnail(path: Path | None) -> Thumbnail:
+    """Encode an image for a page: PNG for small ones (no loss), JPEG for photographs (a tenth of the size).
+
+    Raises:
+        ThumbnailError: as `load_image`.
+    """
+    picture = load_image(path)
+    crisp = max(picture.size) <= SMALL_SIDE
+    kind, options = ("png", {"optimize": True}) if crisp else ("jpeg", {"quality": 85})
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(f"data:image/{kind};base64,{data}", picture.width, picture.height, crisp)

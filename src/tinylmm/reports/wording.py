@@ -1,0 +1,128 @@
+"""How a report says things: numbers, durations, and the one sentence that sums a run up. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tinylmm.reports.records import RunRecord, Score
+
+ABSENT = "–"
+PARTS = {"llm": "LLM", "vision_tower": "Vision tower", "connector": "Connector", "recipe": "Recipe", "data": "Data"}
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number with fixed digits, or a dash for what was not measured."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def points(value: float) -> str:
+    """A difference with its sign; the minus is the typographic one, as wide as the plus."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the largest two units that say something: `0.4 s`, `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def moment(iso: str | None) -> str:
+    """An ISO time to the minute."""
+    return iso[:16].replace("T", " ") if iso else ABSENT
+
+
+def words(label: str) -> str:
+    """A category's or metric's key as words."""
+    return label.replace("_", " ")
+
+
+def verdict(run: RunRecord) -> str:
+    """One sentence: what the last evaluated model scores against blind and chance, or how far the run came."""
+    progress = _progress(run)
+    if run.headline is None:
+        return progress or "The run is done; it had no evaluation."
+    stage, score = run.headline
+    unit = " %" if score.is_share else ""
+    subject = f"{score.value:.1f} % of {score.count:,} held-out questions ({words(score.benchmark)}) are answered right after {stage}"
+    if not score.is_share:
+        subject = f"{words(score.metric)} on {words(score.benchmark)} is {score.value:.1f} after {stage}"
+    against = [
+        _against(score, other, what, unit)
+        for other, what in ((score.blind, "the same model without the image"), (score.chance, "chance"))
+        if other is not None
+    ]
+    sentence = f"{subject}, {' and '.join(against)}" if against else subject
+    return f"{sentence}. {progress}" if progress else f"{sentence}."
+
+
+def _against(score: Score, other: float, what: str, unit: str) -> str:
+    gap = score.value - other
+    if score.is_share and not score.differs_from(other):
+        return f"not clearly different from {what} ({other:.1f}{unit})"
+    return f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {what} ({other:.1f}{unit})"
+
+
+def _progress(run: RunRecord) -> str:
+    done = sum(stage.status in ("run", "reused") for stage in run.stages)
+    if run.status == "failed":
+        failed = next((stage for stage in run.stages if stage.status == "failed"), None)
+        where = f" in stage {failed.name}" if failed else ""
+        reason = f": {failed.error.splitlines()[-1]}" if failed and failed.error else "."
+        return f"The run failed{where} after {done} of {len(run.stages)} stages{reason}"
+    if run.status != "done":
+        state = "is still running" if run.status == "running" else "was stopped"
+        return f"The run {state}: {done} of {len(run.stages)} stages are done."
+    return ""
+
+
+def facts(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """The choices that name a run, from the dump of its spec: parts, recipe, data, seed."""
+    rows = []
+    for key, title in PARTS.items():
+        part = spec.get(key) or {}
+        name = str(part.get("name", ABSENT))
+        if part.get("pretrained") and part.get("init", "pretrained") == "pretrained":
+            name += f" ({part['pretrained']})"
+        elif part.get("init"):
+            name += {"built": " (trained here from nothing)", "random": " (random)"}.get(part["init"], "")
+        rows.append((title, name))
+    return [*rows, ("Seed", str(spec.get("seed", ABSENT)))]
+
+
+def recipe_rows(spec: dict[str, Any]) -> list[dict[str, str]]:
+    """One row a training stage of the recipe: what it trains, on what, how."""
+    stages = (spec.get("recipe") or {}).get("stages") or {}
+    return [
+        {
+            "name": name,
+            "data": str(stage.get("data", ABSENT)),
+            "trains": ", ".join(_tuned(stage.get("tune") or {})) or "nothing",
+            "lr": _rates(stage.get("lr")),
+            "batch": str(stage.get("global_batch", ABSENT)),
+            "length": f"{stage['max_steps']} steps" if stage.get("max_steps") else f"{stage.get('epochs', 1):g} epochs",
+        }
+        for name, stage in stages.items()
+    ]
+
+
+def _tuned(tune: dict[str, Any]) -> Iterable[str]:
+    for part, how in tune.items():
+        if isinstance(how, dict):
+            yield f"{words(part)} from layer {how.get('from_layer')}"
+        elif how != "frozen":
+            yield words(part) if how == "full" else f"{words(part)} ({how})"
+
+
+def _rates(rate: Any) -> str:
+    if isinstance(rate, dict):
+        return ", ".join(f"{words(part)} {value:g}" for part, value in rate.items())
+    return f"{rate:g}" if rate is not None else ABSENT

@@ -1,0 +1,83 @@
+"""Writes a report's three files, each whole or not at all: report.html, report.md, results.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylmm.errors import UserError
+from tinylmm.reports.collect import collect_report
+from tinylmm.reports.html import render_html
+from tinylmm.reports.records import Report
+from tinylmm.reports.tables import render_markdown, result_rows
+
+RESULTS_FORMAT = 1
+MAX_FOLDER_CHARS = 100
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where a report's files lie."""
+
+    html: Path
+    markdown: Path
+    results: Path
+
+
+def write_report(store_root: Path, runs: Sequence[str] | None = None, out: Path | None = None) -> ReportPaths:
+    """Collect and write the report of the named runs, or of the newest finished one.
+
+    Args:
+        store_root: the store that has the runs.
+        runs: names of folders under `store_root/runs`.
+        out: folder to write to; by default `store_root/reports/<run name>`.
+
+    Raises:
+        UserError: unknown run, empty store, nothing finished yet, or `out` is a file.
+        IntegrityError: a file of the store is unreadable or contradicts another.
+    """
+    return write_files(collect_report(store_root, runs), out)
+
+
+def write_files(report: Report, out: Path | None = None) -> ReportPaths:
+    """Write a collected report; arguments and errors as in `write_report`."""
+    folder = report.store / "reports" / _folder_name(report) if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; a report is a folder with three files. Name another place.")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = ReportPaths(folder / "report.html", folder / "report.md", folder / "results.json")
+    results = {"format": RESULTS_FORMAT, "rows": result_rows(report)}
+    write_atomically(paths.html, render_html(report).encode())
+    write_atomically(paths.markdown, render_markdown(report).encode())
+    write_atomically(
+        paths.results, (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
+    return paths
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)  # mkstemp makes it 0600, and reports are for others to read
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _folder_name(report: Report) -> str:
+    """The runs' names joined; of many runs the first one and a digest of them all, as file names have a limit."""
+    if len(report.name) <= MAX_FOLDER_CHARS:
+        return report.name
+    tail = hashlib.sha256(report.name.encode()).hexdigest()[:12]
+    return f"{report.runs[0].name[:MAX_FOLDER_CHARS]}+{len(report.runs) - 1}-{tail}"

@@ -1,0 +1,132 @@
+"""What a run will do before it does it: stages with their status, files that are missing, totals over a sweep. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinylmm.config.spec import DataSpec, RunSpec
+from tinylmm.data.fingerprint import checkpoint_fingerprint, source_fingerprint
+from tinylmm.errors import DataError
+from tinylmm.stages.graph import Stage, StageGraph, build_graph
+from tinylmm.stages.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A file that a run needs and that is not there."""
+
+    what: str
+    looked_at: str
+    how_to_get: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run's graph against the store."""
+
+    name: str
+    overrides: list[str]
+    run: RunSpec
+    graph: StageGraph
+    missing: list[Missing] = field(default_factory=list)
+
+
+def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
+    """Build the run's graph; files that are missing are listed, not raised.
+
+    Raises:
+        DataError: an annotation file is there but unreadable.
+    """
+    files = _Files(run.store / "cache" / "fingerprints")
+    graph = build_graph(run, files.identity)
+    return RunPlan(name, list(overrides), run, graph, files.missing)
+
+
+def require_files(plan: RunPlan) -> None:
+    """Stop before anything starts if files are missing.
+
+    Raises:
+        DataError: one screen with each missing file, where it was looked for and how to get it.
+    """
+    if not plan.missing:
+        return
+    lines = [f"{len(plan.missing)} thing{'s' if len(plan.missing) > 1 else ''} needed by this run cannot be found; nothing was started."]
+    for item in plan.missing:
+        lines += [f"  {item.what}", f"    looked at:  {item.looked_at}", f"    how to get: {item.how_to_get}"]
+    root = plan.run.data.root
+    if root is not None:
+        lines.append(f"Data is looked for under data.root={root} (environment variable TINYLMM_DATA, or data.root=FOLDER).")
+    raise DataError("\n".join(lines))
+
+
+def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
+    """The plan of one run or a sweep as plain JSON (`tinylmm plan --json`)."""
+    distinct: dict[str, Stage] = {}
+    runs = []
+    asked: Counter[str] = Counter()
+    for plan in plans:
+        for stage in plan.graph:
+            asked[stage.kind] += 1
+            distinct.setdefault(stage.digest, stage)
+        runs.append({"name": plan.name, "overrides": plan.overrides, "stages": [stage.digest for stage in plan.graph]})
+    stages = [
+        {
+            "digest": stage.digest,
+            "kind": stage.kind,
+            "name": stage.name,
+            "parents": sorted(set(stage.parents.values())),
+            "status": stage_status(plans[0].run.store, stage),
+        }
+        for stage in distinct.values()
+    ]
+    totals = {"runs": len(runs), "asked": dict(asked), "distinct": dict(Counter(s.kind for s in distinct.values()))}
+    missing = {(m.what, m.looked_at, m.how_to_get): m for plan in plans for m in plan.missing}
+    return {
+        "runs": runs,
+        "stages": stages,
+        "totals": totals,
+        "missing": [{"what": m.what, "looked_at": m.looked_at, "how_to_get": m.how_to_get} for m in missing.values()],
+    }
+
+
+def stage_status(store_root: Path, stage: Stage) -> str:
+    """`complete` or `todo`; looks, touches nothing."""
+    return Store(store_root).status(stage)
+
+
+class _Files:
+    """Identities of files outside the store, each read once; notes what is missing on the way."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.missing: list[Missing] = []
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def identity(self, kind: str, thing: Any) -> dict[str, Any]:
+        """See `graph.Fingerprint`."""
+        key = (kind, f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing))
+        if key not in self._known:
+            self._known[key] = self._source(*thing) if kind == "source" else checkpoint_fingerprint(thing)
+        return self._known[key]
+
+    def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
+        assert data.root is not None  # sources of built data are identified by their stage
+        source, root = data.sources[name], Path(data.root)
+        annotations = root / source.annotations
+        how = source.how_to_get or f"set data.sources.{name}.annotations to the file you have"
+        if not annotations.is_file():
+            self.missing.append(Missing(f"annotations of {data.name}/{name}", str(annotations), how))
+            return {"missing": source.annotations}
+        found = source_fingerprint(root, source, self.cache)
+        if found["num_missing"] > (source.max_bad if source.on_bad == "skip" else 0):
+            shown = ", ".join(found["missing"][:3])
+            what = f"{found['num_missing']:,} of {found['num_images']:,} images of {data.name}/{name} ({shown}{', ...' if found['num_missing'] > 3 else ''})"
+            self.missing.append(Missing(what, str(root / source.images), how))
+        return {"annotations": found["annotations"], "images": found["images"]}

@@ -1,0 +1,297 @@
+"""The `prepare` stage: annotation file -> token ids, labels and image references, every record and image checked once.
+
+What leaves here can be trained on without surprises: each conversation is rendered, each image was decoded completely.
+A record that fails is listed with its reason, and either stops the run now or is left out and counted (`on_bad`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow as pa
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tinylmm.data.chat import IGNORE_INDEX, ChatTemplate, Rendered, get_template
+from tinylmm.data.images import check_image, safe_path
+from tinylmm.data.sample import BadRecord, Sample, read_samples
+from tinylmm.errors import DataError, UserError
+from tinylmm.stages.job import StageJob
+
+log = logging.getLogger(__name__)
+
+FAULTS_SHOWN = 20
+CHUNK = 4096
+"""Records in memory at a time."""
+SERIAL_BELOW = 2000
+"""So few records are done sooner in this process than in others that must start first."""
+
+FEATURES = datasets.Features(
+    {
+        "sample_id": datasets.Value("string"),
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "images": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the stage reads, and what it does with bad records."""
+
+    annotations: Path
+    images: Path
+    limit: int | None
+    on_bad: str
+    max_bad: int
+    how_to_get: str
+
+
+@dataclass
+class _Tally:
+    """What was seen so far."""
+
+    ids: Counter[str] = field(default_factory=Counter)
+    bad: list[BadRecord] = field(default_factory=list)
+    checked: dict[str, str | None] = field(default_factory=dict)
+    """Image path -> what is wrong with it, or None."""
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+def run(job: StageJob) -> dict[str, Any]:
+    """Write `output/samples` (a `datasets` folder) and `output/report.json`; return counts for the manifest.
+
+    Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the source's
+    image folder. Nothing is cut here, because how many tokens an image takes is not known yet.
+
+    Raises:
+        DataError: the annotation file cannot be read, or more records are bad than `on_bad` and `max_bad` allow; the
+            message lists up to FAULTS_SHOWN of them.
+        UserError: the tokenizer cannot be loaded or does not fit the template.
+    """
+    source = _source(job)
+    renderer = _Renderer(get_template(job.spec["template"]), _load_tokenizer(job), source.images)
+    scratch = job.folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed try has left
+    scratch.mkdir()
+    tally = _Tally()
+    _write_rows(scratch / "rows.arrow", _chunks(source, renderer, tally, int(job.settings["launch"]["num_workers"])))
+    _enforce_policy(source, tally)
+    _publish(scratch / "rows.arrow", job)
+    shutil.rmtree(scratch)
+    return _report(job, tally)
+
+
+def _source(job: StageJob) -> _Source:
+    spec = job.spec["source"]
+    policy = {"limit": spec["limit"], "on_bad": spec["on_bad"], "max_bad": spec["max_bad"]}
+    if "data" in job.parents:
+        folder = job.parents["data"]
+        return _Source(folder / spec["file"], folder / spec["images"], how_to_get="", **policy)
+    root, location = Path(job.settings["location"]["root"]), job.settings["location"]["source"]
+    policy["how_to_get"] = location["how_to_get"]
+    return _Source(root / location["annotations"], root / location["images"], **policy)
+
+
+def _load_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
+    if "tokenizer" in job.parents:
+        name, revision = str(job.parents["tokenizer"]), None
+    else:
+        name, revision = job.spec["tokenizer"]["pretrained"], job.spec["tokenizer"]["revision"]
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer '{name}' (revision {revision}) cannot be loaded: {error} "
+            "Check llm.tokenizer, and that the hub can be reached or the files are in its local cache."
+        ) from error
+
+
+class _Renderer:
+    """Does the work on one sample; travels to worker processes once."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, images: Path) -> None:
+        self.template = template
+        self.tokenizer = tokenizer
+        self.images = images
+
+    def render(self, sample: Sample) -> Rendered:
+        return self.template.render(sample.turns, self.tokenizer)
+
+    def image_fault(self, path: str) -> str | None:
+        """What is wrong with an image, or None."""
+        try:
+            check_image(safe_path(self.images, path))
+        except DataError as error:
+            return str(error)
+        return None
+
+
+_worker: _Renderer
+"""In a worker process: its own copy of the renderer."""
+
+
+def _start_worker(renderer: _Renderer) -> None:
+    global _worker
+    _worker = renderer
+
+
+def _render_in_worker(sample: Sample) -> Rendered:
+    return _worker.render(sample)
+
+
+def _image_fault_in_worker(path: str) -> str | None:
+    return _worker.image_fault(path)
+
+
+class _Workers(Protocol):
+    """Does a chunk's work, in order."""
+
+    def render(self, samples: list[Sample]) -> list[Rendered]: ...
+
+    def image_faults(self, paths: list[str]) -> list[str | None]: ...
+
+
+class _InProcess:
+    def __init__(self, renderer: _Renderer) -> None:
+        self.renderer = renderer
+
+    def render(self, samples: list[Sample]) -> list[Rendered]:
+        return [self.renderer.render(sample) for sample in samples]
+
+    def image_faults(self, paths: list[str]) -> list[str | None]:
+        return [self.renderer.image_fault(path) for path in paths]
+
+
+class _InPool:
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def render(self, samples: list[Sample]) -> list[Rendered]:
+        return self.pool.map(_render_in_worker, samples)
+
+    def image_faults(self, paths: list[str]) -> list[str | None]:
+        return self.pool.map(_image_fault_in_worker, paths)
+
+
+@contextmanager
+def _workers(renderer: _Renderer, processes: int) -> Iterator[_Workers]:
+    if processes < 2:
+        yield _InProcess(renderer)
+        return
+    # spawn: a fork would copy the locks of torch's and the tokenizer's threads in whatever state they are
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (renderer,)) as pool:
+        yield _InPool(pool)
+
+
+def _chunks(source: _Source, renderer: _Renderer, tally: _Tally, num_workers: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the good rows, chunk by chunk in file order, and note everything else in `tally`."""
+    records = enumerate(islice(read_samples(source.annotations), source.limit))
+    chunk = list(islice(records, CHUNK))
+    with _workers(renderer, num_workers if len(chunk) >= SERIAL_BELOW else 1) as workers:
+        while chunk:
+            samples = [(index, record) for index, record in chunk if isinstance(record, Sample)]
+            tally.bad += [record for _, record in chunk if isinstance(record, BadRecord)]
+            tally.ids.update(record.sample_id for _, record in chunk)
+            named = dict.fromkeys(path for _, sample in samples for path in sample.images)
+            new = [path for path in named if path not in tally.checked]
+            tally.checked.update(zip(new, workers.image_faults(new), strict=True))
+            rendered = workers.render([sample for _, sample in samples])
+            yield [
+                _row(sample, ids_and_labels)
+                for (index, sample), ids_and_labels in zip(samples, rendered, strict=True)
+                if _is_good(index, sample, ids_and_labels, tally)
+            ]
+            chunk = list(islice(records, CHUNK))
+    tally.bad.sort(key=lambda bad: bad.index)
+
+
+def _is_good(index: int, sample: Sample, rendered: Rendered, tally: _Tally) -> bool:
+    """Count a rendered sample, as good or as bad."""
+    faults = [fault for path in sample.images if (fault := tally.checked[path]) is not None]
+    supervised = len(rendered.labels) - rendered.labels.count(IGNORE_INDEX)
+    if not supervised:
+        faults.append("no token of it would be trained on")
+    if faults:
+        tally.bad.append(BadRecord(index, sample.sample_id, " ".join(dict.fromkeys(faults))))
+        return False
+    tally.samples += 1
+    tally.tokens += len(rendered.input_ids)
+    tally.supervised_tokens += supervised
+    return True
+
+
+def _row(sample: Sample, rendered: Rendered) -> dict[str, Any]:
+    return {
+        "sample_id": sample.sample_id,
+        "input_ids": rendered.input_ids,
+        "labels": rendered.labels,
+        "images": list(sample.images),
+    }
+
+
+def _enforce_policy(source: _Source, tally: _Tally) -> None:
+    """Stop if more records are bad than the source allows, or none is left."""
+    allowed = source.max_bad if source.on_bad == "skip" else 0
+    if len(tally.bad) > allowed:
+        lines = [f"{source.annotations}: {len(tally.bad)} bad records, {allowed} allowed (on_bad={source.on_bad})"]
+        lines += [f"  record {bad.index} (id '{bad.sample_id}'): {bad.reason}" for bad in tally.bad[:FAULTS_SHOWN]]
+        if len(tally.bad) > FAULTS_SHOWN:
+            lines.append(f"  ... and {len(tally.bad) - FAULTS_SHOWN} more")
+        advice = (
+            f"Correct or remove them, or set on_bad=skip and max_bad={len(tally.bad)} on the source to leave them out."
+        )
+        raise DataError("\n".join([*lines, " ".join(filter(None, [advice, source.how_to_get]))]))
+    if not tally.samples:
+        raise DataError(f"{source.annotations}: no usable record among {sum(tally.ids.values())}. Check the file.")
+
+
+def _write_rows(path: Path, chunks: Iterator[list[dict[str, Any]]]) -> None:
+    """Stream rows to an Arrow file, so that memory does not grow with the data set."""
+    schema = FEATURES.arrow_schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for rows in chunks:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _publish(rows: Path, job: StageJob) -> None:
+    """Save as a `datasets` folder. Its fingerprint is the stage's digest: by default it would be a random one."""
+    samples = job.output / "samples"
+    shutil.rmtree(samples, ignore_errors=True)
+    table = datasets.Dataset.from_file(str(rows)).data
+    info = datasets.DatasetInfo(features=FEATURES)
+    dataset = datasets.Dataset(table, info=info, fingerprint=job.digest[:16])
+    dataset.save_to_disk(samples)
+
+
+def _report(job: StageJob, tally: _Tally) -> dict[str, Any]:
+    """Write report.json with every skipped record; the summary for the manifest has the first FAULTS_SHOWN of them."""
+    skipped = [asdict(bad) for bad in tally.bad]
+    summary = {
+        "samples": tally.samples,
+        "skipped": len(skipped),
+        "images": sum(fault is None for fault in tally.checked.values()),
+        "tokens": tally.tokens,
+        "supervised_tokens": tally.supervised_tokens,
+        "duplicates": sum(tally.ids.values()) - len(tally.ids),
+    }
+    report = json.dumps(summary | {"skipped_records": skipped}, indent=1, ensure_ascii=False)
+    (job.output / "report.json").write_text(report + "\n", encoding="utf-8")
+    log.info("prepared %(samples)d samples with %(images)d images, %(tokens)d tokens; skipped %(skipped)d", summary)
+    if summary["duplicates"]:
+        log.warning("%d records repeat an id; all of them are used", summary["duplicates"])
+    return summary | {"skipped_records": skipped[:FAULTS_SHOWN]}

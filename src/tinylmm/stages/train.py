@@ -1,0 +1,203 @@
+"""The `train` stage: one step of a recipe, from parts or from the model of an earlier stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinylmm.data.collate import Collator
+from tinylmm.data.images import ImageTransform, open_image, safe_path
+from tinylmm.errors import StoppedError
+from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
+from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
+from tinylmm.models.tuning import apply_tuning
+from tinylmm.stages.devices import choose_device
+from tinylmm.stages.job import METRICS_FILE, StageJob
+from tinylmm.training.arguments import peak_learning_rates, training_arguments
+from tinylmm.training.callbacks import MetricsRow
+from tinylmm.training.checkpoints import CheckpointFolder
+from tinylmm.training.dataset import PreparedSamples
+from tinylmm.training.features import FeatureCache, estimate_gib, open_features
+from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
+from tinylmm.training.sampler import StepSampler, num_steps
+from tinylmm.training.trainer import LMMTrainer, SaveSchedule
+
+log = logging.getLogger(__name__)
+
+
+def run(job: StageJob) -> dict[str, Any]:
+    """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
+    device = choose_device(job.settings["launch"]["device"], job.spec["precision"])
+    loaded = _start_model(job)
+    model = loaded.model
+    tuning = apply_tuning(model, job.spec["tune"])
+    for part, decision in tuning.items():
+        log.info("%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}")
+    _cast_frozen(model, job.spec["precision"], device)
+    model.to(device)
+    samples = PreparedSamples(job.parents["prepared"], model.image_tokens, job.spec["max_length"])
+    images = _Images(job, loaded)
+    cache = _open_cache(job, loaded, samples, images)
+    trainer = build_trainer(job, loaded, samples, images, cache, device)
+    checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
+    if rank() == 0:
+        _forget_metrics_after(job, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+    if checkpoint:
+        log.info("resuming from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
+        raise StoppedError(f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there")
+    state = trainer.full_state()
+    if rank() == 0:
+        save_model(loaded, job.output / "model", state, _unchanged_parts(job, loaded, tuning))
+    barrier()
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "tuning": {part: asdict(decision) for part, decision in tuning.items()},
+        "data": asdict(samples.report),
+        "world_size": world_size(),
+        "features_cached": cache is not None,
+    }
+
+
+def build_trainer(
+    job: StageJob,
+    loaded: LoadedModel,
+    samples: PreparedSamples,
+    images: _Images,
+    cache: FeatureCache | None,
+    device: torch.device,
+) -> LMMTrainer:
+    """Wire model, data and launch settings to the Trainer."""
+    spec, launch = job.spec, job.settings["launch"]
+    steps = num_steps(len(samples), spec["global_batch"], spec["epochs"], spec["max_steps"])
+    sampler = StepSampler(
+        len(samples), steps, spec["global_batch"], spec["epochs"], spec["seed"], launch["micro_batch"], rank(), world_size()
+    )
+    arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
+    loaded.model.touch_vision_always = world_size() > 1
+    if launch["gradient_checkpointing"]:
+        loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    collator = Collator(
+        image_tokens=loaded.model.image_tokens,
+        pad_id=int(loaded.tokenizer.pad_token_id),  # type: ignore[arg-type]
+        row_tokens=launch["row_tokens"] or spec["max_length"],
+        packing=launch["packing"],
+        image=images.pixels if cache is None else None,
+        max_length=spec["max_length"],
+    )
+    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch["deepspeed_stage"]}
+    return LMMTrainer(
+        model=loaded.model,
+        args=arguments,
+        dataset=samples,
+        sampler=sampler,
+        collate=_WithFeatures(collator, cache) if cache is not None else collator,
+        checkpoints=CheckpointFolder(job.folder / "checkpoints", launch["keep_checkpoints"], identity),
+        learning_rates=peak_learning_rates(spec["lr"]),
+        schedule=SaveSchedule(launch["save_steps"], 60.0 * launch["save_minutes"]),
+        callbacks=[MetricsRow(job.log_metrics, spec["global_batch"])],
+    )
+
+
+class _Images:
+    """Opens the stage's images, inside its image folder only."""
+
+    def __init__(self, job: StageJob, loaded: LoadedModel) -> None:
+        location = job.settings["location"]
+        root = Path(location["root"]) if location["root"] else job.parents["data"]
+        self.folder = root / location["source"]["images"]
+        self.transform = ImageTransform(**loaded.description["image"])
+
+    def pixels(self, name: str) -> torch.Tensor:
+        """(3, H, W) of one image."""
+        return self.transform(open_image(safe_path(self.folder, name)))
+
+    def stamp(self, name: str) -> list[Any]:
+        """What tells this file from any other: resolved path, size, modification time."""
+        path = safe_path(self.folder, name)
+        status = path.stat()
+        return [str(path), status.st_size, status.st_mtime_ns]
+
+
+class _WithFeatures:
+    """A collator whose images come out as cached tower features."""
+
+    def __init__(self, collator: Collator, cache: FeatureCache) -> None:
+        self.collator = collator
+        self.cache = cache
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(samples)
+        batch.pop("pixel_values", None)
+        names = batch.pop("image_paths")
+        batch["image_features"] = self.cache(names) if names else None
+        return batch
+
+
+def _start_model(job: StageJob) -> LoadedModel:
+    """Return the model this stage starts from: of an earlier stage, or put together from parts."""
+    trust, attention = job.settings["trust"], job.settings["launch"]["attention"]
+    if "from" in job.parents:
+        return load_model(job.parents["from"] / "model", trust, attention)
+    template = job.spec["chat_template"]
+    model = build_lmm(job.spec, job.parents, template, job.spec["seed"], trust, attention)
+    identities = {
+        role: part_folder_identity(job.parents[role]) if role in job.parents else job.spec[role]
+        for role in ("llm", "vision_tower")
+    }
+    description = describe(identities, job.spec["tower_output"], job.spec["connector"], template)
+    return LoadedModel(model, load_tokenizer(job.spec, job.parents), description, None)
+
+
+def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -> None:
+    """Hold what is not trained in the compute precision: half the memory, same result under autocast."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is None or device.type == "cpu":
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _open_cache(
+    job: StageJob, loaded: LoadedModel, samples: PreparedSamples, images: _Images
+) -> FeatureCache | None:
+    launch, tower = job.settings["launch"], loaded.model.vision_tower
+    names = samples.images()
+    if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
+        return None
+    size = estimate_gib(tower, len(names))
+    if size > launch["cache_features_gib"]:
+        log.info("tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step", len(names), size)
+        return None
+    description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
+    root = Path(job.settings["features_root"])
+    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description)
+
+
+def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:
+    """Folders that already hold a part this stage did not train."""
+    unchanged = {}
+    for part in ("llm", "vision_tower"):
+        if tuning[part].trained == 0:
+            if loaded.folder is not None:
+                unchanged[part] = loaded.folder / part
+            elif part in job.parents:
+                unchanged[part] = job.parents[part]
+    return unchanged
+
+
+def _forget_metrics_after(job: StageJob, step: int) -> None:
+    """Drop rows that a killed try wrote after the checkpoint it is resumed from: they are written again."""
+    path = job.folder / METRICS_FILE
+    if path.exists():
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        kept = [line for line in rows if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,76 @@
+"""Which samples make up which optimiser step, for every rank.
+
+A step is defined by samples alone: step s takes samples [s*G, (s+1)*G) of the seeded order, G = `global_batch`. Ranks and
+accumulation only share them out, so another world size or micro-batch trains the same model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def num_steps(num_samples: int, global_batch: int, epochs: float, max_steps: int | None) -> int:
+    """Optimiser steps of a stage; the last one takes what is left, so no sample is dropped."""
+    steps = math.ceil(num_samples * epochs / global_batch)
+    return min(steps, max_steps) if max_steps is not None else steps
+
+
+class StepSampler(Sampler[list[int]]):
+    """Micro-batches of sample indices for one rank, `accumulation` of them a step; the last step's may be empty.
+
+    Args:
+        num_samples: samples in the data set.
+        steps: optimiser steps in all.
+        global_batch: samples a step, over all ranks.
+        micro_batch: samples that a rank takes at once, at most.
+        rank, world_size: which share is this rank's.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        steps: int,
+        global_batch: int,
+        epochs: float,
+        seed: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_samples = num_samples
+        self.steps = steps
+        self.global_batch = global_batch
+        self.epochs = epochs
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulation = math.ceil(global_batch / (micro_batch * world_size))
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        end = math.ceil(self.num_samples * self.epochs)
+        for step in range(self.steps):
+            first, last = step * self.global_batch, min((step + 1) * self.global_batch, end)
+            indices: list[int] = []
+            while first < last:  # a step may reach over the end of an epoch
+                epoch, offset = divmod(first, self.num_samples)
+                if epoch != order_epoch:
+                    order_epoch, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+                count = min(last - first, self.num_samples - offset)
+                indices += order[offset : offset + count].tolist()
+                first += count
+            yield from self._shares(indices)
+
+    def _shares(self, indices: list[int]) -> Iterator[list[int]]:
+        """Deal a step's samples to all ranks' micro-batches in near-equal shares; yield this rank's."""
+        shares = self.accumulation * self.world_size
+        bounds = [round(i * len(indices) / shares) for i in range(shares + 1)]
+        for index in range(self.rank, shares, self.world_size):
+            yield indices[bounds[index] : bounds[index + 1]]
