@@ -1,4 +1,4 @@
-"""The text of `tinylmm-train --help`: usage, groups with their choices, keys, exit codes. Loads neither Hydra nor torch."""
+"""The text of `tinylmm-train --help`: usage, groups and choices, keys, exit codes. Loads neither Hydra nor torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Composes the chosen parts and recipe, checks everything, runs what is not in the
 Give the same command again to resume after an interruption.
 
 Examples:
-  tinylmm-train                                     the embedded digits experiment: no GPU, no network, minutes on two cores
+  tinylmm-train                                     the embedded digits: no GPU, no network, minutes on two cores
   tinylmm-train llm=phi2 vt=siglip recipe=share     TinyLLaVA-share-Sig-Phi (`vt` is short for `vision_tower`)
   tinylmm-train recipe.stages.finetune.lr=1e-5      change any value by its dotted key
   tinylmm-train -m vt=clip,siglip seed=0,1          a sweep of four runs; what they share runs once

@@ -1,4 +1,4 @@
-"""Checks over the composed spec that one model's own validation cannot make: across groups, and of open mappings. No torch.
+"""Checks of the composed spec that no single model can make: across groups, and of open mappings. No torch.
 
 They read the plain data, not the validated models, so that they report beside pydantic's findings and not after them.
 """
@@ -40,8 +40,9 @@ _STAGE = "recipe.stages.<stage>."
 OWNED_TRAINER_KEYS = {
     "output_dir": "store", "logging_dir": "store", "run_name": "name", "project": "tracking.wandb.project",
     "seed": "seed", "data_seed": "seed", "full_determinism": "seed",
-    "learning_rate": _STAGE + "lr", "weight_decay": _STAGE + "weight_decay", "adam_beta1": _STAGE + "adam_betas",
-    "adam_beta2": _STAGE + "adam_betas", "adam_epsilon": _STAGE + "adam_epsilon", "max_grad_norm": _STAGE + "max_grad_norm",
+    "learning_rate": _STAGE + "lr", "weight_decay": _STAGE + "weight_decay",
+    "adam_beta1": _STAGE + "adam_betas", "adam_beta2": _STAGE + "adam_betas",
+    "adam_epsilon": _STAGE + "adam_epsilon", "max_grad_norm": _STAGE + "max_grad_norm",
     "num_train_epochs": _STAGE + "epochs", "max_steps": _STAGE + "max_steps", "lr_scheduler_type": _STAGE + "schedule",
     "warmup_steps": _STAGE + "warmup_ratio", "warmup_ratio": _STAGE + "warmup_ratio",
     "bf16": _STAGE + "precision", "fp16": _STAGE + "precision",
@@ -49,18 +50,20 @@ OWNED_TRAINER_KEYS = {
     "per_device_train_batch_size": "launch.micro_batch", "auto_find_batch_size": "launch.micro_batch",
     "per_device_eval_batch_size": "launch.eval_batch", "gradient_checkpointing": "launch.gradient_checkpointing",
     "activation_checkpointing": "launch.gradient_checkpointing", "dataloader_num_workers": "launch.num_workers",
-    "save_steps": "launch.save_steps", "save_strategy": "launch.save_steps", "save_total_limit": "launch.keep_checkpoints",
-    "save_only_model": "launch.save_steps", "save_on_each_node": "launch.save_steps", "enable_jit_checkpoint": "launch.save_steps",
+    "save_steps": "launch.save_steps", "save_strategy": "launch.save_steps",
+    "save_total_limit": "launch.keep_checkpoints", "save_only_model": "launch.save_steps",
+    "save_on_each_node": "launch.save_steps", "enable_jit_checkpoint": "launch.save_steps",
     "use_cpu": "launch.device", "no_cuda": "launch.device", "ddp_timeout": "launch.step_timeout_s",
     "ddp_backend": "launch", "local_rank": "launch", "deepspeed": "launch=zero2 or launch=zero3", "fsdp": "launch",
     "fsdp_config": "launch", "parallelism_config": "launch", "accelerator_config": "launch",
     "logging_steps": "tracking.log_steps", "logging_strategy": "tracking.log_steps", "report_to": "tracking",
-    "eval_strategy": "eval", "evaluation_strategy": "eval", "eval_steps": "eval", "do_eval": "eval", "do_predict": "eval",
-    "eval_on_start": "eval", "load_best_model_at_end": "eval", "metric_for_best_model": "eval",
+    "eval_strategy": "eval", "evaluation_strategy": "eval", "eval_steps": "eval", "do_eval": "eval",
+    "do_predict": "eval", "eval_on_start": "eval", "load_best_model_at_end": "eval", "metric_for_best_model": "eval",
     "do_train": "recipe", "train_sampling_strategy": "recipe", "group_by_length": "recipe", "ignore_data_skip": "",
     "resume_from_checkpoint": "", "overwrite_output_dir": "", "remove_unused_columns": "", "label_names": "",
     "logging_nan_inf_filter": "", "average_tokens_across_devices": "", "dataloader_drop_last": "",
-    "push_to_hub": "", "hub_model_id": "", "hub_strategy": "", "hub_always_push": "", "hub_private_repo": "", "hub_revision": "",
+    "push_to_hub": "", "hub_model_id": "", "hub_strategy": "", "hub_always_push": "",
+    "hub_private_repo": "", "hub_revision": "",
 }  # fmt: skip
 """TrainingArguments that tinylmm sets itself -> the key to set instead; empty where there is nothing to set."""
 
@@ -68,6 +71,7 @@ OWNED_TRAINER_KEYS = {
 def check_all(raw: Mapping[str, Any]) -> list[Fault]:
     """Return every fault in `raw`, the composed spec as plain data, that models alone do not see."""
     return [
+        *_check_strays(raw),
         *check_targets(raw),
         *_check_names(raw),
         *_check_stages(raw),
@@ -100,14 +104,14 @@ def check_targets(raw: Mapping[str, Any]) -> list[Fault]:
     )
     faults = [Fault("trust", wrong) for wrong in map(check_trust, trust) if wrong]
     for path, value in _walk(raw):
-        key = path.rsplit(".", 1)[-1].split("[")[0]
+        key = path.rsplit(".", 1)[-1]
         role = next((role for pattern, role in _ROLES if pattern.fullmatch(path)), None)
         if role is not None:
             wrong = check_target(value, trust, role) if isinstance(value, str) else None
-            faults += [Fault(path, f"{wrong}.")] if wrong else []
+            faults += [Fault(path, wrong if wrong.endswith("?") else f"{wrong}.")] if wrong else []
         elif key == "_target_":
             faults.append(Fault(path, "may not stand here: only parts and data builders are made by `_target_`."))
-        elif key in _CODE_KEYS or (key.startswith("_") and key != "_target_"):
+        elif key in _CODE_KEYS or (key.startswith("_") and not key.endswith("]")):
             faults.append(
                 Fault(path, "is refused: it could choose code to be run, and nothing here needs it.", "Remove it.")
             )
@@ -142,6 +146,22 @@ def training_arguments() -> frozenset[str]:
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
     names = (node.target for node in body if isinstance(node, ast.AnnAssign))
     return frozenset(name.id for name in names if isinstance(name, ast.Name))
+
+
+def _check_strays(raw: Mapping[str, Any]) -> list[Fault]:
+    """A misspelt stage or benchmark makes an entry that holds hardly anything: one fault, not one a missing field."""
+    kinds = (
+        ("recipe.stages", _mapping(raw, "recipe", "stages"), {"from", "data", "tune"}, "stage of this recipe"),
+        ("eval", _mapping(raw, "eval"), {"benchmark", "data", "source"}, "chosen benchmark"),
+    )
+    faults = []
+    for where, entries, needed, kind in kinds:
+        for name, entry in entries.items():
+            if isinstance(entry, Mapping) and not needed & entry.keys():
+                others = [other for other in entries if other != name]
+                fix = f"{suggestion(str(name), others)} There are: {', '.join(others) or 'none'}.".strip()
+                faults.append(Fault(f"{where}.{name}", f"is no {kind}, nor does it define one.", fix))
+    return faults
 
 
 def _check_names(raw: Mapping[str, Any]) -> list[Fault]:

@@ -54,7 +54,10 @@ def expand(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
     with _session() as (loader, vocabulary):
         words = check_words(overrides, vocabulary, loader)
         fixed = [word for word in words.good if not is_sweep(word, loader)]
-        cfg = _load(fixed)
+        try:
+            cfg = _load(fixed, vocabulary)
+        except ConfigError as error:
+            raise ConfigError([*words.faults, *error.faults]) from error
         params = cfg.hydra.sweeper.get("params") or {}
         swept = [f"{key}={value}" for key, value in params.items()]
         if not multirun and str(cfg.hydra.mode or "").rsplit(".", 1)[-1] != "MULTIRUN":
@@ -71,7 +74,7 @@ def expand(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
         faults = [*words.faults, *added.faults]
         if faults:
             first = check_words(runs[0], vocabulary, loader)
-            _finish(list(first.good), faults)
+            _finish(list(first.good), faults, vocabulary)
         return runs
 
 
@@ -86,7 +89,7 @@ def compose_run(overrides: Sequence[str]) -> RunSpec:
     """
     with _session() as (loader, vocabulary):
         words = _without_sweeps(check_words(overrides, vocabulary, loader), loader)
-        return _finish(list(words.good), list(words.faults))
+        return _finish(list(words.good), list(words.faults), vocabulary)
 
 
 def compose_all(overrides: Sequence[str], multirun: bool) -> list[tuple[list[str], RunSpec]]:
@@ -115,7 +118,7 @@ def compose_config(cfg: DictConfig, overrides: Sequence[str]) -> RunSpec:
     """
     with _session() as (loader, vocabulary):
         words = check_words(overrides, vocabulary, loader)
-        return _finish(list(words.good), list(words.faults), cfg)
+        return _finish(list(words.good), list(words.faults), vocabulary, cfg)
 
 
 def rewrite_words(overrides: Sequence[str]) -> list[str]:
@@ -151,32 +154,33 @@ def _session() -> Iterator[tuple[ConfigLoader, Vocabulary]]:
         yield loader, Vocabulary(group_choices(loader), DEFAULT_GROUPS, keys, nested)
 
 
-def _load(words: Sequence[str]) -> DictConfig:
+def _load(words: Sequence[str], vocabulary: Vocabulary) -> DictConfig:
     """Compose train.yaml with `words`; the `hydra` node is kept."""
     screen_user_files()
     try:
         cfg = compose(config_name="train", overrides=[*words, search_path()], return_hydra_config=True)
     except _ERRORS as error:
-        raise ConfigError(_translated(error)) from error
+        raise ConfigError(_translated(error, vocabulary)) from error
     faults = _check_hydra(cfg)
     if faults:
         raise ConfigError(faults)
     return cfg
 
 
-def _finish(words: list[str], faults: list[Fault], cfg: DictConfig | None = None) -> RunSpec:
+def _finish(words: list[str], faults: list[Fault], vocabulary: Vocabulary, cfg: DictConfig | None = None) -> RunSpec:
     """Compose, replace `auto`, validate; raise with `faults` and everything found on the way."""
     try:
-        cfg = _load(words) if cfg is None else cfg
-        chosen = _auto_choices(cfg, faults)
-        cfg = _load([*words, *chosen]) if chosen else cfg
+        cfg = _load(words, vocabulary) if cfg is None else cfg
+        chosen = _auto_choices(cfg, faults, vocabulary)
+        cfg = _load([*words, *chosen], vocabulary) if chosen else cfg
     except ConfigError as error:
         raise ConfigError(list(dict.fromkeys([*faults, *error.faults]))) from error
     plain, found = _plain(cfg)
     if EXPERIMENTS in plain:
         what = "the file's keys are put below its own name, where nothing reads them."
         found.append(Fault(EXPERIMENTS, what, "Let its first line be `# @package _global_`."))
-    faults = [*faults, *check_leaves(_unresolved(cfg)), *found]
+    faults = [*faults, *check_leaves(_unresolved(cfg))]
+    faults += _untold(found, {fault.where for fault in faults})
     spec, found = _validated(plain, {fault.where for fault in faults})
     faults = [*faults, *found]
     if faults or spec is None:
@@ -184,7 +188,7 @@ def _finish(words: list[str], faults: list[Fault], cfg: DictConfig | None = None
     return spec
 
 
-def _auto_choices(cfg: DictConfig, faults: list[Fault]) -> list[str]:
+def _auto_choices(cfg: DictConfig, faults: list[Fault], vocabulary: Vocabulary) -> list[str]:
     """The words that replace `data=auto` and `eval=auto`."""
     words = []
     data = OmegaConf.select(cfg, "data.name", throw_on_resolution_failure=False)
@@ -194,9 +198,7 @@ def _auto_choices(cfg: DictConfig, faults: list[Fault]) -> list[str]:
         ]
         published = OmegaConf.select(cfg, "recipe.published_data", throw_on_resolution_failure=False)
         data = "digits" if inits == ["built", "built"] or published is None else str(published)
-        choices = [
-            choice for choice in group_choices(GlobalHydra.instance().config_loader())["data"] if choice != "auto"
-        ]
+        choices = [choice for choice in vocabulary.groups["data"] if choice != "auto"]
         if data not in choices:
             wrong = choice_fault("data", data, choices)
             faults.append(Fault("recipe.published_data", wrong.what, wrong.fix))
@@ -240,7 +242,13 @@ def _validated(plain: dict[str, Any], known: set[str]) -> tuple[RunSpec | None, 
         # strict: `seed=true` or `epochs="3"` is a slip, not a number; JSON: lists stand for tuples, text for paths
         return RunSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), faults
     except ValidationError as error:
-        return None, [*faults, *(fault for fault in faults_of(error, RunSpec, plain) if fault.where not in told)]
+        return None, [*faults, *_untold(faults_of(error, RunSpec, plain), told)]
+
+
+def _untold(faults: list[Fault], told: set[str]) -> list[Fault]:
+    """Those of `faults` whose key, or a key above it, has not been told of."""
+    above = tuple(f"{where}." for where in told)
+    return [fault for fault in faults if fault.where not in told and not fault.where.startswith(above)]
 
 
 def _plain(cfg: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
@@ -249,8 +257,8 @@ def _plain(cfg: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
 
     def visit(node: Any, path: str) -> Any:
         if isinstance(node, DictConfig):
-            keys = [key for key in node if path or key != "hydra"]
-            return {str(key): item(node, key, f"{path}.{key}" if path else str(key)) for key in keys}
+            names = {str(key): key for key in node if path or key != "hydra"}
+            return {name: item(node, key, f"{path}.{name}" if path else name) for name, key in names.items()}
         if isinstance(node, ListConfig):
             return [item(node, index, f"{path}[{index}]") for index in range(len(node))]
         return str(node) if isinstance(node, Path) else node
@@ -287,12 +295,13 @@ def _check_hydra(cfg: DictConfig) -> list[Fault]:
         if not target.startswith(_HYDRAS_OWN):
             faults.append(Fault(f"hydra.{part}._target_", f"is '{target}', which is not allowed."))
     for part in ("job_logging", "hydra_logging"):
-        if "()" in str(OmegaConf.to_container(node[part], resolve=False)) or "class" in str(node[part]):
+        settings = repr(OmegaConf.to_container(node[part], resolve=False))
+        if "'()'" in settings or "'class'" in settings:
             faults.append(Fault(f"hydra.{part}", "is refused: it names code to be run."))
     return faults
 
 
-def _translated(error: Exception) -> list[Fault]:
+def _translated(error: Exception, vocabulary: Vocabulary) -> list[Fault]:
     """Faults for what Hydra, OmegaConf or the YAML parser raised: file and line, or key."""
     cause: BaseException | None = error
     while cause is not None:
@@ -301,6 +310,9 @@ def _translated(error: Exception) -> list[Fault]:
             return [Fault(f"{mark.name}, line {mark.line + 1}", f"is no valid YAML: {cause.problem}.")]
         cause = cause.__cause__
     if isinstance(error, MissingConfigException):
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group in vocabulary.groups:
+            return [choice_fault(group, name, vocabulary.groups[group])]
         return [Fault(str(error.missing_cfg_file or "config"), f"was not found: {_first_line(error)}.")]
     if isinstance(error, RecursionError):
         return [

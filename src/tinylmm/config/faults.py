@@ -1,4 +1,4 @@
-"""Turns what pydantic finds into `Fault`s in the words of the YAML: dotted key, value found, what is allowed, a suggestion.
+"""Turns what pydantic finds into `Fault`s in the YAML's words: dotted key, value found, what is allowed, suggestion.
 
 One fault a key, whatever the number of a union's branches that refused the value; no word of pydantic's own.
 """
@@ -125,9 +125,10 @@ def _range(constraints: Mapping[str, Any]) -> str:
 
 
 def _locate(model: type[BaseModel], loc: Sequence[Any], raw: Any) -> tuple[list[Any], Any] | None:
-    """Follow pydantic's location; return (path in the YAML, type there), or None for the noise of a union's other branches."""
+    """Follow pydantic's location to (path in the YAML, type there), or None for noise of a union's other branches."""
     path: list[Any] = []
     annotation: Any = model
+    parent: Any = model
     for segment in loc:
         base, _ = _plain(annotation)
         branches = [branch for branch in _branches(base) if branch is not type(None)]

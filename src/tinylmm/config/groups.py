@@ -1,8 +1,10 @@
-"""Where config groups come from: conf/ of this package, a ./conf and ./experiments of the user, plugins of Hydra. No torch."""
+"""Where config groups come from: our conf/, the user's ./conf and ./experiments, Hydra's plugins. No torch."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from tinylmm.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader  # `--help` lists choices without loading Hydra
+
+log = logging.getLogger(__name__)
 
 DEFAULT_GROUPS = ("llm", "vision_tower", "connector", "recipe", "data", "eval", "launch")
 """Groups that the defaults list of train.yaml always gives a choice."""
@@ -66,13 +70,22 @@ def group_choices(loader: ConfigLoader) -> dict[str, tuple[str, ...]]:
     groups = {}
     for group in [*DEFAULT_GROUPS, *sorted(names - {*DEFAULT_GROUPS, EXPERIMENTS})]:
         found = set(loader.get_group_options(group))
-        found |= {path.stem for path in user.glob(f"{group}/*.yaml")} if user is not None else set()
+        for path in user.glob(f"{group}/*.yaml") if user is not None else ():
+            if path.stem in found:
+                _warn_of_shadow(path)
+            found.add(path.stem)
         groups[group] = tuple(sorted(found))
     studies: set[str] = set()
     for folder in experiment_folders():
         studies |= {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
     groups[EXPERIMENTS] = tuple(sorted(studies))
     return groups
+
+
+@cache
+def _warn_of_shadow(path: Path) -> None:
+    """Once a file: ours is found first, so that a choice means the same for everyone."""
+    log.warning("%s has the name of a shipped choice and is not read; rename it to use it", path)
 
 
 def screen_user_files() -> None:

@@ -1,8 +1,8 @@
 """The words of the command line: aliases, checks and suggestions, before Hydra composes anything. No torch.
 
-Hydra stops at the first word that it does not understand, and refuses an unknown nested key without a suggestion. Here every
-word is judged, the good ones go on, and plain keys become `++key=value`, so that the spec's own check reports wrong keys
-together with everything else.
+Hydra stops at the first word that it does not understand, and refuses an unknown nested key without a suggestion. Here
+every word is judged, the good ones go on, and plain keys become `++key=value`, so that the spec's own check reports
+wrong keys together with everything else.
 """
 
 from __future__ import annotations
@@ -107,13 +107,14 @@ def check_words(words: Iterable[str], vocabulary: Vocabulary, loader: ConfigLoad
     for given in words:
         word = expand_alias(given)
         key, _, value = word.partition("=")
-        if looks_secret(key.lstrip("~+")) or holds_secret(value) or holds_secret(key):
-            faults.append(secret_fault(key.lstrip("~+")))
+        bare = key.lstrip("~+-")
+        if looks_secret(bare) or holds_secret(value) or holds_secret(bare):
+            faults.append(secret_fault(bare))
             continue
         try:
             override = parser.parse_overrides([word])[0]
-        except HydraException as error:
-            faults.append(_malformed(given, error, vocabulary))
+        except HydraException:
+            faults.append(_malformed(given, vocabulary))
             continue
         if override.key_or_group == EXPERIMENTS and not override.is_delete():
             word = _study(word, vocabulary)
@@ -209,7 +210,7 @@ def _unknown(key: str, first: str, override: Override, vocabulary: Vocabulary) -
     return Fault(redacted(key), f"unknown key '{redacted(first)}'.", fix)
 
 
-def _malformed(word: str, error: HydraException, vocabulary: Vocabulary) -> Fault:
+def _malformed(word: str, vocabulary: Vocabulary) -> Fault:
     bare = word.strip()
     shown = redacted(repr(word))
     for group, choices in vocabulary.groups.items():
@@ -221,13 +222,12 @@ def _malformed(word: str, error: HydraException, vocabulary: Vocabulary) -> Faul
         return Fault(shown, "is no override.", "Write key=value or group=choice (~key removes one).")
     if bare.startswith("-"):
         return Fault(shown, "is no option of this command.", f"A setting has no dashes: {bare.lstrip('-')}")
-    reason = str(error).splitlines()[0].split(" at '")[0] if str(error) else "it cannot be read"
     fix = "Write key=value without spaces around '='; put a value with special characters in quotes: 'key=\"a, b\"'."
-    return Fault(shown, f"cannot be read ({redacted(reason)}).", fix)
+    return Fault(shown, "cannot be read.", fix)
 
 
 def _for_hydra(override: Override, word: str, vocabulary: Vocabulary) -> str:
-    """The word as Hydra shall see it: a group is chosen or added as its defaults need, a plain key is always accepted."""
+    """The word as Hydra shall see it: a group chosen or added as the defaults need, a plain key always accepted."""
     key = override.key_or_group
     if override.is_delete() or key.startswith("hydra."):
         return word

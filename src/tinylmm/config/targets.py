@@ -1,8 +1,8 @@
 """The allow-list of `_target_`: which dotted paths a spec may name, by the role they play. No torch.
 
 A name is checked twice. `check_target` judges the text before anything is imported: the exact spelling of a class of a
-part, or of a data builder, in a package that is allowed. `resolve_target` imports it later and judges what it found, so that
-an allowed module that happens to import something else does not lend it a second name (Hydra's GHSA-37p2-j732-x8pj).
+part, or of a data builder, in a package that is allowed. `resolve_target` imports it later and judges what it found: an
+allowed module that happens to import something else shall not lend it a second name (Hydra's GHSA-37p2-j732-x8pj).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _PREFIXES: dict[Role, tuple[str, ...]] = {
 
 
 def check_trust(package: str) -> str | None:
-    """Return what is wrong with one entry of `trust`, or None: it must be a plain top-level name outside the standard library."""
+    """Return what is wrong with one entry of `trust` (a plain top-level name outside the standard library), or None."""
     if not _PACKAGE.fullmatch(package):
         return f"is {package!r}; it must be the plain name of an installed package, in lower case and without dots"
     if package in sys.stdlib_module_names:
@@ -87,7 +87,9 @@ def check_target(dotted: str, trust: Sequence[str] = (), role: Role = "llm") -> 
     if first in trust and check_trust(first) is None and len(dotted) <= MAX_LENGTH and trusted.fullmatch(dotted):
         return None
     if first in ("tinylmm", "torch", "transformers"):
-        return f"is {shown}; it must be {form}"
+        names = _names_of_transformers() if first == "transformers" else frozenset()
+        fitting = sorted(name for name in names if pattern.fullmatch(f"transformers.{name}"))
+        return f"is {shown}; it must be {form}. {suggestion(dotted.rpartition('.')[2], fitting)}".rstrip(". ")
     return f"is {shown}, which is not allowed; it must be {form}, or a class of a package that `trust` names"
 
 

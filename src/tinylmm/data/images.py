@@ -20,7 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """GIF because OCR-VQA in LLaVA's mix has some; of an animation, the first frame counts."""
 MAX_PIXELS = 50_000_000
 
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError, *_BOMBS)
 """What Pillow's readers raise on damaged files of FORMATS."""
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -81,7 +82,7 @@ def _open_header(path: Path) -> Image.Image:
     """Open without decoding, and refuse by format and size."""
     try:
         image = Image.open(path, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except _BOMBS as error:
         raise DataError(
             f"{path}: image is too large ({error}); at most {MAX_PIXELS:,} pixels. Scale it down."
         ) from error

@@ -120,13 +120,13 @@ def render(scene: Scene, scans: Scans, rng: Rng) -> np.ndarray:
 
 def _warp(scan: np.ndarray, rng: Rng) -> np.ndarray:
     """Enlarge a scan (10, 10) to a corner, a little turned, sheared, stretched and moved; values 0 to 1."""
-    angle, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15)
-    scale_x, scale_y = rng.uniform(1.4, 1.75, size=2)
+    angle, shear = rng.uniform(-0.08, 0.08), rng.uniform(-0.06, 0.06)
+    scale_x, scale_y = rng.uniform(1.5, 1.65, size=2)
     cos, sin = math.cos(angle), math.sin(angle)
     # Rows of the inverse map, from a pixel of the corner to a point of the scan, about the two centres.
     a, b = cos / scale_x, (sin + shear) / scale_x
     d, e = -sin / scale_y, cos / scale_y
-    move_x, move_y = rng.uniform(-1.5, 1.5, size=2) + CORNER / 2
+    move_x, move_y = rng.uniform(-0.7, 0.7, size=2) + CORNER / 2
     half = scan.shape[0] / 2
     matrix = (a, b, half - a * move_x - b * move_y, d, e, half - d * move_x - e * move_y)
     corner = Image.fromarray(scan).transform(

@@ -15,12 +15,13 @@ from typing import Any
 from rich.console import Console
 
 from tinylmm.config.compose import run_name
-from tinylmm.errors import EXIT_DONE, StageFailedError, StoppedError, TinyLMMError
+from tinylmm.errors import EXIT_DONE, IntegrityError, StageFailedError, StoppedError, TinyLMMError
 from tinylmm.launch.progress import StageProgress
 from tinylmm.launch.torchrun import LOG_FILE, run_ranks
 from tinylmm.launch.worker import RESULT_FILE, run_stage
 from tinylmm.stages.claims import Claim
 from tinylmm.stages.graph import Stage
+from tinylmm.stages.housekeeping import remove
 from tinylmm.stages.job import JOB_FILE, METRICS_FILE, StageJob
 from tinylmm.stages.planner import RunPlan, require_files
 from tinylmm.stages.provenance import now
@@ -43,6 +44,11 @@ class RunOutcome:
     folder: Path
     exit_code: int
     error: str | None
+
+
+def failed_before_start(overrides: list[str], error: TinyLMMError) -> RunOutcome:
+    """The outcome of a run of a sweep that was refused before it had a folder."""
+    return RunOutcome(" ".join(overrides), Path(), error.exit_code, str(error))
 
 
 def execute(plan: RunPlan, console: Console) -> RunOutcome:
@@ -92,19 +98,31 @@ def _run_stages(plan: RunPlan, store: Store, ledger: _Ledger) -> BaseException |
 
 def _ensure(stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger, title: str) -> float | None:
     """Make sure the store has the stage; returns the seconds it took to run, None if it was there."""
-    if store.is_complete(stage):
-        store.check_spec(stage)
+    if _reusable(stage, store, ledger.console):
         return None
 
     def waiting(owner: dict[str, Any]) -> None:
         ledger.console.print(f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it", highlight=False)
 
     with Claim(store.root, stage.key, on_wait=waiting):
-        if store.is_complete(stage):  # the one we waited for has finished it
-            store.check_spec(stage)
+        if store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
             return None
         ledger.mark(stage, "running")
         return _run(stage, plan, store, ledger.console, title)
+
+
+def _reusable(stage: Stage, store: Store, console: Console) -> bool:
+    """Whether the store has the stage, every byte of it; a damaged one is named and asked for again."""
+    if not store.is_complete(stage):
+        return False
+    try:
+        store.open_output(stage)
+    except IntegrityError as error:
+        if store.is_complete(stage):  # whole, but for another spec: nothing to repair
+            raise
+        console.print(str(error), style="yellow", highlight=False, markup=False)
+        return False
+    return True
 
 
 def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str) -> float:
@@ -135,7 +153,7 @@ def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str
             f"  The same command tries it again from its last checkpoint."
         ) from error
     for name in SCRATCH:
-        (work / name).unlink(missing_ok=True)
+        remove(work / name)
     (work / METRICS_FILE).touch()
     store.publish(stage, summary, started)
     return time.monotonic() - clock

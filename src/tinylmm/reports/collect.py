@@ -1,7 +1,7 @@
 """Reads runs and the stages they point at from a store into plain records. No torch.
 
-A report is asked for when something went wrong, too, so a run that failed or still runs and a stage that was deleted are
-all readable: what is missing becomes a note on the report. Files that contradict each other are an error all the same.
+A report is asked for when something went wrong, too, so a run that failed or still runs and a stage that was deleted
+are all readable: what is missing becomes a note on the report. Files that contradict each other are still an error.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
 def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """Pick up to `limit` generations, balanced over categories, then over right and wrong.
 
-    The order within a group is that of the SHA-256 of the question's id: the same choice every time, and nobody's taste.
+    The order within a group is that of the SHA-256 of the question's id: always the same choice, and nobody's taste.
     Holds `limit` rows a group at most, however long the file.
     """
     groups: dict[tuple[str, bool], list[tuple[int, int, dict[str, Any]]]] = {}

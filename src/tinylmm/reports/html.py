@@ -48,7 +48,7 @@ def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
     return {
         "id": identifier,
         "record": run,
-        "verdict": verdict(run),
+        "verdict": verdict(run).replace(" %", "\N{NO-BREAK SPACE}%"),
         "headline": {"stage": headline[0], "score": headline[1], "interval": headline[1].interval()}
         if headline
         else None,

@@ -29,7 +29,7 @@ INK, MUTED, LINE, ACCENT, SOFT, BLIND, WRONG = (
 )
 COLUMNS, ROWS = 3, 2
 LINE_CHARS, LABEL_CHARS = 28, 18
-"""What fits under an image at 10.5 points, and beside a bar at 11, in letters of usual width; wider ones are clipped."""
+"""What fits under an image at 10.5 points and beside a bar at 11, in letters of usual width; wider ones are clipped."""
 MAX_ROWS = 9
 """Question types that fit into the chart's height with readable labels."""
 LEGEND: dict[str, Any] = {
@@ -114,9 +114,11 @@ def _draw_examples(figure: Figure, examples: list[Example]) -> None:
         lines = [(line, INK, "normal") for line in _wrapped(example.question, 3)]
         mark = "✓" if example.answer.correct else "✗"
         colour = ACCENT if example.answer.correct else WRONG
-        lines += [(line, colour, "bold") for line in _wrapped(f"{mark} {example.answer.text or '(empty)'}", 1)]
-        if not example.answer.correct:
-            lines += [(line, MUTED, "normal") for line in _wrapped(f"truth: {example.truth}", 1)]
+        lines += [
+            (line, colour, "bold") for line in [_cut(f"{mark} {_line(example.answer.text) or '(empty)'}", LINE_CHARS)]
+        ]
+        if not example.answer.correct or not example.answer.literal(example.truth):
+            lines += [(line, MUTED, "normal") for line in [_cut(f"truth: {_line(example.truth)}", LINE_CHARS)]]
         for number, (line, colour, weight) in enumerate(lines):
             height = top - side - 0.03 - number * 0.032
             text = figure.text(left, height, line, fontsize=10.5, color=colour, fontweight=weight, va="center")
@@ -126,7 +128,18 @@ def _draw_examples(figure: Figure, examples: list[Example]) -> None:
 
 def _wrapped(text: str, lines: int) -> list[str]:
     """At most `lines` lines of `LINE_CHARS`; what does not fit ends in an ellipsis."""
-    return textwrap.wrap(" ".join(text.split()), LINE_CHARS, max_lines=lines, placeholder=" …") or [""]
+    wrapped = textwrap.wrap(_line(text), LINE_CHARS) or [""]
+    return (
+        wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], _cut(" ".join(wrapped[lines - 1 :]), LINE_CHARS)]
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def _draw_scores(figure: Figure, run: RunRecord) -> None:
@@ -190,7 +203,7 @@ def _value(row: ScoreRow, stage: str) -> float | None:
 
 def _label(run: RunRecord, row: ScoreRow) -> str:
     name = "all questions" if row.last.overall else row_label(run, row).rpartition(": ")[2]
-    return f"{name if len(name) <= LABEL_CHARS else name[: LABEL_CHARS - 1] + '…'}  ({row.last.count:,})"
+    return f"{_cut(name, LABEL_CHARS)}  ({row.last.count:,})"
 
 
 def _finish_axes(axes: Axes, labels: list[str]) -> None:

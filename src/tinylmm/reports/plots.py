@@ -1,7 +1,7 @@
 """Loss curves as SVG to be put into a page. The one module of the HTML report that knows matplotlib, imported at use.
 
-No text of the user's goes into a figure (captions are the page's), so nothing needs escaping here. Colours are the page's
-own: matplotlib draws in stand-in colours, which are then replaced by CSS variables, so that one SVG suits light and dark.
+No text of the user's goes into a figure (captions are the page's), so nothing needs escaping here. Colours are the
+page's own: matplotlib draws in stand-ins that are then replaced by CSS variables, so one SVG suits light and dark.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ def loss_svg(steps: Sequence[int], losses: Sequence[float], identifier: str) -> 
 
 
 def _for_page(svg: str, identifier: str) -> str:
-    """Take prolog, metadata and global styles off, let the page size it, prefix ids, use the page's colours and font."""
+    """Take prolog, metadata and global styles off; let the page set size, colours and font; prefix ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\swidth="[^"]*pt"', "", re.sub(r'\sheight="[^"]*pt"', "", svg, count=1), count=1)
     svg = re.sub(r'\bid="', f'id="{identifier}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{identifier}-", svg)
-    svg = re.sub(r"font: 8px [^;\"]*", "font: 8px inherit", svg).replace("font: 8px inherit", "font-size: 8px")
+    svg = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     for stand_in, variable in CSS_COLOURS.items():
         svg = svg.replace(stand_in, variable)
     return svg.replace("<svg ", '<svg role="img" aria-hidden="true" ', 1)

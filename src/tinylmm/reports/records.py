@@ -72,6 +72,10 @@ class Answer:
     text: str
     correct: bool
 
+    def literal(self, truth: str) -> bool:
+        """Whether the text is the truth word for word, so that showing both says nothing more."""
+        return self.text.strip().lower() == truth.strip().lower()
+
 
 @dataclass(frozen=True)
 class Example:
@@ -128,7 +132,7 @@ class StageRecord:
     """Last traceback of a failed stage."""
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
-        """Steps and finite values of one logged quantity; of a step logged twice (resumed work) the later one counts."""
+        """Steps and finite values of one logged quantity; of a step logged twice (resumed) the later counts."""
         points = {int(row["step"]): row[name] for row in self.metrics if "step" in row and row.get(name) is not None}
         kept = {step: float(value) for step, value in points.items() if isfinite(value)}
         return sorted(kept), [kept[step] for step in sorted(kept)]

@@ -1,4 +1,4 @@
-"""Images as they are put into a report: small ones as they are, large ones reduced; a bad one becomes a reason, not a crash."""
+"""Images for a report: small ones as they are, large ones reduced; a bad one becomes a reason to show, not a crash."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def verdict(run: RunRecord) -> str:
         return progress or "The run is done; it had no evaluation."
     stage, score = run.headline
     unit = " %" if score.is_share else ""
-    subject = f"{score.value:.1f} % of {score.count:,} held-out questions ({words(score.benchmark)}) are answered right after {stage}"
+    questions = f"{score.count:,} held-out questions ({words(score.benchmark)})"
+    subject = f"{score.value:.1f} % of {questions} are answered right after {stage}"
     if not score.is_share:
         subject = f"{words(score.metric)} on {words(score.benchmark)} is {score.value:.1f} after {stage}"
     against = [
@@ -108,21 +109,29 @@ def recipe_rows(spec: dict[str, Any]) -> list[dict[str, str]]:
             "trains": ", ".join(_tuned(stage.get("tune") or {})) or "nothing",
             "lr": _rates(stage.get("lr")),
             "batch": str(stage.get("global_batch", ABSENT)),
-            "length": f"{stage['max_steps']} steps" if stage.get("max_steps") else f"{stage.get('epochs', 1):g} epochs",
+            "length": f"{stage['max_steps']} steps" if stage.get("max_steps") else _epochs(stage.get("epochs", 1)),
         }
         for name, stage in stages.items()
     ]
 
 
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch{'' if count == 1 else 's'}"
+
+
+def _part(key: str) -> str:
+    return "LLM" if key == "llm" else words(key)
+
+
 def _tuned(tune: dict[str, Any]) -> Iterable[str]:
     for part, how in tune.items():
         if isinstance(how, dict):
-            yield f"{words(part)} from layer {how.get('from_layer')}"
+            yield f"{_part(part)} from layer {how.get('from_layer')}"
         elif how != "frozen":
-            yield words(part) if how == "full" else f"{words(part)} ({how})"
+            yield _part(part) if how == "full" else f"{_part(part)} ({how})"
 
 
 def _rates(rate: Any) -> str:
     if isinstance(rate, dict):
-        return ", ".join(f"{words(part)} {value:g}" for part, value in rate.items())
+        return ", ".join(f"{_part(part)} {value:g}" for part, value in rate.items())
     return f"{rate:g}" if rate is not None else ABSENT

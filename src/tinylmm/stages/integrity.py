@@ -134,9 +134,8 @@ def write_manifest(
         TinyLMMError: the disk is full.
     """
     (folder / MARKER_FILE).unlink(missing_ok=True)
-    for name in (MANIFEST_FILE, MARKER_FILE):
-        for leftover in folder.glob(f".{name}.*.tmp"):  # of a write that was killed
-            leftover.unlink()
+    for leftover in folder.glob(".*.tmp"):  # of a `write_atomic` that was killed
+        leftover.unlink()
     skip = {*skip, MANIFEST_FILE}
     sync_folder(folder, skip)
     files = hash_folder(folder, known, skip)

@@ -118,7 +118,7 @@ class _Files:
 
     def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
         assert data.root is not None  # sources of built data are identified by their stage
-        source, root = data.sources[name], Path(data.root)
+        source, root = data.sources[name], Path(data.root).absolute()
         annotations = root / source.annotations
         how = source.how_to_get or f"set data.sources.{name}.annotations to the file you have"
         if not annotations.is_file():

@@ -75,8 +75,8 @@ class _Tally:
 def run(job: StageJob) -> dict[str, Any]:
     """Write `output/samples` (a `datasets` folder) and `output/report.json`; return counts for the manifest.
 
-    Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the source's
-    image folder. Nothing is cut here, because how many tokens an image takes is not known yet.
+    Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the
+    source's image folder. Nothing is cut here, because how many tokens an image takes is not known yet.
 
     Raises:
         DataError: the annotation file cannot be read, or more records are bad than `on_bad` and `max_bad` allow; the
@@ -275,6 +275,7 @@ def _publish(rows: Path, job: StageJob) -> None:
     table = datasets.Dataset.from_file(str(rows)).data
     info = datasets.DatasetInfo(features=FEATURES)
     dataset = datasets.Dataset(table, info=info, fingerprint=job.digest[:16])
+    datasets.disable_progress_bars()  # the command shows its own
     dataset.save_to_disk(samples)
 
 

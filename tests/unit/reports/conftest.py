@@ -81,7 +81,7 @@ class StoreBuilder:
             picture.save(folder / f"{index}.png")
 
     def evaluation(self, model: str, right_of_ten: int, **change: Any) -> Path:
-        """An eval stage on `model` that answers `right_of_ten` of ten questions rightly; `change` goes into each row."""
+        """An eval stage on `model` that answers `right_of_ten` of ten rightly; `change` goes into each row."""
         parents = {"model": digest_of(model), "data": digest_of("digits")}
         folder = self.stage(
             "eval", f"digits@{model}", {"source": {"file": "test.jsonl", "images": "images/test"}}, parents=parents
@@ -117,7 +117,7 @@ class StoreBuilder:
         write(folder / "output" / "scores.json", {"benchmark": "digits", "protocol": "exact match", "metrics": metrics})
 
     def run(self, name: str, *, status: str = "done", finished: str | None = MINUTE_DONE, **stage_status: str) -> Path:
-        """A run that points at every stage written so far; `stage_status` maps stage names to other statuses than run."""
+        """A run that points at every stage written so far; `stage_status` says which have another status than run."""
         stages = [
             {
                 **record,

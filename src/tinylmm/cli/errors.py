@@ -1,0 +1,23 @@
+"""How a command ends: our own errors as their message and exit code, anything else with its traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from tinylmm.errors import EXIT_STOPPED, TinyLMMError
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; the message of an error of ours goes to stderr without a traceback."""
+    logging.captureWarnings(True)  # a warning belongs into the log, not between a progress line and a table
+    logging.getLogger().setLevel(logging.INFO)
+    try:
+        return command() or 0
+    except TinyLMMError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues\n")
+        return EXIT_STOPPED

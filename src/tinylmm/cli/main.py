@@ -1,0 +1,49 @@
+"""`tinylmm`: everything around training. Each command imports what it needs when it runs, so that `--help` stays quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tinylmm import __version__
+from tinylmm.cli import store
+from tinylmm.cli.errors import guarded
+from tinylmm.cli.plan import plan
+from tinylmm.cli.report import report
+
+app = typer.Typer(
+    help="Plan, look at and keep experiments with small large-multimodal models. To train: tinylmm-train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("plan")(plan)
+app.command("runs")(store.runs)
+app.command("report")(report)
+app.add_typer(store.app, name="store")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of `tinylmm`."""
+
+    def command() -> int:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else 0
+
+    try:
+        sys.exit(guarded(command))
+    except typer.TyperException as error:  # a wrong option of the command line: typer's own words
+        error.show()
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

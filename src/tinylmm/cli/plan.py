@@ -1,0 +1,45 @@
+"""`tinylmm plan`: the stage graph of a run or a sweep with each stage's status; touches neither weights nor torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def plan(
+    overrides: Annotated[list[str] | None, typer.Argument(help="The same words as for tinylmm-train.")] = None,
+    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Plan a sweep.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show which stages a run or a sweep would run, and which it would reuse."""
+    from tinylmm.config.compose import compose_all, run_name
+    from tinylmm.stages.planner import plan_record, plan_run
+
+    plans = [plan_run(spec, run_name(spec), words) for words, spec in compose_all(overrides or [], multirun)]
+    record = plan_record(plans)
+    if as_json:
+        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(_table(record))
+    totals = record["totals"]
+    if totals["runs"] > 1:
+        shared = ", ".join(f"{n} of {totals['asked'][kind]} {kind}" for kind, n in totals["distinct"].items())
+        console.print(f"{totals['runs']} runs; distinct stages: {shared}", highlight=False)
+    for item in record["missing"]:
+        console.print(f"missing: {item['what']}\n  looked at:  {item['looked_at']}\n  how to get: {item['how_to_get']}", markup=False, highlight=False)
+
+
+def _table(record: dict[str, Any]) -> Table:
+    todo = sum(stage["status"] == "todo" for stage in record["stages"])
+    table = Table("kind", "name", "digest", "needs", "status", title=f"{len(record['stages'])} stages, {todo} to do", title_justify="left")
+    for stage in record["stages"]:
+        colour = "green" if stage["status"] == "complete" else "yellow"
+        parents = " ".join(parent[:8] for parent in stage["parents"])
+        table.add_row(stage["kind"], escape(stage["name"]), stage["digest"][:12], parents, f"[{colour}]{stage['status']}[/{colour}]")
+    return table

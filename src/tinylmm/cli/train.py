@@ -1,0 +1,140 @@
+"""`tinylmm-train`: the Hydra app. Compose, check, run what the store lacks, print the results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tinylmm.cli.errors import guarded
+from tinylmm.cli.help import train_help
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tinylmm.config.spec import RunSpec
+    from tinylmm.launch.runner import RunOutcome
+
+HELP = {"-h", "--help"}
+MULTIRUN = {"-m", "--multirun"}
+QUIET_LOGGERS = ("transformers", "deepspeed", "datasets", "accelerate", "torch", "httpx", "filelock")
+
+
+def main() -> None:
+    """Entry point of `tinylmm-train`."""
+    sys.exit(guarded(lambda: run(sys.argv[1:])))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command with these words; returns the exit code."""
+    if HELP & set(arguments):
+        sys.stdout.write(train_help())
+        return 0
+    if any(word.startswith("--") and word not in MULTIRUN for word in arguments):
+        return _hydras_own(arguments)  # --cfg job, --info, --config-dir ...
+    from tinylmm.config.compose import compose_all
+
+    multirun = bool(MULTIRUN & set(arguments))
+    overrides = [word for word in arguments if word not in MULTIRUN]
+    runs = compose_all(overrides, multirun)  # every fault of every run, before the first one starts
+    from rich.console import Console
+
+    console = Console()
+    if len(runs) == 1:
+        outcomes = [_execute(runs[0][1], runs[0][0], console)]
+    else:
+        outcomes = _sweep(overrides, console)
+    return _finish(outcomes, console)
+
+
+def _execute(spec: RunSpec, overrides: Sequence[str], console: Console) -> RunOutcome:
+    from tinylmm.config.compose import run_name
+    from tinylmm.stages.planner import plan_run, require_files
+
+    plan = plan_run(spec, run_name(spec), overrides)
+    require_files(plan)  # before anything heavy is imported
+    from tinylmm.launch.runner import execute
+
+    return execute(plan, console)
+
+
+def _sweep(overrides: list[str], console: Console) -> list[RunOutcome]:
+    """Hand a multirun to Hydra's launcher (one job after another); a failed run does not keep the others from running."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from tinylmm.config.compose import compose_config, rewrite_words, search_path
+    from tinylmm.errors import EXIT_STOPPED, TinyLMMError
+    from tinylmm.launch.runner import RunOutcome, failed_before_start
+
+    outcomes: list[RunOutcome] = []
+
+    def job(cfg: DictConfig) -> None:
+        words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
+        console.rule(" ".join(words), align="left")
+        try:
+            outcome = _execute(compose_config(cfg, words), words, console)
+        except TinyLMMError as error:
+            outcome = failed_before_start(words, error)
+        outcomes.append(outcome)
+        if outcome.error is not None:
+            console.print(outcome.error, style="red", highlight=False, markup=False)
+        if outcome.exit_code == EXIT_STOPPED:  # SystemExit passes through Hydra's launcher: the sweep ends here
+            raise SystemExit(EXIT_STOPPED)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], "--multirun", *rewrite_words(overrides), search_path()]
+    try:
+        hydra.main(config_path="pkg://tinylmm.conf", config_name="train", version_base="1.3")(job)()
+    except SystemExit as stop:
+        if stop.code != EXIT_STOPPED:
+            raise
+    return outcomes
+
+
+def _finish(outcomes: list[RunOutcome], console: Console) -> int:
+    """Write the report of the runs that finished, print its table, and return the worst exit code."""
+    from tinylmm.reports.collect import collect_report
+    from tinylmm.reports.tables import render_scores
+    from tinylmm.reports.write import write_files
+
+    finished = [outcome for outcome in outcomes if outcome.error is None]
+    if finished:
+        report = collect_report(finished[0].folder.parents[1], [outcome.name for outcome in finished])
+        paths = write_files(report)
+        console.print(render_scores(report))
+        console.print(f"report   {paths.html}", highlight=False, soft_wrap=True)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            sys.stderr.write(f"run {outcome.name}: {outcome.error}\n")
+    codes = {outcome.exit_code for outcome in outcomes}
+    return next((code for code in (75, 1, 2) if code in codes), 0)
+
+
+def _hydras_own(arguments: Sequence[str]) -> int:
+    import hydra
+    from omegaconf import DictConfig
+
+    from tinylmm.config.compose import rewrite_words, search_path
+
+    flags = [word for word in arguments if word.startswith("-")]
+    words = [word for word in arguments if not word.startswith("-")]
+    # A flag's own argument (`--cfg job`) is no override: what follows a flag and has no `=` stays beside it.
+    values = [word for word in words if "=" not in word and not word.startswith("~")]
+    overrides = [word for word in words if word not in values]
+
+    def refuse(cfg: DictConfig) -> None:
+        from tinylmm.errors import UserError
+
+        raise UserError(f"tinylmm-train takes no {', '.join(flags)} together with a run; see tinylmm-train --help")
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *(w for w in arguments if w in flags or w in values), *rewrite_words(overrides), search_path()]
+    hydra.main(config_path="pkg://tinylmm.conf", config_name="train", version_base="1.3")(refuse)()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

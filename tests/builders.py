@@ -1,0 +1,92 @@
+"""The smallest real objects: random tiny configs of the real classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from tinylmm.models.checkpoint import LoadedModel, describe
+from tinylmm.models.connectors import MLPConnector
+from tinylmm.models.lmm import LMM
+from tinylmm.models.vision import HFVisionTower
+
+WIDTH, VOCAB, IMAGE_SIZE, PATCH = 32, 320, 16, 8
+LLAMA = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH,
+}
+IMAGE = {"size": IMAGE_SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash", "resample": "bicubic"}
+
+
+def tiny_tower(kind: str = "siglip", select_layer: int = -2, select: str = "patch", drop: bool = False) -> HFVisionTower:
+    encoder = SiglipVisionModel(SiglipVisionConfig(**VISION)) if kind == "siglip" else CLIPVisionModel(CLIPVisionConfig(**VISION))
+    return HFVisionTower(encoder, select_layer, select, drop)
+
+
+def tiny_lmm(seed: int = 0, kind: str = "siglip") -> LMM:
+    torch.manual_seed(seed)
+    llm = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    tower = tiny_tower(kind)
+    return LMM(llm, tower, MLPConnector(tower.hidden_size, WIDTH), "llama")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<s>", "</s>", "<unk>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["A chat between a curious user and an assistant. USER: what is it? ASSISTANT: a red 3"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def tiny_loaded(seed: int = 0) -> LoadedModel:
+    identities: dict[str, dict[str, Any]] = {
+        "llm": {"_target_": "transformers.LlamaForCausalLM"},
+        "vision_tower": {
+            "_target_": "tinylmm.models.vision.HFVisionTower",
+            "encoder": "transformers.SiglipVisionModel",
+            "image": IMAGE,
+        },
+    }
+    connector = {"_target_": "tinylmm.models.connectors.MLPConnector", "options": {}}
+    tower_output = {"select_layer": -2, "select": "patch", "drop_first_token": False}
+    return LoadedModel(tiny_lmm(seed), tiny_tokenizer(), describe(identities, tower_output, connector, "llama"), None)
+
+
+def record(sample_id: str, ids: list[int], supervised: int, images: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A prepared row whose last `supervised` tokens are answers."""
+    labels = [-100] * (len(ids) - supervised) + ids[len(ids) - supervised :]
+    return {"sample_id": sample_id, "input_ids": ids, "labels": labels, "images": list(images)}
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

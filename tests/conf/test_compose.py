@@ -1,0 +1,173 @@
+"""Every YAML that is shipped composes to a valid spec, and means what its paper says."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinylmm.config.compose import compose_all, compose_config, compose_run, expand, rewrite_words, run_name
+from tinylmm.config.groups import DEFAULT_GROUPS, conf_folder
+from tinylmm.config.spec import RunSpec
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = sorted(path.relative_to(conf_folder()) for path in conf_folder().rglob("*/*.yaml"))
+STUDIES = sorted(path.relative_to(REPOSITORY / "experiments") for path in (REPOSITORY / "experiments").rglob("*.yaml"))
+PUBLISHED = ["llm=phi2", "vt=siglip"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_every_choice_composes_with_the_defaults(path: Path) -> None:
+    group, choice = path.parent.as_posix(), path.stem
+    words = [f"{group}={choice}"]
+    if choice == "llava_v1_5":
+        words.append("recipe=base")
+    if choice == "sharegpt4v":
+        words.append("recipe=share")
+    spec = compose_run(words)
+    if choice not in ("auto", "none", "local") and group not in ("launch", "eval"):
+        assert getattr(spec, group).name == choice
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_every_file_begins_by_saying_what_it_is(path: Path) -> None:
+    first = (conf_folder() / path).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ") and len(first) > 20
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=str)
+def test_every_study_composes_all_its_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert compose_all([f"+experiments={path.with_suffix('').as_posix()}"], multirun=True)
+
+
+def test_the_default_is_the_embedded_experiment() -> None:
+    spec = compose_run([])
+    assert run_name(spec) == "nano-nano-mlp-base"
+    assert (spec.data.name, list(spec.eval), spec.launch.backend) == ("digits", ["digits"], "local")
+    assert spec.eval["digits"].data == spec.data
+
+
+def test_nano_share_trains_the_upper_half_of_the_tower() -> None:
+    tune = compose_run(["recipe=share"]).recipe.stages["share_pretrain"].tune.vision_tower
+    assert not isinstance(tune, str) and tune.from_layer == 0.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "lr", "batch", "length", "template"),
+    [
+        ("base", "pretrain", 1e-3, 256, 2048, "pretrain"),
+        ("base", "finetune", 2e-5, 128, 2048, "auto"),
+        ("share", "pretrain", 1e-3, 256, 2048, "pretrain"),
+        ("share", "share_pretrain", 2e-5, 256, 3072, "pretrain"),
+        ("share", "finetune", 2e-5, 128, 3072, "auto"),
+    ],
+)
+def test_recipes_carry_the_published_numbers(
+    recipe: str, stage: str, lr: float, batch: int, length: int, template: str
+) -> None:
+    found = compose_run([*PUBLISHED, f"recipe={recipe}"]).recipe.stages[stage]
+    assert (found.lr, found.global_batch, found.max_length, found.template) == (lr, batch, length, template)
+    assert (found.warmup_ratio, found.schedule, found.weight_decay, found.epochs) == (0.03, "cosine", 0.0, 1)
+
+
+def test_share_begins_with_the_very_pretraining_of_base_and_unfreezes_from_layer_12() -> None:
+    base, share = (compose_run([*PUBLISHED, f"recipe={name}"]) for name in ("base", "share"))
+    assert share.recipe.stages["pretrain"] == base.recipe.stages["pretrain"]
+    assert share.data.sources["pretrain"] == base.data.sources["pretrain"]
+    tune = share.recipe.stages["share_pretrain"].tune
+    assert not isinstance(tune.vision_tower, str) and tune.vision_tower.from_layer == 12
+    assert (tune.llm, tune.connector) == ("full", "full")
+
+
+def test_an_llm_of_another_scale_brings_its_own_numbers() -> None:
+    words = [*PUBLISHED, "recipe=share", "llm.scale={alignment: {lr: 0.5}, share: {from_layer: 0.25}}"]
+    stages = compose_run(words).recipe.stages
+    assert (stages["pretrain"].lr, stages["share_pretrain"].lr, stages["finetune"].lr) == (0.5, 2e-5, 2e-5)
+    tune = stages["share_pretrain"].tune.vision_tower
+    assert not isinstance(tune, str) and tune.from_layer == 0.25
+
+
+def test_auto_means_the_published_data_and_no_benchmark_for_published_parts() -> None:
+    spec = compose_run([*PUBLISHED, "recipe=share"])
+    assert (run_name(spec), spec.data.name, spec.eval) == ("phi2-siglip-mlp-share", "sharegpt4v", {})
+
+
+def test_the_alias_and_plain_keys_reach_the_spec() -> None:
+    spec = compose_run(["llm=phi2", "vt=clip", "vt.select_layer=-1", "seed=7", "trainer.optim=adafactor", "name=mine"])
+    assert (spec.vision_tower.name, spec.vision_tower.select_layer, spec.seed, run_name(spec)) == ("clip", -1, 7, "mine")
+    assert spec.trainer == {"optim": "adafactor"}
+
+
+def test_a_sweep_runs_in_hydras_order() -> None:
+    runs = expand(["llm=phi2", "vt=clip,siglip", "seed=0,1"], multirun=True)
+    assert runs == [
+        ["llm=phi2", f"vision_tower={tower}", f"seed={seed}"] for tower in ("clip", "siglip") for seed in ("0", "1")
+    ]
+    towers = [compose_run(run).vision_tower.name for run in runs]
+    assert towers == ["clip", "clip", "siglip", "siglip"]
+
+
+def test_an_experiment_sweeps_by_its_own_yaml_and_the_command_line_wins() -> None:
+    study = Path("experiments/towers")
+    study.mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /llm: phi2\n  - override /vision_tower: clip\nseed: 3\n"
+    text += "hydra:\n  sweeper:\n    params:\n      vt: clip,siglip\n      recipe.stages.pretrain.lr: 1e-3,2e-3\n"
+    (study / "towers.yaml").write_text(text)
+    runs = [spec for _, spec in compose_all(["+experiments=towers"], multirun=True)]
+    assert [(run.vision_tower.name, run.recipe.stages["pretrain"].lr, run.seed) for run in runs] == [
+        ("clip", 0.001, 3), ("clip", 0.002, 3), ("siglip", 0.001, 3), ("siglip", 0.002, 3),
+    ]  # fmt: skip
+    assert len(compose_all(["+experiments=towers", "vt=siglip", "seed=5"], multirun=True)) == 2
+
+
+def test_a_conf_folder_of_the_user_extends_a_group_but_shadows_nothing() -> None:
+    Path("conf/llm").mkdir(parents=True)
+    Path("conf/llm/mine.yaml").write_text("# Mine.\ndefaults: [phi2, _self_]\nname: mine\n")
+    Path("conf/llm/phi2.yaml").write_text("name: stolen\n")
+    assert compose_run(["llm=mine", "vt=clip"]).llm.name == "mine"
+    assert compose_run(["llm=phi2", "vt=clip"]).llm.name == "phi2"
+
+
+def test_the_repository_as_working_folder_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = compose_run(PUBLISHED)
+    monkeypatch.chdir(REPOSITORY)
+    assert compose_run(PUBLISHED) == elsewhere
+
+
+def test_a_spec_survives_its_own_dump() -> None:
+    spec = compose_run([*PUBLISHED, "recipe=share"])
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_composing_writes_nothing_and_is_quick(tmp_path: Path) -> None:
+    compose_run(PUBLISHED)
+    start = time.perf_counter()
+    compose_run([*PUBLISHED, "recipe=share"])
+    assert time.perf_counter() - start < 1.5
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_hydra_composes_itself_gives_the_same_spec() -> None:
+    from hydra import compose, initialize_config_module
+
+    words = [*PUBLISHED, "seed=4"]
+    with initialize_config_module("tinylmm.conf", version_base="1.3"):
+        cfg = compose("train", rewrite_words(words))
+        assert compose_config(cfg, words) == compose_run(words)
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys; from tinylmm.config.compose import compose_run; compose_run(['llm=phi2', 'vt=clip', 'trainer.optim=x'])"
+    code += "; from tinylmm.cli.help import train_help; train_help()"
+    code += "; assert not {'torch', 'transformers', 'datasets', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_help_lists_every_group_and_choice_without_hydra() -> None:
+    code = "import sys; from tinylmm.cli.help import train_help; print(train_help()); assert 'hydra' not in sys.modules"
+    text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert all(f"\n  {group}\n" in text for group in DEFAULT_GROUPS)
+    assert all(path.stem in text for path in SHIPPED)

@@ -1,0 +1,190 @@
+"""Hostile and damaged images are refused by name; the transform equals transformers' image processors."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from tinylmm.data.images import ImageTransform, check_image, open_image, safe_path
+from tinylmm.errors import DataError
+
+Check = Callable[[Path], object]
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be width x height."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    noise(4, 4).save(folder / "a.png")
+    noise(4, 4).save(folder / "sub" / "b.png")
+    (folder / "inside.png").symlink_to(folder / "sub" / "b.png")
+    (tmp_path / "secret.png").write_bytes((folder / "a.png").read_bytes())
+    (tmp_path / "images2").mkdir()
+    noise(4, 4).save(tmp_path / "images2" / "c.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "folder").symlink_to(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("relative", ["a.png", "sub/b.png", "sub/../a.png", "./a.png", "inside.png"])
+def test_path_inside_the_root_is_accepted(root: Path, relative: str) -> None:
+    assert safe_path(root, relative).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("relative", "message"),
+    [
+        ("../secret.png", "leads out of the image folder"),
+        ("sub/../../secret.png", "leads out"),
+        ("../images2/c.png", "leads out"),
+        ("link.png", "leads out"),
+        ("folder/secret.png", "leads out"),
+        ("folder/images2/c.png", "leads out"),
+        ("/etc/hostname", "must be relative"),
+        ("", "must be relative"),
+        ("a\0.png", "must be relative"),
+        ("gone.png", "'gone.png': not found"),
+        ("a.png/b", "not found"),
+        ("x" * 5000, "not found"),
+        ("sub", "no regular file"),
+    ],
+    ids=lambda value: value[:20].replace("\0", "NUL") or "empty",
+)
+def test_path_that_is_no_file_inside_the_root_is_refused(root: Path, relative: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        safe_path(root, relative)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_known_formats_open_as_rgb(tmp_path: Path, name: str, mode: str) -> None:
+    noise(9, 5).convert(mode).save(tmp_path / name)
+    check_image(tmp_path / name)
+    image = open_image(tmp_path / name)
+    assert (image.mode, image.size) == ("RGB", (9, 5))
+
+
+DAMAGED = {
+    "text": (b"hello", "not a readable"),
+    "empty": (b"", "not a readable"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable"),
+    "bomb-196-megapixels": (png_header(14_000, 14_000), "14000 x 14000 = 196,000,000 pixels|too large"),
+    "bomb-60-megapixels": (png_header(10_000, 6_000), "60,000,000 pixels.*at most 50,000,000"),
+    "png-without-pixels": (png_header(10, 10), "damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize("check", [open_image, check_image])
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_or_hostile_file_is_refused_by_name(tmp_path: Path, content: bytes, message: str, check: Check) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        check(tmp_path / "x.png")
+    assert str(tmp_path / "x.png") in str(caught.value)
+
+
+@pytest.mark.parametrize("check", [open_image, check_image])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif"])
+def test_truncated_file_is_refused(tmp_path: Path, name: str, check: Check) -> None:
+    noise(64, 64).save(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(DataError):
+        check(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif"])
+def test_fuzzed_files_decode_or_raise_data_error_alone(tmp_path: Path, name: str) -> None:
+    noise(24, 24).save(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        bad = bytearray(content)
+        for position in random.integers(0, len(bad), 8):
+            bad[position] = random.integers(0, 256)
+        (tmp_path / name).write_bytes(bad)
+        for check in (open_image, check_image):
+            try:
+                check(tmp_path / name)
+            except DataError as error:
+                assert name in str(error)
+
+
+SIZES = [(40, 30), (30, 40), (33, 33), (17, 50), (101, 37), (7, 5)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("size", [8, 32])
+def test_center_crop_equals_the_clip_processor(width: int, height: int, size: int) -> None:
+    clip = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    image = noise(width, height)
+    expected = torch.as_tensor(np.array(clip(image)["pixel_values"][0]))
+    transform = ImageTransform(size, clip.image_mean, clip.image_std, "center_crop")
+    torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("size", [8, 32])
+def test_squash_equals_the_siglip_processor(width: int, height: int, size: int) -> None:
+    siglip = SiglipImageProcessorPil(size={"height": size, "width": size})
+    image = noise(width, height)
+    expected = torch.as_tensor(np.array(siglip(image)["pixel_values"][0]))
+    transform = ImageTransform(size, siglip.image_mean, siglip.image_std, "squash")
+    torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=0)
+
+
+def test_pad_centres_the_image_on_the_mean_colour() -> None:
+    image = Image.new("RGB", (8, 4), (255, 0, 0))
+    pixels = ImageTransform(8, (0.5, 0.25, 0.1), (1.0, 1.0, 1.0), "pad")(image)
+    fill = torch.tensor([127 / 255 - 0.5, 63 / 255 - 0.25, 25 / 255 - 0.1])
+    torch.testing.assert_close(pixels[:, [0, 1, 6, 7], :], fill[:, None, None].expand(3, 4, 8))
+    torch.testing.assert_close(pixels[:, 2:6, :], torch.tensor([0.5, -0.25, -0.1])[:, None, None].expand(3, 4, 8))
+
+
+@pytest.mark.parametrize("mode", ["squash", "center_crop", "pad"])
+@pytest.mark.parametrize(("width", "height"), [(40_000, 1), (1, 40_000)], ids=["wide", "high"])
+def test_long_strip_needs_no_memory_for_what_is_cut_or_padded(mode: str, width: int, height: int) -> None:
+    pixels = ImageTransform(64, (0.5,) * 3, (0.5,) * 3, mode)(Image.new("RGB", (width, height), (255, 255, 255)))
+    assert pixels.shape == (3, 64, 64)
+    assert pixels.dtype == torch.float32
+
+
+def test_box_of_a_long_strip_gives_the_same_pixels_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ImageTransform(16, (0.0,) * 3, (1.0,) * 3, "center_crop")
+    image = noise(400, 32).resize((400, 20), Image.Resampling.BOX)
+    plain = transform(image)
+    monkeypatch.setattr("tinylmm.data.images.MAX_PIXELS", 1)
+    torch.testing.assert_close(transform(image), plain, atol=3 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(8, (0.5,) * 3, (0.5,) * 3, "stretch"), (0, (0.5,) * 3, (0.5,) * 3, "pad"), (8, (0.5,), (0.5,) * 3, "pad")],
+    ids=["mode", "size", "mean"],
+)
+def test_impossible_transform_is_refused(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match=r"allowed|need a size"):
+        ImageTransform(*arguments)

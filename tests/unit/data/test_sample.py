@@ -1,0 +1,135 @@
+"""The LLaVA reader: what it accepts, and the reason it gives for each kind of bad record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylmm.data.chat import Turn
+from tinylmm.data.sample import BadRecord, Sample, parse_record, read_samples
+from tinylmm.errors import DataError
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+GOOD = {"id": "a", "image": "a.png", "conversations": [human("<image>\nWhat?"), gpt("A cat.")]}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (GOOD, Sample("a", (Turn("<image>\nWhat?", "A cat."),), ("a.png",))),
+        ({"id": 7, "conversations": [human("Hi"), gpt("Hello")]}, Sample("7", (Turn("Hi", "Hello"),), ())),
+        (
+            {"conversations": [human("a"), gpt("b"), human("c"), gpt("d")]},
+            Sample("3", (Turn("a", "b"), Turn("c", "d")), ()),
+        ),
+        (
+            {"id": "m", "image": ["1.png", "2.png"], "conversations": [human("<image> or <image>?"), gpt("x")]},
+            Sample("m", (Turn("<image> or <image>?", "x"),), ("1.png", "2.png")),
+        ),
+        (
+            {"id": "u", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a <image>"}]},
+            Sample("u", (Turn("q", "a <image>"),), ()),
+        ),
+    ],
+    ids=[
+        "one-image",
+        "text-only-with-number-as-id",
+        "two-turns-without-id",
+        "two-images",
+        "image-word-in-answer-is-text",
+    ],
+)
+def test_good_record_becomes_a_sample(record: dict[str, Any], expected: Sample) -> None:
+    assert parse_record(3, record) == expected
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**GOOD, **fields}
+
+
+BAD = {
+    "not-an-object": ("text", "no object but a str"),
+    "no-conversations": ({"id": "a", "image": "a.png"}, "`conversations` must be a list.*missing"),
+    "conversations-is-text": (changed(conversations="hi"), "must be a list of messages, but is a str"),
+    "empty-conversations": (changed(conversations=[]), "`conversations` is empty"),
+    "odd-number-of-messages": (changed(conversations=[*GOOD["conversations"], human("b")]), "3 messages.*no answer"),
+    "unknown-role": (changed(conversations=[human("<image>"), {"from": "bot", "value": "x"}]), "unknown role 'bot'"),
+    "gpt-first": (changed(conversations=[gpt("a"), human("<image>")]), "message 0 is from 'gpt' where.*'human' is due"),
+    "human-twice": (changed(conversations=[human("<image>"), human("b")]), "message 1 is from 'human'"),
+    "message-is-text": (changed(conversations=[human("<image>"), "b"]), "message 1 is no object"),
+    "value-missing": (changed(conversations=[human("<image>"), {"from": "gpt"}]), "value of message 1.*missing"),
+    "value-is-number": (changed(conversations=[human("<image>"), {"from": "gpt", "value": 3}]), "no text but a int"),
+    "lone-surrogate": (changed(conversations=[human("<image>"), gpt("\ud83d")]), "half a character"),
+    "empty-answer": (changed(conversations=[human("<image>"), gpt(" \n")]), "message 1 is an empty answer"),
+    "two-slots-one-image": (changed(conversations=[human("<image><image>"), gpt("a")]), "2 <image>.* names 1 images"),
+    "no-slot-one-image": (changed(conversations=[human("what?"), gpt("a")]), "0 <image> but the record names 1"),
+    "slot-without-image": ({"conversations": GOOD["conversations"]}, "1 <image> but the record names 0"),
+    "image-is-number": (changed(image=5), "`image` must be a path or a list of paths, but holds 5"),
+    "image-is-empty": (changed(image=""), "`image` must be a path"),
+    "video": (changed(video="a.mp4"), "`video`, which this version cannot read yet"),
+}
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD.keys())
+def test_bad_record_is_handed_on_with_its_index_and_reason(record: Any, reason: str) -> None:
+    bad = parse_record(3, record)
+    assert isinstance(bad, BadRecord)
+    assert bad.index == 3
+    assert bad.sample_id == ("a" if isinstance(record, dict) and "id" in record else "3")
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(bad.reason)
+
+
+def test_list_and_json_lines_give_the_same_samples_in_file_order(tmp_path: Path) -> None:
+    records = [GOOD, {"id": "bad"}, {**GOOD, "id": "b"}]
+    (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(r) for r in records) + "\n", encoding="utf-8")
+    samples = list(read_samples(tmp_path / "a.json"))
+    assert [sample.sample_id for sample in samples] == ["a", "bad", "b"]
+    assert samples == list(read_samples(tmp_path / "a.jsonl"))
+
+
+def test_json_lines_are_streamed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + "\n{broken", encoding="utf-8")
+    reader = read_samples(tmp_path / "a.jsonl")
+    assert isinstance(next(reader), Sample)
+    with pytest.raises(DataError, match="line 2, column 2"):
+        next(reader)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"", "the file is empty"),
+        ("a.jsonl", b"\n\n", "the file is empty"),
+        ("a.json", b'[{"id": 1},\n {"id": }]', r"line 2, column 9.*Fetch the file again"),
+        ("a.json", b'{"id": 1}\n{"id": 2}', r"line 2, column 1.*must be named \.jsonl"),
+        ("a.json", b'{"data": []}', "top level is a dict; expected a list"),
+        ("a.json", b'["\xff\xfe"]', "not UTF-8.*Convert the file"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+    ],
+    ids=["empty", "empty-lines", "broken", "lines-named-json", "object", "not-utf-8", "nesting-bomb"],
+)
+def test_unreadable_file_is_refused_with_place_and_advice(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_samples(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.json: cannot be read \(No such file"):
+        list(read_samples(tmp_path / "gone.json"))

@@ -1,0 +1,85 @@
+"""write.py and picture.py: which files come out, where, and that each is whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinylmm.errors import UserError
+from tinylmm.reports.collect import collect_report
+from tinylmm.reports.picture import results_picture
+from tinylmm.reports.write import write_atomically, write_report
+
+from .conftest import StoreBuilder
+
+
+def test_report_goes_beside_the_stages_by_default(store: StoreBuilder) -> None:
+    store.whole("nano-base")
+    paths = write_report(store.root)
+    folder = store.root / "reports" / "nano-base"
+    assert (paths.html, paths.markdown, paths.results) == tuple(
+        folder / name for name in ("report.html", "report.md", "results.json")
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "results.json"]
+
+
+def test_results_hold_format_and_rows(store: StoreBuilder) -> None:
+    store.whole()
+    results = json.loads(write_report(store.root).results.read_text())
+    assert results["format"] == 1
+    assert set(results["rows"][0]) == {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count"}
+
+
+def test_writing_again_changes_no_byte(store: StoreBuilder) -> None:
+    store.whole()
+    first = [path.read_bytes() for path in vars(write_report(store.root)).values()]
+    assert [path.read_bytes() for path in vars(write_report(store.root)).values()] == first
+
+
+def test_out_is_made_and_taken(store: StoreBuilder, tmp_path: Path) -> None:
+    store.whole()
+    assert write_report(store.root, out=tmp_path / "a" / "b").html == tmp_path / "a" / "b" / "report.html"
+
+
+def test_out_that_is_a_file_is_refused(store: StoreBuilder, tmp_path: Path) -> None:
+    store.whole()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; a report is a folder"):
+        write_report(store.root, out=tmp_path / "file")
+
+
+def test_many_runs_get_a_folder_name_that_fits(store: StoreBuilder) -> None:
+    store.whole("run-0")
+    names = ["run-0", *(f"run-{index}-" + "x" * 60 for index in range(1, 9))]
+    for name in names[1:]:
+        store.run(name)
+    assert write_report(store.root, names).html.parent.name.startswith("run-0+8-")
+
+
+def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("old")
+    with pytest.raises(TypeError):
+        write_atomically(tmp_path / "report.md", "text, not bytes")  # type: ignore[arg-type]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_picture_has_the_size_a_readme_expects(store: StoreBuilder, tmp_path: Path) -> None:
+    store.whole(question="What $digit$ is {it}? " * 9, text="W" * 200)
+    results_picture(collect_report(store.root), tmp_path / "docs" / "results.png")
+    with Image.open(tmp_path / "docs" / "results.png") as picture:
+        assert picture.size == (1600, 700)
+
+
+def test_picture_of_nothing_or_of_several_is_refused(store: StoreBuilder, tmp_path: Path) -> None:
+    store.stage("train", "pretrain")
+    store.run("a")
+    store.run("b")
+    with pytest.raises(UserError, match="run 'a' has no scores yet"):
+        results_picture(collect_report(store.root, ["a"]), tmp_path / "x.png")
+    with pytest.raises(UserError, match="shows one run, 2 were given"):
+        results_picture(collect_report(store.root, ["a", "b"]), tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"let the name end in \.png"):
+        results_picture(collect_report(store.root, ["a"]), tmp_path / "x.jpg")
