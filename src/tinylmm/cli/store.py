@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
 from tinylmm.stages.claims import held
@@ -32,7 +32,9 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table("stage", "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}")
+    table = Table(
+        _whole("stage"), "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}"
+    )
     for row in rows:
         status = _coloured(row["status"])
         table.add_row(
@@ -82,7 +84,7 @@ def collect_garbage(
             "Nothing to delete: every stage is used by a run (delete a folder under runs/ to give a run up)."
         )
         return
-    table = Table("folder", "size", title="deleted" if yes else "would be deleted")
+    table = Table(_whole("folder"), "size", title="deleted" if yes else "would be deleted")
     for row in rows:
         table.add_row(row["folder"], decimal(row["size"]))
     _console().print(table)
@@ -97,7 +99,7 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
     if as_json:
         typer.echo(json.dumps(rows, indent=1, default=str))
         return
-    table = Table("run", "status", "created", "stages", "remarks", title=f"{len(rows)} runs in {store}")
+    table = Table(_whole("run"), "status", "created", "stages", "remarks", title=f"{len(rows)} runs in {store}")
     for run in rows:
         done = sum(stage.get("status") in ("run", "reused") for stage in run["stages"])
         progress = f"{done}/{len(run['stages'])}"
@@ -146,6 +148,11 @@ def _coloured(status: str) -> str:
     colours = {"complete": "green", "done": "green", "running": "cyan", "damaged": "red", "failed": "red"}
     colour = colours.get(status, "yellow")
     return f"[{colour}]{status}[/{colour}]"
+
+
+def _whole(title: str) -> Column:
+    """A column of names that people copy: other columns give way first, and nothing is cut off."""
+    return Column(title, no_wrap=True, overflow="fold")
 
 
 def _console() -> Console:

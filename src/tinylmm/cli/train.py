@@ -104,7 +104,8 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
     if finished:
         report = collect_report(finished[0].folder.parents[1], [outcome.name for outcome in finished])
         paths = write_files(report)
-        console.print(render_scores(report))
+        if any(run.evaluations for run in report.runs):
+            console.print(render_scores(report))
         console.print(f"report   {paths.html}", highlight=False, soft_wrap=True)
     for outcome in outcomes:
         if outcome.error is not None:

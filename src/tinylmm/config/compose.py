@@ -146,12 +146,17 @@ def run_name(spec: RunSpec) -> str:
 @contextmanager
 def _session() -> Iterator[tuple[ConfigLoader, Vocabulary]]:
     """Hydra's compose API over conf/, and what words may say; an outer Hydra is put back afterwards."""
-    with initialize_config_module("tinylmm.conf", version_base="1.3"):
-        hydra = GlobalHydra.instance()
-        loader = hydra.config_loader()
-        keys = list(RunSpec.model_fields)
-        nested = list(paths_by_leaf(RunSpec))
-        yield loader, Vocabulary(group_choices(loader), DEFAULT_GROUPS, keys, nested)
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("tinylmm.conf", version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            groups = group_choices(hydra.config_loader)
+            keys = list(RunSpec.model_fields)
+            yield hydra.config_loader, Vocabulary(groups, DEFAULT_GROUPS, keys, list(paths_by_leaf(RunSpec)))
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _load(words: Sequence[str], vocabulary: Vocabulary) -> DictConfig:

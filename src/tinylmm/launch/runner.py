@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from tinylmm.config.compose import run_name
 from tinylmm.errors import EXIT_DONE, IntegrityError, StageFailedError, StoppedError, TinyLMMError
@@ -85,7 +86,7 @@ def _run_stages(plan: RunPlan, store: Store, ledger: _Ledger) -> BaseException |
     total = len(plan.graph)
     for number, stage in enumerate(plan.graph, 1):
         try:
-            seconds = _ensure(stage, plan, store, ledger, f"stage {number} of {total}: {stage.kind} {stage.name}")
+            seconds = _ensure(stage, plan, store, ledger, escape(f"stage {number} of {total}: {stage.kind} {stage.name}"))
         except KeyboardInterrupt:
             ledger.mark(stage, "failed")
             return StoppedError(f"interrupted during {stage.kind} {stage.name}; the same command continues from its last checkpoint")
@@ -175,7 +176,7 @@ class _Ledger:
         write_run(self.folder, self.record)
         if status in ("run", "reused"):
             took = "reused" if seconds is None else f"{seconds:.1f} s"
-            self.console.print(f"  [green]✓[/green] {stage.kind:8} {stage.name:24} {stage.digest[:12]}  {took}", highlight=False)
+            self.console.print(f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  {took}", highlight=False)
 
     def finish(self, status: str) -> None:
         self.record["status"] = status

@@ -31,12 +31,26 @@ KINDS = {"parts": "parts", "prepare": "prepare", "train": "train", "eval": "eval
 
 def run_stage(job: StageJob) -> dict[str, Any]:
     """Do the stage's work and return its summary."""
+    _quiet_libraries()
     if job.kind == "data":
         build = job.spec["build"]
         make = resolve_target(build["_target_"], job.settings["trust"], role="data")
         return dict(make(job.output, build["seed"], **build["options"]))
     module = importlib.import_module(f"tinylmm.stages.{KINDS[job.kind]}")
     return dict(module.run(job))
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own progress: no bars from transformers and datasets, no banner from DeepSpeed."""
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_warning()
+    datasets.disable_progress_bars()
 
 
 def main() -> int:

@@ -77,20 +77,23 @@ def results_picture(report: Report, path: Path) -> None:
 
 
 def _picked(run: RunRecord) -> list[Example]:
-    """Up to six examples that have an image: of different question types first, with a wrong answer if there is one."""
+    """Up to six examples that have an image, over all question types, with right and wrong as in the score itself.
+
+    The last places are the wrong ones': as many as the score over all questions says, one at least where there is any.
+    """
     assert run.headline is not None, "results_picture refuses a run without scores"
-    shown = [e for e in run.examples.get(run.headline[1].benchmark, ()) if e.image_path and e.image_path.is_file()]
-    by_category: dict[str, list[Example]] = {}
-    for example in shown:
-        by_category.setdefault(example.category, []).append(example)
+    score = run.headline[1]
+    shown = [e for e in run.examples.get(score.benchmark, ()) if e.image_path and e.image_path.is_file()]
+    places = min(COLUMNS * ROWS, len(shown))
+    share = score.value / 100 if score.is_share else 0.5
+    wrong = max(1, round(places * (1 - share)))
     picked: list[Example] = []
-    while len(picked) < COLUMNS * ROWS and any(by_category.values()):
-        for examples in by_category.values():
-            if examples and len(picked) < COLUMNS * ROWS:
-                picked.append(examples.pop(0))
-    if picked and all(example.answer.correct for example in picked):
-        wrong = next((e for e in shown if not e.answer.correct and e.category == picked[-1].category), None)
-        picked[-1] = wrong or next((e for e in shown if not e.answer.correct), picked[-1])
+    for place in range(places):
+        seen = [example.category for example in picked]
+        right_wanted = place < places - wrong
+        left = [example for example in shown if example not in picked]
+        # the wanted side first, then the question type that has been shown least
+        picked.append(min(left, key=lambda e: (e.answer.correct != right_wanted, seen.count(e.category))))
     return picked
 
 
@@ -146,17 +149,12 @@ def _draw_scores(figure: Figure, run: RunRecord) -> None:
     assert run.headline is not None, "results_picture refuses a run without scores"
     benchmark = run.headline[1].benchmark
     family = run.headline[1].metric
-    rows = [r for r in run.score_rows() if r.benchmark == benchmark and r.metric.partition("/")[0] == family][:MAX_ROWS]
-    stages = run.scored_stages
-    figure.text(
-        0.535,
-        0.955,
-        f"{words(family).capitalize()} by question type, %",
-        fontsize=15,
-        fontweight="bold",
-        color=INK,
-        va="center",
-    )
+    found = [r for r in run.score_rows() if r.benchmark == benchmark and r.metric.partition("/")[0] == family]
+    rows, stages = found[:MAX_ROWS], run.scored_stages
+    # a chart that leaves types out says so
+    part = f" (first {len(rows) - 1} of {len(found) - 1})" if len(found) > len(rows) else ""
+    title = f"{words(family).capitalize()} by question type{part}, %"
+    figure.text(0.535, 0.955, title, fontsize=15, fontweight="bold", color=INK, va="center")
     axes = figure.add_axes((0.665, 0.07, 0.315, 0.76))
     series: list[tuple[str, str, list[float | None]]] = [
         (f"after {stage}", ACCENT if stage == stages[-1] else SOFT, [_value(row, stage) for row in rows])

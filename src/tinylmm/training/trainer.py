@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinylmm.errors import IntegrityError, NonFiniteError
 from tinylmm.models.lmm import LMM
@@ -71,6 +71,7 @@ class LMMTrainer(Trainer):
         self._schedule = schedule
         self._last_save = time.monotonic()
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)  # curves go to metrics.jsonl and the trackers
         self.add_callback(_StepEnd(self))
         # Our loss is a sum divided by the step's global token count: Trainer must not divide by accumulation again.
         self.model_accepts_loss_kwargs = True

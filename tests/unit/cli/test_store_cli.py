@@ -56,6 +56,11 @@ def test_ls_lists_stages_with_their_runs(store: Store, used: Stage) -> None:
         assert text in result.stdout
 
 
+def test_a_narrow_terminal_does_not_cut_names_off(store: Store, used: Stage) -> None:
+    result = CliRunner(env={"COLUMNS": "60"}).invoke(app, ["ls", "--store", str(store.root)])
+    assert used.key in result.stdout
+
+
 def test_ls_as_json_is_what_the_store_says(store: Store, used: Stage) -> None:
     rows = json.loads(call(store, "ls", "--json").stdout)
     assert rows == store.ls()

@@ -113,6 +113,10 @@ def test_cut_right_behind_an_image_keeps_it() -> None:
     assert collator(max_length=4)([sample("a", [1, IMAGE, 2], 1, ("1",))])["image_paths"] == ["1"]
 
 
+def test_cut_right_before_an_image_drops_it() -> None:
+    assert collator(max_length=1)([sample("a", [1, IMAGE, 2], 1, ("1",))])["image_paths"] == []
+
+
 def test_cut_inside_an_image_is_refused_by_sample() -> None:
     with pytest.raises(DataError, match="sample 'a': max_length=3 falls inside an image at positions 1 to 3"):
         collator(max_length=3)([sample("a", [1, IMAGE, 2], 1, ("1",))])

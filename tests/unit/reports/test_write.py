@@ -10,7 +10,7 @@ from PIL import Image
 
 from tinylmm.errors import UserError
 from tinylmm.reports.collect import collect_report
-from tinylmm.reports.picture import results_picture
+from tinylmm.reports.picture import _picked, results_picture
 from tinylmm.reports.write import write_atomically, write_report
 
 from .conftest import StoreBuilder
@@ -71,6 +71,17 @@ def test_picture_has_the_size_a_readme_expects(store: StoreBuilder, tmp_path: Pa
     results_picture(collect_report(store.root), tmp_path / "docs" / "results.png")
     with Image.open(tmp_path / "docs" / "results.png") as picture:
         assert picture.size == (1600, 700)
+
+
+@pytest.mark.parametrize(("right_of_ten", "wrong"), [(10, 0), (9, 1), (3, 4)], ids=["all right", "most", "few"])
+def test_picture_shows_wrong_answers_in_their_true_share(store: StoreBuilder, right_of_ten: int, wrong: int) -> None:
+    store.images()
+    store.stage("train", "finetune")
+    store.evaluation("finetune", right_of_ten)
+    store.run("a")
+    picked = _picked(collect_report(store.root).runs[0])
+    assert [example.answer.correct for example in picked] == [True] * (6 - wrong) + [False] * wrong
+    assert len({example.category for example in picked}) == 4
 
 
 def test_picture_of_nothing_or_of_several_is_refused(store: StoreBuilder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One live process at a time works on a stage; a dead or silent owner is taken over; nobody takes a live one's claim."""
+"""One live process at a time works on a stage; a dead or silent owner is taken over, a live one never."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prepare stage on real files: columns, counts, both policies for each kind of bad record, equal bytes on a rerun."""
+"""The prepare stage on real files: columns, counts, both policies for each kind of bad record, stable bytes."""
 
 from __future__ import annotations
 

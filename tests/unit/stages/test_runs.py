@@ -61,7 +61,7 @@ def test_50_threads_get_50_folders(tmp_path: Path, name: str | None) -> None:
     with ThreadPoolExecutor(50) as pool:
         folders = list(pool.map(lambda _: create_run(tmp_path, "base", {"name": name}), range(50)))
     assert len(set(folders)) == 50
-    assert {path for path in (tmp_path / "runs").iterdir()} == set(folders)
+    assert set((tmp_path / "runs").iterdir()) == set(folders)
     assert all(json.loads((folder / "run.json").read_text())["name"] == folder.name for folder in folders)
 
 

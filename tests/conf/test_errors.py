@@ -1,0 +1,179 @@
+"""Claims about what a wrong command line, spec or file is answered with: every fault, its key, what is allowed, a suggestion."""
+
+from pathlib import Path
+
+import pytest
+
+from tinylmm.config.compose import compose_all, compose_run, expand
+from tinylmm.errors import ConfigError
+
+GOOD = ("llm=phi2", "vt=siglip")
+
+
+def faults(*words: str, multirun: bool = False) -> dict[str, str]:
+    """Where -> what and fix of every fault that `words` lead to."""
+    with pytest.raises(ConfigError) as caught:
+        compose_all([*GOOD, *words], multirun)
+    assert "pydantic" not in str(caught.value) and "Traceback" not in str(caught.value)
+    return {fault.where: f"{fault.what} {fault.fix}" for fault in caught.value.faults}
+
+
+MISSPELT = [
+    ("lmm=phi2", "llm"), ("model=phi2", "llm"), ("LLM=phi2", "llm"), ("llms=phi2", "llm"), ("language_model=phi2", "llm"),
+    ("visiontower=clip", "vision_tower"), ("vision-tower=clip", "vision_tower"), ("tower=clip", "vision_tower"),
+    ("vison_tower=siglip", "vision_tower"), ("vt_=clip", "vision_tower"), ("conector=mlp", "connector"),
+    ("conn=linear", "connector"), ("projector=mlp", "connector"), ("recipie=share", "recipe"), ("receipt=base", "recipe"),
+    ("launcher=zero2", "launch"), ("dat=sharegpt4v", "data"), ("dataset=llava_v1_5", "data"),
+    ("evaluation=digits", ""), ("sed=1", "seed"), ("Seed=1", "seed"), ("nam=x", "name"), ("stor=x", "store"),
+    ("traker.log_steps=1", "trac"), ("trainr.optim=x", "trainer"), ("trusted=[x]", "trust"),
+    ("llm=ph2", "phi2"), ("llm=phi-2", "phi2"), ("llm=Phi2", "phi2"), ("llm=tinylama", "tinyllama"), ("llm=nan", "nano"),
+    ("vt=siglp", "siglip"), ("vt=SigLIP", "siglip"), ("vt=clipp", "clip"), ("connector=linar", "linear"),
+    ("connector=mpl", "mlp"), ("connector=identiy", "identity"), ("recipe=bas", "base"), ("recipe=shared", "share"),
+    ("data=llava_v15", "llava_v1_5"), ("data=sharegpt4", "sharegpt4v"), ("data=digit", "digits"), ("eval=digit", "digits"),
+    ("eval=[digts]", "digits"), ("launch=zero-3", "zero3"), ("launch=torch_run", "torchrun"), ("launch=loca", "local"),
+    ("vt.select_layr=-1", "select_layer"), ("vt.drop_first=true", "drop_first_token"), ("llm.pretrain=x", "pretrained"),
+    ("llm.tokenizer.pad=x", "pad_token"), ("connector.option={}", "options"), ("vt.image.sise=3", "size"),
+    ("recipe.stages.pretrain.lrr=1", "lr"), ("recipe.stages.pretrain.batch=1", ""), ("recipe.stages.finetune.epoch=2", "epochs"),
+    ("recipe.stages.finetune.max_lenght=9", "max_length"), ("recipe.stages.finetun.lr=1", "finetune"),
+    ("recipe.stages.pretrain.scheduler=cosine", "schedule"), ("recipe.stages.pretrain.warmup=0", "warmup_ratio"),
+    ("recipe.stages.finetune.tune.conector=full", "connector"), ("recipe.stages.finetune.tune.llm=ful", "full"),
+    ("recipe.stages.finetune.precision=fp61", "fp16"), ("recipe.stages.finetune.schedule=cosin", "cosine"),
+    ("recipe.stages.finetune.data=finetun", "finetune"), ("recipe.stages.finetune.template=lama", "llama"),
+    ("launch.micro_batc=1", "micro_batch"), ("launch.nprocs=2", "nproc"), ("launch.backend=torchrn", "torchrun"),
+    ("launch.attention=flash_attn_2", "flash_attention_2"), ("tracking.wandb.projct=x", "project"), ("trainer.optm=x", "optim"),
+    ("trainer.torch_compil=true", "torch_compile"), ("lr=1e-3", "recipe.stages.<name>.lr"), ("phi2", "llm=phi2"),
+    ("max_length=99", "recipe.stages.<name>.max_length"), ("global_batch=9", "recipe.stages.<name>.global_batch"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "meant"), MISSPELT, ids=lambda value: value)
+def test_a_misspelt_word_is_refused_with_the_right_suggestion(word: str, meant: str) -> None:
+    found = faults(word)
+    assert len(found) == 1
+    assert not meant or f"Did you mean '{meant}" in next(iter(found.values()))
+
+
+WRONG = [
+    ("seed=true", "seed", "a whole number"), ("seed='1'", "seed", "a whole number"), ("seed=1.5", "seed", "a whole number"),
+    ("name=a/b", "name", "letters, digits"), ("name=../x", "name", "letters, digits"), ("name=[a]", "name", "text"),
+    ("trainer=3", "trainer", "a mapping"), ("trust=requests", "trust", "a list"), ("trust=[os]", "trust", "Python itself"),
+    ("tracking.tensorboard=3", "tracking.tensorboard", "true or false"), ("tracking=1", "tracking", "a mapping with tensorboard"),
+    ("launch.nproc=0", "launch.nproc", "above 0"), ("launch.keep_checkpoints=1", "launch.keep_checkpoints", "at least 2"),
+    ("launch.deepspeed_stage=1", "launch.deepspeed_stage", "one of 2, 3"), ("launch.nproc=2", "launch", "backend=torchrun"),
+    ("recipe.stages.pretrain.lr=fast", "recipe.stages.pretrain.lr", "is 'fast'; it must be a number above 0, or a mapping"),
+    ("recipe.stages.pretrain.lr=-1", "recipe.stages.pretrain.lr", "above 0"),
+    ("recipe.stages.pretrain.lr=inf", "recipe.stages.pretrain.lr", "finite"),
+    ("recipe.stages.pretrain.lr=nan", "recipe.stages.pretrain.lr", "finite"),
+    ("recipe.stages.pretrain.lr={connector: fast}", "recipe.stages.pretrain.lr.connector", "a number above 0"),
+    ("recipe.stages.pretrain.lr={connector: 1, llm: 1}", "recipe.stages.pretrain.lr.llm", "freezes llm"),
+    ("recipe.stages.finetune.lr={llm: 1}", "recipe.stages.finetune.lr", "names no rate for connector"),
+    ("recipe.stages.pretrain.tune=full", "recipe.stages.pretrain.tune", "a mapping with llm, vision_tower, connector"),
+    ("recipe.stages.pretrain.tune.connector=frozen", "recipe.stages.pretrain.tune", "nothing to train"),
+    ("recipe.stages.pretrain.tune.llm={from_layer: 1.5}", "recipe.stages.pretrain.tune.llm.from_layer", "below 1"),
+    ("recipe.stages.pretrain.tune.llm={layer: 1}", "recipe.stages.pretrain.tune.llm.layer", "from_layer"),
+    ("recipe.stages.pretrain.adam_betas=[0.9]", "recipe.stages.pretrain.adam_betas", "a list of 2 values"),
+    ("recipe.stages.pretrain.adam_betas=[0.9,2]", "recipe.stages.pretrain.adam_betas.1", "from 0 to 1"),
+    ("recipe.stages.pretrain.warmup_ratio=3", "recipe.stages.pretrain.warmup_ratio", "from 0 to 1"),
+    ("recipe.stages.pretrain.start=parts", "recipe.stages.pretrain.start", "Allowed: from"),
+    ("recipe.stages.finetune.from=later", "recipe", "none of the earlier"), ("recipe.stages={}", "recipe.stages", ""),
+    ("recipe.stages.finetune.data=x", "recipe.stages.finetune.data", "Sources: pretrain, finetune"),
+    ("recipe.stages.finetune.template=x", "recipe.stages.finetune.template", "no chat template"),
+    ("recipe.published_data=x", "recipe.published_data", "'x' is not a choice of data"), ("llm.template=x", "llm.template", "no chat"),
+    ("llm.init=built", "llm", "`build`"), ("llm.pretrained=null", "llm", "hub id"), ("llm={a: b}", "llm", "not a choice"),
+    ("llm=null", "llm", "'null' is not a choice"), ("llm=[phi2]", "llm", "one choice"), ("vt.image.mean=[1,1]", "vision_tower.image.mean", "3"),
+    ("llm._target_=os.system", "llm._target_", "not allowed"), ("vt.encoder=torch.load", "vision_tower.encoder", "encoder's class"),
+    ("connector.options._target_=x", "connector.options._target_", "may not stand here"),
+    ("trainer.learning_rate=1", "trainer.learning_rate", "Set recipe.stages.<stage>.lr"), ("trainer.output_dir=x", "trainer.output_dir", "Set store"),
+    ("trainer.nope=1", "trainer.nope", "no field of transformers.TrainingArguments"), ("eval=[auto,digits]", "eval", "stand alone"),
+    ("recipe=share data=llava_v1_5", "recipe.stages.share_pretrain.data", "needs data=sharegpt4v"),
+    ("vt=clip,siglip", "vision_tower", "Add -m"), ("seed=1,2", "seed", "Add -m"), ("seed=interval(0,1)", "seed", "no end"),
+    ("hydra.run.dir=x", "hydra.run.dir", "cannot be changed"), ("hydra/launcher=joblib", "hydra/launcher", "cannot be changed"),
+    ("store=${oc.env:NOT_SET}", "store", "NOT_SET"), ("store=${nope}", "store", "nope"), ("name=???", "name", "no value"),
+    ("a=b=c", "'a=b=c'", "cannot be read"), ("--lr", "'--lr'", "is no override"), ("llm", "'llm'", "one of"), ("=x", "'=x'", "cannot be read"),
+    ("experiments=none_such", "experiments", "experiments/"), ("~seed.x", "config", "seed.x"), ("~vt", "vision_tower", "is missing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "where", "part"), WRONG, ids=lambda value: value)
+def test_a_wrong_value_is_refused_at_its_key_with_what_is_allowed(words: str, where: str, part: str) -> None:
+    found = faults(*words.split(" data=")[:1], *(f"data={word}" for word in words.split(" data=")[1:]))
+    assert where in found and part in found[where], found
+    assert len(found) == 1
+
+
+def test_faults_of_words_values_and_across_groups_come_at_once() -> None:
+    found = faults(
+        "lmm=phi2", "recipe=shar", "recipe.stages.pretrain.lr=fast", "recipe.stages.finetune.warmup_ration=1",
+        "recipe.stages.finetune.data=x", "trainer.seed=1", "vt.encoder=os.system", "tracking.wandb.api_key=abc",
+    )  # fmt: skip
+    assert set(found) == {
+        "lmm", "recipe", "recipe.stages.pretrain.lr", "recipe.stages.finetune.warmup_ration", "recipe.stages.finetune.data",
+        "trainer.seed", "vision_tower.encoder", "tracking.wandb.api_key",
+    }  # fmt: skip
+
+
+SECRETS = {
+    "WANDB_API_KEY=s3cretv4lue": "s3cretv4lue", "hf_token=s3cretv4lue": "s3cretv4lue", "+trainer.hub_token=s3cretv4lue": "s3cretv4lue",
+    "tracking.wandb.api_key=s3cretv4lue": "s3cretv4lue", "password=s3cretv4lue": "s3cretv4lue", "--token=s3cretv4lue": "s3cretv4lue",
+    "llm.pretrained=https://me:s3cretv4lue@host/x": "s3cretv4lue", "name=hf_AbCdEfGhIjKlMnOpQrSt": "AbCdEfGhIjKlMnOpQrSt",
+    "name=AKIAIOSFODNN7EXAMPLE": "IOSFODNN7", "store=sk-abcdefghijklmnopqrstuvwx": "abcdefghijklmnop",
+    "sk-abcdefghijklmnopqrstuvwx": "abcdefghijklmnop", "name=${oc.env:SOME_API_KEY}": "s3cretv4lue",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", SECRETS)
+def test_a_secret_is_refused_and_never_shown(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "s3cretv4lue")
+    with pytest.raises(ConfigError) as caught:
+        compose_run([*GOOD, word])
+    assert SECRETS[word] not in str(caught.value)
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("word", ["llm.tokenizer.pad_token=<x>", "launch.row_tokens=64", "llm.revision=" + "0123456789" * 4])
+def test_what_only_sounds_like_a_secret_is_accepted(word: str) -> None:
+    assert compose_run([*GOOD, word if "<" not in word else "llm.tokenizer.pad_token='<x>'"])
+
+
+FILES = {
+    "seed: [1\nllm: 2\n": ("study.yaml, line 3", "no valid YAML"), "seed: 1\nseed: 2\n": ("study.yaml, line 3", "duplicate key"),
+    "seed: !!python/object/apply:os.system [x]\n": ("study.yaml, line 2", "no valid YAML"),
+    "defaults:\n  - override /vision_tower: none_such\n": ("vision_tower", "not a choice"),
+    "defaults:\n  - /nope: x\n": ("nope", "Could not"), "hydra:\n  callbacks:\n    x: {_target_: os.system}\n": ("hydra.callbacks.x", "refused"),
+    "hydra:\n  launcher: {_target_: os.system}\n": ("hydra.launcher._target_", "not allowed"),
+    "hydra:\n  job_logging: {handlers: {x: {(): os.system}}}\n": ("hydra.job_logging", "refused"),
+    "store: ${a}\na: ${store}\n": ("store", "cannot be resolved"), "sede: 3\n": ("sede", "Did you mean 'seed'?"),
+    "tracking: {wandb: {entity: '${oc.env:WANDB_API_KEY}'}}\n": ("tracking.wandb.entity", "secret"),
+    "seed: &a [1]\nname: [" + ", ".join(["*a"] * 60) + "]\n": ("study.yaml", "aliases"), "name: " + "x" * 1_100_000: ("study.yaml", "bytes"),
+    "seed: !!binary aGVsbG8=\n": ("seed", "binary"), "seed: .inf\n": ("seed", "finite"), "name: a\x00b\n": ("study.yaml", ""),
+    "- 1\n- 2\n": ("study", ""), "seed: &a [*a]\n": ("", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FILES, ids=lambda text: ascii(text[:30]))
+def test_a_hostile_or_broken_file_gets_one_clear_message(text: str) -> None:
+    Path("experiments").mkdir()
+    Path("experiments/study.yaml").write_text(f"# @package _global_\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["vt=siglip", "llm=phi2", "experiments=study"] if "vision_tower" not in text else ["llm=phi2", "experiments=study"])
+    where, part = FILES[text]
+    assert where in str(caught.value) and part in str(caught.value)
+
+
+def test_an_experiment_without_its_package_line_is_told_so() -> None:
+    Path("experiments").mkdir()
+    Path("experiments/study.yaml").write_text("seed: 3\n")
+    assert "# @package _global_" in faults("experiments=study")["experiments"]
+
+
+def test_a_sweep_of_an_experiment_is_not_run_unasked() -> None:
+    Path("experiments").mkdir()
+    Path("experiments/study.yaml").write_text("# @package _global_\nhydra: {sweeper: {params: {seed: '1,2'}}}\n")
+    with pytest.raises(ConfigError, match="Add -m"):
+        expand([*GOOD, "experiments=study"], multirun=False)
+
+
+def test_faults_of_every_run_of_a_sweep_are_told_once_each() -> None:
+    found = faults("seed=1,x", "recipe.stages.finetune.lr=2,-1", "recipe.nmae=x", multirun=True)
+    assert set(found) == {"seed", "recipe.stages.finetune.lr", "recipe.nmae"}
+    assert set(faults("seed=1,2", "lmm=phi2", "connector=mlp,lin", "name=a/b", multirun=True)) == {"lmm", "connector", "name"}
