@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from tinylmm.config.compose import compose_all, compose_run, expand
+from tinylmm.config.overrides import expand_alias
 from tinylmm.errors import ConfigError
 
-GOOD = ("llm=phi2", "vt=siglip")
+GOOD = ("llm=phi2", "vt=siglip", "data=llava_v1_5", "eval=none")  # no `auto`, so that each test composes once
 
 
 def faults(*words: str, multirun: bool = False) -> dict[str, str]:
@@ -19,38 +20,35 @@ def faults(*words: str, multirun: bool = False) -> dict[str, str]:
 
 
 MISSPELT = [
-    ("lmm=phi2", "llm"), ("model=phi2", "llm"), ("LLM=phi2", "llm"), ("llms=phi2", "llm"), ("language_model=phi2", "llm"),
-    ("visiontower=clip", "vision_tower"), ("vision-tower=clip", "vision_tower"), ("tower=clip", "vision_tower"),
-    ("vison_tower=siglip", "vision_tower"), ("vt_=clip", "vision_tower"), ("conector=mlp", "connector"),
-    ("conn=linear", "connector"), ("projector=mlp", "connector"), ("recipie=share", "recipe"), ("receipt=base", "recipe"),
-    ("launcher=zero2", "launch"), ("dat=sharegpt4v", "data"), ("dataset=llava_v1_5", "data"),
-    ("evaluation=digits", ""), ("sed=1", "seed"), ("Seed=1", "seed"), ("nam=x", "name"), ("stor=x", "store"),
-    ("traker.log_steps=1", "trac"), ("trainr.optim=x", "trainer"), ("trusted=[x]", "trust"),
-    ("llm=ph2", "phi2"), ("llm=phi-2", "phi2"), ("llm=Phi2", "phi2"), ("llm=tinylama", "tinyllama"), ("llm=nan", "nano"),
-    ("vt=siglp", "siglip"), ("vt=SigLIP", "siglip"), ("vt=clipp", "clip"), ("connector=linar", "linear"),
-    ("connector=mpl", "mlp"), ("connector=identiy", "identity"), ("recipe=bas", "base"), ("recipe=shared", "share"),
-    ("data=llava_v15", "llava_v1_5"), ("data=sharegpt4", "sharegpt4v"), ("data=digit", "digits"), ("eval=digit", "digits"),
-    ("eval=[digts]", "digits"), ("launch=zero-3", "zero3"), ("launch=torch_run", "torchrun"), ("launch=loca", "local"),
-    ("vt.select_layr=-1", "select_layer"), ("vt.drop_first=true", "drop_first_token"), ("llm.pretrain=x", "pretrained"),
-    ("llm.tokenizer.pad=x", "pad_token"), ("connector.option={}", "options"), ("vt.image.sise=3", "size"),
-    ("recipe.stages.pretrain.lrr=1", "lr"), ("recipe.stages.pretrain.batch=1", ""), ("recipe.stages.finetune.epoch=2", "epochs"),
-    ("recipe.stages.finetune.max_lenght=9", "max_length"), ("recipe.stages.finetun.lr=1", "finetune"),
-    ("recipe.stages.pretrain.scheduler=cosine", "schedule"), ("recipe.stages.pretrain.warmup=0", "warmup_ratio"),
-    ("recipe.stages.finetune.tune.conector=full", "connector"), ("recipe.stages.finetune.tune.llm=ful", "full"),
-    ("recipe.stages.finetune.precision=fp61", "fp16"), ("recipe.stages.finetune.schedule=cosin", "cosine"),
-    ("recipe.stages.finetune.data=finetun", "finetune"), ("recipe.stages.finetune.template=lama", "llama"),
-    ("launch.micro_batc=1", "micro_batch"), ("launch.nprocs=2", "nproc"), ("launch.backend=torchrn", "torchrun"),
-    ("launch.attention=flash_attn_2", "flash_attention_2"), ("tracking.wandb.projct=x", "project"), ("trainer.optm=x", "optim"),
-    ("trainer.torch_compil=true", "torch_compile"), ("lr=1e-3", "recipe.stages.<name>.lr"), ("phi2", "llm=phi2"),
-    ("max_length=99", "recipe.stages.<name>.max_length"), ("global_batch=9", "recipe.stages.<name>.global_batch"),
+    ("vt.select_layr=-1", "select_layer"), ("vt.drop_first=true", "drop_first_token"),
+    ("llm.pretrain=x", "pretrained"), ("llm.tokenizer.pad=x", "pad_token"), ("connector.option={}", "options"),
+    ("vt.image.sise=3", "size"), ("recipe.stages.pretrain.lrr=1", "lr"), ("recipe.stages.pretrain.batch=1", ""),
+    ("recipe.stages.finetune.epoch=2", "epochs"), ("recipe.stages.finetune.max_lenght=9", "max_length"),
+    ("recipe.stages.finetun.lr=1", "finetune"), ("recipe.stages.pretrain.scheduler=cosine", "schedule"),
+    ("recipe.stages.pretrain.warmup=0", "warmup_ratio"), ("recipe.stages.finetune.tune.conector=full", "connector"),
+    ("recipe.stages.finetune.tune.llm=ful", "full"), ("recipe.stages.finetune.precision=fp61", "fp16"),
+    ("recipe.stages.finetune.schedule=cosin", "cosine"), ("recipe.stages.finetune.data=finetun", "finetune"),
+    ("recipe.stages.finetune.template=lama", "llama"), ("launch.micro_batc=1", "micro_batch"),
+    ("launch.nprocs=2", "nproc"), ("launch.backend=torchrn", "torchrun"),
+    ("launch.attention=flash_attn_2", "flash_attention_2"), ("tracking.wandb.projct=x", "project"),
+    ("trainer.optm=x", "optim"), ("trainer.torch_compil=true", "torch_compile"),
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def all_misspelt() -> dict[str, str]:
+    """The faults of all misspelt words in one command."""
+    return faults(*(word for word, _ in MISSPELT))
+
+
 @pytest.mark.parametrize(("word", "meant"), MISSPELT, ids=lambda value: value)
-def test_a_misspelt_word_is_refused_with_the_right_suggestion(word: str, meant: str) -> None:
-    found = faults(word)
+def test_a_misspelt_key_or_value_gets_the_right_suggestion_among_many(
+    word: str, meant: str, all_misspelt: dict[str, str]
+) -> None:
+    key = expand_alias(word).partition("=")[0]
+    found = [text for where, text in all_misspelt.items() if key == where or key.startswith(f"{where}.")]
     assert len(found) == 1
-    assert not meant or f"Did you mean '{meant}" in next(iter(found.values()))
+    assert not meant or f"Did you mean '{meant}" in found[0]
 
 
 WRONG = [
@@ -75,10 +73,10 @@ WRONG = [
     ("recipe.stages.pretrain.adam_betas=[0.9,2]", "recipe.stages.pretrain.adam_betas.1", "from 0 to 1"),
     ("recipe.stages.pretrain.warmup_ratio=3", "recipe.stages.pretrain.warmup_ratio", "from 0 to 1"),
     ("recipe.stages.pretrain.start=parts", "recipe.stages.pretrain.start", "Allowed: from"),
-    ("recipe.stages.finetune.from=later", "recipe", "none of the earlier"), ("recipe.stages={}", "recipe.stages", ""),
+    ("recipe.stages.finetune.from=later", "recipe", "none of the earlier"),
     ("recipe.stages.finetune.data=x", "recipe.stages.finetune.data", "Sources: pretrain, finetune"),
     ("recipe.stages.finetune.template=x", "recipe.stages.finetune.template", "no chat template"),
-    ("recipe.published_data=x", "recipe.published_data", "'x' is not a choice of data"), ("llm.template=x", "llm.template", "no chat"),
+    ("recipe.published_data=x data=auto", "recipe.published_data", "'x' is not a choice of data"), ("llm.template=x", "llm.template", "no chat"),
     ("llm.init=built", "llm", "`build`"), ("llm.pretrained=null", "llm", "hub id"), ("llm={a: b}", "llm", "not a choice"),
     ("llm=null", "llm", "'null' is not a choice"), ("llm=[phi2]", "llm", "one choice"), ("vt.image.mean=[1,1]", "vision_tower.image.mean", "3"),
     ("llm._target_=os.system", "llm._target_", "not allowed"), ("vt.encoder=torch.load", "vision_tower.encoder", "encoder's class"),
@@ -96,7 +94,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("words", "where", "part"), WRONG, ids=lambda value: value)
 def test_a_wrong_value_is_refused_at_its_key_with_what_is_allowed(words: str, where: str, part: str) -> None:
-    found = faults(*words.split(" data=")[:1], *(f"data={word}" for word in words.split(" data=")[1:]))
+    found = faults(*(words.split() if " data=" in words else [words]))
     assert where in found and part in found[where], found
     assert len(found) == 1
 
@@ -130,7 +128,9 @@ def test_a_secret_is_refused_and_never_shown(word: str, monkeypatch: pytest.Monk
     assert len(caught.value.faults) == 1
 
 
-@pytest.mark.parametrize("word", ["llm.tokenizer.pad_token=<x>", "launch.row_tokens=64", "llm.revision=" + "0123456789" * 4])
+@pytest.mark.parametrize(
+    "word", ["llm.tokenizer.pad_token=<x>", "launch.row_tokens=64", "llm.revision=" + "0123456789" * 4]
+)
 def test_what_only_sounds_like_a_secret_is_accepted(word: str) -> None:
     assert compose_run([*GOOD, word if "<" not in word else "llm.tokenizer.pad_token='<x>'"])
 
@@ -155,7 +155,11 @@ def test_a_hostile_or_broken_file_gets_one_clear_message(text: str) -> None:
     Path("experiments").mkdir()
     Path("experiments/study.yaml").write_text(f"# @package _global_\n{text}")
     with pytest.raises(ConfigError) as caught:
-        compose_run(["vt=siglip", "llm=phi2", "experiments=study"] if "vision_tower" not in text else ["llm=phi2", "experiments=study"])
+        compose_run(
+            ["vt=siglip", "llm=phi2", "experiments=study"]
+            if "vision_tower" not in text
+            else ["llm=phi2", "experiments=study"]
+        )
     where, part = FILES[text]
     assert where in str(caught.value) and part in str(caught.value)
 
@@ -176,4 +180,8 @@ def test_a_sweep_of_an_experiment_is_not_run_unasked() -> None:
 def test_faults_of_every_run_of_a_sweep_are_told_once_each() -> None:
     found = faults("seed=1,x", "recipe.stages.finetune.lr=2,-1", "recipe.nmae=x", multirun=True)
     assert set(found) == {"seed", "recipe.stages.finetune.lr", "recipe.nmae"}
-    assert set(faults("seed=1,2", "lmm=phi2", "connector=mlp,lin", "name=a/b", multirun=True)) == {"lmm", "connector", "name"}
+    assert set(faults("seed=1,2", "lmm=phi2", "connector=mlp,lin", "name=a/b", multirun=True)) == {
+        "lmm",
+        "connector",
+        "name",
+    }

@@ -71,7 +71,6 @@ OWNED_TRAINER_KEYS = {
 def check_all(raw: Mapping[str, Any]) -> list[Fault]:
     """Return every fault in `raw`, the composed spec as plain data, that models alone do not see."""
     return [
-        *_check_strays(raw),
         *check_targets(raw),
         *_check_names(raw),
         *_check_stages(raw),
@@ -148,7 +147,7 @@ def training_arguments() -> frozenset[str]:
     return frozenset(name.id for name in names if isinstance(name, ast.Name))
 
 
-def _check_strays(raw: Mapping[str, Any]) -> list[Fault]:
+def check_strays(raw: Mapping[str, Any]) -> list[Fault]:
     """A misspelt stage or benchmark makes an entry that holds hardly anything: one fault, not one a missing field."""
     kinds = (
         ("recipe.stages", _mapping(raw, "recipe", "stages"), {"from", "data", "tune"}, "stage of this recipe"),

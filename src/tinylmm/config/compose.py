@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from tinylmm.config.checks import check_all, check_leaves
+from tinylmm.config.checks import check_all, check_leaves, check_strays
 from tinylmm.config.faults import faults_of, paths_by_leaf
 from tinylmm.config.groups import DEFAULT_GROUPS, EXPERIMENTS, group_choices, screen_user_files, search_path
 from tinylmm.config.overrides import Vocabulary, Words, check_words, choice_fault, is_sweep, redacted
@@ -184,10 +184,10 @@ def _finish(words: list[str], faults: list[Fault], vocabulary: Vocabulary, cfg: 
     if EXPERIMENTS in plain:
         what = "the file's keys are put below its own name, where nothing reads them."
         found.append(Fault(EXPERIMENTS, what, "Let its first line be `# @package _global_`."))
-    faults = [*faults, *check_leaves(_unresolved(cfg))]
-    faults += _untold(found, {fault.where for fault in faults})
-    spec, found = _validated(plain, {fault.where for fault in faults})
-    faults = [*faults, *found]
+    leaves = check_leaves(_unresolved(cfg))
+    leaves += _untold(found, leaves)
+    spec, found = _validated(plain, leaves)
+    faults = [*faults, *leaves, *found]
     if faults or spec is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     return spec
@@ -235,10 +235,10 @@ def _without_sweeps(words: Words, loader: ConfigLoader) -> Words:
 # ---------------------------------------------------------------------------------------------------- checking
 
 
-def _validated(plain: dict[str, Any], known: set[str]) -> tuple[RunSpec | None, list[Fault]]:
+def _validated(plain: dict[str, Any], known: list[Fault]) -> tuple[RunSpec | None, list[Fault]]:
     """Validate; faults at keys that are `known` to be wrong are not told again."""
-    faults = check_all(plain)
-    told = known | {fault.where for fault in faults}
+    strays = check_strays(plain)
+    faults = [*strays, *check_all(plain)]
     try:
         text = json.dumps(plain, allow_nan=True)
     except (TypeError, ValueError) as error:
@@ -247,13 +247,14 @@ def _validated(plain: dict[str, Any], known: set[str]) -> tuple[RunSpec | None, 
         # strict: `seed=true` or `epochs="3"` is a slip, not a number; JSON: lists stand for tuples, text for paths
         return RunSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), faults
     except ValidationError as error:
-        return None, [*faults, *_untold(faults_of(error, RunSpec, plain), told)]
+        return None, [*faults, *_untold(faults_of(error, RunSpec, plain), [*known, *faults], strays)]
 
 
-def _untold(faults: list[Fault], told: set[str]) -> list[Fault]:
-    """Those of `faults` whose key, or a key above it, has not been told of."""
-    above = tuple(f"{where}." for where in told)
-    return [fault for fault in faults if fault.where not in told and not fault.where.startswith(above)]
+def _untold(faults: list[Fault], told: list[Fault], whole: Sequence[Fault] = ()) -> list[Fault]:
+    """Those of `faults` at keys that have not been told of, nor stand below one that is wrong as a `whole`."""
+    keys = {fault.where for fault in told}
+    above = tuple(f"{fault.where}." for fault in whole)
+    return [fault for fault in faults if fault.where not in keys and not fault.where.startswith(above)]
 
 
 def _plain(cfg: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
@@ -313,6 +314,8 @@ def _translated(error: Exception, vocabulary: Vocabulary) -> list[Fault]:
         if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
             mark = cause.problem_mark
             return [Fault(f"{mark.name}, line {mark.line + 1}", f"is no valid YAML: {cause.problem}.")]
+        if isinstance(cause, yaml.reader.ReaderError):
+            return [Fault(str(cause.name), f"is no valid YAML: {cause.reason}.")]
         cause = cause.__cause__
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")

@@ -6,7 +6,7 @@ One fault a key, whatever the number of a union's branches that refused the valu
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from tinylmm.config.overrides import looks_secret, redacted
 from tinylmm.errors import Fault, suggestion
 
+_MISSING = "is missing."
 _SHOWN = 60  # characters of a value that a message shows
 
 
@@ -36,7 +37,14 @@ def faults_of(error: ValidationError, model: type[BaseModel], raw: Mapping[str, 
         path, annotation = place
         where = ".".join([*([prefix] if prefix else []), *map(str, path)])
         faults.setdefault(where, _fault(where, path, annotation, entry, raw))
-    return list(faults.values())
+    return [fault for fault in faults.values() if not _is_other_side(fault, faults.values())]
+
+
+def _is_other_side(fault: Fault, others: Iterable[Fault]) -> bool:
+    """Whether a key is only missing because it stands there misspelt, which is told already."""
+    parent, _, key = fault.where.rpartition(".")
+    hint = f"Did you mean '{key}'?"
+    return fault.what == _MISSING and any(hint in o.fix and o.where.rpartition(".")[0] == parent for o in others)
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -60,8 +68,8 @@ def _fault(where: str, path: Sequence[Any], annotation: Any, entry: Any, raw: Ma
     kind = entry["type"]
     if kind == "extra_forbidden" or (entry["loc"] and entry["loc"][-1] == "[key]"):
         return unknown_key(where, str(path[-1]), _allowed_keys(annotation))
-    if kind == "missing":
-        return Fault(where, "is missing.", f"It must be {describe(annotation)}.")
+    if kind == "missing" and not isinstance(_lookup(raw, path), list):
+        return Fault(where, _MISSING, f"It must be {describe(annotation)}.")
     if kind == "value_error":
         return Fault(where or "(run)", str(entry["ctx"]["error"]))
     value = _lookup(raw, path)
@@ -87,6 +95,8 @@ def show(where: str, value: Any) -> str:
         return "null"
     if isinstance(value, Mapping):
         return f"a mapping with {', '.join(map(str, value)) or 'no keys'}"
+    if isinstance(value, list):
+        return redacted(f"[{', '.join(map(str, value))}]")[:_SHOWN]
     text = redacted(repr(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -141,6 +151,9 @@ def _locate(model: type[BaseModel], loc: Sequence[Any], raw: Any) -> tuple[list[
             annotation = branch
             continue
         base = _plain(branches[0])[0]
+        value = _lookup(raw, path)
+        if isinstance(segment, int) and isinstance(value, list) and segment >= len(value):
+            return path, annotation  # a list that is too short: told of the list
         if segment == "[key]":
             return path, parent
         parent, path = base, [*path, segment]

@@ -111,6 +111,9 @@ def check_words(words: Iterable[str], vocabulary: Vocabulary, loader: ConfigLoad
         if looks_secret(bare) or holds_secret(value) or holds_secret(bare):
             faults.append(secret_fault(bare))
             continue
+        if not bare:
+            faults.append(_malformed(given, vocabulary))
+            continue
         try:
             override = parser.parse_overrides([word])[0]
         except HydraException:
@@ -198,10 +201,15 @@ def _unknown(key: str, first: str, override: Override, vocabulary: Vocabulary) -
     names = [*vocabulary.groups, *vocabulary.keys]
     value = None if override.is_delete() or override.is_sweep_override() else override.value()
     owners = [group for group, choices in vocabulary.groups.items() if isinstance(value, str) and value in choices]
+    rest = key.partition(".")[2]
+    paths = {path for _, path in vocabulary.nested}
+    holders = [name for name in vocabulary.keys if rest and f"{name}.{rest}" in paths]
     nested = [path for leaf, path in vocabulary.nested if leaf == key.rsplit(".", 1)[-1]]
     nested.sort(key=lambda path: not path.startswith("recipe."))  # what people mean most often
     if len(owners) == 1 and "." not in key:
         hint = f"Did you mean '{owners[0]}'?"
+    elif len(holders) == 1:
+        hint = f"Did you mean '{holders[0]}.{rest}'?"
     elif nested and not suggestion(first.lower(), [n for n in names if n[:1] == first[:1].lower()]):
         hint = f"Did you mean {' or '.join(repr(path) for path in dict.fromkeys(nested[:3]))}?"
     else:

@@ -65,6 +65,8 @@ def _environment(launch: dict[str, Any]) -> dict[str, str]:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch["nproc"])))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if launch["device"] == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if launch["device"] == "cpu" or not Path("/dev/nvidiactl").exists():
         environment["DS_ACCELERATOR"] = "cpu"
     return environment

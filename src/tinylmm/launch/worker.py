@@ -6,6 +6,7 @@ with its exit code, so that the parent can tell a user's fault from ours.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib
 import json
@@ -15,7 +16,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import TinyLMMError
@@ -53,7 +54,7 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Entry point of a rank."""
     folder = Path(sys.argv[1])
     _die_with_parent()
@@ -78,7 +79,6 @@ def main() -> int:
         path = folder / (RESULT_FILE if rank == 0 else f"result-rank{rank}.json")
         path.write_text(json.dumps(result), encoding="utf-8")
     _leave_ranks(code)
-    return code
 
 
 def _join_ranks(job: StageJob) -> None:
@@ -91,21 +91,22 @@ def _join_ranks(job: StageJob) -> None:
     from torch import distributed
 
     launch = job.settings["launch"]
-    use_cpu = launch["device"] == "cpu" or not torch.cuda.is_available()
-    if use_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    else:
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "gloo" if use_cpu else "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(seconds=launch["start_timeout_s"]))
 
 
-def _leave_ranks(code: int) -> None:
+def _leave_ranks(code: int) -> NoReturn:
+    """End this rank without C++ destructors: gloo's threads, still alive then, make some of them abort."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized() and code == 0:
+        distributed.barrier()  # rank 0 hosts the store that the others talk to until they are done
         distributed.destroy_process_group()
+    logging.shutdown()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _die_with_parent() -> None:
@@ -116,4 +117,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

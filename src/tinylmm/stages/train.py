@@ -93,7 +93,7 @@ def build_trainer(
         max_length=spec["max_length"],
     )
     identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch["deepspeed_stage"]}
-    return LMMTrainer(
+    trainer = LMMTrainer(
         model=loaded.model,
         args=arguments,
         dataset=samples,
@@ -104,6 +104,9 @@ def build_trainer(
         schedule=SaveSchedule(launch["save_steps"], 60.0 * launch["save_minutes"]),
         callbacks=[MetricsRow(job.log_metrics, spec["global_batch"])],
     )
+    if bool(launch["deepspeed_stage"]) != trainer.is_deepspeed_enabled:
+        raise RuntimeError(f"launch.deepspeed_stage is {launch['deepspeed_stage']}, but the Trainer runs {trainer.accelerator.distributed_type}")
+    return trainer
 
 
 class _Images:

@@ -55,7 +55,9 @@ def training_arguments(
         save_strategy="no",  # our callback decides, our writer publishes
         report_to=_trackers(tracking),
         disable_tqdm=True,
-        use_cpu=use_cpu,
+        # Trainer quietly leaves DeepSpeed out where use_cpu is set; without a GPU it takes the CPU anyway.
+        use_cpu=use_cpu and not launch["deepspeed_stage"],
+        ddp_backend="gloo" if use_cpu and launch["backend"] == "torchrun" else None,
         dataloader_num_workers=launch["num_workers"],
         remove_unused_columns=False,
         deepspeed=deepspeed_config(launch, spec, accumulation) if launch["deepspeed_stage"] else None,

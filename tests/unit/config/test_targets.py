@@ -78,7 +78,9 @@ def test_a_part_of_an_allowed_package_is_accepted(role: Role, target: str) -> No
     assert check_target(target, ("mypackage",), role) is None
 
 
-@pytest.mark.parametrize("package", ["os", "sys", "builtins", "os.path", "__main__", "", "../x", "My", "a b", "subprocess"])
+@pytest.mark.parametrize(
+    "package", ["os", "sys", "builtins", "os.path", "__main__", "", "../x", "My", "a b", "subprocess"]
+)
 def test_trust_refuses_what_is_no_plain_foreign_package(package: str) -> None:
     assert check_trust(package)
 
@@ -117,7 +119,9 @@ def test_no_mapping_smuggles_a_target_or_a_field_that_chooses_code(place: dict[s
     assert len(check_targets(place)) == 1
 
 
-def test_an_alias_of_a_foreign_object_in_a_trusted_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alias_of_a_foreign_object_in_a_trusted_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "lentparts").mkdir()
     source = """
         from subprocess import Popen as Model

@@ -1,0 +1,81 @@
+"""Claims about the spec models: frozen, closed, dumped by the YAML's own names, and strict where a slip would be silent."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
+from tinylmm.config.spec import LaunchSpec, RecipeSpec, RunSpec, SourceSpec, StageSpec, TokenizerSpec, TuneSpec
+
+STAGE: dict[str, Any] = {
+    "from": "parts", "data": "pretrain", "tune": {}, "lr": 1e-3, "global_batch": 8, "max_length": 64, "template": "pretrain",
+}  # fmt: skip
+
+
+def test_a_spec_cannot_be_changed_and_takes_no_unknown_key() -> None:
+    stage = StageSpec.model_validate(STAGE)
+    with pytest.raises(ValidationError, match="frozen"):
+        stage.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        StageSpec.model_validate(STAGE | {"learning_rate": 1})
+
+
+def test_a_spec_is_dumped_and_loaded_by_the_names_of_the_yaml() -> None:
+    stage = StageSpec.model_validate(STAGE)
+    dump = stage.model_dump(mode="json")
+    assert dump["from"] == "parts" and "start" not in dump
+    assert StageSpec.model_validate_json(json.dumps(dump)) == stage
+
+
+def test_only_the_connector_is_trained_by_default() -> None:
+    assert TuneSpec().model_dump() == {"llm": "frozen", "vision_tower": "frozen", "connector": "full"}
+
+
+@pytest.mark.parametrize("from_layer", [0, 12, 0.5])
+def test_a_layer_is_an_index_or_a_fraction(from_layer: float) -> None:
+    tune = TuneSpec.model_validate({"vision_tower": {"from_layer": from_layer}}).vision_tower
+    assert not isinstance(tune, str) and tune.from_layer == from_layer and type(tune.from_layer) is type(from_layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        (TokenizerSpec, {}, "either `pretrained` or `vocab_size`"),
+        (TokenizerSpec, {"pretrained": "x", "vocab_size": 5}, "either `pretrained` or `vocab_size`"),
+        (SourceSpec, {"annotations": "x", "on_bad": "skip"}, "max_bad"),
+        (LaunchSpec, {"nproc": 2}, "backend=torchrun"),
+        (LaunchSpec, {"deepspeed_stage": 2}, "backend=torchrun"),
+        (
+            RecipeSpec,
+            {"name": "r", "published_data": "d", "stages": {"a": STAGE | {"from": "b"}}},
+            "none of the earlier",
+        ),
+        (
+            RecipeSpec,
+            {"name": "r", "published_data": "d", "stages": {"a": STAGE | {"from": "a"}}},
+            "none of the earlier",
+        ),
+        (RecipeSpec, {"name": "r", "published_data": "d", "stages": {}}, "at least 1"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(model: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        model.model_validate(values)
+
+
+def test_a_fault_of_a_union_is_told_once_in_plain_words() -> None:
+    raw = STAGE | {"lr": "fast", "tune": {"llm": "half"}}
+    with pytest.raises(ValidationError) as caught:
+        StageSpec.model_validate_json(json.dumps(raw), strict=True)
+    assert [str(fault) for fault in faults_of(caught.value, StageSpec, raw, "recipe.stages.a")] == [
+        "recipe.stages.a.tune.llm: is 'half'; it must be one of frozen, full, or a mapping with from_layer.",
+        "recipe.stages.a.lr: is 'fast'; it must be a number above 0, or a mapping from llm, vision_tower, connector to a number above 0.",
+    ]
+
+
+def test_every_key_can_be_described_and_found_by_its_last_segment() -> None:
+    assert all(describe(field.annotation) for field in keys_of(LaunchSpec).values())
+    paths = list(paths_by_leaf(RunSpec))
+    assert ("lr", "recipe.stages.<name>.lr") in paths and ("_target_", "llm._target_") in paths
