@@ -107,7 +107,7 @@ def test_the_alias_and_plain_keys_reach_the_spec() -> None:
 
 
 def test_a_sweep_runs_in_hydras_order() -> None:
-    runs = expand(["llm=phi2", "vt=glob([cs]*)", "seed=range(0,2)"], multirun=True)
+    runs = expand(["llm=phi2", "vt=glob(*ip)", "seed=range(0,2)"], multirun=True)
     assert runs == [
         ["llm=phi2", f"vision_tower={tower}", f"seed={seed}"] for tower in ("clip", "siglip") for seed in ("0", "1")
     ]
@@ -165,7 +165,8 @@ def test_what_hydra_composes_itself_gives_the_same_spec() -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    code = "import sys; from tinylmm.config.compose import compose_run; compose_run(['llm=phi2', 'vt=clip', 'trainer.optim=x'])"
+    code = "import sys; from tinylmm.config.compose import compose_run"
+    code += "; compose_run(['llm=phi2', 'vt=clip', 'trainer.optim=x'])"
     code += "; from tinylmm.cli.help import train_help; train_help()"
     code += "; assert not {'torch', 'transformers', 'datasets', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

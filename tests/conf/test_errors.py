@@ -1,4 +1,4 @@
-"""Claims about what a wrong command line, spec or file is answered with: every fault, its key, what is allowed, a suggestion."""
+"""Claims about the answer to a wrong command line, spec or file: every fault, its key, what is allowed, a suggestion."""
 
 from pathlib import Path
 
@@ -52,13 +52,26 @@ def test_a_misspelt_key_or_value_gets_the_right_suggestion_among_many(
 
 
 WRONG = [
-    ("seed=true", "seed", "a whole number"), ("seed='1'", "seed", "a whole number"), ("seed=1.5", "seed", "a whole number"),
-    ("name=a/b", "name", "letters, digits"), ("name=../x", "name", "letters, digits"), ("name=[a]", "name", "text"),
-    ("trainer=3", "trainer", "a mapping"), ("trust=requests", "trust", "a list"), ("trust=[os]", "trust", "Python itself"),
-    ("tracking.tensorboard=3", "tracking.tensorboard", "true or false"), ("tracking=1", "tracking", "a mapping with tensorboard"),
-    ("launch.nproc=0", "launch.nproc", "above 0"), ("launch.keep_checkpoints=1", "launch.keep_checkpoints", "at least 2"),
-    ("launch.deepspeed_stage=1", "launch.deepspeed_stage", "one of 2, 3"), ("launch.nproc=2", "launch", "backend=torchrun"),
-    ("recipe.stages.pretrain.lr=fast", "recipe.stages.pretrain.lr", "is 'fast'; it must be a number above 0, or a mapping"),
+    ("seed=true", "seed", "a whole number"),
+    ("seed='1'", "seed", "a whole number"),
+    ("seed=1.5", "seed", "a whole number"),
+    ("name=a/b", "name", "letters, digits"),
+    ("name=../x", "name", "letters, digits"),
+    ("name=[a]", "name", "text"),
+    ("trainer=3", "trainer", "a mapping"),
+    ("trust=requests", "trust", "a list"),
+    ("trust=[os]", "trust", "Python itself"),
+    ("tracking.tensorboard=3", "tracking.tensorboard", "true or false"),
+    ("tracking=1", "tracking", "a mapping with tensorboard"),
+    ("launch.nproc=0", "launch.nproc", "above 0"),
+    ("launch.keep_checkpoints=1", "launch.keep_checkpoints", "at least 2"),
+    ("launch.deepspeed_stage=1", "launch.deepspeed_stage", "one of 2, 3"),
+    ("launch.nproc=2", "launch", "backend=torchrun"),
+    (
+        "recipe.stages.pretrain.lr=fast",
+        "recipe.stages.pretrain.lr",
+        "is 'fast'; it must be a number above 0, or a mapping",
+    ),
     ("recipe.stages.pretrain.lr=-1", "recipe.stages.pretrain.lr", "above 0"),
     ("recipe.stages.pretrain.lr=inf", "recipe.stages.pretrain.lr", "finite"),
     ("recipe.stages.pretrain.lr=nan", "recipe.stages.pretrain.lr", "finite"),
@@ -76,20 +89,38 @@ WRONG = [
     ("recipe.stages.finetune.from=later", "recipe", "none of the earlier"),
     ("recipe.stages.finetune.data=x", "recipe.stages.finetune.data", "Sources: pretrain, finetune"),
     ("recipe.stages.finetune.template=x", "recipe.stages.finetune.template", "no chat template"),
-    ("recipe.published_data=x data=auto", "recipe.published_data", "'x' is not a choice of data"), ("llm.template=x", "llm.template", "no chat"),
-    ("llm.init=built", "llm", "`build`"), ("llm.pretrained=null", "llm", "hub id"), ("llm={a: b}", "llm", "not a choice"),
-    ("llm=null", "llm", "'null' is not a choice"), ("llm=[phi2]", "llm", "one choice"), ("vt.image.mean=[1,1]", "vision_tower.image.mean", "3"),
-    ("llm._target_=os.system", "llm._target_", "not allowed"), ("vt.encoder=torch.load", "vision_tower.encoder", "encoder's class"),
+    ("recipe.published_data=x data=auto", "recipe.published_data", "'x' is not a choice of data"),
+    ("llm.template=x", "llm.template", "no chat"),
+    ("llm.init=built", "llm", "`build`"),
+    ("llm.pretrained=null", "llm", "hub id"),
+    ("llm={a: b}", "llm", "not a choice"),
+    ("llm=null", "llm", "'null' is not a choice"),
+    ("llm=[phi2]", "llm", "one choice"),
+    ("vt.image.mean=[1,1]", "vision_tower.image.mean", "3"),
+    ("llm._target_=os.system", "llm._target_", "not allowed"),
+    ("vt.encoder=torch.load", "vision_tower.encoder", "encoder's class"),
     ("connector.options._target_=x", "connector.options._target_", "may not stand here"),
-    ("trainer.learning_rate=1", "trainer.learning_rate", "Set recipe.stages.<stage>.lr"), ("trainer.output_dir=x", "trainer.output_dir", "Set store"),
-    ("trainer.nope=1", "trainer.nope", "no field of transformers.TrainingArguments"), ("eval=[auto,digits]", "eval", "stand alone"),
+    ("trainer.learning_rate=1", "trainer.learning_rate", "Set recipe.stages.<stage>.lr"),
+    ("trainer.output_dir=x", "trainer.output_dir", "Set store"),
+    ("trainer.nope=1", "trainer.nope", "no field of transformers.TrainingArguments"),
+    ("eval=[auto,digits]", "eval", "stand alone"),
     ("recipe=share data=llava_v1_5", "recipe.stages.share_pretrain.data", "needs data=sharegpt4v"),
-    ("vt=clip,siglip", "vision_tower", "Add -m"), ("seed=1,2", "seed", "Add -m"), ("seed=interval(0,1)", "seed", "no end"),
-    ("hydra.run.dir=x", "hydra.run.dir", "cannot be changed"), ("hydra/launcher=joblib", "hydra/launcher", "cannot be changed"),
-    ("store=${oc.env:NOT_SET}", "store", "NOT_SET"), ("store=${nope}", "store", "nope"), ("name=???", "name", "no value"),
-    ("a=b=c", "'a=b=c'", "cannot be read"), ("--lr", "'--lr'", "is no override"), ("llm", "'llm'", "one of"), ("=x", "'=x'", "cannot be read"),
-    ("experiments=none_such", "experiments", "experiments/"), ("~seed.x", "config", "seed.x"), ("~vt", "vision_tower", "is missing"),
-]  # fmt: skip
+    ("vt=clip,siglip", "vision_tower", "Add -m"),
+    ("seed=1,2", "seed", "Add -m"),
+    ("seed=interval(0,1)", "seed", "no end"),
+    ("hydra.run.dir=x", "hydra.run.dir", "cannot be changed"),
+    ("hydra/launcher=joblib", "hydra/launcher", "cannot be changed"),
+    ("store=${oc.env:NOT_SET}", "store", "NOT_SET"),
+    ("store=${nope}", "store", "nope"),
+    ("name=???", "name", "no value"),
+    ("a=b=c", "'a=b=c'", "cannot be read"),
+    ("--lr", "'--lr'", "is no override"),
+    ("llm", "'llm'", "one of"),
+    ("=x", "'=x'", "cannot be read"),
+    ("experiments=none_such", "experiments", "experiments/"),
+    ("~seed.x", "config", "seed.x"),
+    ("~vt", "vision_tower", "is missing"),
+]
 
 
 @pytest.mark.parametrize(("words", "where", "part"), WRONG, ids=lambda value: value)
@@ -105,18 +136,31 @@ def test_faults_of_words_values_and_across_groups_come_at_once() -> None:
         "recipe.stages.finetune.data=x", "trainer.seed=1", "vt.encoder=os.system", "tracking.wandb.api_key=abc",
     )  # fmt: skip
     assert set(found) == {
-        "lmm", "recipe", "recipe.stages.pretrain.lr", "recipe.stages.finetune.warmup_ration", "recipe.stages.finetune.data",
-        "trainer.seed", "vision_tower.encoder", "tracking.wandb.api_key",
-    }  # fmt: skip
+        "lmm",
+        "recipe",
+        "recipe.stages.pretrain.lr",
+        "recipe.stages.finetune.warmup_ration",
+        "recipe.stages.finetune.data",
+        "trainer.seed",
+        "vision_tower.encoder",
+        "tracking.wandb.api_key",
+    }
 
 
 SECRETS = {
-    "WANDB_API_KEY=s3cretv4lue": "s3cretv4lue", "hf_token=s3cretv4lue": "s3cretv4lue", "+trainer.hub_token=s3cretv4lue": "s3cretv4lue",
-    "tracking.wandb.api_key=s3cretv4lue": "s3cretv4lue", "password=s3cretv4lue": "s3cretv4lue", "--token=s3cretv4lue": "s3cretv4lue",
-    "llm.pretrained=https://me:s3cretv4lue@host/x": "s3cretv4lue", "name=hf_AbCdEfGhIjKlMnOpQrSt": "AbCdEfGhIjKlMnOpQrSt",
-    "name=AKIAIOSFODNN7EXAMPLE": "IOSFODNN7", "store=sk-abcdefghijklmnopqrstuvwx": "abcdefghijklmnop",
-    "sk-abcdefghijklmnopqrstuvwx": "abcdefghijklmnop", "name=${oc.env:SOME_API_KEY}": "s3cretv4lue",
-}  # fmt: skip
+    "WANDB_API_KEY=s3cretv4lue": "s3cretv4lue",
+    "hf_token=s3cretv4lue": "s3cretv4lue",
+    "+trainer.hub_token=s3cretv4lue": "s3cretv4lue",
+    "tracking.wandb.api_key=s3cretv4lue": "s3cretv4lue",
+    "password=s3cretv4lue": "s3cretv4lue",
+    "--token=s3cretv4lue": "s3cretv4lue",
+    "llm.pretrained=https://me:s3cretv4lue@host/x": "s3cretv4lue",
+    "name=hf_AbCdEfGhIjKlMnOpQrSt": "AbCdEfGhIjKlMnOpQrSt",
+    "name=AKIAIOSFODNN7EXAMPLE": "IOSFODNN7",
+    "store=sk-abcdefghijklmnopqrstuvwx": "abcdefghijklmnop",
+    "sk-abcdefghijklmnopqrstuvwx": "abcdefghijklmnop",
+    "name=${oc.env:SOME_API_KEY}": "s3cretv4lue",
+}
 
 
 @pytest.mark.parametrize("word", SECRETS)
@@ -136,18 +180,25 @@ def test_what_only_sounds_like_a_secret_is_accepted(word: str) -> None:
 
 
 FILES = {
-    "seed: [1\nllm: 2\n": ("study.yaml, line 3", "no valid YAML"), "seed: 1\nseed: 2\n": ("study.yaml, line 3", "duplicate key"),
+    "seed: [1\nllm: 2\n": ("study.yaml, line 3", "no valid YAML"),
+    "seed: 1\nseed: 2\n": ("study.yaml, line 3", "duplicate key"),
     "seed: !!python/object/apply:os.system [x]\n": ("study.yaml, line 2", "no valid YAML"),
     "defaults:\n  - override /vision_tower: none_such\n": ("vision_tower", "not a choice"),
-    "defaults:\n  - /nope: x\n": ("nope", "Could not"), "hydra:\n  callbacks:\n    x: {_target_: os.system}\n": ("hydra.callbacks.x", "refused"),
+    "defaults:\n  - /nope: x\n": ("nope", "Could not"),
+    "hydra:\n  callbacks:\n    x: {_target_: os.system}\n": ("hydra.callbacks.x", "refused"),
     "hydra:\n  launcher: {_target_: os.system}\n": ("hydra.launcher._target_", "not allowed"),
     "hydra:\n  job_logging: {handlers: {x: {(): os.system}}}\n": ("hydra.job_logging", "refused"),
-    "store: ${a}\na: ${store}\n": ("store", "cannot be resolved"), "sede: 3\n": ("sede", "Did you mean 'seed'?"),
+    "store: ${a}\na: ${store}\n": ("store", "cannot be resolved"),
+    "sede: 3\n": ("sede", "Did you mean 'seed'?"),
     "tracking: {wandb: {entity: '${oc.env:WANDB_API_KEY}'}}\n": ("tracking.wandb.entity", "secret"),
-    "seed: &a [1]\nname: [" + ", ".join(["*a"] * 60) + "]\n": ("study.yaml", "aliases"), "name: " + "x" * 1_100_000: ("study.yaml", "bytes"),
-    "seed: !!binary aGVsbG8=\n": ("seed", "binary"), "seed: .inf\n": ("seed", "finite"), "name: a\x00b\n": ("study.yaml", ""),
-    "- 1\n- 2\n": ("study", ""), "seed: &a [*a]\n": ("", ""),
-}  # fmt: skip
+    "seed: &a [1]\nname: [" + ", ".join(["*a"] * 60) + "]\n": ("study.yaml", "aliases"),
+    "name: " + "x" * 1_100_000: ("study.yaml", "bytes"),
+    "seed: !!binary aGVsbG8=\n": ("seed", "binary"),
+    "seed: .inf\n": ("seed", "finite"),
+    "name: a\x00b\n": ("study.yaml", ""),
+    "- 1\n- 2\n": ("study", ""),
+    "seed: &a [*a]\n": ("", ""),
+}
 
 
 @pytest.mark.parametrize("text", FILES, ids=lambda text: ascii(text[:30]))

@@ -105,11 +105,11 @@ def _ensure(stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger, title: s
     def waiting(owner: dict[str, Any]) -> None:
         ledger.console.print(f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it", highlight=False)
 
-    with Claim(store.root, stage.key, on_wait=waiting):
+    with Claim(store.root, stage.key, on_wait=waiting) as claim:
         if store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
             return None
         ledger.mark(stage, "running")
-        return _run(stage, plan, store, ledger.console, title)
+        return _run(stage, plan, store, ledger.console, title, claim)
 
 
 def _reusable(stage: Stage, store: Store, console: Console) -> bool:
@@ -126,7 +126,7 @@ def _reusable(stage: Stage, store: Store, console: Console) -> bool:
     return True
 
 
-def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str) -> float:
+def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str, claim: Claim) -> float:
     started, clock = time.time(), time.monotonic()
     work = store.begin(stage)
     parents = {role: store.open_output(plan.graph[digest]) for role, digest in stage.parents.items()}
@@ -156,6 +156,8 @@ def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str
     for name in SCRATCH:
         remove(work / name)
     (work / METRICS_FILE).touch()
+    if claim.lost:
+        raise StageFailedError(f"{title}: another process took this stage over while this one was silent for a minute; its result is left to that process")
     store.publish(stage, summary, started)
     return time.monotonic() - clock
 

@@ -42,7 +42,9 @@ class Vocabulary:
     """Words of a set of captions, numbered in alphabetical order after padding (0) and unknown (1)."""
 
     def __init__(self, captions: Sequence[str]) -> None:
-        self._words = {word: index for index, word in enumerate(sorted({w for c in captions for w in _WORD.findall(c)}), 2)}
+        self._words = {
+            word: index for index, word in enumerate(sorted({w for c in captions for w in _WORD.findall(c)}), 2)
+        }
 
     def __len__(self) -> int:
         return len(self._words) + 2
@@ -57,15 +59,15 @@ class Vocabulary:
 class TextEncoder(nn.Module):
     """A pre-norm transformer over words, averaged over the words that are there."""
 
-    def __init__(self, vocabulary: int, width: int = 64, layers: int = 2, heads: int = 4, max_words: int = 64) -> None:
+    def __init__(self, vocabulary: int, max_words: int, width: int = 64, layers: int = 2, heads: int = 4) -> None:
         """Build the encoder.
 
         Args:
             vocabulary: number of word numbers, padding included.
+            max_words: longest caption; longer ones are the caller's to cut.
             width: D of the token stream.
             layers: number of blocks.
             heads: attention heads; divides `width`.
-            max_words: longest caption; longer ones are the caller's to cut.
         """
         super().__init__()
         self.words = nn.Embedding(vocabulary, width, padding_idx=PAD)
@@ -88,18 +90,21 @@ class TextEncoder(nn.Module):
 class ContrastivePair(nn.Module):
     """An image encoder with a pooling head and a text encoder, under one sigmoid loss."""
 
-    def __init__(self, tower: nn.Module, tower_width: int, vocabulary: int, text_tower: dict[str, Any]) -> None:
+    def __init__(
+        self, tower: nn.Module, tower_width: int, vocabulary: int, max_words: int, text_tower: dict[str, Any]
+    ) -> None:
         """Wrap `tower` (called with `pixel_values=`, gives `pooler_output` (B, tower_width)).
 
         Args:
             tower: the encoder to pretrain.
             tower_width: width of its pooled output.
             vocabulary: size of the captions' vocabulary.
-            text_tower: keyword arguments of `TextEncoder`.
+            max_words: longest caption.
+            text_tower: further keyword arguments of `TextEncoder`.
         """
         super().__init__()
         self.tower = tower
-        self.text = TextEncoder(vocabulary, **text_tower)
+        self.text = TextEncoder(vocabulary, max_words=max_words, **text_tower)
         self.project = nn.Linear(self.text.norm.normalized_shape[0], tower_width)
         # Initial values of SigLIP, section 3.2: t = 10 and b = -10 start near the prior that most pairs do not match.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tinylmm.stages.integrity import write_atomic
+from tinylmm.integrity import write_atomic
 from tinylmm.stages.provenance import ended_with_boot, is_running, now, this_process
 
 HEARTBEAT_SECONDS = 5.0

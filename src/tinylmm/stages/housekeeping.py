@@ -11,7 +11,7 @@ from typing import Any
 
 from tinylmm.errors import IntegrityError
 from tinylmm.stages.claims import Claim, describe, held
-from tinylmm.stages.integrity import MARKER_FILE, check_files, check_folder, read_manifest
+from tinylmm.integrity import MARKER_FILE, check_files, check_folder, read_manifest
 from tinylmm.stages.runs import read_runs
 
 SPEC_FILE = "spec.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import IntegrityError, UserError
-from tinylmm.stages.integrity import write_atomic
+from tinylmm.integrity import write_atomic
 from tinylmm.stages.provenance import ended_with_boot, is_running, iso, now, software_versions, this_process
 
 RUN_FILE = "run.json"

@@ -31,7 +31,7 @@ from tinylmm.errors import IntegrityError
 from tinylmm.stages.claims import held
 from tinylmm.stages.graph import STAGE_VERSIONS, Stage
 from tinylmm.stages.housekeeping import SPEC_FILE, collect_garbage, discard, list_stages, remove
-from tinylmm.stages.integrity import (
+from tinylmm.integrity import (
     MANIFEST_FILE,
     MARKER_FILE,
     OUTPUT_FOLDER,

@@ -33,7 +33,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=math.ceil(spec["global_batch"] / accumulation),
+        per_device_train_batch_size=_micro_batch(launch, spec, accumulation),
         gradient_accumulation_steps=accumulation,
         learning_rate=max(peak_learning_rates(spec["lr"]).values()),
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(spec["schedule"], spec["schedule"]),
@@ -82,7 +82,7 @@ def deepspeed_config(launch: dict[str, Any], spec: dict[str, Any], accumulation:
             "sub_group_size": 1_000_000_000,
         }
     return {
-        "train_micro_batch_size_per_gpu": math.ceil(spec["global_batch"] / (accumulation * launch["nproc"])),
+        "train_micro_batch_size_per_gpu": _micro_batch(launch, spec, accumulation),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": spec["max_grad_norm"],
         "zero_optimization": zero,
@@ -92,6 +92,10 @@ def deepspeed_config(launch: dict[str, Any], spec: dict[str, Any], accumulation:
         "fp16": {"enabled": spec["precision"] == "fp16"},
         "steps_per_print": 2_000_000_000,
     }
+
+
+def _micro_batch(launch: dict[str, Any], spec: dict[str, Any], accumulation: int) -> int:
+    return math.ceil(spec["global_batch"] / (accumulation * launch["nproc"]))
 
 
 def _trackers(tracking: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tinylmm.stages import integrity
+from tinylmm import integrity
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,12 @@ class CheckpointFolder:
         final = self.root / f"{PREFIX}{step}"
         integrity.write_manifest(staged, {"format": 1, "step": step, **self.identity})
         integrity.mark_complete(staged)
-        if final.exists():  # the same step was saved before a kill, then done again: equal content, newer wins
-            shutil.rmtree(final)
+        if final.exists():  # the same step was saved before a kill and done again: never without one of the two
+            final.rename(self._free_name(f"replaced-{final.name}"))
         staged.rename(final)
-        integrity.sync_folder(self.root)
+        integrity.sync_path(self.root)
+        for replaced in self.root.glob("replaced-*"):
+            shutil.rmtree(replaced)
         for _, old in self.published()[: -self.keep]:
             shutil.rmtree(old)
         return final

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinylmm.models.vision import HFVisionTower, encode_images
-from tinylmm.stages import integrity
+from tinylmm import integrity
 from tinylmm.training.ranks import barrier, rank, world_size
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ MISSPELT = [
     ("launch=zero-3", "zero3"), ("launch=torch_run", "torchrun"), ("launch=loca", "local"),
     ("lr=1e-3", "recipe.stages.<name>.lr"), ("phi2", "llm=phi2"),
     ("max_length=99", "recipe.stages.<name>.max_length"), ("global_batch=9", "recipe.stages.<name>.global_batch"),
-    
+
 ]  # fmt: skip
 
 
@@ -61,11 +61,17 @@ def test_a_misspelt_group_choice_or_key_gets_the_right_suggestion(word: str, mea
 @pytest.mark.parametrize(
     ("word", "written_out"),
     [
-        ("vt=clip", "vision_tower=clip"), ("vt=clip,siglip", "vision_tower=clip,siglip"), ("~vt", "~vision_tower"),
-        ("+vt=x", "+vision_tower=x"), ("++vt.select=all", "++vision_tower.select=all"), ("vt.select_layer=-1", "vision_tower.select_layer=-1"),
-        ("vtx=clip", "vtx=clip"), ("name=vt", "name=vt"), ("llm.vt=1", "llm.vt=1"),
+        ("vt=clip", "vision_tower=clip"),
+        ("vt=clip,siglip", "vision_tower=clip,siglip"),
+        ("~vt", "~vision_tower"),
+        ("+vt=x", "+vision_tower=x"),
+        ("++vt.select=all", "++vision_tower.select=all"),
+        ("vt.select_layer=-1", "vision_tower.select_layer=-1"),
+        ("vtx=clip", "vtx=clip"),
+        ("name=vt", "name=vt"),
+        ("llm.vt=1", "llm.vt=1"),
     ],
-)  # fmt: skip
+)
 def test_the_alias_is_written_out_and_nothing_else(word: str, written_out: str) -> None:
     assert expand_alias(word) == written_out
 
@@ -73,13 +79,21 @@ def test_the_alias_is_written_out_and_nothing_else(word: str, written_out: str) 
 @pytest.mark.parametrize(
     ("word", "for_hydra"),
     [
-        ("vt=siglip", "vision_tower=siglip"), ("+llm=phi2", "llm=phi2"), ("llm=phi2,nano", "llm=phi2,nano"),
-        ("eval=[digits]", "eval=[digits]"), ("experiments=single", "+experiments=single"),
-        ("+experiments=study", "+experiments=study/study"), ("seed=1", "++seed=1"), ("+trainer.x=1", "++trainer.x=1"),
-        ("++trainer.x=1", "++trainer.x=1"), ("llm.architecture.y=[1,2]", "++llm.architecture.y=[1,2]"), ("~eval", "~eval"),
-        ("data@eval.digits.data=digits", "data@eval.digits.data=digits"), ("hydra.sweeper.params.seed='1,2'", "hydra.sweeper.params.seed='1,2'"),
+        ("vt=siglip", "vision_tower=siglip"),
+        ("+llm=phi2", "llm=phi2"),
+        ("llm=phi2,nano", "llm=phi2,nano"),
+        ("eval=[digits]", "eval=[digits]"),
+        ("experiments=single", "+experiments=single"),
+        ("+experiments=study", "+experiments=study/study"),
+        ("seed=1", "++seed=1"),
+        ("+trainer.x=1", "++trainer.x=1"),
+        ("++trainer.x=1", "++trainer.x=1"),
+        ("llm.architecture.y=[1,2]", "++llm.architecture.y=[1,2]"),
+        ("~eval", "~eval"),
+        ("data@eval.digits.data=digits", "data@eval.digits.data=digits"),
+        ("hydra.sweeper.params.seed='1,2'", "hydra.sweeper.params.seed='1,2'"),
     ],
-)  # fmt: skip
+)
 def test_a_good_word_is_handed_on_so_that_hydra_accepts_it_and_twice_changes_nothing(word: str, for_hydra: str) -> None:
     judged = check_words([word], VOCABULARY)
     assert (judged.good, judged.faults) == ((for_hydra,), ())

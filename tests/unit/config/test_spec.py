@@ -1,4 +1,4 @@
-"""Claims about the spec models: frozen, closed, dumped by the YAML's own names, and strict where a slip would be silent."""
+"""Claims about the spec models: frozen, closed, dumped by the YAML's own names, faults told in plain words."""
 
 import json
 from typing import Any
@@ -10,8 +10,14 @@ from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
 from tinylmm.config.spec import LaunchSpec, RecipeSpec, RunSpec, SourceSpec, StageSpec, TokenizerSpec, TuneSpec
 
 STAGE: dict[str, Any] = {
-    "from": "parts", "data": "pretrain", "tune": {}, "lr": 1e-3, "global_batch": 8, "max_length": 64, "template": "pretrain",
-}  # fmt: skip
+    "from": "parts",
+    "data": "pretrain",
+    "tune": {},
+    "lr": 1e-3,
+    "global_batch": 8,
+    "max_length": 64,
+    "template": "pretrain",
+}
 
 
 def test_a_spec_cannot_be_changed_and_takes_no_unknown_key() -> None:
@@ -71,7 +77,8 @@ def test_a_fault_of_a_union_is_told_once_in_plain_words() -> None:
         StageSpec.model_validate_json(json.dumps(raw), strict=True)
     assert [str(fault) for fault in faults_of(caught.value, StageSpec, raw, "recipe.stages.a")] == [
         "recipe.stages.a.tune.llm: is 'half'; it must be one of frozen, full, or a mapping with from_layer.",
-        "recipe.stages.a.lr: is 'fast'; it must be a number above 0, or a mapping from llm, vision_tower, connector to a number above 0.",
+        "recipe.stages.a.lr: is 'fast'; it must be a number above 0, "
+        "or a mapping from llm, vision_tower, connector to a number above 0.",
     ]
 
 

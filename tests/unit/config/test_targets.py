@@ -12,39 +12,88 @@ from tinylmm.errors import ConfigError
 
 ROLES: tuple[Role, ...] = ("llm", "vision_tower", "encoder", "connector", "data")
 
-HOSTILE = """
-os.system os.popen os.execv os.spawnl os.remove posix.system subprocess.Popen subprocess.call subprocess.run subprocess.check_output
-builtins.eval builtins.exec builtins.__import__ builtins.open builtins.compile builtins.getattr __builtin__.eval eval exec
-pty.spawn platform.popen commands.getoutput shutil.rmtree shutil.move pathlib.Path.unlink pathlib.Path.write_text
-pickle.loads pickle.load marshal.loads dill.loads cloudpickle.loads joblib.load shelve.open yaml.unsafe_load numpy.load
-importlib.import_module imp.load_source runpy.run_path runpy.run_module pkgutil.resolve_name zipimport.zipimporter code.interact
-ctypes.CDLL ctypes.cdll.LoadLibrary cffi.FFI gc.get_objects inspect.getsource sys.exit os._exit os.abort socket.socket
-urllib.request.urlopen http.client.HTTPConnection webbrowser.open antigravity.webbrowser.open site.addsitedir pip.main
-asyncio.create_subprocess_shell multiprocessing.Process threading.Thread concurrent.futures.ProcessPoolExecutor timeit.timeit
-functools.partial functools.reduce operator.methodcaller types.FunctionType types.CodeType unittest.mock.patch sqlite3.connect
-hydra.utils.instantiate hydra.utils.call hydra.utils.get_method omegaconf.OmegaConf.load
-torch.load torch.save torch.hub.load torch.hub.load_state_dict_from_url torch.jit.load torch.package.PackageImporter torch.compile
-torch.ops.load_library torch.classes.load_library torch.utils.cpp_extension.load torch.utils.cpp_extension.load_inline torch._C._jit_init
-torch.distributed.run.main torch.serialization.os.system torch.nn.modules.module.torch.hub.load torch.nn.functional.os torch.os.system
-torch.nn.Module.load_state_dict torch.nn.modules.module._global_forward_hooks torch.multiprocessing.spawn torch.nn.init.warnings.sys.exit
-transformers.pipeline transformers.pipelines.pipeline transformers.AutoModel.from_pretrained transformers.AutoModelForCausalLM
-transformers.AutoModelForCausalLM.from_pretrained transformers.PhiForCausalLM.from_pretrained transformers.dynamic_module_utils.get_class_from_dynamic_module
-transformers.utils.import_utils.subprocess.Popen transformers.tools.PythonInterpreterTool transformers.Trainer transformers.commands.run.RunCommand
-transformers.models.phi.modeling_phi.os.system transformers.models.auto.AutoModelForCausalLM transformers.agents.Agent
-tinylmm.cli.train.main tinylmm.launch.worker.main tinylmm.config.targets.resolve_target tinylmm.models.vision.torch.load
-tinylmm.models.__init__.X tinylmm.models._hidden.Model tinylmm.models.vision.HFVisionTower.__init__ tinylmm.data.sample.Path.unlink
-""".split()  # fmt: skip
+HOSTILE = [
+    "os.system", "os.popen", "os.execv", "os.spawnl", "os.remove", "posix.system", "subprocess.Popen",
+    "subprocess.call", "subprocess.run", "subprocess.check_output", "builtins.eval", "builtins.exec",
+    "builtins.__import__", "builtins.open", "builtins.compile", "builtins.getattr", "__builtin__.eval", "eval",
+    "exec", "pty.spawn", "platform.popen", "commands.getoutput", "shutil.rmtree", "shutil.move",
+    "pathlib.Path.unlink", "pathlib.Path.write_text", "pickle.loads", "pickle.load", "marshal.loads", "dill.loads",
+    "cloudpickle.loads", "joblib.load", "shelve.open", "yaml.unsafe_load", "numpy.load", "importlib.import_module",
+    "imp.load_source", "runpy.run_path", "runpy.run_module", "pkgutil.resolve_name", "zipimport.zipimporter",
+    "code.interact", "ctypes.CDLL", "ctypes.cdll.LoadLibrary", "cffi.FFI", "gc.get_objects", "inspect.getsource",
+    "sys.exit", "os._exit", "os.abort", "socket.socket", "urllib.request.urlopen", "http.client.HTTPConnection",
+    "webbrowser.open", "antigravity.webbrowser.open", "site.addsitedir", "pip.main",
+    "asyncio.create_subprocess_shell", "multiprocessing.Process", "threading.Thread",
+    "concurrent.futures.ProcessPoolExecutor", "timeit.timeit", "functools.partial", "functools.reduce",
+    "operator.methodcaller", "types.FunctionType", "types.CodeType", "unittest.mock.patch", "sqlite3.connect",
+    "hydra.utils.instantiate", "hydra.utils.call", "hydra.utils.get_method", "omegaconf.OmegaConf.load",
+    "torch.load", "torch.save", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.jit.load",
+    "torch.package.PackageImporter", "torch.compile", "torch.ops.load_library", "torch.classes.load_library",
+    "torch.utils.cpp_extension.load", "torch.utils.cpp_extension.load_inline", "torch._C._jit_init",
+    "torch.distributed.run.main", "torch.serialization.os.system", "torch.nn.modules.module.torch.hub.load",
+    "torch.nn.functional.os", "torch.os.system", "torch.nn.Module.load_state_dict",
+    "torch.nn.modules.module._global_forward_hooks", "torch.multiprocessing.spawn",
+    "torch.nn.init.warnings.sys.exit", "transformers.pipeline", "transformers.pipelines.pipeline",
+    "transformers.AutoModel.from_pretrained", "transformers.AutoModelForCausalLM",
+    "transformers.AutoModelForCausalLM.from_pretrained", "transformers.PhiForCausalLM.from_pretrained",
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "transformers.utils.import_utils.subprocess.Popen", "transformers.tools.PythonInterpreterTool",
+    "transformers.Trainer", "transformers.commands.run.RunCommand",
+    "transformers.models.phi.modeling_phi.os.system", "transformers.models.auto.AutoModelForCausalLM",
+    "transformers.agents.Agent", "tinylmm.cli.train.main", "tinylmm.launch.worker.main",
+    "tinylmm.config.targets.resolve_target", "tinylmm.models.vision.torch.load", "tinylmm.models.__init__.X",
+    "tinylmm.models._hidden.Model", "tinylmm.models.vision.HFVisionTower.__init__",
+    "tinylmm.data.sample.Path.unlink",
+]  # fmt: skip
 
 SPELLINGS = [
-    "", " ", ".", "..", "os", "os.", ".os.system", "os..system", " os.system", "os.system ", "os.system\n", "os.system\x00",
-    "os:system", "os/system", "OS.SYSTEM", "ｏｓ.system", "os．system", "o\u0073.syſtem", "os.system()", "os.system; x",
-    "torch.nn.Linear\n", "torch.nn.Linear ", " torch.nn.Linear", "torch.nn..Linear", "torch.nn.Linear.", "torch.nn.Linear.__class__",
-    "torch.nn.Lin\u0435ar", "torch/nn/Linear", "torch.nn.Linear\x00", "torch.nn.__class__", "torch.nn._Linear",
-    "tinylmm.models.connectors.MLPConnector.forward", "tinylmm.models.connectors.__class__", "tinylmm.models..connectors.MLPConnector",
-    "tinylmm.models.connectors.MLPConnector\n", "tinylmm.Models.connectors.MLPConnector", "tinylmmx.models.connectors.MLPConnector",
-    "tinylmm.models.../../evil.Model", "transformersx.PhiForCausalLM", "transformers.PhiForCausalLM\n", "file:///tmp/x.Model",
-    "transformers." + "a" * 500 + ".XForCausalLM", "__main__.Model", "__builtins__.eval", "lambda: 1", "getattr(os, 'system')",
-]  # fmt: skip
+    "",
+    " ",
+    ".",
+    "..",
+    "os",
+    "os.",
+    ".os.system",
+    "os..system",
+    " os.system",
+    "os.system ",
+    "os.system\n",
+    "os.system\x00",
+    "os:system",
+    "os/system",
+    "OS.SYSTEM",
+    "ｏｓ.system",
+    "os．system",
+    "o\u0073.syſtem",
+    "os.system()",
+    "os.system; x",
+    "torch.nn.Linear\n",
+    "torch.nn.Linear ",
+    " torch.nn.Linear",
+    "torch.nn..Linear",
+    "torch.nn.Linear.",
+    "torch.nn.Linear.__class__",
+    "torch.nn.Lin\u0435ar",
+    "torch/nn/Linear",
+    "torch.nn.Linear\x00",
+    "torch.nn.__class__",
+    "torch.nn._Linear",
+    "tinylmm.models.connectors.MLPConnector.forward",
+    "tinylmm.models.connectors.__class__",
+    "tinylmm.models..connectors.MLPConnector",
+    "tinylmm.models.connectors.MLPConnector\n",
+    "tinylmm.Models.connectors.MLPConnector",
+    "tinylmmx.models.connectors.MLPConnector",
+    "tinylmm.models.../../evil.Model",
+    "transformersx.PhiForCausalLM",
+    "transformers.PhiForCausalLM\n",
+    "file:///tmp/x.Model",
+    "transformers." + "a" * 500 + ".XForCausalLM",
+    "__main__.Model",
+    "__builtins__.eval",
+    "lambda: 1",
+    "getattr(os, 'system')",
+]
 
 
 @pytest.mark.parametrize("target", [*HOSTILE, *SPELLINGS], ids=ascii)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tinylmm.errors import IntegrityError, TinyLMMError
-from tinylmm.stages.integrity import (
+from tinylmm.integrity import (
     check_files,
     check_folder,
     hash_folder,
