@@ -43,8 +43,14 @@ VISION = {
 IMAGE = {"size": IMAGE_SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash", "resample": "bicubic"}
 
 
-def tiny_tower(kind: str = "siglip", select_layer: int = -2, select: str = "patch", drop: bool = False) -> HFVisionTower:
-    encoder = SiglipVisionModel(SiglipVisionConfig(**VISION)) if kind == "siglip" else CLIPVisionModel(CLIPVisionConfig(**VISION))
+def tiny_tower(
+    kind: str = "siglip", select_layer: int = -2, select: str = "patch", drop: bool = False
+) -> HFVisionTower:
+    encoder = (
+        SiglipVisionModel(SiglipVisionConfig(**VISION))
+        if kind == "siglip"
+        else CLIPVisionModel(CLIPVisionConfig(**VISION))
+    )
     return HFVisionTower(encoder, select_layer, select, drop)
 
 
@@ -60,9 +66,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<s>", "</s>", "<unk>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>", "<unk>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["A chat between a curious user and an assistant. USER: what is it? ASSISTANT: a red 3"], trainer)
+    tokenizer.train_from_iterator(
+        ["A chat between a curious user and an assistant. USER: what is it? ASSISTANT: a red 3"], trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )

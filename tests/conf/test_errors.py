@@ -1,4 +1,4 @@
-"""Claims about the answer to a wrong command line, spec or file: every fault, its key, what is allowed, a suggestion."""
+"""Claims about the answer to a wrong command line, spec or file: all faults, with key, what is allowed, suggestion."""
 
 from pathlib import Path
 

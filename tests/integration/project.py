@@ -38,13 +38,11 @@ class Project:
     def stages(self, kind: str) -> list[Path]:
         return sorted((self.store / "stages").glob(f"{kind}-*"))
 
-    def model_weights(self, name: str) -> dict[str, bytes]:
-        """File -> bytes of the trained model of the stage called `name`."""
-        for stage in self.stages("train"):
-            if json.loads((stage / "manifest.json").read_text())["name"] == name:
-                files = sorted((stage / "output/model").rglob("*.safetensors"))
-                return {path.parent.name: path.read_bytes() for path in files}
-        raise AssertionError(f"no finished train stage {name}")
+    def model(self, name: str) -> Path:
+        """Model folder of the finished train stage called `name`."""
+        found = [s for s in self.stages("train") if json.loads((s / "manifest.json").read_text())["name"] == name]
+        assert len(found) == 1, f"{len(found)} finished train stages are called {name}"
+        return found[0] / "output/model"
 
 
 def environment() -> dict[str, str]:
@@ -64,7 +62,14 @@ def write_images(folder: Path) -> list[str]:
 def tiny_project(root: Path) -> Project:
     names = write_images(root / "data/images")
     captions = [
-        {"id": f"c{i}", "image": n, "conversations": [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": f"a {n.split('-')[1][:-4]} square"}]}
+        {
+            "id": f"c{i}",
+            "image": n,
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe."},
+                {"from": "gpt", "value": f"a {n.split('-')[1][:-4]} square"},
+            ],
+        }
         for i, n in enumerate(names)
     ]
     questions = [
@@ -80,7 +85,10 @@ def tiny_project(root: Path) -> Project:
         }
         for i, n in enumerate(names * 2)
     ]
-    text = [{"id": f"t{i}", "conversations": [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": str(i)}]} for i in range(5)]
+    text = [
+        {"id": f"t{i}", "conversations": [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": str(i)}]}
+        for i in range(5)
+    ]
     (root / "data/pretrain.json").write_text(json.dumps(captions * 2))
     (root / "data/finetune.json").write_text(json.dumps(questions + text))
     tiny_tokenizer().save_pretrained(root / "tokenizer")
@@ -88,13 +96,21 @@ def tiny_project(root: Path) -> Project:
 
 
 def _words(root: Path) -> list[str]:
-    words = ["llm=tinyllama", "llm.init=random", f"llm.tokenizer.pretrained={root / 'tokenizer'}", "llm.tokenizer.revision=null"]
+    words = [
+        "llm=tinyllama",
+        "llm.init=random",
+        f"llm.tokenizer.pretrained={root / 'tokenizer'}",
+        "llm.tokenizer.revision=null",
+    ]
     words += [f"llm.architecture.{key}={value}" for key, value in LLAMA.items()]
     words += ["vt=siglip", "vision_tower.init=random", f"vision_tower.image.size={IMAGE_SIZE}"]
     words += [f"vision_tower.architecture.{key}={value}" for key, value in VISION.items()]
     words += ["data=llava_v1_5", f"data.root={root / 'data'}", "eval=none"]
     for stage, samples in (("pretrain", 8), ("finetune", 8)):
         words += [f"data.sources.{stage}.annotations={stage}.json", f"data.sources.{stage}.images=images"]
-        words += [f"recipe.stages.{stage}.{field}" for field in ("lr=1e-3", f"global_batch={samples}", "precision=fp32", "max_length=128")]
+        words += [
+            f"recipe.stages.{stage}.{field}"
+            for field in ("lr=1e-3", f"global_batch={samples}", "precision=fp32", "max_length=128")
+        ]
     words += ["recipe.stages.pretrain.epochs=2", "recipe.stages.finetune.epochs=3"]
     return [*words, "launch.micro_batch=4", "tracking.log_steps=1", "tracking.tensorboard=false"]

@@ -32,14 +32,32 @@ def plan(
         shared = ", ".join(f"{n} of {totals['asked'][kind]} {kind}" for kind, n in totals["distinct"].items())
         console.print(f"{totals['runs']} runs; distinct stages: {shared}", highlight=False)
     for item in record["missing"]:
-        console.print(f"missing: {item['what']}\n  looked at:  {item['looked_at']}\n  how to get: {item['how_to_get']}", markup=False, highlight=False)
+        console.print(
+            f"missing: {item['what']}\n  looked at:  {item['looked_at']}\n  how to get: {item['how_to_get']}",
+            markup=False,
+            highlight=False,
+        )
 
 
 def _table(record: dict[str, Any]) -> Table:
     todo = sum(stage["status"] == "todo" for stage in record["stages"])
-    table = Table("kind", "name", "digest", "needs", "status", title=f"{len(record['stages'])} stages, {todo} to do", title_justify="left")
+    table = Table(
+        "kind",
+        "name",
+        "digest",
+        "needs",
+        "status",
+        title=f"{len(record['stages'])} stages, {todo} to do",
+        title_justify="left",
+    )
     for stage in record["stages"]:
         colour = "green" if stage["status"] == "complete" else "yellow"
         parents = " ".join(parent[:8] for parent in stage["parents"])
-        table.add_row(stage["kind"], escape(stage["name"]), stage["digest"][:12], parents, f"[{colour}]{stage['status']}[/{colour}]")
+        table.add_row(
+            stage["kind"],
+            escape(stage["name"]),
+            stage["digest"][:12],
+            parents,
+            f"[{colour}]{stage['status']}[/{colour}]",
+        )
     return table

@@ -67,7 +67,7 @@ def _sweep(overrides: list[str], console: Console) -> list[RunOutcome]:
 
     from tinylmm.config.compose import compose_config, rewrite_words, search_path
     from tinylmm.errors import EXIT_STOPPED, TinyLMMError
-    from tinylmm.launch.runner import RunOutcome, failed_before_start
+    from tinylmm.launch.runner import failed_before_start
 
     outcomes: list[RunOutcome] = []
 
@@ -132,7 +132,12 @@ def _hydras_own(arguments: Sequence[str]) -> int:
         raise UserError(f"tinylmm-train takes no {', '.join(flags)} together with a run; see tinylmm-train --help")
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *(w for w in arguments if w in flags or w in values), *rewrite_words(overrides), search_path()]
+    sys.argv = [
+        sys.argv[0],
+        *(w for w in arguments if w in flags or w in values),
+        *rewrite_words(overrides),
+        search_path(),
+    ]
     hydra.main(config_path="pkg://tinylmm.conf", config_name="train", version_base="1.3")(refuse)()
     return 0
 

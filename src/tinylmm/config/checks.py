@@ -57,6 +57,7 @@ OWNED_TRAINER_KEYS = {
     "ddp_backend": "launch", "local_rank": "launch", "deepspeed": "launch=zero2 or launch=zero3", "fsdp": "launch",
     "fsdp_config": "launch", "parallelism_config": "launch", "accelerator_config": "launch",
     "logging_steps": "tracking.log_steps", "logging_strategy": "tracking.log_steps", "report_to": "tracking",
+    "logging_first_step": "tracking.log_steps", "ddp_find_unused_parameters": "", "ddp_broadcast_buffers": "",
     "eval_strategy": "eval", "evaluation_strategy": "eval", "eval_steps": "eval", "do_eval": "eval",
     "do_predict": "eval", "eval_on_start": "eval", "load_best_model_at_end": "eval", "metric_for_best_model": "eval",
     "do_train": "recipe", "train_sampling_strategy": "recipe", "group_by_length": "recipe", "ignore_data_skip": "",

@@ -214,7 +214,8 @@ def _unknown(key: str, first: str, override: Override, vocabulary: Vocabulary) -
         hint = f"Did you mean {' or '.join(repr(path) for path in dict.fromkeys(nested[:3]))}?"
     else:
         hint = suggestion(first.lower(), [*names, *ALIASES])
-    fix = hint or f"Groups: {', '.join(vocabulary.groups)}. Keys: {', '.join(vocabulary.keys)}."
+    keys = [name for name in vocabulary.keys if name not in vocabulary.groups]
+    fix = hint or f"Groups: {', '.join(vocabulary.groups)}. Keys: {', '.join(keys)}."
     return Fault(redacted(key), f"unknown key '{redacted(first)}'.", fix)
 
 

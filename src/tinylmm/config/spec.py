@@ -44,7 +44,9 @@ class SourceSpec(Frozen):
     @model_validator(mode="after")
     def _skip_needs_a_limit(self) -> SourceSpec:
         if self.on_bad == "skip" and self.max_bad == 0:
-            raise ValueError("on_bad=skip needs max_bad, the number of records that may be left out; set max_bad to 1 or more")
+            raise ValueError(
+                "on_bad=skip needs max_bad, the number of records that may be left out; set max_bad to 1 or more"
+            )
         return self
 
 
@@ -67,7 +69,9 @@ class DataSpec(Frozen):
     @model_validator(mode="after")
     def _root_or_build(self) -> DataSpec:
         if (self.root is None) == (self.build is None):
-            raise ValueError("a data set needs either `root` (a folder with the files) or `build` (a stage that makes them)")
+            raise ValueError(
+                "a data set needs either `root` (a folder with the files) or `build` (a stage that makes them)"
+            )
         return self
 
 

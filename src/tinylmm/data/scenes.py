@@ -1,9 +1,9 @@
 """Scenes of handwritten digits: what is in one, how it is drawn, and what can be said and asked about it.
 
-A scene is a square picture of 32 x 32 pixels with one to three digits in its four corners. Each digit is a real scan of 8 x 8
-pixels from scikit-learn's bundled set (the test part of UCI "Optical Recognition of Handwritten Digits"), turned,
-stretched and coloured a little differently every time. Digits and colours do not repeat within a scene, so that a
-digit, a colour and a place each name one object.
+A scene is a square picture of 32 x 32 pixels with one to three digits in its four corners. Each digit is a real scan of
+8 x 8 pixels from scikit-learn's bundled set (the test part of UCI "Optical Recognition of Handwritten Digits"), moved,
+turned, stretched and coloured a little differently every time. Digits and colours do not repeat within a scene, so that
+a digit, a colour and a place each name one object.
 """
 
 from __future__ import annotations

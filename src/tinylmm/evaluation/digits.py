@@ -59,12 +59,16 @@ def score(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         question's options scores; blind is None where questions were not asked without image. No rows, no lines.
     """
     categories = sorted({row["category"] for row in rows})
-    groups = [("accuracy", list(rows))] + [(f"accuracy/{c}", [r for r in rows if r["category"] == c]) for c in categories]
+    groups = [("accuracy", list(rows))] + [
+        (f"accuracy/{c}", [r for r in rows if r["category"] == c]) for c in categories
+    ]
     return [
         {
             "metric": name,
             "value": _percent([row["correct"] for row in group]),
-            "blind": _percent([row["blind_correct"] for row in group]) if group[0]["blind_correct"] is not None else None,
+            "blind": _percent([row["blind_correct"] for row in group])
+            if group[0]["blind_correct"] is not None
+            else None,
             "chance": _percent([1 / row["options"] for row in group]),
             "count": len(group),
         }

@@ -46,7 +46,9 @@ def answer_questions(
     Raises:
         StoppedError: a stop was asked for between two batches.
     """
-    prompts = [_prompt(question, template, tokenizer, model.image_tokens, features is not None) for question in questions]
+    prompts = [
+        _prompt(question, template, tokenizer, model.image_tokens, features is not None) for question in questions
+    ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for first in range(0, len(order), batch):
@@ -55,7 +57,11 @@ def answer_questions(
         rows = order[first : first + batch]
         stacked = None if features is None else torch.stack([features[questions[i].image] for i in rows])
         answers = model.generate(
-            [prompts[i] for i in rows], stacked, max_new_tokens, int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+            [prompts[i] for i in rows],
+            stacked,
+            max_new_tokens,
+            int(tokenizer.eos_token_id),
+            int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         )
         for row, ids in zip(rows, answers, strict=True):
             texts[row] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

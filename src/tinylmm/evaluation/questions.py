@@ -47,7 +47,9 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
         missing = [name for name in FIELDS if name not in record] if isinstance(record, dict) else list(FIELDS)
         if missing:
-            raise DataError(f"{path}, line {number}: field {', '.join(missing)} missing; every line needs {', '.join(FIELDS)}")
+            raise DataError(
+                f"{path}, line {number}: field {', '.join(missing)} missing; every line needs {', '.join(FIELDS)}"
+            )
         questions.append(Question(**{name: record[name] for name in FIELDS}))
         if limit is not None and len(questions) == limit:
             break

@@ -86,10 +86,14 @@ def _run_stages(plan: RunPlan, store: Store, ledger: _Ledger) -> BaseException |
     total = len(plan.graph)
     for number, stage in enumerate(plan.graph, 1):
         try:
-            seconds = _ensure(stage, plan, store, ledger, escape(f"stage {number} of {total}: {stage.kind} {stage.name}"))
+            seconds = _ensure(
+                stage, plan, store, ledger, escape(f"stage {number} of {total}: {stage.kind} {stage.name}")
+            )
         except KeyboardInterrupt:
             ledger.mark(stage, "failed")
-            return StoppedError(f"interrupted during {stage.kind} {stage.name}; the same command continues from its last checkpoint")
+            return StoppedError(
+                f"interrupted during {stage.kind} {stage.name}; the same command continues from its last checkpoint"
+            )
         except TinyLMMError as error:
             ledger.mark(stage, "failed" if not isinstance(error, StoppedError) else "todo")
             return error
@@ -103,7 +107,9 @@ def _ensure(stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger, title: s
         return None
 
     def waiting(owner: dict[str, Any]) -> None:
-        ledger.console.print(f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it", highlight=False)
+        ledger.console.print(
+            f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it", highlight=False
+        )
 
     with Claim(store.root, stage.key, on_wait=waiting) as claim:
         if store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
@@ -132,7 +138,13 @@ def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str
     parents = {role: store.open_output(plan.graph[digest]) for role, digest in stage.parents.items()}
     settings = stage.settings | {"features_root": str(store.root.resolve() / "features")}
     job = StageJob(
-        stage.kind, stage.name, stage.digest, stage.spec, {r: p.resolve() for r, p in parents.items()}, settings, work.resolve()
+        stage.kind,
+        stage.name,
+        stage.digest,
+        stage.spec,
+        {r: p.resolve() for r, p in parents.items()},
+        settings,
+        work.resolve(),
     )
     job.write()
     try:
@@ -157,7 +169,9 @@ def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str
         remove(work / name)
     (work / METRICS_FILE).touch()
     if claim.lost:
-        raise StageFailedError(f"{title}: another process took this stage over while this one was silent for a minute; its result is left to that process")
+        raise StageFailedError(
+            f"{title}: another process took this stage over while this one was silent for a minute; its result is left to that process"
+        )
     store.publish(stage, summary, started)
     return time.monotonic() - clock
 
@@ -178,7 +192,10 @@ class _Ledger:
         write_run(self.folder, self.record)
         if status in ("run", "reused"):
             took = "reused" if seconds is None else f"{seconds:.1f} s"
-            self.console.print(f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  {took}", highlight=False)
+            self.console.print(
+                f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  {took}",
+                highlight=False,
+            )
 
     def finish(self, status: str) -> None:
         self.record["status"] = status

@@ -46,8 +46,15 @@ def run_ranks(job: StageJob) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['nproc']}"]
     command += ["--module", "tinylmm.launch.worker", str(job.folder)]
     with (job.folder / LOG_FILE).open("ab") as output:
-        process = subprocess.Popen(  # its own session: Ctrl-C reaches this parent alone, which then asks the ranks to save
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment(launch), start_new_session=True
+        process = (
+            subprocess.Popen(  # its own session: Ctrl-C reaches this parent alone, which then asks the ranks to save
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=_environment(launch),
+                start_new_session=True,
+            )
         )
     try:
         while process.poll() is None:
@@ -73,7 +80,11 @@ def _environment(launch: dict[str, Any]) -> dict[str, str]:
 
 
 def _outcome(job: StageJob, code: int) -> dict[str, Any]:
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in [job.folder / RESULT_FILE, *sorted(job.folder.glob("result-rank*.json"))] if path.exists()]
+    results = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in [job.folder / RESULT_FILE, *sorted(job.folder.glob("result-rank*.json"))]
+        if path.exists()
+    ]
     errors = [result for result in results if "error" in result]
     # One rank's own fault comes before what it made of the others (closed connections, timeouts).
     errors.sort(key=lambda error: error["type"] == "traceback")
@@ -89,5 +100,7 @@ def _outcome(job: StageJob, code: int) -> dict[str, Any]:
     if code != 0 or not results:
         lines = (job.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])
-        raise StageFailedError(f"torchrun ended with exit code {code} and no rank said why (killed, or out of memory?). Last lines of {job.folder / LOG_FILE}:\n{tail}")
+        raise StageFailedError(
+            f"torchrun ended with exit code {code} and no rank said why (killed, or out of memory?). Last lines of {job.folder / LOG_FILE}:\n{tail}"
+        )
     return dict(results[0]["summary"])

@@ -59,7 +59,9 @@ def main() -> NoReturn:
     folder = Path(sys.argv[1])
     _die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s"
+    )
     job = StageJob.read(folder)
     result: dict[str, Any]
     code = 0

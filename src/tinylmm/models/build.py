@@ -21,13 +21,20 @@ PART_FILE = "part.json"
 
 
 def build_lmm(
-    spec: dict[str, Any], parents: dict[str, Path], template: str, seed: int, trust: list[str], attention: str = "auto"
+    spec: dict[str, Any],
+    parents: dict[str, Path],
+    folders: dict[str, str],
+    template: str,
+    seed: int,
+    trust: list[str],
+    attention: str = "auto",
 ) -> LMM:
     """Put an LMM together for the first training stage.
 
     Args:
         spec: holds `connector`, `tower_output` and, for parts that no stage built, `llm` and `vision_tower` identities.
         parents: role -> output folder of the stage that built the part.
+        folders: role -> local folder of published weights, where they do not come from the hub.
         template: chat template's name.
         seed: draws the connector (and parts with init=random).
         attention: transformers' attention implementation; "auto" is flash-attn where it can be imported on a GPU, else SDPA.
@@ -37,9 +44,11 @@ def build_lmm(
     """
     torch.manual_seed(seed)
     implementation = choose_attention(attention)
-    llm = _load_part("llm", spec, parents, trust, implementation)
-    encoder = _load_part("vision_tower", spec, parents, trust, implementation)
-    tower_class = resolve_target(_identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower")
+    llm = _load_part("llm", spec, parents, folders, trust, implementation)
+    encoder = _load_part("vision_tower", spec, parents, folders, trust, implementation)
+    tower_class = resolve_target(
+        _identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower"
+    )
     tower = cast(HFVisionTower, tower_class(encoder, **spec["tower_output"]))
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
@@ -68,12 +77,14 @@ def choose_attention(wanted: str) -> str:
     return "sdpa"
 
 
-def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path]) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str]) -> PreTrainedTokenizerBase:
     """Load the run's tokenizer from its part stage, or by hub id; it always has a padding token afterwards."""
-    where, revision, pad_token = parents.get("tokenizer"), None, None
+    where: str | Path | None = parents.get("tokenizer")
+    revision, pad_token = None, None
     if where is None:
         source = spec["tokenizer"]
-        where, revision, pad_token = source["pretrained"], source["revision"], source["pad_token"]
+        where = folders.get("tokenizer", source["pretrained"])
+        revision, pad_token = source["revision"], source["pad_token"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except OSError as error:
@@ -95,7 +106,12 @@ def _identity(role: str, spec: dict[str, Any], parents: dict[str, Path]) -> dict
 
 
 def _load_part(
-    role: str, spec: dict[str, Any], parents: dict[str, Path], trust: list[str], implementation: str
+    role: str,
+    spec: dict[str, Any],
+    parents: dict[str, Path],
+    folders: dict[str, str],
+    trust: list[str],
+    implementation: str,
 ) -> PreTrainedModel:
     identity = _identity(role, spec, parents)
     if role == "vision_tower":
@@ -109,10 +125,11 @@ def _load_part(
     if identity["init"] == "random":
         config = model_class.config_class(**identity["architecture"])
         return cast(PreTrainedModel, model_class._from_config(config, **options))
+    where = folders.get(role, identity["pretrained"])
     try:
-        return model_class.from_pretrained(identity["pretrained"], revision=identity["revision"], **options)
+        return model_class.from_pretrained(where, revision=identity["revision"], **options)
     except OSError as error:
-        raise _unavailable(role, identity["pretrained"], error) from error
+        raise _unavailable(role, where, error) from error
 
 
 def _unavailable(role: str, where: str, error: OSError) -> UserError:

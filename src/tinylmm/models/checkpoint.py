@@ -51,7 +51,9 @@ class LoadedModel:
     folder: Path | None
 
 
-def describe(identities: dict[str, dict[str, Any]], tower_output: dict[str, Any], connector: dict[str, Any], template: str) -> dict[str, Any]:
+def describe(
+    identities: dict[str, dict[str, Any]], tower_output: dict[str, Any], connector: dict[str, Any], template: str
+) -> dict[str, Any]:
     """Return the content of config.json for a model of these parts."""
     tower = identities["vision_tower"]
     return {
@@ -87,7 +89,9 @@ def save_model(
     if "vision_tower" not in unchanged:
         tower_state = _part_state(state, "vision_tower.encoder")
         whole = model.vision_tower.whole_encoder_state()
-        _save_hf(cast(PreTrainedModel, model.vision_tower.encoder), folder / "vision_tower", {**whole, **(tower_state or {})})
+        _save_hf(
+            cast(PreTrainedModel, model.vision_tower.encoder), folder / "vision_tower", {**whole, **(tower_state or {})}
+        )
     connector = _part_state(state, "connector") or model.connector.state_dict()
     (folder / "connector").mkdir()
     save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / "connector" / WEIGHTS)
@@ -105,17 +109,29 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise IntegrityError(f"{folder} is no tinylmm model: config.json is missing") from error
-    options: dict[str, Any] = {"attn_implementation": choose_attention(attention), "dtype": torch.float32, "local_files_only": True}
-    llm_class = cast(type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel, role="llm"))
+    options: dict[str, Any] = {
+        "attn_implementation": choose_attention(attention),
+        "dtype": torch.float32,
+        "local_files_only": True,
+    }
+    llm_class = cast(
+        type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel, role="llm")
+    )
     llm = llm_class.from_pretrained(folder / "llm", **options)
     tower_spec = dict(description["vision_tower"])
     tower_class = resolve_target(tower_spec.pop("_target_"), trust, nn.Module, role="vision_tower")
-    encoder_class = cast(type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder"))
-    tower = cast(HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec))
+    encoder_class = cast(
+        type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder")
+    )
+    tower = cast(
+        HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec)
+    )
     connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
     weights = load_file(folder / "connector" / WEIGHTS)
     if set(weights) != set(connector.state_dict()):
-        raise IntegrityError(f"{folder / 'connector' / WEIGHTS} holds {sorted(weights)}, the connector needs {sorted(connector.state_dict())}")
+        raise IntegrityError(
+            f"{folder / 'connector' / WEIGHTS} holds {sorted(weights)}, the connector needs {sorted(connector.state_dict())}"
+        )
     connector.load_state_dict(weights)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
     model = LMM(llm, tower, connector, description["template"])

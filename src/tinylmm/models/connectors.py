@@ -41,7 +41,9 @@ class IdentityConnector(Connector):
 
     def __init__(self, vision_dim: int, llm_dim: int) -> None:
         if vision_dim != llm_dim:
-            raise ValueError(f"connector=identity needs equal widths, but the tower's is {vision_dim} and the LLM's {llm_dim}")
+            raise ValueError(
+                f"connector=identity needs equal widths, but the tower's is {vision_dim} and the LLM's {llm_dim}"
+            )
         super().__init__(vision_dim, llm_dim)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ class LMM(nn.Module):
         if any(p.requires_grad for p in self.vision_tower.parameters()):
             size = self.vision_tower.image_size
             return cast(Tensor, self.connector(self.tower_features(like.new_zeros(1, 3, size, size))))
-        return cast(Tensor, self.connector(like.new_zeros(1, self.vision_tower.num_tokens, self.vision_tower.hidden_size)))
+        return cast(
+            Tensor, self.connector(like.new_zeros(1, self.vision_tower.num_tokens, self.vision_tower.hidden_size))
+        )
 
     @torch.no_grad()
     def generate(

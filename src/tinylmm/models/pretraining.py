@@ -1,7 +1,7 @@
 """Contrastive pretraining of a vision tower with the sigmoid loss of SigLIP (arXiv 2303.15343).
 
-The tower learns to give an image the same direction as its caption has in a small text transformer, which is thrown away
-afterwards. The captions have a word-level vocabulary of their own, so that the tower owes nothing to any LLM.
+The tower learns to give an image the same direction as its caption has in a small text transformer, which is thrown
+away afterwards. The captions have a word-level vocabulary of their own, so that the tower owes nothing to any LLM.
 
 Shapes: B images or captions, S words, D width.
 """

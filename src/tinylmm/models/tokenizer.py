@@ -16,8 +16,8 @@ NUM_BYTES = 256
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE; any text can be encoded, and decoding gives it back.
 
-    As in Llama's tokenizer, encoding puts `<s>` in front and every digit is a token of its own (so that reading a number is
-    reading its digits).
+    As in Llama's tokenizer, encoding puts `<s>` in front, and every digit is a token of its own (so that reading a
+    number is reading its digits).
 
     Args:
         texts: plain text, without special tokens.
@@ -30,8 +30,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     special = [BOS, EOS, UNKNOWN, PAD]
     smallest = NUM_BYTES + len(special)
     if vocab_size < smallest:
-        what = f"is {vocab_size}; a byte-level BPE needs at least {smallest}, {NUM_BYTES} bytes and {len(special)} special tokens."
-        raise ConfigError([Fault("llm.tokenizer.vocab_size", what)])
+        what = f"is {vocab_size}; a byte-level BPE has {NUM_BYTES} bytes and {len(special)} special tokens at least."
+        raise ConfigError([Fault("llm.tokenizer.vocab_size", what, f"Set {smallest} or more.")])
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -63,7 +63,9 @@ def _tune(part: nn.Module, blocks: nn.ModuleList, depth: int | None, tune: Any, 
         first = tune["from_layer"]
         index = int(first * depth) if isinstance(first, float) else first
         if index >= len(blocks):
-            raise ValueError(f"tune.{name}.from_layer is {first}, but the part runs {len(blocks)} blocks (0 to {len(blocks) - 1})")
+            raise ValueError(
+                f"tune.{name}.from_layer is {first}, but the part runs {len(blocks)} blocks (0 to {len(blocks) - 1})"
+            )
         for block in blocks[index:]:
             for parameter in block.parameters():
                 parameter.requires_grad = True

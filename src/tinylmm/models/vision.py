@@ -30,7 +30,9 @@ class HFVisionTower(nn.Module):
         super().__init__()
         blocks = getattr(getattr(encoder, "encoder", None), "layers", None)
         if not isinstance(blocks, nn.ModuleList) or not hasattr(encoder, "embeddings"):
-            raise ValueError(f"{type(encoder).__name__} has no `embeddings` and `encoder.layers`; HFVisionTower reads CLIP and SigLIP encoders")
+            raise ValueError(
+                f"{type(encoder).__name__} has no `embeddings` and `encoder.layers`; HFVisionTower reads CLIP and SigLIP encoders"
+            )
         depth = len(blocks)
         num_run = select_layer if select_layer >= 0 else depth + 1 + select_layer
         if not 0 <= num_run <= depth:

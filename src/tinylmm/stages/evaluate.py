@@ -27,7 +27,15 @@ def run(job: StageJob) -> dict[str, Any]:
     """Write output/generations.jsonl and output/scores.json; the summary holds the metrics."""
     benchmark = job.spec["benchmark"]
     if benchmark not in BENCHMARKS:
-        raise ConfigError([Fault("eval", f"benchmark '{benchmark}' is none of {', '.join(BENCHMARKS)}.", suggestion(benchmark, BENCHMARKS))])
+        raise ConfigError(
+            [
+                Fault(
+                    "eval",
+                    f"benchmark '{benchmark}' is none of {', '.join(BENCHMARKS)}.",
+                    suggestion(benchmark, BENCHMARKS),
+                )
+            ]
+        )
     scorer = BENCHMARKS[benchmark]
     launch = job.settings["launch"]
     device = choose_device(launch["device"], "fp32")
@@ -40,7 +48,9 @@ def run(job: StageJob) -> dict[str, Any]:
     questions = read_questions(root / source["annotations"], source["limit"])
     transform = ImageTransform(**loaded.description["image"])
     names = sorted({question.image for question in questions})
-    features = image_features(model, names, lambda name: transform(open_image(safe_path(root / source["images"], name))))
+    features = image_features(
+        model, names, lambda name: transform(open_image(safe_path(root / source["images"], name)))
+    )
 
     template = get_template(job.spec["template"])
     options = {"max_new_tokens": job.spec["max_new_tokens"], "batch": launch["eval_batch"]}
@@ -53,6 +63,11 @@ def run(job: StageJob) -> dict[str, Any]:
     metrics = scorer.score(rows)
     with (job.output / "generations.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    scores = {"benchmark": benchmark, "protocol": scorer.PROTOCOL, "model_digest": job.parents["model"].parent.name, "metrics": metrics}
+    scores = {
+        "benchmark": benchmark,
+        "protocol": scorer.PROTOCOL,
+        "model_digest": job.parents["model"].parent.name,
+        "metrics": metrics,
+    }
     (job.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     return {"protocol": scorer.PROTOCOL, "metrics": metrics, "questions": len(rows), "images": len(names)}

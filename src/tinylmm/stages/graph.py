@@ -27,6 +27,9 @@ STAGE_VERSIONS = {"data": 1, "parts": 1, "prepare": 1, "train": 1, "eval": 1}
 TOWER_OUTPUT = {"select_layer", "select", "drop_first_token"}
 """How a tower's output is read: decides training, not the tower's own weights."""
 
+LOCAL_FOLDER = "(local folder)"
+"""Stands for the path in the identity of a checkpoint folder; the path itself is in settings["folders"]."""
+
 Fingerprint = Callable[[str, Any], dict[str, Any]]
 """(kind, thing) -> content identity of files outside the store; `data/fingerprint.py` has the real one."""
 
@@ -55,7 +58,9 @@ class StageGraph:
     def __init__(self) -> None:
         self._stages: dict[str, Stage] = {}
 
-    def add(self, kind: str, name: str, spec: dict[str, Any], parents: dict[str, str], settings: dict[str, Any]) -> Stage:
+    def add(
+        self, kind: str, name: str, spec: dict[str, Any], parents: dict[str, str], settings: dict[str, Any]
+    ) -> Stage:
         """Add a stage, or return the one with the same digest that is there already."""
         identity = {"kind": kind, "version": STAGE_VERSIONS[kind], "spec": spec, "parents": parents}
         stage = Stage(kind, name, digest(identity), spec, parents, settings)
@@ -95,6 +100,7 @@ class _Builder:
             "launch": run.launch.model_dump(mode="json"),
             "tracking": run.tracking.model_dump(mode="json"),
             "trust": list(run.trust),
+            "folders": {},
         }
 
     def build(self) -> StageGraph:
@@ -166,7 +172,7 @@ class _Builder:
         if part.init == "random":
             return {**identity, "pretrained": None, "revision": None}
         if part.init == "pretrained":
-            return identity | {"content": self.fingerprint("checkpoint", part.pretrained)}
+            return self._published(role, identity)
         assert part.build is not None  # PretrainedPart's validator holds this
         spec = identity | {"role": role, "build": _dump(part.build, exclude={"data", "source"})}
         spec["source"] = self._source(part.build.data, part.build.source)
@@ -177,11 +183,19 @@ class _Builder:
 
     def _tokenizer(self, llm: LLMSpec) -> Stage | dict[str, Any]:
         if llm.tokenizer.vocab_size is None:
-            return _dump(llm.tokenizer) | {"content": self.fingerprint("checkpoint", llm.tokenizer.pretrained)}
+            return self._published("tokenizer", _dump(llm.tokenizer))
         assert llm.build is not None, "compose.py refuses a trained tokenizer without llm.build"
         spec = {"role": "tokenizer", "vocab_size": llm.tokenizer.vocab_size, "pad_token": llm.tokenizer.pad_token}
         spec["source"] = self._source(llm.build.data, llm.build.source)
         return self._add("parts", f"tokenizer/{llm.name}", spec, self._data_parent(llm.build.data))
+
+    def _published(self, role: str, identity: dict[str, Any]) -> dict[str, Any]:
+        """A hub repository is identified by its id and revision, a local folder by its content wherever it lies."""
+        content = self.fingerprint("checkpoint", identity["pretrained"])
+        if not content:
+            return identity
+        self.settings["folders"] = {**self.settings["folders"], role: identity["pretrained"]}
+        return {**identity, "pretrained": LOCAL_FOLDER, "content": content}
 
     def _attach(self, spec: dict[str, Any], parents: dict[str, str], role: str, part: Stage | dict[str, Any]) -> None:
         if isinstance(part, Stage):
@@ -190,7 +204,12 @@ class _Builder:
             spec[role] = part
 
     def _add(
-        self, kind: str, name: str, spec: dict[str, Any], parents: dict[str, str], location: dict[str, Any] | None = None
+        self,
+        kind: str,
+        name: str,
+        spec: dict[str, Any],
+        parents: dict[str, str],
+        location: dict[str, Any] | None = None,
     ) -> Stage:
         settings = self.settings | ({"location": location} if location else {})
         return self.graph.add(kind, name, spec, parents, settings)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import IntegrityError
-from tinylmm.stages.claims import Claim, describe, held
 from tinylmm.integrity import MARKER_FILE, check_files, check_folder, read_manifest
+from tinylmm.stages.claims import Claim, describe, held
 from tinylmm.stages.runs import read_runs
 
 SPEC_FILE = "spec.json"

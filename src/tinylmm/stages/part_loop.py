@@ -1,7 +1,7 @@
 """The training loop that builds parts: plain AdamW steps with crash-safe checkpoints and exact resume.
 
-A step's batch and loss depend on (seed, step) and the weights alone, so a checkpoint holds weights, optimiser and step and
-nothing else has to be replayed: a run that was killed ends with the weights of one that was not, bit for bit.
+A step's batch and loss depend on (seed, step) and the weights alone, so a checkpoint holds weights, optimiser and step,
+and nothing has to be replayed: a run that was killed ends with the weights of one that was not, bit for bit.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def train_loop(model: nn.Module, loss_of_step: Callable[[int], Tensor], settings
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * learning_rate_factor(step, settings.steps, settings.warmup_ratio)
         loss = loss_of_step(step)
-        loss_value = float(loss)
+        loss_value = float(loss.detach())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise NonFiniteError(

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def _build_tokenizer(job: StageJob) -> dict[str, Any]:
 def _build_llm(job: StageJob) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job.parents["tokenizer"], local_files_only=True)
     rows = _text_rows(job, tokenizer)
-    model = _new_model(job, job.spec["_target_"])
+    model = _new_model(job, job.spec["_target_"], "llm")
     _check_vocabulary(model, tokenizer)
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -80,7 +80,7 @@ def _build_llm(job: StageJob) -> dict[str, Any]:
 
     def loss_of_step(step: int) -> Tensor:
         input_ids, labels = batches(step)
-        # Padding is on the right, where a causal model's answers never look: no mask is needed, and SDPA is faster without.
+        # Padding is on the right, where a causal model never looks: no mask is needed, and SDPA is faster without.
         loss: Tensor = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         return loss
 
@@ -100,15 +100,15 @@ def _text_rows(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
         rendered = template.render(sample.turns, tokenizer)
         if len(rendered.input_ids) > longest:
             raise DataError(
-                f"record {sample.sample_id} has {len(rendered.input_ids)} tokens, more than llm.build.max_length={longest}. "
-                "Raise it, or shorten the record."
+                f"record {sample.sample_id} has {len(rendered.input_ids)} tokens, more than "
+                f"llm.build.max_length={longest}. Raise it, or shorten the record."
             )
         rows.append((rendered.input_ids, rendered.labels))
     return rows
 
 
 class _LengthBatches:
-    """Batches of conversations of like length: a window at a random place of the length-sorted list, by (seed, step)."""
+    """Batches of conversations of like length, which need little padding; the order depends on (seed, step) alone."""
 
     def __init__(self, rows: Sequence[tuple[list[int], list[int]]], batch: int, seed: int, pad_id: int) -> None:
         self._rows = sorted(rows, key=lambda row: len(row[0]))
@@ -158,7 +158,7 @@ def _build_tower(job: StageJob) -> dict[str, Any]:
     pixels = _load_images(job, samples)
     vocabulary = Vocabulary(captions)
     words = vocabulary.encode(captions, build["max_length"])
-    encoder = _new_model(job, job.spec["encoder"])
+    encoder = _new_model(job, job.spec["encoder"], "encoder")
     pair = ContrastivePair(
         encoder, encoder.config.hidden_size, len(vocabulary), build["max_length"], build["text_tower"]
     )
@@ -206,9 +206,8 @@ def _read_source(job: StageJob) -> list[Sample]:
     return samples
 
 
-def _new_model(job: StageJob, dotted: str) -> PreTrainedModel:
+def _new_model(job: StageJob, dotted: str, role: Literal["llm", "encoder"]) -> PreTrainedModel:
     """Build a class of transformers from the spec's architecture with weights drawn from the build's seed."""
-    role = "llm" if job.spec["role"] == "llm" else "encoder"
     model_class = resolve_target(dotted, job.settings["trust"], PreTrainedModel, role)
     torch.manual_seed(job.spec["build"]["seed"])
     model: PreTrainedModel = model_class(model_class.config_class(**job.spec["architecture"]))

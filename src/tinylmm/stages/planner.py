@@ -57,12 +57,16 @@ def require_files(plan: RunPlan) -> None:
     """
     if not plan.missing:
         return
-    lines = [f"{len(plan.missing)} thing{'s' if len(plan.missing) > 1 else ''} needed by this run cannot be found; nothing was started."]
+    lines = [
+        f"{len(plan.missing)} thing{'s' if len(plan.missing) > 1 else ''} needed by this run cannot be found; nothing was started."
+    ]
     for item in plan.missing:
         lines += [f"  {item.what}", f"    looked at:  {item.looked_at}", f"    how to get: {item.how_to_get}"]
     root = plan.run.data.root
     if root is not None:
-        lines.append(f"Data is looked for under data.root={root} (environment variable TINYLMM_DATA, or data.root=FOLDER).")
+        lines.append(
+            f"Data is looked for under data.root={root} (environment variable TINYLMM_DATA, or data.root=FOLDER)."
+        )
     raise DataError("\n".join(lines))
 
 
@@ -111,7 +115,10 @@ class _Files:
 
     def identity(self, kind: str, thing: Any) -> dict[str, Any]:
         """See `graph.Fingerprint`."""
-        key = (kind, f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing))
+        key = (
+            kind,
+            f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing),
+        )
         if key not in self._known:
             self._known[key] = self._source(*thing) if kind == "source" else checkpoint_fingerprint(thing)
         return self._known[key]

@@ -21,12 +21,13 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tinylmm.data.chat import IGNORE_INDEX, ChatTemplate, Rendered, get_template
 from tinylmm.data.images import check_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
-from tinylmm.errors import DataError, UserError
+from tinylmm.errors import DataError
+from tinylmm.models.build import load_tokenizer
 from tinylmm.stages.job import StageJob
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def run(job: StageJob) -> dict[str, Any]:
         UserError: the tokenizer cannot be loaded or does not fit the template.
     """
     source = _source(job)
-    renderer = _Renderer(get_template(job.spec["template"]), _load_tokenizer(job), source.images)
+    renderer = _Renderer(get_template(job.spec["template"]), load_tokenizer(job.spec, job.parents, job.settings["folders"]), source.images)
     scratch = job.folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed try has left
     scratch.mkdir()
@@ -105,20 +106,6 @@ def _source(job: StageJob) -> _Source:
     root, location = Path(job.settings["location"]["root"]), job.settings["location"]["source"]
     policy["how_to_get"] = location["how_to_get"]
     return _Source(root / location["annotations"], root / location["images"], **policy)
-
-
-def _load_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
-    if "tokenizer" in job.parents:
-        name, revision = str(job.parents["tokenizer"]), None
-    else:
-        name, revision = job.spec["tokenizer"]["pretrained"], job.spec["tokenizer"]["revision"]
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer '{name}' (revision {revision}) cannot be loaded: {error} "
-            "Check llm.tokenizer, and that the hub can be reached or the files are in its local cache."
-        ) from error
 
 
 class _Renderer:

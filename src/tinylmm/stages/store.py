@@ -28,9 +28,6 @@ from typing import Any, Literal
 
 from tinylmm.config.identity import canonical_json, difference
 from tinylmm.errors import IntegrityError
-from tinylmm.stages.claims import held
-from tinylmm.stages.graph import STAGE_VERSIONS, Stage
-from tinylmm.stages.housekeeping import SPEC_FILE, collect_garbage, discard, list_stages, remove
 from tinylmm.integrity import (
     MANIFEST_FILE,
     MARKER_FILE,
@@ -43,6 +40,9 @@ from tinylmm.integrity import (
     write_atomic,
     write_manifest,
 )
+from tinylmm.stages.claims import held
+from tinylmm.stages.graph import STAGE_VERSIONS, Stage
+from tinylmm.stages.housekeeping import SPEC_FILE, collect_garbage, discard, list_stages, remove
 from tinylmm.stages.job import JOB_FILE
 from tinylmm.stages.provenance import iso, peak_rss_mib, software_versions
 

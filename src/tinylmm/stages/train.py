@@ -37,7 +37,9 @@ def run(job: StageJob) -> dict[str, Any]:
     model = loaded.model
     tuning = apply_tuning(model, job.spec["tune"])
     for part, decision in tuning.items():
-        log.info("%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}")
+        log.info(
+            "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
+        )
     _cast_frozen(model, job.spec["precision"], device)
     model.to(device)
     samples = PreparedSamples(job.parents["prepared"], model.image_tokens, job.spec["max_length"])
@@ -51,7 +53,9 @@ def run(job: StageJob) -> dict[str, Any]:
         log.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
-        raise StoppedError(f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there")
+        raise StoppedError(
+            f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
+        )
     state = trainer.full_state()
     if rank() == 0:
         save_model(loaded, job.output / "model", state, _unchanged_parts(job, loaded, tuning))
@@ -78,7 +82,14 @@ def build_trainer(
     spec, launch = job.spec, job.settings["launch"]
     steps = num_steps(len(samples), spec["global_batch"], spec["epochs"], spec["max_steps"])
     sampler = StepSampler(
-        len(samples), steps, spec["global_batch"], spec["epochs"], spec["seed"], launch["micro_batch"], rank(), world_size()
+        len(samples),
+        steps,
+        spec["global_batch"],
+        spec["epochs"],
+        spec["seed"],
+        launch["micro_batch"],
+        rank(),
+        world_size(),
     )
     arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
     loaded.model.touch_vision_always = world_size() > 1
@@ -105,7 +116,9 @@ def build_trainer(
         callbacks=[MetricsRow(job.log_metrics, spec["global_batch"])],
     )
     if bool(launch["deepspeed_stage"]) != trainer.is_deepspeed_enabled:
-        raise RuntimeError(f"launch.deepspeed_stage is {launch['deepspeed_stage']}, but the Trainer runs {trainer.accelerator.distributed_type}")
+        raise RuntimeError(
+            f"launch.deepspeed_stage is {launch['deepspeed_stage']}, but the Trainer runs {trainer.accelerator.distributed_type}"
+        )
     return trainer
 
 
@@ -150,13 +163,13 @@ def _start_model(job: StageJob) -> LoadedModel:
     if "from" in job.parents:
         return load_model(job.parents["from"] / "model", trust, attention)
     template = job.spec["chat_template"]
-    model = build_lmm(job.spec, job.parents, template, job.spec["seed"], trust, attention)
+    model = build_lmm(job.spec, job.parents, job.settings["folders"], template, job.spec["seed"], trust, attention)
     identities = {
         role: part_folder_identity(job.parents[role]) if role in job.parents else job.spec[role]
         for role in ("llm", "vision_tower")
     }
     description = describe(identities, job.spec["tower_output"], job.spec["connector"], template)
-    return LoadedModel(model, load_tokenizer(job.spec, job.parents), description, None)
+    return LoadedModel(model, load_tokenizer(job.spec, job.parents, job.settings["folders"]), description, None)
 
 
 def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -> None:
@@ -169,16 +182,18 @@ def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -
             parameter.data = parameter.data.to(dtype)
 
 
-def _open_cache(
-    job: StageJob, loaded: LoadedModel, samples: PreparedSamples, images: _Images
-) -> FeatureCache | None:
+def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, images: _Images) -> FeatureCache | None:
     launch, tower = job.settings["launch"], loaded.model.vision_tower
     names = samples.images()
     if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
         return None
     size = estimate_gib(tower, len(names))
     if size > launch["cache_features_gib"]:
-        log.info("tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step", len(names), size)
+        log.info(
+            "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
+            len(names),
+            size,
+        )
         return None
     description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
     root = Path(job.settings["features_root"])

@@ -30,7 +30,7 @@ def training_arguments(
         use_cpu: train on the CPU.
     """
     launch, tracking = settings["launch"], settings["tracking"]
-    return TrainingArguments(
+    fields: dict[str, Any] = dict(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=_micro_batch(launch, spec, accumulation),
@@ -64,8 +64,8 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         ddp_timeout=launch["step_timeout_s"],
-        **spec["trainer"],
     )
+    return TrainingArguments(**(fields | spec["trainer"]))
 
 
 def deepspeed_config(launch: dict[str, Any], spec: dict[str, Any], accumulation: int) -> dict[str, Any]:

@@ -69,7 +69,9 @@ class PreparedSamples(Dataset[dict[str, Any]]):
             dropped_ids=[self.rows[i]["sample_id"] for i in dropped[:LISTED]],
         )
         if cut or dropped:
-            log.warning("max_length %d: %d samples cut, %d left out (ids in the manifest)", max_length, len(cut), len(dropped))
+            log.warning(
+                "max_length %d: %d samples cut, %d left out (ids in the manifest)", max_length, len(cut), len(dropped)
+            )
         if not len(kept):
             raise DataError(f"no sample of {folder} has a supervised token within max_length {max_length}; raise it")
 

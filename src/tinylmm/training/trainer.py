@@ -241,7 +241,9 @@ class LMMTrainer(Trainer):
         weights = load_file(path)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if set(weights) != set(trained):
-            raise IntegrityError(f"{path} holds other tensors than this stage trains: {sorted(set(weights) ^ set(trained))[:5]}")
+            raise IntegrityError(
+                f"{path} holds other tensors than this stage trains: {sorted(set(weights) ^ set(trained))[:5]}"
+            )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])

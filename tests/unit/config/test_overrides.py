@@ -26,7 +26,8 @@ VOCABULARY = Vocabulary(
     defaults=("llm", "vision_tower", "connector", "recipe", "data", "eval", "launch"),
     keys=("name", "seed", "store", "llm", "vision_tower", "connector", "recipe", "data", "eval", "launch", "tracking",
           "trainer", "trust"),
-    nested=(("lr", "llm.build.lr"), ("lr", "recipe.stages.<name>.lr"), ("max_length", "recipe.stages.<name>.max_length"),
+    nested=(("lr", "llm.build.lr"), ("lr", "recipe.stages.<name>.lr"),
+    ("max_length", "recipe.stages.<name>.max_length"),
             ("global_batch", "recipe.stages.<name>.global_batch"), ("log_steps", "tracking.log_steps")),
 )  # fmt: skip
 

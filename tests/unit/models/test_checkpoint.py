@@ -36,7 +36,9 @@ def test_an_unchanged_part_is_linked_not_copied(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "first", [])
     save_model(loaded, tmp_path / "second", None, {"llm": tmp_path / "first" / "llm"})
     assert (tmp_path / "second/llm/model.safetensors").samefile(tmp_path / "first/llm/model.safetensors")
-    assert not (tmp_path / "second/vision_tower/model.safetensors").samefile(tmp_path / "first/vision_tower/model.safetensors")
+    assert not (tmp_path / "second/vision_tower/model.safetensors").samefile(
+        tmp_path / "first/vision_tower/model.safetensors"
+    )
 
 
 def test_a_gathered_state_wins_over_the_models_own(tmp_path: Path) -> None:

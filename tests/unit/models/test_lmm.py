@@ -12,7 +12,10 @@ from tests.builders import IMAGE_SIZE, VOCAB, record, tiny_lmm
 from tinylmm.data.collate import Collator
 
 IMAGE = -200
-PIXELS = {name: torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
+PIXELS = {
+    name: torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(i))
+    for i, name in enumerate("abc")
+}
 
 
 def samples() -> list[dict[str, Any]]:
@@ -54,7 +57,9 @@ def test_a_samples_loss_does_not_change_with_what_shares_its_row() -> None:
     others = [record("noise", torch.randint(5, VOCAB, (20,)).tolist(), 1), samples()[0]]
     together = model(**batch(model, others, True))
     noise = model(**batch(model, others[:1], True))
-    assert batch(model, others, True)["input_ids"].shape[0] == 1, "both must share one row for this test to mean anything"
+    assert batch(model, others, True)["input_ids"].shape[0] == 1, (
+        "both must share one row for this test to mean anything"
+    )
     assert (together.loss_sum - noise.loss_sum).item() == pytest.approx(alone.item(), abs=1e-5)
 
 

@@ -28,7 +28,9 @@ def gradients(model: LMM) -> set[str]:
 @pytest.mark.parametrize("connector", ["frozen", "full"])
 @pytest.mark.parametrize("tower", ["frozen", "full", {"from_layer": 1}, {"from_layer": 0.34}], ids=str)
 @pytest.mark.parametrize("llm", ["frozen", "full", {"from_layer": 1}], ids=str)
-def test_exactly_the_trainable_parameters_get_gradients(llm: Any, tower: Any, connector: str, checkpointing: bool) -> None:
+def test_exactly_the_trainable_parameters_get_gradients(
+    llm: Any, tower: Any, connector: str, checkpointing: bool
+) -> None:
     if (llm, tower, connector) == ("frozen", "frozen", "frozen"):
         return
     model = tiny_lmm().train()

@@ -23,7 +23,12 @@ def test_features_equal_the_hidden_state_of_the_whole_encoder(kind: str, layer: 
 
 @pytest.mark.parametrize(
     ("kind", "select", "drop", "tokens"),
-    [("clip", "patch", False, 4), ("clip", "all", False, 5), ("siglip", "patch", False, 4), ("siglip", "patch", True, 3)],
+    [
+        ("clip", "patch", False, 4),
+        ("clip", "all", False, 5),
+        ("siglip", "patch", False, 4),
+        ("siglip", "patch", True, 3),
+    ],
 )
 def test_token_count_matches_what_comes_out(kind: str, select: str, drop: bool, tokens: int) -> None:
     tower = tiny_tower(kind, -2, select, drop)

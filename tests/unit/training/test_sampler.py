@@ -11,7 +11,10 @@ def steps_of(world_size: int, micro_batch: int, **options: float) -> list[set[in
     """Per optimiser step, the samples over all ranks and micro-batches."""
     fields = {"num_samples": 23, "global_batch": 8, "epochs": 2.0, "seed": 3} | options
     steps = num_steps(fields["num_samples"], fields["global_batch"], fields["epochs"], None)
-    ranks = [StepSampler(steps=steps, micro_batch=micro_batch, rank=r, world_size=world_size, **fields) for r in range(world_size)]
+    ranks = [
+        StepSampler(steps=steps, micro_batch=micro_batch, rank=r, world_size=world_size, **fields)
+        for r in range(world_size)
+    ]
     accumulation = ranks[0].accumulation
     batches = [list(rank) for rank in ranks]
     assert {len(b) for b in batches} == {steps * accumulation}, "ranks must take the same number of micro-batches"
