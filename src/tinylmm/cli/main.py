@@ -33,16 +33,7 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Entry point of `tinylmm`."""
-
-    def command() -> int:
-        result = app(standalone_mode=False)
-        return result if isinstance(result, int) else 0
-
-    try:
-        sys.exit(guarded(command))
-    except typer.TyperException as error:  # a wrong option of the command line: typer's own words
-        error.show()
-        sys.exit(error.exit_code)
+    sys.exit(guarded(app))
 
 
 if __name__ == "__main__":

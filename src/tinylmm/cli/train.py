@@ -41,11 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     console = Console()
-    if len(runs) == 1:
-        outcomes = [_execute(runs[0][1], runs[0][0], console)]
-    else:
-        outcomes = _sweep(overrides, console)
-    return _finish(outcomes, console)
+    words, spec = runs[0]
+    return _finish(_sweep(overrides, console) if len(runs) > 1 else [_execute(spec, words, console)], console)
 
 
 def _execute(spec: RunSpec, overrides: Sequence[str], console: Console) -> RunOutcome:

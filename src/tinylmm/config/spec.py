@@ -151,7 +151,8 @@ class ImageSpec(Frozen):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     mode: Literal["squash", "center_crop", "pad"]
-    """`squash` resizes to size x size, `center_crop` resizes the short edge and cuts the rest, `pad` squares with the mean colour first."""
+    """`squash` resizes to size x size, `center_crop` resizes the short edge and cuts the rest, `pad` squares with the mean
+    colour first."""
     resample: Literal["bicubic", "bilinear"] = "bicubic"
 
 

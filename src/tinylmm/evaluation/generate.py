@@ -61,7 +61,7 @@ def answer_questions(
             stacked,
             max_new_tokens,
             int(tokenizer.eos_token_id),
-            int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+            int(tokenizer.pad_token_id),
         )
         for row, ids in zip(rows, answers, strict=True):
             texts[row] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

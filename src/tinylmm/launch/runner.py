@@ -77,7 +77,7 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
     with _log_to(folder / LOG_FILE), watch_for_stop():
         error = _run_stages(plan, store, ledger)
     code = EXIT_DONE if error is None else getattr(error, "exit_code", 1)
-    ledger.finish({None: "done", StoppedError: "stopped"}.get(None if error is None else type(error), "failed"))
+    ledger.finish("done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed")
     return RunOutcome(folder.name, folder, code, None if error is None else str(error))
 
 
@@ -170,7 +170,8 @@ def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str
     (work / METRICS_FILE).touch()
     if claim.lost:
         raise StageFailedError(
-            f"{title}: another process took this stage over while this one was silent for a minute; its result is left to that process"
+            f"{title}: another process took this stage over while this one was silent for a minute; "
+            "its result is left to that process"
         )
     store.publish(stage, summary, started)
     return time.monotonic() - clock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,13 @@ def _environment(launch: dict[str, Any]) -> dict[str, str]:
     return environment
 
 
+def _first_failure(log_file: Path) -> tuple[int, int] | None:
+    """(rank, exit code) of the first rank that failed in the last try, as torchrun's agent saw it."""
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"Root Cause.*?rank\s+: (\d+).*?exitcode\s+: (-?\d+)", text, re.DOTALL)
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
 def _outcome(job: StageJob, code: int) -> dict[str, Any]:
     results = [
         json.loads(path.read_text(encoding="utf-8"))
@@ -86,21 +94,28 @@ def _outcome(job: StageJob, code: int) -> dict[str, Any]:
         if path.exists()
     ]
     errors = [result for result in results if "error" in result]
-    # One rank's own fault comes before what it made of the others (closed connections, timeouts).
-    errors.sort(key=lambda error: error["type"] == "traceback")
-    if errors:
-        first = errors[0]
-        if first["type"] == "StoppedError":
-            raise StoppedError(first["error"])
-        if first["exit_code"] == UserError.exit_code:
-            raise UserError(first["error"])
-        if first["type"] != "traceback":
-            raise RankError(f"rank {first['rank']}: {first['error']}", first["exit_code"])
-        raise StageFailedError(f"rank {first['rank']} failed:\n{first['error']}")
+    # A rank's own fault comes before what it made of the others (closed connections, timeouts).
+    for error in errors:
+        if error["type"] == StoppedError.__name__:
+            raise StoppedError(error["error"])
+        if error["exit_code"] == UserError.exit_code:
+            raise UserError(error["error"])
+        if error["type"] != "traceback":
+            raise RankError(f"rank {error['rank']}: {error['error']}", error["exit_code"])
+    first = _first_failure(job.folder / LOG_FILE)
+    if errors and (first is None or first[0] in [error["rank"] for error in errors]):
+        raise StageFailedError(f"rank {errors[0]['rank']} failed:\n{errors[0]['error']}")
+    if first is not None:
+        raise StageFailedError(
+            f"rank {first[0]} ended with exit code {first[1]} and did not say why"
+            f"{' (killed from outside, or out of memory)' if first[1] == -signal.SIGKILL else ''}. "
+            f"The log is {job.folder / LOG_FILE}."
+        )
     if code != 0 or not results:
         lines = (job.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])
         raise StageFailedError(
-            f"torchrun ended with exit code {code} and no rank said why (killed, or out of memory?). Last lines of {job.folder / LOG_FILE}:\n{tail}"
+            f"torchrun ended with exit code {code} and no rank said why (killed, or out of memory?). "
+            f"Last lines of {job.folder / LOG_FILE}:\n{tail}"
         )
     return dict(results[0]["summary"])

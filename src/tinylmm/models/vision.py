@@ -31,7 +31,8 @@ class HFVisionTower(nn.Module):
         blocks = getattr(getattr(encoder, "encoder", None), "layers", None)
         if not isinstance(blocks, nn.ModuleList) or not hasattr(encoder, "embeddings"):
             raise ValueError(
-                f"{type(encoder).__name__} has no `embeddings` and `encoder.layers`; HFVisionTower reads CLIP and SigLIP encoders"
+                f"{type(encoder).__name__} has no `embeddings` and `encoder.layers`; "
+                "HFVisionTower reads CLIP and SigLIP encoders"
             )
         depth = len(blocks)
         num_run = select_layer if select_layer >= 0 else depth + 1 + select_layer
@@ -81,7 +82,7 @@ class HFVisionTower(nn.Module):
         hidden: Tensor = self.encoder.embeddings(pixel_values)  # type: ignore[operator]
         if hasattr(self.encoder, "pre_layrnorm"):  # CLIP's own spelling
             hidden = self.encoder.pre_layrnorm(hidden)  # type: ignore[operator]
-        hidden = self.encoder.encoder(inputs_embeds=hidden).last_hidden_state  # type: ignore[operator, union-attr]
+        hidden = self.encoder.encoder(inputs_embeds=hidden).last_hidden_state  # type: ignore[operator]
         skip = int(self.has_cls and self.select == "patch") + int(self.drop_first_token)
         return hidden[:, skip:]
 

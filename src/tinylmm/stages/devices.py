@@ -22,11 +22,13 @@ def choose_device(wanted: str, precision: str) -> torch.device:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and not found:
         raise UserError(
-            f"launch.device=cuda, but no CUDA GPU was found (torch {torch.__version__}). Use launch.device=cpu, or install a CUDA build of torch."
+            f"launch.device=cuda, but no CUDA GPU was found (torch {torch.__version__}). "
+            "Use launch.device=cpu, or install a CUDA build of torch."
         )
     if wanted == "auto" and precision != "fp32" and not found:
         raise UserError(
-            f"this stage trains in {precision}, which is meant for a GPU, and no CUDA GPU was found (torch {torch.__version__}). "
+            f"this stage trains in {precision}, which is meant for a GPU, "
+            f"and no CUDA GPU was found (torch {torch.__version__}). "
             f"Say launch.device=cpu to run it on the CPU all the same, or set the stage's precision to fp32."
         )
     if wanted == "cpu" or not found:

@@ -100,8 +100,8 @@ class _Builder:
             "launch": run.launch.model_dump(mode="json"),
             "tracking": run.tracking.model_dump(mode="json"),
             "trust": list(run.trust),
-            "folders": {},
         }
+        self.folders: dict[str, str] = {}
 
     def build(self) -> StageGraph:
         llm = self._part("llm", self.run.llm)
@@ -194,7 +194,7 @@ class _Builder:
         content = self.fingerprint("checkpoint", identity["pretrained"])
         if not content:
             return identity
-        self.settings["folders"] = {**self.settings["folders"], role: identity["pretrained"]}
+        self.folders[role] = identity["pretrained"]
         return {**identity, "pretrained": LOCAL_FOLDER, "content": content}
 
     def _attach(self, spec: dict[str, Any], parents: dict[str, str], role: str, part: Stage | dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class _Builder:
         parents: dict[str, str],
         location: dict[str, Any] | None = None,
     ) -> Stage:
-        settings = self.settings | ({"location": location} if location else {})
+        settings = self.settings | {"folders": dict(self.folders)} | ({"location": location} if location else {})
         return self.graph.add(kind, name, spec, parents, settings)
 
 

@@ -57,9 +57,8 @@ def require_files(plan: RunPlan) -> None:
     """
     if not plan.missing:
         return
-    lines = [
-        f"{len(plan.missing)} thing{'s' if len(plan.missing) > 1 else ''} needed by this run cannot be found; nothing was started."
-    ]
+    number = "1 thing" if len(plan.missing) == 1 else f"{len(plan.missing)} things"
+    lines = [f"{number} needed by this run cannot be found; nothing was started."]
     for item in plan.missing:
         lines += [f"  {item.what}", f"    looked at:  {item.looked_at}", f"    how to get: {item.how_to_get}"]
     root = plan.run.data.root
@@ -134,6 +133,8 @@ class _Files:
         found = source_fingerprint(root, source, self.cache)
         if found["num_missing"] > (source.max_bad if source.on_bad == "skip" else 0):
             shown = ", ".join(found["missing"][:3])
-            what = f"{found['num_missing']:,} of {found['num_images']:,} images of {data.name}/{name} ({shown}{', ...' if found['num_missing'] > 3 else ''})"
+            more = ", ..." if found["num_missing"] > 3 else ""
+            counts = f"{found['num_missing']:,} of {found['num_images']:,}"
+            what = f"{counts} images of {data.name}/{name} ({shown}{more})"
             self.missing.append(Missing(what, str(root / source.images), how))
         return {"annotations": found["annotations"], "images": found["images"]}

@@ -85,7 +85,11 @@ def run(job: StageJob) -> dict[str, Any]:
         UserError: the tokenizer cannot be loaded or does not fit the template.
     """
     source = _source(job)
-    renderer = _Renderer(get_template(job.spec["template"]), load_tokenizer(job.spec, job.parents, job.settings["folders"]), source.images)
+    renderer = _Renderer(
+        get_template(job.spec["template"]),
+        load_tokenizer(job.spec, job.parents, job.settings["folders"]),
+        source.images,
+    )
     scratch = job.folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed try has left
     scratch.mkdir()

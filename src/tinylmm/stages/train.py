@@ -97,7 +97,7 @@ def build_trainer(
         loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     collator = Collator(
         image_tokens=loaded.model.image_tokens,
-        pad_id=int(loaded.tokenizer.pad_token_id),  # type: ignore[arg-type]
+        pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=launch["row_tokens"] or spec["max_length"],
         packing=launch["packing"],
         image=images.pixels if cache is None else None,
@@ -117,7 +117,8 @@ def build_trainer(
     )
     if bool(launch["deepspeed_stage"]) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
-            f"launch.deepspeed_stage is {launch['deepspeed_stage']}, but the Trainer runs {trainer.accelerator.distributed_type}"
+            f"launch.deepspeed_stage is {launch['deepspeed_stage']}, "
+            f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
 

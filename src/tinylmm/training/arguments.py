@@ -30,7 +30,7 @@ def training_arguments(
         use_cpu: train on the CPU.
     """
     launch, tracking = settings["launch"], settings["tracking"]
-    fields: dict[str, Any] = dict(
+    fields: dict[str, Any] = dict(  # noqa: C408 (reads as the call it becomes)
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=_micro_batch(launch, spec, accumulation),

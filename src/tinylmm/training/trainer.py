@@ -61,6 +61,7 @@ class LMMTrainer(Trainer):
         schedule: SaveSchedule,
         callbacks: list[TrainerCallback],
     ) -> None:
+        self.optimizer: torch.optim.Optimizer | None
         self._sampler = sampler
         self._checkpoints = checkpoints
         self._learning_rates = learning_rates
@@ -124,7 +125,7 @@ class LMMTrainer(Trainer):
             self._agree(bool(torch.isfinite(loss)))
         return (loss, output) if return_outputs else loss
 
-    # ------------------------------------------------------------------------------------------ agreement before the optimiser step
+    # ------------------------------------------------------------------------------ agreement before the optimiser step
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Check loss and gradient norm on every rank before the optimiser step that follows this call."""
@@ -249,7 +250,10 @@ class LMMTrainer(Trainer):
                 parameter.copy_(weights[name])
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """Gather the whole model's state on rank 0 under ZeRO-3, None where the model itself has it. Every rank must call it."""
+        """Gather the whole model's state on rank 0 under ZeRO-3; None where the model itself has it.
+
+        Every rank must call it.
+        """
         if self.is_deepspeed_enabled and self.model_wrapped.zero_optimization_stage() == 3:
             state = self.accelerator.get_state_dict(self.model_wrapped)
             return dict(state) if state is not None else {}

@@ -1,0 +1,54 @@
+# Every target sets up what it needs in .venv; the first call of any of them installs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The store of `make quickstart`; the same folder again reuses everything that is finished.
+STORE ?= store
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow check lint type bench gpu-check picture clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Install tinylmm and its tools into .venv
+
+# torch first and pinned: on its own, a dependency that asks for any torch could bring another build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it: two CPU cores, no network, minutes
+	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train
+
+test: $(STAMP)  ## Run the quick test suite with coverage (under 10 minutes on two cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
+
+test-slow: $(STAMP)  ## Run the long tests: twenty kills, DeepSpeed with faults
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: lint type test  ## Everything that must pass before a commit
+
+lint: $(STAMP)  ## Check style (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)  ## Check types (mypy)
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## Measure before against after in one run; results go to benchmarks/results
+	$(BIN)/python -m benchmarks.training
+
+gpu-check: $(STAMP)  ## Train a few steps at Phi-2 + SigLIP shapes on one GPU (skipped without one)
+	$(BIN)/python -m benchmarks.gpu_check
+
+picture: $(STAMP)  ## Draw the README's picture from the newest finished run in STORE
+	$(BIN)/tinylmm report --store $(STORE) --picture docs/quickstart.png
+
+clean:  ## Remove caches and build products (not .venv, not the store)
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov
+	find src tests benchmarks conf -name __pycache__ -type d -prune -exec rm -rf {} +

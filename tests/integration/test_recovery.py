@@ -1,0 +1,196 @@
+"""What happens when a run is killed, stopped, damaged or fed a NaN: nothing is lost, nothing wrong is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.integration.project import Project, environment, tiny_project
+
+NAN_CONNECTOR = '''
+import os
+import torch
+from tinylmm.models.connectors import MLPConnector
+
+
+class PlantedNaN(MLPConnector):
+    """Gives NaN in the third training forward, on the last rank only."""
+
+    calls = 0
+
+    def forward(self, features):
+        PlantedNaN.calls += self.training
+        last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+        return super().forward(features) * (float("nan") if last and PlantedNaN.calls == 3 else 1.0)
+'''
+
+
+def killed(folder: Path, trials: int, ranks: int, timeout: float) -> dict[str, object]:
+    command = [sys.executable, "-m", "tests.integration.kill_harness", str(folder), str(trials), "7", str(ranks)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_at_random_moments_and_inside_saves_all_recover_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+    result = killed(tmp_path, 4, ranks, 280)
+    assert (result["failed"], result["differing"]) == ([], [])
+    assert result["inside_save"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_kills_half_of_them_inside_a_save_all_recover(ranks: int, tmp_path: Path) -> None:
+    result = killed(tmp_path, 20, ranks, 900)
+    assert (result["failed"], result["differing"]) == ([], [])
+    assert int(str(result["inside_save"])) == 10
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("launch", ["local", "torchrun"])
+def test_sigterm_saves_exits_75_and_the_same_command_continues(launch: str, project: Project) -> None:
+    words = (
+        f"launch={launch}",
+        "launch.save_steps=1000",
+        "recipe.stages.finetune.max_steps=null",
+        "recipe.stages.finetune.epochs=150",
+    )
+    process = subprocess.Popen(
+        project.command(*words),
+        cwd=project.root,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(
+        lambda: any(
+            p.read_text().count("\n") > 3
+            for p in project.store.glob("work/train-*/metrics.jsonl")
+            if len(project.stages("train")) == 1
+        )
+    )
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "the same command continues" in errors
+    (saved,) = project.store.glob("work/train-*/checkpoints/checkpoint-*")
+    step = int(saved.name.split("-")[1])
+    done = project.train(*words)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        json.loads(line)["step"]
+        for line in (project.model("finetune").parents[1] / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert 0 < step < rows[-1]
+    assert rows == sorted(set(rows)), "no step is logged twice"
+
+
+@pytest.mark.parametrize(
+    "launch",
+    ["local", "torchrun", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
+)
+def test_a_nan_on_one_rank_stops_the_run_before_any_weight_is_touched(launch: str, project: Project) -> None:
+    (project.root / "planted.py").write_text(NAN_CONNECTOR)
+    words = (
+        "connector._target_=planted.PlantedNaN",
+        "trust=[planted]",
+        f"launch={launch}",
+        "launch.micro_batch=8",
+        "launch.save_steps=1",
+    )
+    done = project.train(*words)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "step 3 is not finite; no weight was changed" in done.stderr
+    assert f"rank {0 if launch == 'local' else 1}: c" in done.stderr, "the sample ids of that rank's batch are named"
+    checkpoints = sorted(project.store.glob("work/train-*/checkpoints/checkpoint-*"))
+    assert [c.name for c in checkpoints] == ["checkpoint-1", "checkpoint-2"]
+    for path in project.store.glob("work/train-*/checkpoints/*/trained.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_a_killed_rank_ends_the_job_quickly_and_is_named(project: Project) -> None:
+    process = subprocess.Popen(
+        project.command("launch=torchrun", "recipe.stages.pretrain.epochs=5000"),
+        cwd=project.root,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: any(project.store.glob("work/train-*/metrics.jsonl")))
+    (work,) = project.store.glob("work/train-*")
+    children = subprocess.run(
+        ["pgrep", "-f", f"tinylmm.launch.worker {work}"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - killed_at < 15
+    assert "rank 1 ended with exit code -9" in errors
+
+
+def test_two_processes_on_one_run_do_each_stage_once(project: Project) -> None:
+    commands = [
+        subprocess.Popen(
+            project.command(),
+            cwd=project.root,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in commands]
+    assert [process.returncode for process in commands] == [0, 0], outputs
+    statuses = [
+        row["status"]
+        for path in project.store.glob("runs/*/run.json")
+        for row in json.loads(path.read_text())["stages"]
+    ]
+    assert sorted(statuses) == ["reused"] * 4 + ["run"] * 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete"])
+def test_a_damaged_stage_is_named_and_made_again(damage: str, project: Project) -> None:
+    assert project.train().returncode == 0
+    path = project.model("pretrain") / "connector/model.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    if damage == "flip":
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    done = project.train()
+    assert done.returncode == 0, done.stderr
+    log = next(p for p in project.store.glob("runs/*/log.txt") if "connector" in p.read_text()).read_text()
+    assert "output/model/connector/model.safetensors" in log + done.stdout
+    assert (project.model("pretrain") / "connector/model.safetensors").read_bytes() == before
+    assert len(list(project.store.glob("damaged/train-*"))) == 1
+
+
+def test_fifty_launches_at_once_make_fifty_run_folders(tmp_path: Path) -> None:
+    project = tiny_project(tmp_path)
+    assert project.train().returncode == 0
+    processes = [
+        subprocess.Popen(
+            project.command(), cwd=project.root, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(50)
+    ]
+    assert [process.wait(timeout=280) for process in processes] == [0] * 50
+    assert len(list(project.store.glob("runs/*/run.json"))) == 51
