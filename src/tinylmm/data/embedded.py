@@ -35,6 +35,7 @@ from tinylmm.data.scenes import (
     description,
     render,
     sample_scene,
+    short_caption,
 )
 from tinylmm.errors import ConfigError, Fault, suggestion
 
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 SCENES = {"pretrain": 6000, "share": 3000, "finetune": 4000, "text": 6000, "test": 250}
 """Records a file gets by default; `options` of the data set's `build` may change any of them."""
+TURNS = ("digit", "digit", "colour", "colour", "choice", "choice", "yesno", "count", "number")
+"""Categories of a conversation's questions. What takes a look-up in the scene comes twice: it is harder to learn."""
 IMAGE_TOKEN = "<image>"
 CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
 
@@ -63,9 +66,9 @@ def build_digits(output: Path, seed: int, **options: int) -> dict[str, Any]:
     counts = _counts(options)
     train, held_out = Scans("train"), Scans("held_out")
     written: dict[str, Any] = {}
-    captioned: tuple[tuple[str, str, Callable[[Scene], str]], ...] = (
-        ("pretrain", "pretrain.json", caption),
-        ("share", "share_pretrain.json", dense_caption),
+    captioned: tuple[tuple[str, str, Callable[[Scene, Rng], str]], ...] = (
+        ("pretrain", "pretrain.json", short_caption),
+        ("share", "share_pretrain.json", lambda scene, rng: dense_caption(scene)),
     )
     for split, name, say in captioned:
         records = (_captioned(split, index, seed, train, output, say) for index in range(counts[split]))
@@ -111,17 +114,17 @@ def _draw(split: str, index: int, seed: int, scans: Scans, output: Path) -> tupl
 
 
 def _captioned(
-    split: str, index: int, seed: int, scans: Scans, output: Path, say: Callable[[Scene], str]
+    split: str, index: int, seed: int, scans: Scans, output: Path, say: Callable[[Scene, Rng], str]
 ) -> dict[str, Any]:
     scene, path, rng = _draw(split, index, seed, scans, output)
     request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
-    turns = [(f"{IMAGE_TOKEN}\n{request}", say(scene))]
+    turns = [(f"{IMAGE_TOKEN}\n{request}", say(scene, rng))]
     return {"id": f"{split}-{index:06d}", "image": path, "conversations": _conversation(turns)}
 
 
 def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, Any]:
     scene, path, rng = _draw("finetune", index, seed, scans, output)
-    turns = [(question.text, question.answer) for question in _one_of_each(scene, rng)]
+    turns = [(question.text, question.answer) for question in _questions(scene, rng)]
     turns[0] = (f"{IMAGE_TOKEN}\n{turns[0][0]}", turns[0][1])
     return {"id": f"finetune-{index:06d}", "image": path, "conversations": _conversation(turns)}
 
@@ -129,7 +132,7 @@ def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, 
 def _described(index: int, seed: int, scans: Scans) -> dict[str, Any]:
     rng = _rng(seed, "text", index)
     scene = sample_scene(rng, scans)
-    turns = [(question.text, question.answer) for question in _one_of_each(scene, rng)]
+    turns = [(question.text, question.answer) for question in _questions(scene, rng)]
     if rng.random() < 0.5:
         say = caption if rng.random() < 0.7 else dense_caption
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
@@ -153,9 +156,10 @@ def _tested(index: int, seed: int, scans: Scans, output: Path) -> list[dict[str,
     ]
 
 
-def _one_of_each(scene: Scene, rng: Rng) -> list[Question]:
-    """Return one question of each category in random order."""
-    return [ask(CATEGORIES[index], scene, rng) for index in rng.permutation(len(CATEGORIES))]
+def _questions(scene: Scene, rng: Rng) -> list[Question]:
+    """Return the questions of a conversation in random order, none twice: `TURNS`, less where a scene has no more."""
+    asked = [ask(TURNS[index], scene, rng) for index in rng.permutation(len(TURNS))]
+    return list({question.text: question for question in asked}.values())
 
 
 def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

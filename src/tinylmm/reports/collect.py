@@ -240,13 +240,13 @@ def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, An
 def _images_folder(store_root: Path, eval_folder: Path) -> Path | None:
     """Where the images of an evaluation lie: in its data stage's output, or under the root of outside data."""
     spec = _read_json(eval_folder / "spec.json")
-    location = (spec.get("settings") or {}).get("location")
-    if location:
+    location = (spec.get("settings") or {}).get("location") or {"root": None, "source": spec["spec"]["source"]}
+    if location and location["root"] is not None:
         return Path(location["root"]) / location["source"].get("images", "")
     parent = spec["parents"].get("data")
     if parent is None:
         return None
-    return store_root / "stages" / f"data-{parent[:16]}" / "output" / spec["spec"]["source"].get("images", "")
+    return store_root / "stages" / f"data-{parent[:16]}" / "output" / location["source"].get("images", "")
 
 
 def _image_path(folder: Path | None, image: str | None) -> Path | None:

@@ -33,6 +33,8 @@ TEXT_TEMPLATE = "llama"
 """Chat template in which the LLM and the tokenizer meet conversations."""
 TOKENIZER_MAX_LENGTH = 1024
 DEFAULT_LOG_STEPS = 10
+MAX_SHIFT = 1
+"""Pixels by which a tower's whole batch is moved at random: few scans are thousands of scenes, and this makes more of them."""
 
 
 def run(job: StageJob) -> dict[str, Any]:
@@ -164,8 +166,10 @@ def _build_tower(job: StageJob) -> dict[str, Any]:
     )
 
     def loss_of_step(step: int) -> Tensor:
-        chosen = torch.randperm(len(captions), generator=_generator(build["seed"], step))[: build["batch"]]
-        loss: Tensor = pair(pixels[chosen], words[chosen])
+        generator = _generator(build["seed"], step)
+        chosen = torch.randperm(len(captions), generator=generator)[: build["batch"]]
+        down, right = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator).tolist()
+        loss: Tensor = pair(pixels[chosen].roll((down, right), dims=(2, 3)), words[chosen])
         return loss
 
     loss = train_loop(pair, loss_of_step, _settings(job), job)

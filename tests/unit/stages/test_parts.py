@@ -1,0 +1,153 @@
+"""Parts are built from nothing, alone, and are what the next stages load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM, SiglipVisionModel
+
+from tinylmm.data.embedded import build_digits
+from tinylmm.errors import ConfigError, DataError
+from tinylmm.stages.job import StageJob
+from tinylmm.stages.parts import run
+
+BUILD = {"steps": 4, "batch": 4, "lr": 1e-3, "warmup_ratio": 0.1, "weight_decay": 0.0, "max_length": 320, "seed": 0}
+TEXT = {"file": "text.json", "images": ""}
+CAPTIONS = {"file": "pretrain.json", "images": "images"}
+LLAMA = {
+    "vocab_size": 512,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+IMAGE = {"size": 32, "mean": [0.2] * 3, "std": [0.2] * 3, "mode": "squash", "resample": "bicubic"}
+TOKENIZER: dict[str, Any] = {"role": "tokenizer", "vocab_size": 512, "pad_token": None, "source": TEXT}
+LLM: dict[str, Any] = {
+    "role": "llm",
+    "_target_": "transformers.LlamaForCausalLM",
+    "init": "built",
+    "architecture": LLAMA,
+    "build": BUILD,
+    "source": TEXT,
+}
+TOWER: dict[str, Any] = {
+    "role": "vision_tower",
+    "_target_": "tinylmm.models.vision.HFVisionTower",
+    "encoder": "transformers.SiglipVisionModel",
+    "init": "built",
+    "architecture": SIGLIP,
+    "image": IMAGE,
+    "build": BUILD | {"max_length": 32, "text_tower": {"width": 16, "layers": 1, "heads": 2}},
+    "source": CAPTIONS,
+}
+
+
+def job(folder: Path, spec: dict[str, Any], **parents: Path) -> StageJob:
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    return StageJob("parts", spec["role"], "0" * 64, spec, parents, {"trust": [], "tracking": {"log_steps": 2}}, folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    build_digits(folder, seed=0, pretrain=12, share=1, finetune=1, text=20, test=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert run(job(folder, TOKENIZER, data=data))["conversations"] == 20
+    return folder / "output"
+
+
+def test_a_tokenizer_knows_the_words_of_its_texts(tokenizer: Path) -> None:
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    assert loaded.tokenize("what digit is") == ["what", "Ġdigit", "Ġis"]
+    assert json.loads((tokenizer / "part.json").read_text())["role"] == "tokenizer"
+
+
+def test_an_llm_is_loaded_as_any_other(tmp_path: Path, data: Path, tokenizer: Path) -> None:
+    summary = run(job(tmp_path, LLM, data=data, tokenizer=tokenizer))
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "output")
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+    identity = json.loads((tmp_path / "output" / "part.json").read_text())
+    assert identity == {key: LLM[key] for key in ("role", "_target_", "init", "architecture")}
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["steps"]) for row in rows] == [(2, 4), (4, 4)]
+
+
+def test_a_tower_is_loaded_as_any_other_without_its_text_encoder(tmp_path: Path, data: Path) -> None:
+    run(job(tmp_path, TOWER, data=data))
+    model = SiglipVisionModel.from_pretrained(tmp_path / "output")
+    assert model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 4, 16)
+    saved = load_file(tmp_path / "output" / "model.safetensors")
+    assert not [name for name in saved if "words" in name or "log_scale" in name]
+    assert "image" in json.loads((tmp_path / "output" / "part.json").read_text())
+
+
+@pytest.mark.parametrize("spec", [TOKENIZER, LLM, TOWER], ids=["tokenizer", "llm", "vision_tower"])
+def test_a_part_built_twice_is_the_same_to_the_byte(
+    tmp_path: Path, data: Path, tokenizer: Path, spec: dict[str, Any]
+) -> None:
+    contents = []
+    for name in ("first", "second"):
+        run(job(tmp_path / name, spec, data=data, tokenizer=tokenizer))
+        output = tmp_path / name / "output"
+        contents.append({path.name: path.read_bytes() for path in sorted(output.iterdir())})
+    assert contents[0] == contents[1]
+
+
+def test_training_moves_the_weights_away_from_their_first_values(tmp_path: Path, data: Path) -> None:
+    states = []
+    for steps in (1, 4):
+        spec = TOWER | {"build": TOWER["build"] | {"steps": steps}}
+        run(job(tmp_path / str(steps), spec, data=data))
+        states.append(load_file(tmp_path / str(steps) / "output" / "model.safetensors"))
+    unmoved = [name for name in states[0] if torch.equal(states[0][name], states[1][name])]
+    assert unmoved == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"architecture": LLAMA | {"vocab_size": 300}}, ConfigError, "vocab_size: is 300, but the tokenizer has"),
+        ({"build": BUILD | {"max_length": 40}}, DataError, r"more than llm\.build\.max_length=40"),
+        ({"source": CAPTIONS}, DataError, "has an image, but an LLM is pretrained on text alone"),
+        ({"_target_": "os.system"}, ConfigError, "os.system"),
+    ],
+    ids=["vocabulary", "length", "images", "target"],
+)
+def test_an_llm_that_cannot_be_built_is_refused(
+    tmp_path: Path, data: Path, tokenizer: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(job(tmp_path, LLM | change, data=data, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [("[]", "no records"), ('[{"id": "x", "conversations": []}]', r"record 0 \(x\): `conversations` is empty")],
+    ids=["none", "broken"],
+)
+def test_a_source_with_nothing_or_something_broken_in_it_is_refused(tmp_path: Path, records: str, message: str) -> None:
+    (tmp_path / "text.json").write_text(records)
+    with pytest.raises(DataError, match=message):
+        run(job(tmp_path / "work", TOKENIZER, data=tmp_path))
