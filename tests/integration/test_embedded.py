@@ -1,0 +1,85 @@
+"""The embedded default at toy size, through the command: stages, scores, report, reuse, sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.project import Project
+
+SMALL = [
+    f"{where}.options.{name}={count}"
+    for where in ("data.build", "llm.build.data.build", "vision_tower.build.data.build", "eval.digits.data.build")
+    for name, count in {"pretrain": 96, "share": 32, "finetune": 48, "text": 200, "test": 8}.items()
+]
+WORDS = (
+    *SMALL,
+    "llm.build.steps=4",
+    "vision_tower.build.steps=4",
+    "vision_tower.build.batch=16",
+    "tracking.log_steps=1",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("embedded"), WORDS)
+    done = project.train()
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and "report.html" in done.stdout
+    return project
+
+
+def statuses(project: Project) -> dict[str, str]:
+    """Stage name -> status in the newest run."""
+    newest = max(project.store.glob("runs/*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    record = json.loads(newest.read_text())
+    assert record["status"] == "done"
+    return {stage["name"]: stage["status"] for stage in record["stages"]}
+
+
+def test_results_are_tidy_rows_for_every_stage_and_question_type(finished: Project) -> None:
+    (path,) = finished.store.glob("reports/*/results.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["stage"] for row in rows} == {"pretrain", "finetune"}
+    assert {row["metric"] for row in rows} >= {"accuracy", "accuracy/digit", "accuracy/colour", "accuracy/yesno"}
+    assert all(set(row) == {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count"} for row in rows)
+
+
+def test_the_page_is_self_contained_and_leads_back_to_everything(finished: Project) -> None:
+    (page,) = finished.store.glob("reports/*/report.html")
+    text = page.read_text()
+    assert "<svg" in text and "data:image/png;base64," in text
+    assert 'src="http' not in text and "<script" not in text
+    assert all(stage.name in text for stage in finished.stages("train"))
+
+
+def test_the_same_command_reuses_everything(finished: Project) -> None:
+    assert finished.train().returncode == 0
+    assert set(statuses(finished).values()) == {"reused"}
+
+
+def test_share_reuses_the_parts_and_bases_pretraining(finished: Project) -> None:
+    done = finished.train("recipe=share")
+    assert done.returncode == 0, done.stderr
+    ran = {name for name, status in statuses(finished).items() if status == "run"}
+    trained = {"share_pretrain", "finetune"}
+    assert ran == trained | {"prepare[share_pretrain]"} | {f"digits@{name}" for name in trained}
+
+
+def test_a_sweep_shares_stages_between_its_runs(finished: Project) -> None:
+    done = finished.train("-m", "seed=0,5", "recipe=base", "eval=none")
+    assert done.returncode == 0, done.stderr
+    assert statuses(finished)["pretrain"] == "run" and statuses(finished)["prepare[finetune]"] == "reused"
+    assert "seed=5" in done.stdout
+
+
+def test_the_model_folder_is_self_contained(finished: Project) -> None:
+    model = finished.model("finetune")
+    names = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert names >= {"config.json", "llm/model.safetensors", "vision_tower/config.json", "connector/model.safetensors"}
+    description = json.loads((model / "config.json").read_text())
+    assert description["template"] == "llama" and description["image"]["size"] == 32
+    assert str(Path.cwd()) not in (model / "config.json").read_text()

@@ -1,0 +1,52 @@
+"""The commands answer quickly and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_train_help_lists_groups_and_exit_codes(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.train", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("vision_tower", "phi2", "zero3", "Exit codes", "llm=phi2 vt=siglip recipe=share"):
+        assert word in done.stdout
+
+
+def test_tinylmm_help_lists_the_commands(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.main", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("plan", "runs", "report", "store"):
+        assert word in done.stdout
+
+
+def test_plan_prints_json_from_any_folder(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.main", "plan", "vt=nano", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and set(json.loads(done.stdout)) >= {"runs", "stages", "totals"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_as_a_table_says_what_is_to_do(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.main", "plan", "-m", "seed=1,2", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "2 runs" in done.stdout and "todo" in done.stdout
+
+
+def test_hydra_shows_the_composed_config(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.train", "--cfg", "job", "llm=phi2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "transformers.PhiForCausalLM" in done.stdout
+
+
+@pytest.mark.parametrize("words", [("plan", "--bogus"), ("store", "ls"), ("runs",), ("report",)], ids=" ".join)
+def test_wrong_use_exits_2_with_one_message(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = run("tinylmm.cli.main", *words, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
