@@ -54,7 +54,7 @@ def corrupt(project: Project, kind: str) -> str:
     rows = json.loads(path.read_text())
     if kind == "corrupt image":
         image = project.root / "data/images/3-red.png"
-        image.write_bytes(image.read_bytes()[:60])
+        image.write_bytes(image.read_bytes()[:45])
         return "3-red.png"
     if kind == "no conversations":
         del rows[4]["conversations"]

@@ -70,14 +70,14 @@ def test_share_reuses_the_parts_and_bases_pretraining(finished: Project) -> None
 
 
 def test_a_sweep_shares_stages_between_its_runs(finished: Project) -> None:
-    done = finished.train("-m", "seed=0,5", "recipe=base", "eval=none")
+    done = finished.train("-m", "seed=0,5", "recipe=base")
     assert done.returncode == 0, done.stderr
     assert statuses(finished)["pretrain"] == "run" and statuses(finished)["prepare[finetune]"] == "reused"
     assert "seed=5" in done.stdout
 
 
 def test_the_model_folder_is_self_contained(finished: Project) -> None:
-    model = finished.model("finetune")
+    model = finished.stages("train")[0] / "output/model"
     names = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert names >= {"config.json", "llm/model.safetensors", "vision_tower/config.json", "connector/model.safetensors"}
     description = json.loads((model / "config.json").read_text())

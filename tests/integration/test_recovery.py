@@ -194,3 +194,18 @@ def test_fifty_launches_at_once_make_fifty_run_folders(tmp_path: Path) -> None:
     ]
     assert [process.wait(timeout=280) for process in processes] == [0] * 50
     assert len(list(project.store.glob("runs/*/run.json"))) == 51
+
+
+def test_a_hung_rank_ends_the_job_after_the_step_timeout(project: Project) -> None:
+    words = ("launch=torchrun", "recipe.stages.pretrain.epochs=5000", "launch.step_timeout_s=4")
+    process = subprocess.Popen(
+        project.command(*words), cwd=project.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: any(p.read_text().count("\n") > 3 for p in project.store.glob("work/train-*/metrics.jsonl")))
+    (work,) = project.store.glob("work/train-*")
+    workers = subprocess.run(["pgrep", "-f", f"tinylmm.launch.worker {work}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1 and time.monotonic() - stopped_at < 60
+    assert "rank 0" in errors and "imed out" in errors

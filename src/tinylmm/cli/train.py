@@ -42,7 +42,10 @@ def run(arguments: Sequence[str]) -> int:
 
     console = Console()
     words, spec = runs[0]
-    return _finish(_sweep(overrides, console) if len(runs) > 1 else [_execute(spec, words, console)], console)
+    return _finish(
+        _sweep(overrides, [words for words, _ in runs], console) if len(runs) > 1 else [_execute(spec, words, console)],
+        console,
+    )
 
 
 def _execute(spec: RunSpec, overrides: Sequence[str], console: Console) -> RunOutcome:
@@ -56,7 +59,7 @@ def _execute(spec: RunSpec, overrides: Sequence[str], console: Console) -> RunOu
     return execute(plan, console)
 
 
-def _sweep(overrides: list[str], console: Console) -> list[RunOutcome]:
+def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> list[RunOutcome]:
     """Hand a multirun to Hydra's launcher (one job after another); a failed run does not keep the others from running."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -67,10 +70,12 @@ def _sweep(overrides: list[str], console: Console) -> list[RunOutcome]:
     from tinylmm.launch.runner import failed_before_start
 
     outcomes: list[RunOutcome] = []
+    common = set.intersection(*(set(words) for words in runs))
 
     def job(cfg: DictConfig) -> None:
         words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
-        console.rule(" ".join(words), align="left")
+        varied = " ".join(word for word in words if word not in common)
+        console.rule(f"run {len(outcomes) + 1} of {len(runs)}: {varied}", align="left")
         try:
             outcome = _execute(compose_config(cfg, words), words, console)
         except TinyLMMError as error:

@@ -33,6 +33,7 @@ from tinylmm.data.scenes import (
     caption,
     dense_caption,
     description,
+    facts,
     render,
     sample_scene,
     short_caption,
@@ -43,8 +44,7 @@ log = logging.getLogger(__name__)
 
 SCENES = {"pretrain": 6000, "share": 3000, "finetune": 4000, "text": 6000, "test": 250}
 """Records a file gets by default; `options` of the data set's `build` may change any of them."""
-TURNS = ("digit", "digit", "colour", "colour", "choice", "choice", "yesno", "count", "number")
-"""Categories of a conversation's questions. What takes a look-up in the scene comes twice: it is harder to learn."""
+FACTS_REQUEST = "tell me more."
 IMAGE_TOKEN = "<image>"
 CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
 
@@ -133,7 +133,8 @@ def _described(index: int, seed: int, scans: Scans) -> dict[str, Any]:
     rng = _rng(seed, "text", index)
     scene = sample_scene(rng, scans)
     turns = [(question.text, question.answer) for question in _questions(scene, rng)]
-    if rng.random() < 0.5:
+    turns.insert(int(rng.integers(len(turns))), (FACTS_REQUEST, facts(scene, rng)))
+    if rng.random() < 0.3:
         say = caption if rng.random() < 0.7 else dense_caption
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         turns[rng.integers(len(turns))] = (request, say(scene))
@@ -157,9 +158,8 @@ def _tested(index: int, seed: int, scans: Scans, output: Path) -> list[dict[str,
 
 
 def _questions(scene: Scene, rng: Rng) -> list[Question]:
-    """Return the questions of a conversation in random order, none twice: `TURNS`, less where a scene has no more."""
-    asked = [ask(TURNS[index], scene, rng) for index in rng.permutation(len(TURNS))]
-    return list({question.text: question for question in asked}.values())
+    """Return one question of each category in random order."""
+    return [ask(CATEGORIES[index], scene, rng) for index in rng.permutation(len(CATEGORIES))]
 
 
 def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -32,6 +32,7 @@ PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "botto
 DIGITS = tuple(range(10))
 CATEGORIES = ("digit", "colour", "count", "yesno", "number", "choice")
 LETTERS = "ABCD"
+MAX_FACTS = 8
 TRAIN_SHARE = 0.8
 """The scans are ordered by writer, so that a contiguous cut keeps the last writers out of training."""
 
@@ -180,12 +181,27 @@ def description(scene: Scene, rng: Rng) -> str:
     return dense_caption(scene) if rng.random() < 0.1 else wordings[rng.integers(len(wordings))]
 
 
+def facts(scene: Scene, rng: Rng) -> str:
+    """Return short true sentences about single properties in random order: many look-ups in few words."""
+    sentences = [
+        sentence
+        for glyph in scene
+        for sentence in (
+            f"the {glyph.colour} digit is {glyph.digit}.",
+            f"the {glyph.digit} is {glyph.colour}.",
+            f"{glyph.place} is {glyph.digit}.",
+            f"{glyph.place} is {glyph.colour}.",
+        )
+    ]
+    return " ".join(sentences[index] for index in rng.permutation(len(sentences))[:MAX_FACTS])
+
+
 def _join(items: list[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def _number(scene: Scene) -> str:
-    return "".join(str(glyph.digit) for glyph in scene)
+    return " ".join(str(glyph.digit) for glyph in scene)
 
 
 # ---------------------------------------------------------------------------------------------------- what can be asked

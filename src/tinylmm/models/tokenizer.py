@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tinylmm.errors import ConfigError, Fault
@@ -16,8 +16,8 @@ NUM_BYTES = 256
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE; any text can be encoded, and decoding gives it back.
 
-    As in Llama's tokenizer, encoding puts `<s>` in front, and every digit is a token of its own (so that reading a
-    number is reading its digits).
+    As in Llama's tokenizer, encoding puts `<s>` in front, and no token holds two digits, so that reading a number is
+    reading its digits. A space goes with the word or digit behind it.
 
     Args:
         texts: plain text, without special tokens.
@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         raise ConfigError([Fault("llm.tokenizer.vocab_size", what, f"Set {smallest} or more.")])
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

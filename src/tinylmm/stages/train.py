@@ -25,6 +25,7 @@ from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
 from tinylmm.training.sampler import StepSampler, num_steps
+from tinylmm.training.trackers import configure_trackers
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 def run(job: StageJob) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
     device = choose_device(job.settings["launch"]["device"], job.spec["precision"])
+    configure_trackers(job.settings["tracking"], job.folder, job.name)
     loaded = _start_model(job)
     model = loaded.model
     tuning = apply_tuning(model, job.spec["tune"])
@@ -113,6 +115,7 @@ def build_trainer(
         checkpoints=CheckpointFolder(job.folder / "checkpoints", launch["keep_checkpoints"], identity),
         learning_rates=peak_learning_rates(spec["lr"]),
         schedule=SaveSchedule(launch["save_steps"], 60.0 * launch["save_minutes"]),
+        step_timeout_s=launch["step_timeout_s"],
         callbacks=[MetricsRow(job.log_metrics, spec["global_batch"])],
     )
     if bool(launch["deepspeed_stage"]) != trainer.is_deepspeed_enabled:

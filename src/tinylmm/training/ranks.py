@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks, 1 without a group."""
     return distributed.get_world_size() if active() else 1
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a collective of this group waits for a rank from now on. transformers and DeepSpeed leave 30 minutes."""
+    if active():
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), distributed.group.WORLD)
 
 
 def barrier() -> None:

@@ -21,7 +21,7 @@ from tinylmm.errors import IntegrityError, NonFiniteError
 from tinylmm.models.lmm import LMM
 from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
-from tinylmm.training.ranks import any_rank, barrier, gather, rank, world_size
+from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, world_size
 from tinylmm.training.sampler import StepSampler
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -47,6 +47,7 @@ class LMMTrainer(Trainer):
         checkpoints: where crash-safe checkpoints live.
         learning_rates: part -> peak learning rate.
         schedule: when to save.
+        step_timeout_s: how long ranks wait for each other once the first step is done.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class LMMTrainer(Trainer):
         checkpoints: CheckpointFolder,
         learning_rates: dict[str, float],
         schedule: SaveSchedule,
+        step_timeout_s: float,
         callbacks: list[TrainerCallback],
     ) -> None:
+        self.step_timeout_s = step_timeout_s
         self.optimizer: torch.optim.Optimizer | None
         self._sampler = sampler
         self._checkpoints = checkpoints
@@ -269,10 +272,14 @@ class _StepEnd(TrainerCallback):
 
     def __init__(self, trainer: LMMTrainer) -> None:
         self.trainer = trainer
+        self.started = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        if not self.started:  # start-up may take minutes, a step may not: a hung rank shall not cost half an hour
+            self.started = True
+            set_timeout(self.trainer.step_timeout_s)
         finished = state.global_step >= state.max_steps
         if self.trainer.stopped and not finished:
             control.should_save = True
