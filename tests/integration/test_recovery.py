@@ -183,6 +183,7 @@ def test_a_damaged_stage_is_named_and_made_again(damage: str, project: Project) 
     assert len(list(project.store.glob("damaged/train-*"))) == 1
 
 
+@pytest.mark.slow
 def test_fifty_launches_at_once_make_fifty_run_folders(tmp_path: Path) -> None:
     project = tiny_project(tmp_path)
     assert project.train().returncode == 0
@@ -199,11 +200,18 @@ def test_fifty_launches_at_once_make_fifty_run_folders(tmp_path: Path) -> None:
 def test_a_hung_rank_ends_the_job_after_the_step_timeout(project: Project) -> None:
     words = ("launch=torchrun", "recipe.stages.pretrain.epochs=5000", "launch.step_timeout_s=4")
     process = subprocess.Popen(
-        project.command(*words), cwd=project.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        project.command(*words),
+        cwd=project.root,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for(lambda: any(p.read_text().count("\n") > 3 for p in project.store.glob("work/train-*/metrics.jsonl")))
     (work,) = project.store.glob("work/train-*")
-    workers = subprocess.run(["pgrep", "-f", f"tinylmm.launch.worker {work}"], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-f", f"tinylmm.launch.worker {work}"], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGSTOP)
     stopped_at = time.monotonic()
     _, errors = process.communicate(timeout=90)

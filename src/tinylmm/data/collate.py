@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from tinylmm.data.chat import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.errors import DataError
 
+ROW_LENGTHS_TRIED = 8
 ROW_MULTIPLE = 8
 """Row lengths are multiples of this: matrix kernels for half precision work best so."""
 
@@ -140,24 +142,19 @@ class Collator:
         )
 
     def _rows(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """First-fit decreasing: the longest sample first, each into the first row that has room."""
-        if not self.packing:
+        """Pack at the row length, up to `row_tokens`, that leaves the least padding; the shorter one where two are equal.
+
+        Two samples of 200 tokens waste a row of 320 each, and fit a row of 400 together.
+        """
+        if not self.packing or not pieces:
             return [[piece] for piece in pieces]
-        rows: list[list[_Piece]] = []
-        room: list[int] = []
-        for piece in sorted(pieces, key=lambda piece: -len(piece.input_ids)):  # stable: ties keep their order
-            length = len(piece.input_ids)
-            row = next((number for number, free in enumerate(room) if length <= free), None)
-            if row is None:
-                rows.append([piece])
-                room.append(self.row_tokens - length)
-            else:
-                rows[row].append(piece)
-                room[row] -= length
-        return rows
+        longest = max(len(piece.input_ids) for piece in pieces)
+        lengths = np.linspace(longest, max(longest, self.row_tokens), ROW_LENGTHS_TRIED).astype(int).tolist()
+        packings = [_first_fit_decreasing(pieces, length) for length in dict.fromkeys(lengths)]
+        return min(packings, key=lambda rows: len(rows) * max(_row_length(row) for row in rows))
 
     def _tensors(self, rows: list[list[_Piece]]) -> dict[str, Any]:
-        longest = max(1, *(sum(len(piece.input_ids) for piece in row) for row in rows))
+        longest = max(1, *(_row_length(row) for row in rows))
         length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
         shape = (len(rows), length)
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
@@ -181,3 +178,23 @@ class Collator:
             "targets": targets,
             "segment_ids": segment_ids,
         }
+
+
+def _row_length(row: list[_Piece]) -> int:
+    return sum(len(piece.input_ids) for piece in row)
+
+
+def _first_fit_decreasing(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:
+    """The longest sample first, each into the first row that has room."""
+    rows: list[list[_Piece]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.input_ids)):  # stable: ties keep their order
+        length = len(piece.input_ids)
+        row = next((number for number, free in enumerate(room) if length <= free), None)
+        if row is None:
+            rows.append([piece])
+            room.append(row_tokens - length)
+        else:
+            rows[row].append(piece)
+            room[row] -= length
+    return rows

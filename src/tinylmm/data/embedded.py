@@ -33,7 +33,7 @@ from tinylmm.data.scenes import (
     caption,
     dense_caption,
     description,
-    facts,
+    pairs,
     render,
     sample_scene,
     short_caption,
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 SCENES = {"pretrain": 6000, "share": 3000, "finetune": 4000, "text": 6000, "test": 250}
 """Records a file gets by default; `options` of the data set's `build` may change any of them."""
-FACTS_REQUEST = "tell me more."
+PAIRS_REQUEST = "list the pairs."
 IMAGE_TOKEN = "<image>"
 CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
 
@@ -125,6 +125,7 @@ def _captioned(
 def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, Any]:
     scene, path, rng = _draw("finetune", index, seed, scans, output)
     turns = [(question.text, question.answer) for question in _questions(scene, rng)]
+    turns.insert(int(rng.integers(len(turns) + 1)), (PAIRS_REQUEST, pairs(scene, rng)))
     turns[0] = (f"{IMAGE_TOKEN}\n{turns[0][0]}", turns[0][1])
     return {"id": f"finetune-{index:06d}", "image": path, "conversations": _conversation(turns)}
 
@@ -133,7 +134,7 @@ def _described(index: int, seed: int, scans: Scans) -> dict[str, Any]:
     rng = _rng(seed, "text", index)
     scene = sample_scene(rng, scans)
     turns = [(question.text, question.answer) for question in _questions(scene, rng)]
-    turns.insert(int(rng.integers(len(turns))), (FACTS_REQUEST, facts(scene, rng)))
+    turns.insert(int(rng.integers(len(turns) + 1)), (PAIRS_REQUEST, pairs(scene, rng)))
     if rng.random() < 0.3:
         say = caption if rng.random() < 0.7 else dense_caption
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]

@@ -31,8 +31,11 @@ PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "botto
 """Name -> (row, column) of the corner, in reading order."""
 DIGITS = tuple(range(10))
 CATEGORIES = ("digit", "colour", "count", "yesno", "number", "choice")
-LETTERS = "ABCD"
-MAX_FACTS = 8
+NUM_OPTIONS = 4
+COUNT_SHARES = (0.4, 0.4, 0.2)
+"""How often a scene has one, two and three digits."""
+MAX_PAIRS = 10
+"""Sentences of `facts` at most; a scene of three digits has twelve."""
 TRAIN_SHARE = 0.8
 """The scans are ordered by writer, so that a contiguous cut keeps the last writers out of training."""
 
@@ -90,8 +93,8 @@ def _all_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample_scene(rng: Rng, scans: Scans) -> Scene:
-    """Return a random scene: one, two or three digits equally often, everything else uniform."""
-    count = int(rng.integers(1, 4))
+    """Return a random scene: one to three digits as often as `COUNT_SHARES` says, everything else uniform."""
+    count = int(rng.choice(3, p=COUNT_SHARES)) + 1
     digits = rng.permutation(10)[:count]
     colours = rng.permutation(list(COLOURS))[:count]
     places = sorted(rng.permutation(len(PLACES))[:count])
@@ -181,19 +184,23 @@ def description(scene: Scene, rng: Rng) -> str:
     return dense_caption(scene) if rng.random() < 0.1 else wordings[rng.integers(len(wordings))]
 
 
-def facts(scene: Scene, rng: Rng) -> str:
-    """Return short true sentences about single properties in random order: many look-ups in few words."""
-    sentences = [
-        sentence
+def pairs(scene: Scene, rng: Rng) -> str:
+    """Return properties in pairs, each beside one that it belongs to: `red 3, top left red, 7 blue`.
+
+    The second word of a pair is a look-up whose key is the word just read: the simplest that there is. Models of this size
+    learn it within a few hundred steps, and questions, whose key lies further back, only on top of it.
+    """
+    found = [
+        f"{key} {value}"
         for glyph in scene
-        for sentence in (
-            f"the {glyph.colour} digit is {glyph.digit}.",
-            f"the {glyph.digit} is {glyph.colour}.",
-            f"{glyph.place} is {glyph.digit}.",
-            f"{glyph.place} is {glyph.colour}.",
+        for key, value in (
+            (glyph.colour, glyph.digit),
+            (glyph.digit, glyph.colour),
+            (glyph.place, glyph.digit),
+            (glyph.place, glyph.colour),
         )
     ]
-    return " ".join(sentences[index] for index in rng.permutation(len(sentences))[:MAX_FACTS])
+    return ", ".join(found[index] for index in rng.permutation(len(found))[:MAX_PAIRS])
 
 
 def _join(items: list[str]) -> str:
@@ -247,8 +254,7 @@ def _ask_choice(scene: Scene, glyph: Glyph, rng: Rng) -> Question:
     """Four digits to choose from; the scene's other digits come first as wrong ones, so that presence is no hint."""
     others = [other.digit for other in scene if other is not glyph]
     absent = [digit for digit in DIGITS if digit != glyph.digit and digit not in others]
-    options = [glyph.digit, *others, *(absent[index] for index in rng.permutation(len(absent)))][: len(LETTERS)]
-    order = rng.permutation(len(LETTERS))
-    listed = " ".join(f"{letter}. {options[index]}" for letter, index in zip(LETTERS, order, strict=True))
-    answer = LETTERS[list(order).index(0)]
-    return Question("choice", f"which is {_which(glyph, rng)}? {listed} answer with the letter.", answer, len(LETTERS))
+    options = [glyph.digit, *others, *(absent[index] for index in rng.permutation(len(absent)))][:NUM_OPTIONS]
+    *listed, last = (str(options[index]) for index in rng.permutation(NUM_OPTIONS))
+    text = f"which is {_which(glyph, rng)}: {', '.join(listed)} or {last}?"
+    return Question("choice", text, str(glyph.digit), NUM_OPTIONS)

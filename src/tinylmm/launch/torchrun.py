@@ -81,10 +81,15 @@ def _environment(launch: dict[str, Any]) -> dict[str, str]:
 
 
 def _first_failure(log_file: Path) -> tuple[int, int] | None:
-    """(rank, exit code) of the first rank that failed in the last try, as torchrun's agent saw it."""
+    """(rank, exit code) of the rank that brought the last try down, as torchrun's agent saw it.
+
+    A rank killed by a signal comes before those that failed over its silence, and before those that the agent then ended.
+    """
     text = log_file.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"Root Cause.*?rank\s+: (\d+).*?exitcode\s+: (-?\d+)", text, re.DOTALL)
-    return (int(found[-1][0]), int(found[-1][1])) if found else None
+    last_try = text.rsplit("FAILED\n", 1)[-1]
+    found = [(int(r), int(c)) for r, c in re.findall(r"rank\s+: (\d+).*?exitcode\s+: (-?\d+)", last_try, re.DOTALL)]
+    killed = [failure for failure in found if failure[1] < 0 and failure[1] != -signal.SIGTERM]
+    return next(iter(killed or found[-1:]), None)
 
 
 def _outcome(job: StageJob, code: int) -> dict[str, Any]:

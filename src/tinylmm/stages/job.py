@@ -7,6 +7,7 @@ ranks) reads it back and needs nothing else: no Hydra, no planner, no store.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -59,6 +60,14 @@ class StageJob:
         record["folder"] = folder
         return cls(**record)
 
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the rows that a killed try wrote after the checkpoint it is resumed from: they are written again."""
+        path = self.folder / METRICS_FILE
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
     def log_metrics(self, **row: Any) -> None:
         """Append one row to metrics.jsonl, stamped with the time. Call it on rank 0 only."""
         line = json.dumps({"time": round(time.time(), 3), **row}, allow_nan=True) + "\n"
@@ -67,3 +76,10 @@ class StageJob:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf  # a row that a crash cut short

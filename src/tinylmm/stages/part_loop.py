@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylmm.errors import NonFiniteError, StoppedError
-from tinylmm.stages.job import METRICS_FILE, StageJob
+from tinylmm.stages.job import StageJob
 from tinylmm.stop import stop_requested
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def train_loop(model: nn.Module, loss_of_step: Callable[[int], Tensor], settings
     optimizer = _optimizer(model, settings)
     path = job.folder / CHECKPOINT_FILE
     first = _resume(path, model, optimizer)
-    _forget_rows_after(job.folder / METRICS_FILE, first)
+    job.forget_metrics_after(first)
     model.train()
     saved = logged = time.monotonic()
     logged_step = first
@@ -194,19 +193,3 @@ def _read(path: Path) -> dict[str, Any]:
     if actual != expected:
         raise _DamagedError(f"{path} has SHA-256 {actual} where {expected} was written")
     return dict(torch.load(io.BytesIO(payload), weights_only=True))
-
-
-def _forget_rows_after(path: Path, step: int) -> None:
-    """Drop progress rows that a killed try wrote after its last checkpoint: they are written again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return math.inf  # a row that a crash cut short

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.stages.devices import choose_device
-from tinylmm.stages.job import METRICS_FILE, StageJob
+from tinylmm.stages.job import StageJob
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder
@@ -50,7 +49,7 @@ def run(job: StageJob) -> dict[str, Any]:
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
-        _forget_metrics_after(job, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+        job.forget_metrics_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -214,12 +213,3 @@ def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any])
             elif part in job.parents:
                 unchanged[part] = job.parents[part]
     return unchanged
-
-
-def _forget_metrics_after(job: StageJob, step: int) -> None:
-    """Drop rows that a killed try wrote after the checkpoint it is resumed from: they are written again."""
-    path = job.folder / METRICS_FILE
-    if path.exists():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-        kept = [line for line in rows if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 from tinylmm.data.scenes import (
     CATEGORIES,
     COLOURS,
-    LETTERS,
+    NUM_OPTIONS,
     SIZE,
     Glyph,
     Rng,
@@ -20,6 +20,7 @@ from tinylmm.data.scenes import (
     caption,
     dense_caption,
     description,
+    pairs,
     render,
     sample_scene,
     short_caption,
@@ -81,7 +82,7 @@ def test_wordings_of_one_scene() -> None:
     assert caption(SCENE) == "a red 3 top left and a blue 7 bottom right"
     assert dense_caption(SCENE) == (
         "there are 2 digits in the picture. top left is a red 3. top right is empty. bottom left is empty. "
-        "bottom right is a blue 7. in order they read 37."
+        "bottom right is a blue 7. in order they read 3 7."
     )
     assert {short_caption(SCENE, rng(seed)) for seed in range(50)} == {
         "a red 3 top left and a blue 7 bottom right",
@@ -97,13 +98,18 @@ def test_a_description_in_words_leaves_nothing_out() -> None:
         assert all(word in text for word in ("red", "3", "top left", "blue", "7", "bottom right")), text
 
 
+def test_pairs_are_true_and_different() -> None:
+    true = {"red 3", "3 red", "top left 3", "top left red", "blue 7", "7 blue", "bottom right 7", "bottom right blue"}
+    assert set(pairs(SCENE, rng()).split(", ")) == true
+
+
 @pytest.mark.parametrize(
     ("category", "answers"),
     [
         ("digit", {("what digit is red?", "3"), ("what digit is top left?", "3")}),
         ("colour", {("what colour is the 3?", "red"), ("what colour is the digit top left?", "red")}),
         ("count", {("how many digits are there?", "2")}),
-        ("number", {("read the digits in order.", "37")}),
+        ("number", {("read the digits in order.", "3 7")}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -120,19 +126,16 @@ def test_yes_and_no_are_equally_frequent_and_true() -> None:
         assert (thing in {"3", "7", "red", "blue"}) == (question.answer == "yes"), question
 
 
-def test_a_choice_has_different_options_and_its_letter_names_the_digit() -> None:
-    letters = Counter()
+def test_a_choice_offers_the_digit_among_different_others_in_any_order() -> None:
+    places = Counter()
     for seed in range(400):
         question = ask("choice", SCENE, rng(seed))
-        words = question.text.split("? ")[1].removesuffix(" answer with the letter.").split()
-        options = dict(zip(words[::2], words[1::2], strict=True))
-        assert [key[0] for key in options] == list(LETTERS)
-        assert len(set(options.values())) == len(LETTERS)
-        right = "3" if "red" in question.text or "top left" in question.text else "7"
-        assert options[f"{question.answer}."] == right
-        assert {"3", "7"} <= set(options.values())
-        letters[question.answer] += 1
-    assert min(letters.values()) > 70
+        listed = question.text.split(": ")[1].removesuffix("?").replace(" or ", ", ").split(", ")
+        assert len(set(listed)) == NUM_OPTIONS == question.options
+        assert question.answer == ("3" if "red" in question.text or "top left" in question.text else "7")
+        assert {"3", "7"} <= set(listed)
+        places[listed.index(question.answer)] += 1
+    assert min(places.values()) > 70
 
 
 def test_always_giving_the_most_frequent_answer_scores_little() -> None:

@@ -14,7 +14,7 @@ from tinylmm.models.tokenizer import train_tokenizer
 TEXTS = [
     "there is a red 3 top left.\nwhat digit is red?",
     "what colour is the 7? blue",
-    "read the digits in order. 37",
+    "read the digits in order. 3 7",
 ] * 4
 
 
@@ -45,16 +45,16 @@ def test_decoding_gives_any_text_back(folder: Path, text: str) -> None:
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_every_digit_is_a_token_of_its_own(folder: Path) -> None:
+def test_no_token_holds_two_digits(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(" 3777", add_special_tokens=False)["input_ids"]
-    assert [tokenizer.decode([token]) for token in ids] == [" ", "3", "7", "7", "7"]
+    assert [tokenizer.decode([token]) for token in ids] == [" 3", "7", "7", "7"]
 
 
 def test_it_fits_the_llama_template(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rendered = get_template("llama").render([Turn("<image>\nwhat digit is red?", "3")], tokenizer)
-    assert [tokenizer.decode([label]) for label in rendered.labels if label >= 0] == [" ", "3", "</s>"]
+    assert [tokenizer.decode([label]) for label in rendered.labels if label >= 0] == [" 3", "</s>"]
 
 
 def test_training_again_gives_the_same_file(folder: Path, tmp_path: Path) -> None:
