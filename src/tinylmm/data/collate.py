@@ -151,11 +151,10 @@ class Collator:
         longest = max(len(piece.input_ids) for piece in pieces)
         lengths = np.linspace(longest, max(longest, self.row_tokens), ROW_LENGTHS_TRIED).astype(int).tolist()
         packings = [_first_fit_decreasing(pieces, length) for length in dict.fromkeys(lengths)]
-        return min(packings, key=lambda rows: len(rows) * max(_row_length(row) for row in rows))
+        return min(packings, key=lambda rows: len(rows) * _padded_length(rows))
 
     def _tensors(self, rows: list[list[_Piece]]) -> dict[str, Any]:
-        longest = max(1, *(_row_length(row) for row in rows))
-        length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+        length = _padded_length(rows)
         shape = (len(rows), length)
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
         targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -180,8 +179,10 @@ class Collator:
         }
 
 
-def _row_length(row: list[_Piece]) -> int:
-    return sum(len(piece.input_ids) for piece in row)
+def _padded_length(rows: list[list[_Piece]]) -> int:
+    """Length that every row is padded to: the longest row's, rounded up to ROW_MULTIPLE."""
+    longest = max(1, *(sum(len(piece.input_ids) for piece in row) for row in rows))
+    return -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _first_fit_decreasing(pieces: list[_Piece], row_tokens: int) -> list[list[_Piece]]:

@@ -10,6 +10,7 @@ import pytest
 from tinylmm.data.scenes import (
     CATEGORIES,
     COLOURS,
+    COUNT_SHARES,
     NUM_OPTIONS,
     SIZE,
     Glyph,
@@ -60,10 +61,10 @@ def test_digits_colours_and_places_each_name_one_object_of_a_scene() -> None:
             assert len(set(values)) == len(scene)
 
 
-def test_scenes_have_one_two_and_three_digits_equally_often() -> None:
+def test_scenes_have_one_two_or_three_digits_in_their_shares() -> None:
     counts = Counter(len(scene) for scene in scenes(600))
     assert set(counts) == {1, 2, 3}
-    assert min(counts.values()) > 160
+    assert all(abs(counts[n] / 600 - share) < 0.06 for n, share in zip((1, 2, 3), COUNT_SHARES, strict=True))
 
 
 @pytest.mark.parametrize("colour", COLOURS)
