@@ -26,7 +26,7 @@ quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it:
 	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train
 
 test: $(STAMP)  ## Run the quick test suite with coverage (under 10 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(STAMP)  ## Run the long tests: twenty kills, DeepSpeed with faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
