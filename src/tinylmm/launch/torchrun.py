@@ -47,6 +47,7 @@ def run_ranks(job: StageJob) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['nproc']}"]
     command += ["--module", "tinylmm.launch.worker", str(job.folder)]
     with (job.folder / LOG_FILE).open("ab") as output:
+        begin = output.tell()
         process = (
             subprocess.Popen(  # its own session: Ctrl-C reaches this parent alone, which then asks the ranks to save
                 command,
@@ -66,7 +67,7 @@ def run_ranks(job: StageJob) -> dict[str, Any]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return _outcome(job, process.returncode)
+    return _outcome(job, process.returncode, begin)
 
 
 def _environment(launch: dict[str, Any]) -> dict[str, str]:
@@ -80,19 +81,18 @@ def _environment(launch: dict[str, Any]) -> dict[str, str]:
     return environment
 
 
-def _first_failure(log_file: Path) -> tuple[int, int] | None:
-    """(rank, exit code) of the rank that brought the last try down, as torchrun's agent saw it.
+def _first_failure(text: str) -> tuple[int, int] | None:
+    """(rank, exit code) of the rank that brought this try down, as torchrun's agent wrote it into the log.
 
     A rank killed by a signal comes before those that failed over its silence, and before those that the agent then ended.
     """
-    text = log_file.read_text(encoding="utf-8", errors="replace")
-    last_try = text.rsplit("FAILED\n", 1)[-1]
-    found = [(int(r), int(c)) for r, c in re.findall(r"rank\s+: (\d+).*?exitcode\s+: (-?\d+)", last_try, re.DOTALL)]
+    found = [(int(r), int(c)) for r, c in re.findall(r"rank\s+: (\d+).*?exitcode\s+: (-?\d+)", text, re.DOTALL)]
     killed = [failure for failure in found if failure[1] < 0 and failure[1] != -signal.SIGTERM]
     return next(iter(killed or found[-1:]), None)
 
 
-def _outcome(job: StageJob, code: int) -> dict[str, Any]:
+def _outcome(job: StageJob, code: int, begin: int = 0) -> dict[str, Any]:
+    """What the ranks left: the summary, or the error of the rank that is to blame. `begin` is where this try's log starts."""
     results = [
         json.loads(path.read_text(encoding="utf-8"))
         for path in [job.folder / RESULT_FILE, *sorted(job.folder.glob("result-rank*.json"))]
@@ -107,20 +107,18 @@ def _outcome(job: StageJob, code: int) -> dict[str, Any]:
             raise UserError(error["error"])
         if error["type"] != "traceback":
             raise RankError(f"rank {error['rank']}: {error['error']}", error["exit_code"])
-    first = _first_failure(job.folder / LOG_FILE)
+    if code == 0 and not errors and results:
+        return dict(results[0]["summary"])
+    path = job.folder / LOG_FILE
+    text = path.read_bytes()[begin:].decode(errors="replace")
+    first = _first_failure(text)
     if errors and (first is None or first[0] in [error["rank"] for error in errors]):
         raise StageFailedError(f"rank {errors[0]['rank']} failed:\n{errors[0]['error']}")
     if first is not None:
+        why = " (killed from outside, hung, or out of memory)" if first[1] == -signal.SIGKILL else ""
+        others = "".join(f"\n  rank {e['rank']} then said: {e['error'].strip().splitlines()[-1]}" for e in errors)
         raise StageFailedError(
-            f"rank {first[0]} ended with exit code {first[1]} and did not say why"
-            f"{' (killed from outside, or out of memory)' if first[1] == -signal.SIGKILL else ''}. "
-            f"The log is {job.folder / LOG_FILE}."
+            f"rank {first[0]} ended with exit code {first[1]} and did not say why{why}. The log is {path}.{others}"
         )
-    if code != 0 or not results:
-        lines = (job.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-        tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])
-        raise StageFailedError(
-            f"torchrun ended with exit code {code} and no rank said why (killed, or out of memory?). "
-            f"Last lines of {job.folder / LOG_FILE}:\n{tail}"
-        )
-    return dict(results[0]["summary"])
+    last = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_TAIL_LINES:])
+    raise StageFailedError(f"torchrun ended with exit code {code} and no rank said why. Last lines of {path}:\n{last}")

@@ -88,7 +88,7 @@ def make_job(root: Path, tokenizer: Path, records: list[Any], template: str = "p
     folder = root.parent / "work"
     fields = {"format": "llava", "limit": None, "on_bad": "fail", "max_bad": 0, **source}
     location = {"annotations": "a.json", "images": "images", "how_to_get": "Ask the author.", **fields}
-    settings = {"launch": {"num_workers": 0}, "location": {"root": str(root), "source": location}}
+    settings = {"launch": {"num_workers": 0}, "location": {"root": str(root), "source": location}, "folders": {}}
     spec = {"template": template, "source": {**fields, "content": {}}}
     job = StageJob("prepare", "prepare[x]", "ab" * 32, spec, {"tokenizer": tokenizer}, settings, folder)
     job.output.mkdir(parents=True, exist_ok=True)
