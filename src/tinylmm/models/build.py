@@ -87,8 +87,11 @@ def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path], folders: dict
         revision, pad_token = source["revision"], source["pad_token"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except OSError as error:
-        raise _unavailable("tokenizer", str(where), error) from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer '{where}' (revision {revision}) cannot be loaded: {str(error).splitlines()[0]} "
+            "Check llm.tokenizer, and that the hub can be reached or the files are in its local cache."
+        ) from error
     if pad_token is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token is None:
