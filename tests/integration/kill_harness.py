@@ -109,7 +109,8 @@ def forked_ranks(job: StageJob) -> dict[str, Any]:
             sys.argv = ["worker", str(job.folder)]
             worker.main()
         ranks.append(pid)
-    (job.folder / "ranks").write_text(" ".join(map(str, ranks)))
+    (job.folder / "ranks.part").write_text(" ".join(map(str, ranks)))
+    (job.folder / "ranks.part").rename(job.folder / "ranks")  # never read half: half a pid is somebody else's
     codes: dict[int, int] = {}
     while len(codes) < 2:
         for pid in set(ranks) - set(codes):
