@@ -168,6 +168,7 @@ def test_sync_folder_accepts_nested_and_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "a/b/c").mkdir(parents=True)
     (tmp_path / "a/file").write_text("x")
     sync_folder(tmp_path, skip=("missing",))
+    assert (tmp_path / "a/file").read_text() == "x" and (tmp_path / "a/b/c").is_dir()
 
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
