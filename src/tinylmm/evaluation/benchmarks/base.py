@@ -148,7 +148,7 @@ class Benchmark(ABC):
     judged: ClassVar[bool] = False
 
     @abstractmethod
-    def load(self, root: Path, format: Format = "llava") -> list[Item]:
+    def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read the items in the order of the question file.
 
         Raises:
