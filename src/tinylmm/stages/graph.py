@@ -21,7 +21,7 @@ from tinylmm.config.spec import (
     StageSpec,
 )
 
-STAGE_VERSIONS = {"data": 1, "parts": 1, "prepare": 1, "train": 1, "eval": 1}
+STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 1}
 """Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""
 
 TOWER_OUTPUT = {"select_layer", "select", "drop_first_token"}
