@@ -79,12 +79,21 @@ class Place:
         Raises:
             DataError: there is none.
         """
-        folders = self.candidates([*configs, "data", ""])
-        for folder in folders:
+        shards = self._shards(split, configs)
+        if not shards:
+            raise self.missing(f"{split}-*.parquet", self.candidates([*configs, "data", ""]))
+        return shards
+
+    def has_parquet(self, split: str, *configs: str) -> bool:
+        """Whether `parquet` would find the split."""
+        return bool(self._shards(split, configs))
+
+    def _shards(self, split: str, configs: Sequence[str]) -> list[Path]:
+        for folder in self.candidates([*configs, "data", ""]):
             shards = sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
             if shards:
                 return shards
-        raise self.missing(f"{split}-*.parquet", folders)
+        return []
 
 
 def image_file(folder: Path, name: Any, where: str) -> ImageRef:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 NUMBERS = {
@@ -79,11 +80,13 @@ def clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=200_000)  # of two million references on VQAv2 val, few differ
 def official_text(text: str) -> str:
     """The official VQA normalisation."""
     return map_words(strip_punctuation(clean(text)))
 
 
+@lru_cache(maxsize=200_000)
 def m4c_text(text: str) -> str:
     """The EvalAIAnswerProcessor: the official normalisation after commas and question marks are deleted and 's split off.
 
@@ -103,11 +106,3 @@ def soft_accuracy(text: str, references: Sequence[str]) -> float:
     if not matches:
         return 0.0
     return sum(min(1.0, (count - match) / 3) for match in matches) / len(matches)
-
-
-def official_accuracy(text: str, references: Sequence[str]) -> float:
-    """Soft accuracy by the official VQA rule: where all references are equal, nothing is normalised ("Yes" is no "yes")."""
-    cleaned = [clean(reference) for reference in references]
-    if len(set(cleaned)) <= 1:
-        return soft_accuracy(clean(text), cleaned)
-    return soft_accuracy(official_text(text), [official_text(reference) for reference in cleaned])
