@@ -70,7 +70,7 @@ def score_free_text(
         if row.score is not None:
             groups["accuracy"].append(row.score)
             for name, value in (item.reference.groups or {}).items():
-                groups[f"{name}.{value}"].append(row.score)
+                groups[f"{name}/{value}"].append(row.score)
     hidden = sum(row.score is None for row in rows)
     names = ["accuracy", *sorted(set(groups) - {"accuracy"})] if groups else []
     return Scores(

@@ -149,10 +149,10 @@ def _aggregate(scored: Sequence[tuple[GQAReference, ItemScore]], spelling: Calla
     for reference, row in scored:
         score = row.score or 0.0
         groups["binary" if reference.structural != "query" else "open"].append(score)
-        groups[f"structural.{reference.structural or 'unknown'}"].append(score)
-        groups[f"semantic.{reference.semantic or 'unknown'}"].append(score)
-        groups[f"steps.{reference.steps:02d}"].append(score)
-        groups[f"words.{reference.words:02d}"].append(score)
+        groups[f"structural/{reference.structural or 'unknown'}"].append(score)
+        groups[f"semantic/{reference.semantic or 'unknown'}"].append(score)
+        groups[f"steps/{reference.steps:02d}"].append(score)
+        groups[f"words/{reference.words:02d}"].append(score)
     return {
         "accuracy": percent(row.score or 0.0 for _, row in scored),
         "binary": percent(groups.pop("binary", [])),

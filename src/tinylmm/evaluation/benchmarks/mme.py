@@ -129,12 +129,12 @@ def _aggregate(tasks: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, f
         images = tasks.get(task)
         if images:
             answers = [right for image in images.values() for right in image]
-            figures[f"{task}.acc"] = 100 * sum(answers) / len(answers)
-            figures[f"{task}.acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
-            figures[f"{task}.score"] = figures[f"{task}.acc"] + figures[f"{task}.acc+"]
+            figures[f"{task}/acc"] = 100 * sum(answers) / len(answers)
+            figures[f"{task}/acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
+            figures[f"{task}/score"] = figures[f"{task}/acc"] + figures[f"{task}/acc+"]
     return {
-        "perception": sum(figures.get(f"{task}.score", 0.0) for task in PERCEPTION),
-        "cognition": sum(figures.get(f"{task}.score", 0.0) for task in COGNITION),
+        "perception": sum(figures.get(f"{task}/score", 0.0) for task in PERCEPTION),
+        "cognition": sum(figures.get(f"{task}/score", 0.0) for task in COGNITION),
         **figures,
     }
 

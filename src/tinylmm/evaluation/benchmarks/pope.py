@@ -158,7 +158,7 @@ class POPE(Benchmark):
                 confusion.add(parsed, item.reference)
         each = {name: confusion.figures(variant == "lmms") for name, confusion in categories.items()}
         overall = pooled.figures(lmms=True) if variant == "lmms" else _means(list(each.values()))
-        aggregate = overall | {f"{name}.{key}": value for name, row in each.items() for key, value in row.items()}
+        aggregate = overall | {f"{name}/{key}": value for name, row in each.items() for key, value in row.items()}
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
 

@@ -55,20 +55,20 @@ def test_figures_by_type_and_length(tmp_path: Path) -> None:
     # (0 * 2 + 1 * 1 + 1 * 1) / 4 = 0.5, divided by 100 and rounded; 201 has no group
     assert figures.pop("distribution") == 0.01
     assert figures == {
-        "semantic.attr": 50.0,  # yes (wrong), t-shirt
-        "semantic.cat": 100.0,
-        "semantic.obj": 100.0,
-        "semantic.rel": 0.0,
-        "steps.01": 0.0,  # 200: neither `exist` nor `query: name` is a step
-        "steps.02": 75.0,
-        "structural.choose": 0.0,
-        "structural.query": 100.0,
-        "structural.verify": 50.0,
-        "words.03": 0.0,
-        "words.04": 100.0,
-        "words.05": 0.0,
-        "words.06": 100.0,
-        "words.07": 100.0,
+        "semantic/attr": 50.0,  # yes (wrong), t-shirt
+        "semantic/cat": 100.0,
+        "semantic/obj": 100.0,
+        "semantic/rel": 0.0,
+        "steps/01": 0.0,  # 200: neither `exist` nor `query: name` is a step
+        "steps/02": 75.0,
+        "structural/choose": 0.0,
+        "structural/query": 100.0,
+        "structural/verify": 50.0,
+        "words/03": 0.0,
+        "words/04": 100.0,
+        "words/05": 0.0,
+        "words/06": 100.0,
+        "words/07": 100.0,
     }
 
 
@@ -105,7 +105,7 @@ def test_parquet_configs_are_joined_by_image(tmp_path: Path) -> None:
     assert items[5].images[0].open().getpixel((0, 0)) == (2, 0, 0)
     scores = GQA().score(items, said(items, *reversed(TEXTS)))
     assert scores.aggregate["accuracy"] == 60.0
-    assert scores.aggregate["steps.01"] == 0.0
+    assert scores.aggregate["steps/01"] == 0.0
     write_parquet(tmp_path / "testdev_balanced_images/testdev-00000-of-00001.parquet", images[:2])
     with pytest.raises(DataError, match="no image n0 in testdev_balanced_images"):
         GQA().load(tmp_path, "hf")

@@ -59,12 +59,12 @@ def test_a_task_is_accuracy_plus_accuracy_of_pairs_and_totals_are_sums(tmp_path:
     assert scores.aggregate == {
         "perception": 125.0,
         "cognition": 50.0,
-        "existence.acc": 75.0,
-        "existence.acc+": 50.0,
-        "existence.score": 125.0,
-        "code_reasoning.acc": 50.0,
-        "code_reasoning.acc+": 0.0,
-        "code_reasoning.score": 50.0,
+        "existence/acc": 75.0,
+        "existence/acc+": 50.0,
+        "existence/score": 125.0,
+        "code_reasoning/acc": 50.0,
+        "code_reasoning/acc+": 0.0,
+        "code_reasoning/score": 50.0,
     }
 
 

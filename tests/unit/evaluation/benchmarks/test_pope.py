@@ -65,11 +65,11 @@ def test_f1_and_accuracy_are_means_over_categories(tmp_path: Path) -> None:
         # popular: precision 1/2, recall 1, F1 2/3; random: precision 1, recall 1/2, F1 2/3
         assert figures["f1"] == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)
         assert figures["accuracy"] == pytest.approx(100 * (1 + 1 / 2 + 2 / 3) / 3)
-        assert figures["popular.precision"] == 50.0
-        assert figures["random.recall"] == 50.0
-        assert figures["popular.yes_ratio"] == 100.0
-        assert figures["random.yes_ratio"] == pytest.approx(100 / 3)
-        assert figures["adversarial.f1"] == 100.0
+        assert figures["popular/precision"] == 50.0
+        assert figures["random/recall"] == 50.0
+        assert figures["popular/yes_ratio"] == 100.0
+        assert figures["random/yes_ratio"] == pytest.approx(100 / 3)
+        assert figures["adversarial/f1"] == 100.0
 
 
 def test_lmms_pools_items_and_counts_labels_as_its_yes_ratio(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_all_equal_empty_or_missing_answers_divide_by_nothing(tmp_path: Path, te
     scores = POPE().score(items, said(items, *[text] * 7), variant)
     if text == "No":
         assert scores.aggregate["f1"] == 0.0
-        assert scores.aggregate["adversarial.accuracy"] == 50.0
+        assert scores.aggregate["adversarial/accuracy"] == 50.0
     if text == "" and variant != "lmms":  # an empty answer is a yes
         assert parsed(scores) == ["yes"] * 7
     if text is None:

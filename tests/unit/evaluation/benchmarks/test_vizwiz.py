@@ -64,7 +64,7 @@ def test_val_is_scored_locally(tmp_path: Path, variant: str, expected: list[floa
     assert items[1].prompt == PROMPT
     scores = VizWiz().score(items, said(items, "Unanswerable", "coke"), variant)
     assert values(scores) == expected
-    assert scores.aggregate["answer_type.other"] == 100.0
+    assert scores.aggregate["answer_type/other"] == 100.0
     with pytest.raises(ConfigError, match="val is scored locally"):
         VizWiz().write_submission(items, {}, tmp_path / "upload.json")
 
@@ -79,7 +79,7 @@ def test_parquet_columns_score_alike(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/val-00000-of-00001.parquet", [{**row, "image": cell((1, 1, 1))}])
     items = VizWiz().load(tmp_path, "hf")
     assert items[0].prompt == PROMPT
-    assert VizWiz().score(items, said(items, "B"), "lmms").aggregate == {"accuracy": 100.0, "answer_type.other": 100.0}
+    assert VizWiz().score(items, said(items, "B"), "lmms").aggregate == {"accuracy": 100.0, "answer_type/other": 100.0}
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", [{**row, "answers": None, "image": cell((1, 1, 1))}])
     items = VizWiz().load(tmp_path, "hf")
     VizWiz().write_submission(items, said(items, "B"), tmp_path / "upload.json")

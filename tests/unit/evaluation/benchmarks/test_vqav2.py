@@ -55,11 +55,11 @@ class TestVal:
         assert parsed(scores) == ["Yes", "2", "women's"]
         assert scores.aggregate == {
             "accuracy": 63.33,
-            "answer_type.number": 90.0,
-            "answer_type.other": 100.0,
-            "answer_type.yes/no": 0.0,
-            "question_type.how many": 50.0,
-            "question_type.what is": 90.0,
+            "answer_type/number": 90.0,
+            "answer_type/other": 100.0,
+            "answer_type/yes/no": 0.0,
+            "question_type/how many": 50.0,
+            "question_type/what is": 90.0,
         }
         assert scores.counts == {"scored": 3, "missing": 0, "unparsed": 0}
 
