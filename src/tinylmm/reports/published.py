@@ -71,13 +71,14 @@ def published_grid(run: RunRecord) -> tuple[list[str], list[list[str]]]:
     Ours is the figure that the published one corresponds to, after the last stage; where the source leaves open which
     one that is, the benchmark's first. No rows where nothing is published.
     """
-    names = [str((run.spec.get(part) or {}).get("name")) for part in ("llm", "vision_tower", "recipe")]
-    connector = str((run.spec.get("connector") or {}).get("name"))
+    llm, tower, recipe, connector = (
+        str((run.spec.get(part) or {}).get("name")) for part in ("llm", "vision_tower", "recipe", "connector")
+    )
     rows = []
     for benchmark in dict.fromkeys(evaluation.benchmark for evaluation in run.evaluations):
         ours = {row.metric: row.last.value for row in run.score_rows() if row.benchmark == benchmark}
         first = next(iter(ours.values()), None)
-        for figure in published_for(*names, benchmark=benchmark, connector=connector):
+        for figure in published_for(llm, tower, recipe, benchmark, connector):
             mine = first if figure.metric is None else ours.get(figure.metric)
             rows.append([words(benchmark), figure.source, figure.unit, number(mine), number(figure.value)])
     return ["benchmark", "published by", "unit", "ours", "published"], rows

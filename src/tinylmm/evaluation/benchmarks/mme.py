@@ -74,7 +74,7 @@ class MME(Benchmark):
         if layout == "hf":
             return self._load_hf(place)
         questions = read_questions(place.file(QUESTIONS))
-        release = place.file(RELEASE)
+        release = place.file(f"{RELEASE}/MME_Benchmark", RELEASE)  # the later archive has one more folder
         truth: dict[str, dict[str, str]] = {}
         items = []
         for name, row in zip(unique_ids(question["question_id"] for question in questions), questions, strict=True):

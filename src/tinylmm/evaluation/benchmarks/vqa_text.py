@@ -101,8 +101,9 @@ def soft_accuracy(text: str, references: Sequence[str]) -> float:
 
     Of ten annotators, 1, 2, 3, 4 matching ones give 0.3, 0.6, 0.9, 1 (not n/3). No references: 0.
     """
-    matches = [reference == text for reference in references]
-    count = sum(matches)
-    if not matches:
+    count, total = references.count(text), len(references)
+    if not total:
         return 0.0
-    return sum(min(1.0, (count - match) / 3) for match in matches) / len(matches)
+    # each of those who agree sees one match fewer among the others than everybody else does
+    agreeing, others = min(1.0, max(0, count - 1) / 3), min(1.0, count / 3)
+    return (count * agreeing + (total - count) * others) / total

@@ -140,7 +140,10 @@ class VQAv2(Benchmark):
         unknown = texts.keys() - set(map(str, listed))
         if unknown:
             raise DataError(f"{upload}: lacks {len(unknown)} answered questions, e.g. {min(unknown)}. {GET}")
-        rows = [{"question_id": int(name), "answer": texts.get(str(name), "")} for name in listed]
+        try:
+            rows = [{"question_id": int(name), "answer": texts.get(str(name), "")} for name in listed]
+        except ValueError as error:
+            raise DataError(f"{upload}: a question_id is no number ({error}). {GET}") from error
         path.write_text(json.dumps(rows), encoding="utf-8")
 
 

@@ -116,6 +116,17 @@ def test_labels_of_another_version_are_refused(tmp_path: Path) -> None:
         POPE().load(tmp_path)
 
 
+def test_a_typo_that_a_later_version_mended_is_a_mismatch(tmp_path: Path) -> None:
+    path = pope_folder(tmp_path) / "llava_pope_test.jsonl"
+    path.write_text(
+        path.read_text().replace("Is there a popular?", "Is there a popular in the imange?"), encoding="utf-8"
+    )
+    with pytest.raises(
+        DataError, match=r"coco_pope_popular\.json has no label for 'Is there a popular in the imange\?'"
+    ):
+        POPE().load(tmp_path)
+
+
 def test_a_question_with_both_labels_is_refused(tmp_path: Path) -> None:
     pope_folder(tmp_path, {"random": ("yes",)})
     rows = [
