@@ -121,12 +121,13 @@ def _load_val(place: Place) -> list[Item]:
 
 def _hf_item(row: ParquetRow, name: str) -> Item:
     reference = _reference(row.values, row.values["category"])
-    return _item(name, row.values["question_id"], row.values["question"].capitalize(), row.image(), reference)
+    return _item(name, row.values["question_id"], row.values["question"], row.image(), reference)
 
 
 def _item(name: str, question_id: Any, question: str, image: Any, reference: FreeTextReference) -> Item:
     category = (reference.groups or {}).get("answer_type", "")
-    return Item(name, question_id, question + UNANSWERABLE + SHORT_ANSWER, (image,), category, reference)
+    # LLaVA's question file has str.capitalize() applied ("Ok let me see. so tell me what i took")
+    return Item(name, question_id, question.capitalize() + UNANSWERABLE + SHORT_ANSWER, (image,), category, reference)
 
 
 def _reference(record: Mapping[str, Any], answer_type: str | None) -> FreeTextReference:
