@@ -108,7 +108,7 @@ class Scores:
 
     Attributes:
         benchmark, variant: name the protocol; figures of different variants are not comparable.
-        aggregate: named figures in the papers' units, the headline first.
+        aggregate: named figures in the papers' units, the headline first; `group/name` for breakdowns.
         per_item: in the order of the question file, one an item, also for missing answers.
         counts: at least `scored`, `missing` (no answer given) and `unparsed` (an answer nothing could be read from).
     """
@@ -119,19 +119,27 @@ class Scores:
     per_item: tuple[ItemScore, ...]
     counts: dict[str, int]
 
-    def as_json(self) -> dict[str, Any]:
-        """The JSON of `tinylmm score --json`; `id` is the item id."""
+    def as_json(self, items: Sequence[Item] = ()) -> dict[str, Any]:
+        """The JSON of `tinylmm score --json`; `id` is the question file's own id where the items are given, else the item id.
+
+        Raises:
+            ValueError: `items` are not those that were scored.
+        """
+        ids = [item.question_id for item in items] if items else [row.item_id for row in self.per_item]
         return {
             "benchmark": self.benchmark,
             "variant": self.variant,
             "aggregate": self.aggregate,
-            "per_item": [{"id": row.item_id, "score": row.score, "parsed": row.parsed} for row in self.per_item],
+            "per_item": [
+                {"id": name, "score": row.score, "parsed": row.parsed}
+                for name, row in zip(ids, self.per_item, strict=True)
+            ],
             "counts": self.counts,
         }
 
 
 class Benchmark(ABC):
-    """One benchmark: reads its official files, says what to ask, scores answers. Instances hold no state.
+    """One benchmark: reads its official files, says what to ask, scores answers. Instances hold options, no state.
 
     Attributes:
         name: key in `BENCHMARKS` and argument of `tinylmm score`.
@@ -139,6 +147,8 @@ class Benchmark(ABC):
         headline: key of `Scores.aggregate` that papers report.
         max_new_tokens: of the published script.
         judged: whether a variant needs a judge model.
+        splits: the splits to choose from, where there are several; `load` takes the first whose files are there if none is
+            chosen.
     """
 
     name: ClassVar[str]
@@ -146,6 +156,22 @@ class Benchmark(ABC):
     headline: ClassVar[str]
     max_new_tokens: ClassVar[int]
     judged: ClassVar[bool] = False
+    splits: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, split: str | None = None) -> None:
+        """Choose a split.
+
+        Raises:
+            ConfigError: the benchmark has no such split.
+        """
+        if split is not None and split not in self.splits:
+            from tinylmm.errors import ConfigError, Fault
+
+            allowed = (
+                f"Allowed: {', '.join(self.splits)}." if self.splits else "It has one split; leave the option out."
+            )
+            raise ConfigError([Fault("split", f"{self.name} has no split '{split}'.", allowed)])
+        self.split = split
 
     @abstractmethod
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
@@ -172,10 +198,11 @@ class Benchmark(ABC):
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """Match the rows of an answer file (`question_id`, `text`, `prompt`) to items, by content, never by position.
 
-        The default joins by question id; benchmarks whose ids are not unique override it.
+        The default joins by question id; benchmarks whose ids are not unique override it. Of an item that is answered
+        twice the later row counts, as in LLaVA's scripts; the command counts such rows as `duplicate`.
 
         Raises:
-            DataError: an id occurs twice with different texts, or belongs to no item.
+            DataError: an answered id belongs to no item.
         """
         from tinylmm.evaluation.benchmarks.files import join_by_question_id
 
