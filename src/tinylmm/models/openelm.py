@@ -57,7 +57,7 @@ class OpenELMConfig(PreTrainedConfig):
     """Fields of Apple's config.json, under Apple's names."""
 
     model_type = "openelm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_transformer_layers",
