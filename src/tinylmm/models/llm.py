@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
@@ -67,6 +67,9 @@ def load_llm(
         attn_implementation=llm_attention(model_class, config, attention),
         dtype=torch.float32,
     )
+    # Generation is greedy and says so itself: penalties, lengths and caches that a checkpoint asks for would bend answers.
+    ids = {key: getattr(llm.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    llm.generation_config = GenerationConfig(**ids)
     return examine(llm) if target is HubCausalLM else llm
 
 

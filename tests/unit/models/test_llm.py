@@ -113,6 +113,26 @@ def test_a_checkpoints_code_is_never_asked_for(llama_folder: Path) -> None:
     assert type(llm) is transformers.LlamaForCausalLM and not hasattr(llm.config, "auto_map")
 
 
+@torch.no_grad()
+def test_generation_settings_of_a_checkpoint_bend_no_answer(llama_folder: Path) -> None:
+    made = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
+    made.generation_config.update(
+        repetition_penalty=50.0, no_repeat_ngram_size=1, max_new_tokens=1, eos_token_id=[2, 3]
+    )
+    made.save_pretrained(llama_folder)
+    llm = load_llm(HubCausalLM, llama_folder, None, "auto", {})
+    assert llm.generation_config.eos_token_id == [2, 3]
+    ids = [5, 6]
+    for _ in range(8):
+        ids.append(int(made(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert len(set(ids[2:])) < 8, "a repetition is what this is about"
+    embeddings = llm.get_input_embeddings()(torch.tensor([[5, 6]]))
+    assert (
+        llm.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False, eos_token_id=40)[0].tolist()
+        == ids[2:]
+    )
+
+
 def test_dropout_is_the_specs_and_the_rest_must_be_the_checkpoints(llama_folder: Path) -> None:
     free = {"max_position_embeddings": 99, "eos_token_id": 7, "initializer_range": 0.5}
     llm = load_llm(
