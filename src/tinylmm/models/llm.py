@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
@@ -243,14 +243,12 @@ def _config_for(fields: dict[str, Any]) -> PreTrainedConfig:
     model_type = fields.get("model_type")
     if model_type == OpenELMConfig.model_type:
         return OpenELMConfig.from_dict(fields)
-    try:
-        config_class = type(AutoConfig.for_model(model_type))
-    except ValueError as error:
+    if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"llm: the installed transformers knows no model of type '{model_type}', and code that comes with a checkpoint "
             "is never run. Update transformers, or choose another llm."
-        ) from error
-    return config_class.from_dict({key: value for key, value in fields.items() if key != "auto_map"})
+        )
+    return CONFIG_MAPPING[model_type].from_dict({key: value for key, value in fields.items() if key != "auto_map"})
 
 
 def _causal_lm_class(config: PreTrainedConfig, what: str) -> type[PreTrainedModel]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tinylmm.cli.plan import plan
 from tinylmm.config.compose import compose_run
 from tinylmm.config.hub import known_architecture, unknown_numbers
 from tinylmm.errors import ConfigError
@@ -23,13 +24,17 @@ def words(pretrained: str | Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_a_checkpoint_that_is_not_here_is_planned_and_its_numbers_are_called_unknown(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_here_is_planned_and_its_numbers_are_called_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = compose_run(words("org/no-such-llm", tmp_path))
     assert known_architecture(run.llm) is None
     record = plan_record([plan_run(run, "run"), plan_run(run, "again")])
     (sentence,) = record["unknown"]
     assert sentence.startswith("llm: the architecture and size of 'org/no-such-llm' are not known here")
     assert {stage["kind"] for stage in record["stages"]} == {"prepare", "train"}
+    plan(words("org/no-such-llm", tmp_path))
+    assert "unknown: llm: the architecture and size of 'org/no-such-llm'" in " ".join(capsys.readouterr().out.split())
     assert unknown_numbers("llm", compose_run(words(tmp_path / "no" / "such" / "folder", tmp_path)).llm)
 
 

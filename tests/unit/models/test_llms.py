@@ -15,7 +15,9 @@ from tests.builders import IMAGE, IMAGE_SIZE, record, tiny_tokenizer
 from tests.unit.models.llms import NAMES, VOCAB, choice, tiny, tiny_llm
 from tinylmm.config.targets import resolve_target
 from tinylmm.data.collate import Collator
+from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
+from tinylmm.models.llm import reconcile
 from tinylmm.models.lmm import IMAGE_TOKEN_ID as SLOT
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import decoder_blocks
@@ -209,6 +211,26 @@ def test_the_full_architecture_has_the_published_number_of_parameters(name: str)
     llm.tie_weights()
     assert sum(parameter.numel() for parameter in llm.parameters()) == PUBLISHED[name]
     assert len(decoder_blocks(llm)) == llm.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_config_json_of_the_time_of_release_agrees_with_the_yaml(name: str) -> None:
+    """Published files say rope_theta where transformers 5 says rope_parameters, and Gemma's says gelu."""
+    architecture = choice(name)["architecture"]
+    released = {key: value for key, value in architecture.items() if not key.endswith("dropout")}
+    rope = dict(released.pop("rope_parameters", {}))
+    if "full_attention" in rope:
+        local = rope["sliding_attention"]["rope_theta"]
+        released |= {"rope_theta": rope["full_attention"]["rope_theta"], "rope_local_base_freq": local}
+    else:
+        released |= {key: value for key, value in rope.items() if key != "rope_type"}
+    if name == "gemma":
+        released["hidden_act"] = "gelu"
+    config = resolve_target(choice(name)["_target_"]).config_class.from_dict(released)
+    reconcile(config, architecture, name)
+    width = "model_dim" if "model_dim" in architecture else "hidden_size"
+    with pytest.raises(UserError, match=width):
+        reconcile(config, architecture | {width: 2 * architecture[width]}, name)
 
 
 def test_every_published_llm_is_counted() -> None:
