@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -91,7 +92,7 @@ def random_llm(target: type[PreTrainedModel], architecture: Mapping[str, Any], a
         config = _config_for(dict(architecture))
         model_class = _causal_lm_class(config, f"model_type {architecture['model_type']}")
     else:
-        model_class, config = target, target.config_class(**architecture)
+        model_class, config = target, _make_config(target.config_class, architecture)
     implementation = llm_attention(model_class, config, attention)
     llm = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32)
     return examine(llm) if target is HubCausalLM else llm
@@ -133,10 +134,10 @@ def reconcile(config: PreTrainedConfig, architecture: Mapping[str, Any], where: 
     Raises:
         UserError: they differ; what was planned would not be what is run.
     """
-    wanted = type(config)(**{key: value for key, value in architecture.items() if key != "model_type"})
+    wanted = _make_config(type(config), architecture)
     differing = []
     for key in architecture:
-        if key.endswith(("dropout", "_pdrop")):
+        if key.endswith(("dropout", "_pdrop")) and hasattr(config, key):
             setattr(config, key, getattr(wanted, key))
         elif key not in FREE_FIELDS and not key.endswith("_token_id"):
             asked, found = getattr(wanted, key), getattr(config, key, None)
@@ -235,20 +236,29 @@ def _class_and_config(
             f"llm: the checkpoint '{where}' is a model of type '{found}', but llm._target_ is {target.__name__} "
             f"('{target.config_class.model_type}'). Use llm=hf, which takes the class from the checkpoint."
         )
-    return target, target.config_class.from_dict(fields)
+    return target, _make_config(target.config_class, fields)
+
+
+def _make_config(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config object of a spec's architecture or of a config.json, without what would name its class or its code."""
+    try:
+        return config_class(**{key: value for key, value in fields.items() if key not in ("model_type", "auto_map")})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([Fault("llm.architecture", f"is no {config_class.__name__}: {reason}")]) from error
 
 
 def _config_for(fields: dict[str, Any]) -> PreTrainedConfig:
     """The config object of a config.json's fields; code that the checkpoint may name is not run."""
     model_type = fields.get("model_type")
     if model_type == OpenELMConfig.model_type:
-        return OpenELMConfig.from_dict(fields)
+        return _make_config(OpenELMConfig, fields)
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"llm: the installed transformers knows no model of type '{model_type}', and code that comes with a checkpoint "
             "is never run. Update transformers, or choose another llm."
         )
-    return CONFIG_MAPPING[model_type].from_dict({key: value for key, value in fields.items() if key != "auto_map"})
+    return _make_config(CONFIG_MAPPING[model_type], fields)
 
 
 def _causal_lm_class(config: PreTrainedConfig, what: str) -> type[PreTrainedModel]:

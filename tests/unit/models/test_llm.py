@@ -149,6 +149,15 @@ def test_dropout_is_the_specs_and_the_rest_must_be_the_checkpoints(llama_folder:
     assert "vocab_size" not in text
 
 
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [("hidden_size", "is no LlamaConfig: .*hidden_size"), ("resid_pdrop", "resid_pdrop is wide in")],
+)
+def test_a_field_of_the_wrong_type_or_name_is_no_architecture(field: str, reason: str, llama_folder: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        load_llm(transformers.LlamaForCausalLM, llama_folder, None, "auto", {**LLAMA, field: "wide"})
+
+
 def test_a_checkpoint_of_another_kind_is_refused(llama_folder: Path) -> None:
     with pytest.raises(UserError, match=r"a model of type 'llama', but llm\._target_ is PhiForCausalLM \('phi'\)"):
         load_llm(transformers.PhiForCausalLM, llama_folder, None, "auto", {})
