@@ -11,6 +11,7 @@ import pytest
 from tinylmm.config.compose import compose_all, compose_config, compose_run, expand, rewrite_words, run_name
 from tinylmm.config.groups import DEFAULT_GROUPS, conf_folder
 from tinylmm.config.spec import RunSpec
+from tinylmm.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted(path.relative_to(conf_folder()) for path in conf_folder().rglob("*/*.yaml"))
@@ -26,6 +27,8 @@ def test_every_choice_composes_with_the_defaults(path: Path) -> None:
         words.append("recipe=base")
     if choice == "sharegpt4v":
         words.append("recipe=share")
+    if choice == "hf":
+        words.append(f"{group}.pretrained=org/name")
     spec = compose_run(words)
     if choice not in ("auto", "none", "local") and group not in ("launch", "eval"):
         assert getattr(spec, group).name == choice
@@ -153,6 +156,14 @@ def test_composing_writes_nothing_and_is_quick(tmp_path: Path) -> None:
     compose_run([*PUBLISHED, "recipe=share"])
     assert time.perf_counter() - start < 1.5
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_the_hub_is_named_by_its_checkpoint_and_brings_its_tokenizer() -> None:
+    spec = compose_run(["llm=hf", "llm.pretrained=org/Some-LLM 1.5B", "llm.revision=abc", "vt=siglip"])
+    assert run_name(spec) == "Some-LLM-1.5B-siglip-mlp-base"
+    assert (spec.llm.tokenizer.pretrained, spec.llm.tokenizer.revision) == ("org/Some-LLM 1.5B", "abc")
+    with pytest.raises(ConfigError, match=r"llm\.pretrained: is not given"):
+        compose_run(["llm=hf", "vt=siglip"])
 
 
 def test_what_hydra_composes_itself_gives_the_same_spec() -> None:

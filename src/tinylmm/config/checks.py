@@ -254,7 +254,12 @@ def _check_templates(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_tokenizer(raw: Mapping[str, Any]) -> list[Fault]:
     llm = _mapping(raw, "llm")
-    if _mapping(llm, "tokenizer").get("vocab_size") is None or llm.get("build") is not None:
+    tokenizer = _mapping(llm, "tokenizer")
+    origins = (llm.get("pretrained"), tokenizer.get("pretrained"), tokenizer.get("vocab_size"))
+    if llm.get("init") == "pretrained" and tokenizer and origins == (None, None, None):
+        fix = "Set it to a hub id or a local folder: llm.pretrained=ORG/NAME."
+        return [Fault("llm.pretrained", "is not given, so there is nothing to load.", fix)]
+    if tokenizer.get("vocab_size") is None or llm.get("build") is not None:
         return []
     what = "is set, so the tokenizer is trained here, but llm.build names no data to train it on."
     return [Fault("llm.tokenizer.vocab_size", what, "Add llm.build, or set llm.tokenizer.pretrained instead.")]

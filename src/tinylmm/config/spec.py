@@ -140,6 +140,8 @@ class LLMSpec(PretrainedPart):
     tokenizer: TokenizerSpec
     template: str
     """Chat template of finetuning and evaluation (`data/chat.py`)."""
+    scale_image_features: bool = False
+    """Multiply image features by the square root of the LLM's width, as Gemma multiplies its own embeddings."""
     scale: dict[str, dict[str, Any]] = {}
     """Hyperparameters that this LLM needs in place of the published ones; recipes read them through `oc.select`."""
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models.connectors import Connector
+from tinylmm.models.llm import choose_attention, load_llm, random_llm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower
 
@@ -43,16 +44,16 @@ def build_lmm(
         UserError: weights are not to be had, or the widths do not fit the connector.
     """
     torch.manual_seed(seed)
-    implementation = choose_attention(attention)
-    llm = _load_part("llm", spec, parents, folders, trust, implementation)
-    encoder = _load_part("vision_tower", spec, parents, folders, trust, implementation)
+    llm = _load_llm(spec, parents, folders, trust, attention)
+    encoder = _load_part("vision_tower", spec, parents, folders, trust, choose_attention(attention))
     tower_class = resolve_target(
         _identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower"
     )
     tower = cast(HFVisionTower, tower_class(encoder, **spec["tower_output"]))
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
-    return LMM(llm, tower, build_connector(spec["connector"], tower.hidden_size, llm, trust), template)
+    connector = build_connector(spec["connector"], tower.hidden_size, llm, trust)
+    return LMM(llm, tower, connector, template, bool(spec.get("scale_image_features")))
 
 
 def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: list[str]) -> Connector:
@@ -63,18 +64,6 @@ def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust
         return cast(Connector, connector_class(vision_dim, llm_dim, **spec.get("options", {})))
     except (TypeError, ValueError) as error:
         raise ConfigError([Fault("connector", str(error))]) from error
-
-
-def choose_attention(wanted: str) -> str:
-    """Resolve launch.attention=auto: flash-attn where it is installed beside a GPU, SDPA otherwise."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        from transformers.utils import is_flash_attn_2_available
-
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-    return "sdpa"
 
 
 def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str]) -> PreTrainedTokenizerBase:
@@ -108,6 +97,22 @@ def _identity(role: str, spec: dict[str, Any], parents: dict[str, Path]) -> dict
     return part_folder_identity(parents[role]) if role in parents else cast(dict[str, Any], spec[role])
 
 
+def _load_llm(
+    spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str], trust: list[str], attention: str
+) -> PreTrainedModel:
+    identity = _identity("llm", spec, parents)
+    target = cast(type[PreTrainedModel], resolve_target(identity["_target_"], trust, PreTrainedModel, role="llm"))
+    if "llm" in parents:
+        return load_llm(target, parents["llm"], None, attention, local_only=True)
+    if identity["init"] == "random":
+        return random_llm(target, identity["architecture"], attention)
+    where = folders.get("llm", identity["pretrained"])
+    try:
+        return load_llm(target, where, identity["revision"], attention, identity["architecture"])
+    except OSError as error:
+        raise _unavailable("llm", where, error) from error
+
+
 def _load_part(
     role: str,
     spec: dict[str, Any],
@@ -117,10 +122,7 @@ def _load_part(
     implementation: str,
 ) -> PreTrainedModel:
     identity = _identity(role, spec, parents)
-    if role == "vision_tower":
-        found = resolve_target(identity["encoder"], trust, PreTrainedModel, role="encoder")
-    else:
-        found = resolve_target(identity["_target_"], trust, PreTrainedModel, role="llm")
+    found = resolve_target(identity["encoder"], trust, PreTrainedModel, role="encoder")
     model_class = cast(type[PreTrainedModel], found)
     options: dict[str, Any] = {"attn_implementation": implementation, "dtype": torch.float32}
     if role in parents:

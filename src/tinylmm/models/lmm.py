@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylmm.models.connectors import Connector
+from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
 from tinylmm.models.vision import HFVisionTower
 
@@ -41,14 +42,27 @@ class LMM(nn.Module):
         vision_tower: see `models/vision.py`.
         connector: built for exactly these two widths.
         template: name of the chat template it is trained with; travels with the saved model.
+        scale_image_features: multiply the connector's output by sqrt(Dl), as TinyLLaVA Factory's Gemma models do.
     """
 
-    def __init__(self, llm: nn.Module, vision_tower: HFVisionTower, connector: Connector, template: str) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        vision_tower: HFVisionTower,
+        connector: Connector,
+        template: str,
+        scale_image_features: bool = False,
+    ) -> None:
         super().__init__()
         self.llm = llm
         self.vision_tower = vision_tower
         self.connector = connector
         self.template = template
+        table = llm.get_input_embeddings()  # type: ignore[operator]
+        # An embedding never trains its padding_idx, which in some checkpoints is the end of a turn too (SmolLM2). Our
+        # padding carries no loss and attends to itself alone, so its row needs no such protection.
+        table.padding_idx = None
+        self.image_scale = table.weight.shape[1] ** 0.5 if scale_image_features else 1.0
         self.touch_vision_always = False
         """Set where ranks must run the same modules: a micro-batch without images then sends one blank image through."""
 
@@ -56,6 +70,11 @@ class LMM(nn.Module):
     def config(self) -> Any:
         """The LLM's config; Trainer and DeepSpeed read sizes from it."""
         return self.llm.config
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples that share a row stay apart in this LLM; only `llm=hf` can bring one in which they do not."""
+        return bool(getattr(self.llm, PACKS, True))
 
     @property
     def image_tokens(self) -> int:
@@ -83,7 +102,7 @@ class LMM(nn.Module):
             ValueError: placeholders and features disagree in number.
         """
         embeddings, blank = self.embed(input_ids, pixel_values, image_features)
-        decoder = self.llm.get_decoder()  # type: ignore[operator]
+        decoder = decoder_of(self.llm)
         # No attention mask: restarting positions are what transformers' mask builder reads packing from.
         hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = targets != -100
@@ -111,7 +130,7 @@ class LMM(nn.Module):
             )
         if features is None:
             return embeddings, self._blank_features(embeddings) if self.touch_vision_always and self.training else None
-        flat = features.reshape(-1, features.shape[-1]).to(embeddings.dtype)
+        flat = (features.reshape(-1, features.shape[-1]) * self.image_scale).to(embeddings.dtype)
         return embeddings.masked_scatter(is_image.unsqueeze(-1), flat), None
 
     def image_embeddings(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:

@@ -115,6 +115,8 @@ class _Builder:
                     "tower_output": _dump(self.run.vision_tower, include=TOWER_OUTPUT),
                     "chat_template": self.run.llm.template,
                 }
+                if self.run.llm.scale_image_features:  # only where it is set, so that it is in no other digest
+                    spec["scale_image_features"] = True
                 parents: dict[str, str] = {}
                 for role, part in (("llm", llm), ("tokenizer", tokenizer), ("vision_tower", tower)):
                     self._attach(spec, parents, role, part)
@@ -168,7 +170,9 @@ class _Builder:
 
     def _part(self, role: str, part: PretrainedPart) -> Stage | dict[str, Any]:
         """A part-building stage, or the identity of a published or random part (which needs no stage)."""
-        identity = _dump(part, exclude={"name", "build", "tokenizer", "template", "scale", *TOWER_OUTPUT})
+        identity = _dump(
+            part, exclude={"name", "build", "tokenizer", "template", "scale", "scale_image_features", *TOWER_OUTPUT}
+        )
         if part.init == "random":
             return {**identity, "pretrained": None, "revision": None}
         if part.init == "pretrained":

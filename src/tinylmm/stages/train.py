@@ -96,11 +96,13 @@ def build_trainer(
     loaded.model.touch_vision_always = world_size() > 1
     if launch["gradient_checkpointing"]:
         loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if launch["packing"] and not loaded.model.packs:
+        log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
     collator = Collator(
         image_tokens=loaded.model.image_tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=launch["row_tokens"] or spec["max_length"],
-        packing=launch["packing"],
+        packing=launch["packing"] and loaded.model.packs,
         image=images.pixels if cache is None else None,
         max_length=spec["max_length"],
     )
@@ -171,7 +173,8 @@ def _start_model(job: StageJob) -> LoadedModel:
         role: part_folder_identity(job.parents[role]) if role in job.parents else job.spec[role]
         for role in ("llm", "vision_tower")
     }
-    description = describe(identities, job.spec["tower_output"], job.spec["connector"], template)
+    scaled = bool(job.spec.get("scale_image_features"))
+    description = describe(identities, job.spec["tower_output"], job.spec["connector"], template, scaled)
     return LoadedModel(model, load_tokenizer(job.spec, job.parents, job.settings["folders"]), description, None)
 
 
