@@ -1,0 +1,250 @@
+"""MMBench: multiple-choice questions asked several times with their options rotated; only all right is right.
+
+The rotations are rows of the file: row `base + r * 1,000,000` is rotation r. A runner answers every row once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.choice import (
+    LETTER_SUFFIX,
+    guess,
+    infer_opencompass,
+    infer_vlmeval,
+    listing,
+)
+from tinylmm.evaluation.benchmarks.files import read_parquet
+from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, write_sheet
+
+if TYPE_CHECKING:
+    from tinylmm.evaluation.judge import Judge
+
+ROTATION = 1_000_000
+_LETTERS = "ABCD"
+_REQUIRED = ("index", "question", "A", "B")
+_OPTIONAL = ("hint", "C", "D", "answer", "category", "source", "l2-category", "L2-category", "comment", "split")
+_UPLOAD = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+
+# The prompt that opencompass published for matching free answers to options, and VLMEvalKit and lmms-eval keep.
+_MATCHING = (
+    "You are an AI assistant who will help me to match an answer with several options of a single-choice question. "
+    "You are provided with a question, several options, and an answer, and you need to find which option is most similar "
+    "to the answer. If the meaning of all options are significantly different from the answer, output {none}. Your should "
+    "output a single uppercase character in A, B, C, D (if they are valid options), and {none}. \n"
+    "Example 1: \nQuestion: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
+    "Answer: a cute teddy bear\nYour output: A\n"
+    "Example 2: \nQuestion: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
+    "Answer: Spider\nYour output: {none}\n"
+    "Example 3: \nQuestion: {question}\nOptions: {options}\nAnswer: {answer}\nYour output: "
+)
+
+
+@dataclass
+class _Reading:
+    """What was made of the answers so far, by item id."""
+
+    letters: dict[str, str | None]
+    guessed: int = 0
+    judged: int = 0
+
+
+class MMBench(Benchmark):
+    """MMBench, English dev.
+
+    Published numbers come from the server (`write_submission`); scores here are by the same rules with exact matching, or with
+    a judge for answers that the rules cannot read.
+
+    Variants: `official` (VLMEvalKit's rules, circular), `lmms` (the rules of the first opencompass release, circular; an
+    option that is absent counts as the text "nan", so "banana" names it) and `vanilla` (official rules, first rotation only).
+    Without a judge an unread answer is wrong. With one, a group is wrong without asking where any read answer is; else each
+    unread answer is asked about up to three times, then a letter is guessed from the item's id (`guessed`).
+    Aggregate: `accuracy` over base questions, then `category/...` and `l2/...`; percent. Per item: whether that row is right.
+    """
+
+    name = "mmbench"
+    variants = ("official", "lmms", "vanilla")
+    headline = "accuracy"
+    max_new_tokens = 1024
+    files: ClassVar[tuple[str, ...]] = ("mmbench_dev_20230712.tsv", "mmbench_dev_en.tsv", "MMBench_DEV_EN.tsv")
+    config: ClassVar[str] = "en"
+    suffix: ClassVar[str] = LETTER_SUFFIX
+    get: ClassVar[str] = (
+        "mmbench_dev_20230712.tsv is at https://download.openmmlab.com/mmclassification/datasets/mmbench/. In Hugging "
+        "Face's layout: lmms-lab/MMBench."
+    )
+
+    def load(self, root: Path, layout: Format = "llava") -> list[Item]:
+        """Read the TSV under `mmbench/` (or `root` itself, if it is a .tsv file), or the dev parquet of lmms-lab/MMBench."""
+        place = place_of(root, self.get, "mmbench", "mmbench_cn", "MMBench")
+        if layout == "hf":
+            rows = read_parquet(place.parquet("dev", self.config), _REQUIRED, _OPTIONAL)
+            return [self._item(row.values, row.where, (row.image(),)) for row in rows]
+        path = root if root.suffix == ".tsv" and root.is_file() else place.file(*self.files)
+        return [
+            self._item(values, f"{path}, row {number}", (image,))
+            for number, (values, image) in enumerate(read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL), 1)
+        ]
+
+    def score(
+        self,
+        items: Sequence[Item],
+        answers: Mapping[str, Answer],
+        variant: str | None = None,
+        judge: Judge | None = None,
+    ) -> Scores:
+        """Score rows and groups; see the class for variants and figures. Items without a gold answer (test) get no score."""
+        variant = pick_variant(self, variant)
+        reading = _Reading({})
+        for item in items:
+            answer = answers.get(item.item_id)
+            reading.letters[item.item_id] = _infer(item, answer.text, variant) if answer else None
+        groups: dict[int, list[Item]] = defaultdict(list)
+        for item in items:
+            if item.reference["answer"] and (variant != "vanilla" or item.reference["index"] < ROTATION):
+                groups[item.reference["base"]].append(item)
+        chosen: dict[str, str | None] = dict(reading.letters)
+        if judge is not None:
+            for group in groups.values():
+                self._ask(group, answers, variant, judge, reading, chosen)
+        hits = {
+            base: float(all(chosen[item.item_id] == item.reference["answer"] for item in group))
+            for base, group in groups.items()
+        }
+        counted = {item.item_id for group in groups.values() for item in group}
+        rows = tuple(
+            ItemScore(
+                item.item_id,
+                float(chosen[item.item_id] == item.reference["answer"]) if item.item_id in counted else None,
+                reading.letters[item.item_id],
+            )
+            for item in items
+        )
+        more = {"questions": len(groups), "judged": reading.judged, "guessed": reading.guessed}
+        if judge is not None:
+            more |= judge.usage.counts()
+        return Scores(self.name, variant, _aggregate(groups, hits), rows, count_items(items, answers, rows, **more))
+
+    def _ask(
+        self,
+        group: Sequence[Item],
+        answers: Mapping[str, Answer],
+        variant: str,
+        judge: Judge,
+        reading: _Reading,
+        chosen: dict[str, str | None],
+    ) -> None:
+        """Let the judge match what the rules could not read, until a row of the group is wrong."""
+        read = [(item, reading.letters[item.item_id]) for item in group]
+        lost = any(letter and letter != item.reference["answer"] for item, letter in read)
+        if lost or any(item.item_id not in answers for item in group):
+            return
+        for item, letter in read:
+            if letter is None:
+                matched = _match(item, answers[item.item_id].text, variant, judge)
+                reading.judged += 1
+                reading.letters[item.item_id] = chosen[item.item_id] = matched
+                if matched is None:
+                    reading.guessed += 1
+                    none = "E" if variant == "lmms" else "Z"
+                    chosen[item.item_id] = guess(item.item_id, [*item.reference["options"], none])
+                if chosen[item.item_id] != item.reference["answer"]:
+                    return
+
+    def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
+        """By index. Of LLaVA's `--all-rounds` files round 0 counts: further rounds rotate what the file has rotated."""
+        return super().join(items, [row for row in rows if not row.get("round_id")])
+
+    def write_submission(self, items: Sequence[Item], answers: Mapping[str, Answer], path: Path) -> None:
+        """Write the server's xlsx: the file's columns without hint, category, source, image, comment and l2-category, with the
+        prediction before the answer. Rows without a prediction keep an empty cell.
+        """
+        table = []
+        for item in items:
+            answer = answers.get(item.item_id)
+            values = {**item.reference["row"], "prediction": answer.text if answer else None}
+            table.append([values.get(name) for name in _UPLOAD])
+        present = [
+            number for number, name in enumerate(_UPLOAD) if name != "answer" or any(row[number] for row in table)
+        ]  # the test split has no answers, so its upload has no such column
+        write_sheet(path, [_UPLOAD[number] for number in present], [[row[n] for n in present] for row in table])
+
+    def _item(self, values: Mapping[str, Any], where: str, images: tuple[ImageRef, ...]) -> Item:
+        try:
+            index = int(values["index"])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: index {values['index']!r} is no number. Fetch the file again.") from error
+        options: dict[str, str] = {}
+        for letter in _LETTERS:
+            if is_nan(values.get(letter)):
+                break
+            options[letter] = str(values[letter])
+        hint = "" if is_nan(values.get("hint")) else f"{values['hint']}\n"
+        question = str(values["question"])
+        gold = "" if is_nan(values.get("answer")) else str(values["answer"])
+        if gold and gold not in options:
+            raise DataError(f"{where}: answer {gold!r} is no option ({', '.join(options)}). Fetch the file again.")
+        row = {name: None if is_nan(values.get(name)) else values[name] for name in _UPLOAD if name != "prediction"}
+        l2 = values.get("l2-category") or values.get("L2-category")
+        return Item(
+            item_id=str(index),
+            question_id=index,
+            prompt=f"{hint}{question}\n{listing(options)}\n{self.suffix}",
+            images=images,
+            category="" if is_nan(values.get("category")) else str(values["category"]),
+            reference={
+                "index": index,
+                "base": index % ROTATION,
+                "question": question,
+                "options": options,
+                "answer": gold,
+                "l2": "" if is_nan(l2) else str(l2),
+                "row": {**row, "index": index},
+            },
+            options=len(options),
+        )
+
+
+def _infer(item: Item, text: str, variant: str) -> str | None:
+    options = item.reference["options"]
+    if variant == "lmms":
+        return infer_opencompass(text, {letter: options.get(letter, "nan") for letter in _LETTERS})
+    return infer_vlmeval(text, options)
+
+
+def _match(item: Item, text: str, variant: str, judge: Judge) -> str | None:
+    """What the judge matches an answer to: an option's letter, the letter for none, or None after three useless replies."""
+    options = item.reference["options"]
+    none = "E" if variant == "lmms" else "Z"
+    prompt = _MATCHING.format(
+        none=none,
+        question=item.reference["question"] + ("?" if variant == "lmms" else ""),
+        options="There are several options: \n" + "".join(f"{letter}. {t}\n" for letter, t in options.items()),
+        answer=text,
+    )
+    for attempt in range(3):
+        reply = judge.ask([{"role": "user", "content": prompt}], max_tokens=256, sample=attempt)
+        letter = _infer(item, reply, variant) or (none if reply.strip() == none else None)
+        if letter is not None:
+            return letter
+    return None
+
+
+def _aggregate(groups: Mapping[int, Sequence[Item]], hits: Mapping[int, float]) -> dict[str, float]:
+    if not groups:
+        return {}
+    aggregate = {"accuracy": percent(hits.values())}
+    for label, read in (("category", lambda item: item.category), ("l2", lambda item: item.reference["l2"])):
+        names: dict[str, list[float]] = defaultdict(list)
+        for base, group in groups.items():
+            names[read(group[0])].append(hits[base])
+        aggregate |= {f"{label}/{name}": percent(scores) for name, scores in names.items() if name}
+    return aggregate
