@@ -11,6 +11,7 @@ from tinylmm.cli import store
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
+from tinylmm.cli.score import score
 
 app = typer.Typer(
     help="Plan, look at and keep experiments with small large-multimodal models. To train: tinylmm-train.",
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command("plan")(plan)
 app.command("runs")(store.runs)
 app.command("report")(report)
+app.command("score")(score)
 app.add_typer(store.app, name="store")
 
 
