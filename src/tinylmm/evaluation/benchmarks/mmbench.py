@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.choice import (
     LETTER_SUFFIX,
+    LETTER_SUFFIX_CN,
     guess,
     infer_opencompass,
     infer_vlmeval,
@@ -28,7 +29,20 @@ from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, w
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
 
+GET = (
+    "mmbench_dev_20230712.tsv and mmbench_dev_cn_20231003.tsv are at "
+    "https://download.openmmlab.com/mmclassification/datasets/mmbench/. In Hugging Face's layout: lmms-lab/MMBench."
+)
+FILES = {
+    "dev": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
+    "dev_cn": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"),
+    "test": ("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv", "MMBench_TEST_EN.tsv"),
+    "test_cn": ("mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv"),
+}
+"""Names of each split's file, LLaVA's first."""
+
 ROTATION = 1_000_000
+_SUFFIXES = {"en": LETTER_SUFFIX, "cn": LETTER_SUFFIX_CN}
 _LETTERS = "ABCD"
 _REQUIRED = ("index", "question", "A", "B")
 _OPTIONAL = ("hint", "C", "D", "answer", "category", "source", "l2-category", "L2-category", "comment", "split")
@@ -58,7 +72,7 @@ class _Reading:
 
 
 class MMBench(Benchmark):
-    """MMBench, English dev.
+    """MMBench, in English (`dev`) and Chinese (`dev_cn`).
 
     Published numbers come from the server (`write_submission`); scores here are by the same rules with exact matching, or with
     a judge for answers that the rules cannot read.
@@ -74,25 +88,33 @@ class MMBench(Benchmark):
     variants = ("official", "lmms", "vanilla")
     headline = "accuracy"
     max_new_tokens = 1024
-    files: ClassVar[tuple[str, ...]] = ("mmbench_dev_20230712.tsv", "mmbench_dev_en.tsv", "MMBench_DEV_EN.tsv")
-    config: ClassVar[str] = "en"
-    suffix: ClassVar[str] = LETTER_SUFFIX
-    get: ClassVar[str] = (
-        "mmbench_dev_20230712.tsv is at https://download.openmmlab.com/mmclassification/datasets/mmbench/. In Hugging "
-        "Face's layout: lmms-lab/MMBench."
-    )
+    splits = ("dev", "dev_cn", "test", "test_cn")
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
-        """Read the TSV under `mmbench/` (or `root` itself, if it is a .tsv file), or the dev parquet of lmms-lab/MMBench."""
-        place = place_of(root, self.get, "mmbench", "mmbench_cn", "MMBench")
+        """Read the TSV under `mmbench/` (or `root` itself, if it is a .tsv file), or the parquet of lmms-lab/MMBench.
+
+        Without a chosen split the first that is there. The test splits have no answers: they can only be uploaded.
+        """
+        place = place_of(root, GET, "mmbench", "mmbench_cn", "MMBench")
+        wanted = (self.split,) if self.split else self.splits
         if layout == "hf":
-            rows = read_parquet(place.parquet("dev", self.config), _REQUIRED, _OPTIONAL)
-            return [self._item(row.values, row.where, (row.image(),)) for row in rows]
-        path = root if root.suffix == ".tsv" and root.is_file() else place.file(*self.files)
-        return [
-            self._item(values, f"{path}, row {number}", (image,))
-            for number, (values, image) in enumerate(read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL), 1)
-        ]
+            found = next((s for s in wanted if place.has_parquet(_phase(s), _language(s))), wanted[0])
+            suffix = _SUFFIXES[_language(found)]
+            rows = read_parquet(place.parquet(_phase(found), _language(found)), _REQUIRED, _OPTIONAL)
+            images: dict[int, ImageRef] = {}  # a question's rotations repeat its image
+            items = []
+            for row in rows:
+                image = images.setdefault(_index(row.values, row.where) % ROTATION, row.image())
+                items.append(_item(row.values, row.where, image, suffix))
+            return items
+        if root.suffix == ".tsv" and root.is_file():
+            path, found = root, self.split or ("dev_cn" if "cn" in root.stem.lower().split("_") else "dev")
+        else:
+            found = next((s for s in wanted if place.find(*FILES[s])), wanted[0])
+            path = place.file(*FILES[found])
+        table = read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL)
+        suffix = _SUFFIXES[_language(found)]
+        return [_item(values, f"{path}, row {n}", image, suffix) for n, (values, image) in enumerate(table, 1)]
 
     def score(
         self,
@@ -177,40 +199,53 @@ class MMBench(Benchmark):
         ]  # the test split has no answers, so its upload has no such column
         write_sheet(path, [_UPLOAD[number] for number in present], [[row[n] for n in present] for row in table])
 
-    def _item(self, values: Mapping[str, Any], where: str, images: tuple[ImageRef, ...]) -> Item:
-        try:
-            index = int(values["index"])
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: index {values['index']!r} is no number. Fetch the file again.") from error
-        options: dict[str, str] = {}
-        for letter in _LETTERS:
-            if is_nan(values.get(letter)):
-                break
-            options[letter] = str(values[letter])
-        hint = "" if is_nan(values.get("hint")) else f"{values['hint']}\n"
-        question = str(values["question"])
-        gold = "" if is_nan(values.get("answer")) else str(values["answer"])
-        if gold and gold not in options:
-            raise DataError(f"{where}: answer {gold!r} is no option ({', '.join(options)}). Fetch the file again.")
-        row = {name: None if is_nan(values.get(name)) else values[name] for name in _UPLOAD if name != "prediction"}
-        l2 = values.get("l2-category") or values.get("L2-category")
-        return Item(
-            item_id=str(index),
-            question_id=index,
-            prompt=f"{hint}{question}\n{listing(options)}\n{self.suffix}",
-            images=images,
-            category="" if is_nan(values.get("category")) else str(values["category"]),
-            reference={
-                "index": index,
-                "base": index % ROTATION,
-                "question": question,
-                "options": options,
-                "answer": gold,
-                "l2": "" if is_nan(l2) else str(l2),
-                "row": {**row, "index": index},
-            },
-            options=len(options),
-        )
+
+def _index(values: Mapping[str, Any], where: str) -> int:
+    try:
+        return int(values["index"])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: index {values['index']!r} is no number. Fetch the file again.") from error
+
+
+def _item(values: Mapping[str, Any], where: str, image: ImageRef, suffix: str) -> Item:
+    index = _index(values, where)
+    options: dict[str, str] = {}
+    for letter in _LETTERS:
+        if is_nan(values.get(letter)):
+            break
+        options[letter] = str(values[letter])
+    hint = "" if is_nan(values.get("hint")) else f"{values['hint']}\n"
+    question = str(values["question"])
+    gold = "" if is_nan(values.get("answer")) else str(values["answer"])
+    if gold and gold not in options:
+        raise DataError(f"{where}: answer {gold!r} is no option ({', '.join(options)}). Fetch the file again.")
+    row = {name: None if is_nan(values.get(name)) else values[name] for name in _UPLOAD if name != "prediction"}
+    l2 = values.get("l2-category") or values.get("L2-category")
+    return Item(
+        item_id=str(index),
+        question_id=index,
+        prompt=f"{hint}{question}\n{listing(options)}\n{suffix}",
+        images=(image,),
+        category="" if is_nan(values.get("category")) else str(values["category"]),
+        reference={
+            "index": index,
+            "base": index % ROTATION,
+            "question": question,
+            "options": options,
+            "answer": gold,
+            "l2": "" if is_nan(l2) else str(l2),
+            "row": {**row, "index": index},
+        },
+        options=len(options),
+    )
+
+
+def _language(split: str) -> str:
+    return "cn" if split.endswith("_cn") else "en"
+
+
+def _phase(split: str) -> str:
+    return split.removesuffix("_cn")
 
 
 def _infer(item: Item, text: str, variant: str) -> str | None:
