@@ -86,7 +86,7 @@ def normalise(text: str) -> list[str | float]:
 
 
 def parse_open(text: str) -> list[str | float]:
-    """What an open answer may mean, as the official `parse_open_response` reads it, sorted.
+    """What an open answer may mean, as the official `parse_open_response` reads it: texts, then numbers, sorted.
 
     Per line the shortest tail after a word such as "is " or "answer "; "=" counts from the last line on. Without any such
     tail, the whole answer. Then every number in them. A full stop in front is lost (".5" is 5).
@@ -107,7 +107,8 @@ def parse_open(text: str) -> list[str | float]:
     tails = tails or [text]
     numbers = [number for tail in tails for pattern in _NUMBERS for number in pattern.findall(tail)]
     meanings = {meaning for found in (*tails, *numbers) for meaning in normalise(found)}
-    return sorted(meanings, key=lambda meaning: (isinstance(meaning, float), str(meaning)))
+    texts = sorted(meaning for meaning in meanings if isinstance(meaning, str))
+    return [*texts, *sorted(meaning for meaning in meanings if isinstance(meaning, float))]
 
 
 def open_is_right(meanings: Sequence[str | float], gold: Sequence[str]) -> bool:
