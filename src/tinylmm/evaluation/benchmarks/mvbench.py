@@ -53,7 +53,7 @@ class MVBench(Benchmark):
 
     Variants: `tinyllava_video` (TinyLLaVA-Video's prompt and parser), `official` (VideoChat2's `check_ans`, for answers that
     continue "Best option:("; an empty one counts as right there, and here) and `lmms` (lmms-eval; empty answers leave the
-    denominator).
+    denominator and are counted as `left_out`).
     Aggregate: `average`, correct over all questions, and one figure a task; percent. A guess is drawn from the item's id.
     counts.tasks says how many of the twenty tasks were there.
     """
@@ -111,6 +111,8 @@ class MVBench(Benchmark):
             aggregate[f"task/{task}"] = percent(score for name, score in pairs if name == task)
         tasks = len({item.category for item in items})
         counts = count_items(items, answers, rows, guessed=guessed, tasks=tasks)
+        left_out = sum(row.score is None for row in rows)
+        counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
         return Scores(self.name, variant, aggregate, tuple(rows), counts)
 
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:

@@ -47,7 +47,7 @@ class VideoMME(Benchmark):
     """Video-MME, without subtitles.
 
     Variants: `tinyllava_video` (TinyLLaVA-Video's parser, guesses drawn from the item's id), `official` (unread answers leave
-    the denominator) and `lmms_regex` (lmms-eval before its own parser: the official reading, over all questions).
+    the denominator and are counted as `left_out`) and `lmms_regex` (lmms-eval before its own parser: the official reading, over all questions).
     Aggregate: `overall`, `short`, `medium`, `long`, then `domain/...` and `task/...`; percent, one decimal.
     With subtitles, ask with `subtitle_prompt`; such answers are another protocol, and nothing in an answer file tells them
     apart.
@@ -114,9 +114,11 @@ class VideoMME(Benchmark):
                 rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
             else:
                 letter = parse_official(answer.text)
-                left_out = letter is None and variant == "official"
-                rows.append(ItemScore(item.item_id, None if left_out else float(letter == gold), letter))
+                unread = letter is None and variant == "official"
+                rows.append(ItemScore(item.item_id, None if unread else float(letter == gold), letter))
         counts = count_items(items, answers, rows, guessed=guessed)
+        left_out = sum(row.score is None for row in rows)
+        counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
         return Scores(self.name, variant, _aggregate(items, rows), tuple(rows), counts)
 
 
