@@ -97,7 +97,7 @@ class SQA(Benchmark):
             "accuracy": percent(score for _, score in pairs),
         }
         for subject in dict.fromkeys(item.category for item, _ in pairs if item.category):
-            aggregate[f"accuracy/{subject}"] = percent(score for item, score in pairs if item.category == subject)
+            aggregate[f"subject/{subject}"] = percent(score for item, score in pairs if item.category == subject)
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
 

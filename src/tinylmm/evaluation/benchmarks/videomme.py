@@ -47,7 +47,8 @@ class VideoMME(Benchmark):
     """Video-MME, without subtitles.
 
     Variants: `tinyllava_video` (TinyLLaVA-Video's parser, guesses drawn from the item's id), `official` (unread answers leave
-    the denominator and are counted as `left_out`) and `lmms_regex` (lmms-eval before its own parser: the official reading, over all questions).
+    the denominator and are counted as `left_out`) and `lmms_regex` (lmms-eval before its own parser: the official reading,
+    over all questions).
     Aggregate: `overall`, `short`, `medium`, `long`, then `domain/...` and `task/...`; percent, one decimal.
     With subtitles, ask with `subtitle_prompt`; such answers are another protocol, and nothing in an answer file tells them
     apart.

@@ -66,8 +66,8 @@ def test_accuracy_over_all_and_over_questions_with_an_image(root: Path) -> None:
     assert scores.aggregate == {
         "img_accuracy": 50.0,
         "accuracy": 75.0,
-        "accuracy/natural science": 100.0,
-        "accuracy/language science": 0.0,
+        "subject/natural science": 100.0,
+        "subject/language science": 0.0,
     }
     assert next(iter(scores.aggregate)) == SQA.headline
     assert scores.variant == "llava"
