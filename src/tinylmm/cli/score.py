@@ -74,7 +74,7 @@ def _load(benchmark: Benchmark, root: Path, layout: str) -> list[Item]:
             items = _checked(benchmark.load(root, "hf"), root)
         except DataError:
             raise error from None  # neither can be read: say what the default layout lacks
-    typer.echo(f"{root}: read by layout hf, as the files of llava are not there", err=True)
+    typer.echo(f"read by layout hf ({root} holds parquet files, and cannot be read by layout llava)", err=True)
     return items
 
 

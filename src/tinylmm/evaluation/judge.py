@@ -105,7 +105,10 @@ class Judge:
         self.max_bytes = max_bytes
         self.usage = Usage()
         self._sleep = sleep
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        handlers: list[Any] = [_NoRedirect]
+        if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own servers
+        self._opener = urllib.request.build_opener(*handlers)
 
     def ask(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0, sample: int = 0

@@ -81,7 +81,6 @@ def test_an_answer_file_is_scored_from_either_folder(
 
 
 def test_a_judged_benchmark_is_kept_now_and_finished_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", "sk-secret")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     question = {"imagename": "v1_0.png", "question": "Who?", "answer": "Ann", "capability": ["rec"]}
@@ -103,7 +102,6 @@ def test_a_judged_benchmark_is_kept_now_and_finished_later(tmp_path: Path, monke
 
 
 def test_a_judge_that_refuses_is_the_users_to_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     question = {"imagename": "v1_0.png", "question": "Who?", "answer": "Ann", "capability": ["rec"]}
     write_json(tmp_path / "mm-vet/mm-vet.json", {"v1_0": question})

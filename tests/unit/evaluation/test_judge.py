@@ -21,7 +21,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", KEY)
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy is no way to this machine
+    monkeypatch.delenv("no_proxy", raising=False)
 
 
 def replies(*responses: Response) -> Any:

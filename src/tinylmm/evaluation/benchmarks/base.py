@@ -108,7 +108,7 @@ class Scores:
 
     Attributes:
         benchmark, variant: name the protocol; figures of different variants are not comparable.
-        aggregate: named figures in the papers' units, the headline first.
+        aggregate: named figures in the papers' units, the headline first; `group/name` for breakdowns.
         per_item: in the order of the question file, one an item, also for missing answers.
         counts: at least `scored`, `missing` (no answer given) and `unparsed` (an answer nothing could be read from).
     """

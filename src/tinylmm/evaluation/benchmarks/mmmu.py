@@ -182,7 +182,7 @@ class MMMU(Benchmark):
         return Scores(self.name, variant, _aggregate(items, rows), tuple(rows), counts)
 
     def write_submission(self, items: Sequence[Item], answers: Mapping[str, Answer], path: Path) -> None:
-        """Write what EvalAI's MMMU challenge takes: JSON of id -> letter (choices, parsed) or text (open)."""
+        """Write what the official main_eval_only.py and EvalAI take: JSON of id -> letter (choices, parsed) or text (open)."""
         import json
 
         texts = {}

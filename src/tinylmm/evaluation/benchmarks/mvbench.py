@@ -42,7 +42,8 @@ TASKS = {
     "episodic_reasoning": ("tvqa/frames_fps3_hq", True),
     "counterfactual_inference": ("clevrer/video_validation", False),
 }
-"""Task -> folder of its videos under video/, and whether its questions are about a part (start, end), in the official order."""
+"""Task -> folder of its videos under video/, and whether its questions are about a part (start, end), in the official order.
+TinyLLaVA-Video shows all of an mp4 file, whatever the part: only its readers of frames and of other formats cut it out."""
 
 _FRAMES = "episodic_reasoning"
 """TVQA comes as folders of frames, three a second."""
@@ -116,26 +117,33 @@ class MVBench(Benchmark):
         return Scores(self.name, variant, aggregate, tuple(rows), counts)
 
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
-        """By id (`action_count/3`, `action_count_3`, `Action Count/3`), else by what was asked.
+        """By id (`action_count/3`, `action_count_3`, `Action Count/3`), else by what was asked, else by number.
 
         The files have no ids, so an answer file may have any. With other ids, a row belongs to the item whose question and
         options are in its prompt; of items that are asked in the same words (about other videos) the k-th row takes the
-        k-th. Rows without prompts can only be taken in order, and only if there is one for every item.
+        k-th. Where no prompt says that much, ids that number all items, from 0 or from 1, are taken for their places.
 
         Raises:
-            DataError: neither way fits.
+            DataError: none of these ways fits.
         """
         ids = {_plain(item.item_id): item.item_id for item in items}
         if all(_plain(row["question_id"]) in ids for row in rows):
-            return {ids[_plain(row["question_id"])]: Answer(row["text"], row.get("prompt")) for row in rows}
-        if all(row.get("prompt") for row in rows):
-            return _join_by_prompt(items, rows)
-        if len(rows) != len(items):
-            raise DataError(
-                f"{len(rows)} answers without known ids or prompts for {len(items)} questions: they cannot be matched. Use "
-                "the ids <task>/<number from 0>, or keep the prompts."
-            )
-        return {item.item_id: Answer(row["text"], row.get("prompt")) for item, row in zip(items, rows, strict=True)}
+            found = [ids[_plain(row["question_id"])] for row in rows]
+        else:
+            by_prompt = _by_prompt(items, rows)
+            numbers = [int(row["question_id"]) for row in rows if str(row["question_id"]).isdecimal()]
+            if any(by_prompt):
+                found = [
+                    _known(name, number, row) for number, (name, row) in enumerate(zip(by_prompt, rows, strict=True), 1)
+                ]
+            elif sorted(numbers) in ([*range(len(items))], [*range(1, len(items) + 1)]):
+                found = [items[number - min(numbers)].item_id for number in numbers]
+            else:
+                raise DataError(
+                    f"{len(rows)} answers to {len(items)} questions have neither known ids nor prompts: they cannot be "
+                    "matched. Use the ids <task>/<number from 0>, or keep the prompts."
+                )
+        return {name: Answer(row["text"], row.get("prompt")) for name, row in zip(found, rows, strict=True)}
 
 
 def official_is_right(text: str, gold: str) -> bool:
@@ -215,23 +223,30 @@ def _plain(name: object) -> str:
     return re.sub(r"[\s/_-]+", "_", str(name)).lower()
 
 
-def _join_by_prompt(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
+def _by_prompt(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """The item that each row's prompt asks about; None where there is none, or it has been taken by the rows before."""
     waiting: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    exact = {}
     for item in items:
-        waiting[(item.reference["question"], *item.reference["options"].values())].append(item.item_id)
-    by_prompt = {item.prompt: (item.reference["question"], *item.reference["options"].values()) for item in items}
+        words = (item.reference["question"], *item.reference["options"].values())
+        waiting[words].append(item.item_id)
+        exact[item.prompt] = words
     longest_first = sorted(waiting, key=lambda words: -sum(map(len, words)))
-    answers = {}
-    for number, row in enumerate(rows, 1):
-        prompt = row["prompt"].replace("<image>", "").strip()
-        words = by_prompt.get(prompt) or next((w for w in longest_first if _says(prompt, w)), None)
-        if words is None or not waiting[words]:
-            raise DataError(
-                f"answer {number}, question_id {row['question_id']!r}: its prompt asks no question of these files (any more). "
-                "Score the answers against the files they were made from."
-            )
-        answers[waiting[words].pop(0)] = Answer(row["text"], row["prompt"])
-    return answers
+    found: list[str | None] = []
+    for row in rows:
+        prompt = (row.get("prompt") or "").replace("<image>", "").strip()
+        words = exact.get(prompt) or next((w for w in longest_first if _says(prompt, w)), ())
+        found.append(waiting[words].pop(0) if waiting.get(words) else None)
+    return found
+
+
+def _known(name: str | None, number: int, row: Mapping[str, Any]) -> str:
+    if name is None:
+        raise DataError(
+            f"answer {number}, question_id {row['question_id']!r}: its prompt asks no question of these files (any more). "
+            "Score the answers against the files they were made from."
+        )
+    return name
 
 
 def _says(prompt: str, words: Sequence[str]) -> bool:

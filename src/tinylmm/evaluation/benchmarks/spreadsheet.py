@@ -79,7 +79,7 @@ def read_tsv_images(
 
 def _decoded(cell: str, where: str) -> bytes:
     try:
-        data = base64.b64decode(cell, validate=True)
+        data = base64.b64decode(cell.strip(), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"{where}: column image is no base64 ({error}). Fetch the file again.") from error
     if not data:

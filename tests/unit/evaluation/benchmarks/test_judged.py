@@ -27,11 +27,6 @@ from tinylmm.evaluation.benchmarks.mmvet import MMVet, parse_grade
 from tinylmm.evaluation.judge import Judge
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-
-
 def says(text_of: Callable[[str], str]) -> Any:
     """A judge whose reply depends on the user message."""
     return lambda body: completion(text_of(body["messages"][-1]["content"]))

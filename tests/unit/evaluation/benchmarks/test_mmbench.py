@@ -119,9 +119,8 @@ def test_lmms_takes_absent_options_for_the_text_nan(root: Path) -> None:
 
 
 def test_the_judge_matches_what_rules_cannot_read_unless_the_question_is_lost_anyway(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
 ) -> None:
-    monkeypatch.setenv("no_proxy", "*")
     items = MMBench().load(root)
     texts = RIGHT | {5: "the colour of blood", 1_000_009: "woof", 2_000_009: "A"}  # 9 is lost by its last row
     with judge_server(lambda body: completion("A")) as server:
@@ -139,8 +138,7 @@ def test_the_judge_matches_what_rules_cannot_read_unless_the_question_is_lost_an
     assert "output Z" in asked
 
 
-def test_three_useless_replies_end_in_a_counted_guess(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
+def test_three_useless_replies_end_in_a_counted_guess(root: Path) -> None:
     items = MMBench().load(root)
     with judge_server(lambda body: completion("I cannot say")) as server:
         scores = scored(MMBench(), items, RIGHT | {5: "dunno"}, judge=Judge(server.url, "m"))

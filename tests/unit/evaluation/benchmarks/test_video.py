@@ -132,14 +132,16 @@ def test_mvbench_answers_without_known_ids_are_joined_by_what_was_asked(mv_root:
         MVBench().join(items, [*rows, {"question_id": 3, "text": "x", "prompt": count}])
 
 
-def test_mvbench_ids_may_be_spelt_freely_and_order_is_the_last_resort(mv_root: Path) -> None:
+def test_mvbench_ids_may_be_spelt_freely_and_numbers_are_places(mv_root: Path) -> None:
     items = MVBench().load(mv_root)
     rows = [{"question_id": name, "text": name} for name in ("Moving Count_1", "action_sequence_0", "moving-count/0")]
     assert MVBench().join(items, rows)["moving_count/1"].text == "Moving Count_1"
-    numbered = [{"question_id": n, "text": str(n)} for n in range(3)]
-    assert [MVBench().join(items, numbered)[name].text for name in IDS] == ["0", "1", "2"]
-    with pytest.raises(DataError, match="2 answers without known ids or prompts for 3 questions"):
+    for first in (0, 1):
+        numbered = [{"question_id": n + first, "text": str(n), "prompt": "?"} for n in (2, 0, 1)]
+        assert [MVBench().join(items, numbered)[name].text for name in IDS] == ["0", "1", "2"]
+    with pytest.raises(DataError, match="2 answers to 3 questions have neither known ids nor prompts"):
         MVBench().join(items, numbered[:2])
+    assert MVBench().join(items, []) == {}
 
 
 def test_mvbench_faults_are_named(mv_root: Path, tmp_path: Path) -> None:
