@@ -44,9 +44,14 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def counts(self) -> dict[str, int]:
-        """For `Scores.counts`: every figure under `judge_<name>`."""
-        return {f"judge_{name}": value for name, value in asdict(self).items()}
+    def counts(self, before: Usage | None = None) -> dict[str, int]:
+        """For `Scores.counts`: every figure under `judge_<name>`, without what had been used `before`."""
+        earlier = asdict(before or Usage())
+        return {f"judge_{name}": value - earlier[name] for name, value in asdict(self).items()}
+
+    def copy(self) -> Usage:
+        """The figures as they are now."""
+        return Usage(**asdict(self))
 
 
 def default_cache() -> Path:

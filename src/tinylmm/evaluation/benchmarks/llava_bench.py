@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def parse_llava(review: str) -> tuple[float, float]:
         first, second = (float(word) for word in words)
     except ValueError:
         return FAILED
-    return first, second
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else FAILED
 
 
 def parse_lmms(review: str) -> tuple[float, float]:
@@ -96,7 +97,7 @@ class LLaVABench(Benchmark):
             rows = tuple(ItemScore(item.item_id, None) for item in items)
             counts = count_items(items, answers, rows) | {"unparsed": 0}
             return Scores(self.name, variant, {}, rows, counts | {"unjudged": len(items) - counts["missing"]})
-        ratings = []
+        ratings, before = [], judge.usage.copy()
         for item in items:
             answer = answers.get(item.item_id)
             messages = [
@@ -109,7 +110,7 @@ class LLaVABench(Benchmark):
             for item, (first, model) in zip(items, ratings, strict=True)
         )
         unread = ratings.count(FAILED)
-        counts = count_items(items, answers, rows, unread_reviews=unread, unjudged=0) | judge.usage.counts()
+        counts = count_items(items, answers, rows, unread_reviews=unread, unjudged=0) | judge.usage.counts(before)
         return Scores(self.name, variant, _aggregate(items, ratings), rows, counts)
 
 

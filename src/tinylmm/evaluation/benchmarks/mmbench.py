@@ -126,6 +126,7 @@ class MMBench(Benchmark):
         """Score rows and groups; see the class for variants and figures. Items without a gold answer (test) get no score."""
         variant = pick_variant(self, variant)
         reading = _Reading({})
+        before = judge.usage.copy() if judge else None
         for item in items:
             answer = answers.get(item.item_id)
             reading.letters[item.item_id] = _infer(item, answer.text, variant) if answer else None
@@ -152,7 +153,7 @@ class MMBench(Benchmark):
         )
         more = {"questions": len(groups), "judged": reading.judged, "guessed": reading.guessed}
         if judge is not None:
-            more |= judge.usage.counts()
+            more |= judge.usage.counts(before)
         return Scores(self.name, variant, _aggregate(groups, hits), rows, count_items(items, answers, rows, **more))
 
     def _ask(
@@ -267,7 +268,7 @@ def _match(item: Item, text: str, variant: str, judge: Judge) -> str | None:
     )
     for attempt in range(3):
         reply = judge.ask([{"role": "user", "content": prompt}], max_tokens=256, sample=attempt)
-        letter = _infer(item, reply, variant) or (none if reply.strip() == none else None)
+        letter = _infer(item, reply, variant) or (none if reply.strip(" .\n") == none else None)
         if letter is not None:
             return letter
     return None

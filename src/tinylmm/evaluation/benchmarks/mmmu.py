@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -176,7 +177,7 @@ class MMMU(Benchmark):
             else:
                 meanings = parse_open(answer.text)
                 right = open_is_right(meanings, item.reference["gold"]) and variant != "lmms_before_1471"
-                scored[item.item_id] = ItemScore(item.item_id, float(right), meanings)
+                scored[item.item_id] = ItemScore(item.item_id, float(right), _printable(meanings))
         rows = [scored[item.item_id] for item in items]
         counts = count_items(items, answers, rows, guessed=guessed)
         return Scores(self.name, variant, _aggregate(items, rows), tuple(rows), counts)
@@ -194,6 +195,11 @@ class MMMU(Benchmark):
                     parse_listed(text, options) or guess(item.item_id, list(options)) if options else text
                 )
         path.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _printable(meanings: Sequence[str | float]) -> list[str | float]:
+    """ "nan" and "infinity" are numbers to the parser, but not to JSON."""
+    return [m if isinstance(m, str) or math.isfinite(m) else str(m) for m in meanings]
 
 
 def _aggregate(items: Sequence[Item], rows: Sequence[ItemScore]) -> dict[str, float]:
@@ -232,6 +238,7 @@ def _load_tinyllava(place: Place) -> list[Item]:
         choices = truth["question_type"] == "multiple-choice"
         if choices:
             require(record, ("index2ans",), where)
+            require(record["index2ans"], (), f"{where}, index2ans")
         images: tuple[ImageRef, ...] = ()
         if record.get("image"):
             images = (image_file(folder, record["image"], where),)

@@ -105,6 +105,7 @@ class MMVet(Benchmark):
         variant = pick_variant(self, variant)
         grade = _grade_lmms if variant == "lmms" else _grade_official
         rows, runs, ungraded = [], [], 0
+        before = judge.usage.copy() if judge else None
         for item in items:
             answer = answers.get(item.item_id)
             if answer is None:
@@ -122,7 +123,7 @@ class MMVet(Benchmark):
             counts |= {"unjudged": len(items) - counts["missing"], "unparsed": 0}
             return Scores(self.name, variant, {}, tuple(rows), counts)
         aggregate = _aggregate(items, [row.score or 0.0 for row in rows], runs)
-        return Scores(self.name, variant, aggregate, tuple(rows), counts | {"unjudged": 0} | judge.usage.counts())
+        return Scores(self.name, variant, aggregate, tuple(rows), counts | {"unjudged": 0} | judge.usage.counts(before))
 
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By question id: 12 and "v1_12" are the same."""

@@ -198,6 +198,8 @@ def _records(place: Place, task: str, layout: Format) -> list[tuple[dict[str, An
 
 def _item(place: Place, task: str, number: int, record: dict[str, Any], where: str) -> Item:
     require(record, ("video", "question", "candidates", "answer"), where)
+    if not isinstance(record["candidates"], list):
+        raise DataError(f"{where}: candidates {record['candidates']!r} are no list. Fetch the file again.")
     options = lettered(str(text) for text in record["candidates"])
     gold = [letter for letter, text in options.items() if text == str(record["answer"])]
     if not gold:

@@ -82,6 +82,8 @@ def _load_json(place: Place) -> list[Item]:
     for number, record in enumerate(records):
         where = f"{path}, record {number + 1}"
         require(record, ("img_path", "question", "candidates", "correct_ans"), where)
+        if not isinstance(record["candidates"], list):
+            raise DataError(f"{where}: candidates {record['candidates']!r} are no list. Fetch the file again.")
         options = lettered(str(text) for text in record["candidates"])
         right = [letter for letter, text in options.items() if text == record["correct_ans"]]
         if not right:

@@ -108,6 +108,7 @@ def _load_llava(place: Place) -> list[Item]:
     path = place.file("SEED-Bench.json")
     data = read_json(path)
     require(data, ("questions",), str(path))
+    require(data.get("question_type", {}), (), f"{path}, question_type")
     type_names = {number: name for name, number in data.get("question_type", {}).items()}
     records = {}
     for number, record in enumerate(data["questions"], 1):

@@ -146,8 +146,7 @@ def _llava_item(
     problem = problems.get(pid)
     if problem is not None:
         require(problem, ("choices", "answer"), f"problems.json, problem {pid}")
-        options = lettered(problem["choices"])
-        answer = LETTERS[int(problem["answer"])]
+        options, answer = _choices(problem["choices"], problem["answer"], f"problems.json, problem {pid}")
     else:
         options = dict(re.findall(r"^\(?([A-E])[.)] ?(.*)$", question, re.MULTILINE))
         answer = (parse_llava(str(turns[1]["value"]).strip()) or "") if len(turns) > 1 else ""
@@ -170,19 +169,21 @@ def _llava_item(
     )
 
 
+def _choices(choices: Any, answer: Any, where: str) -> tuple[dict[str, str], str]:
+    """Options by letter, and the letter of the right one."""
+    if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise DataError(f"{where}: answer {answer!r} is no index into choices {choices!r}. Fetch the file again.")
+    return lettered(map(str, choices)), LETTERS[answer]
+
+
 def _load_hf(place: Place) -> list[Item]:
     shards = place.parquet("test", "ScienceQA-FULL", "ScienceQA-IMG")
     rows = read_parquet(shards, ("question", "choices", "answer"), ("hint", "subject"))
     pictured = [has for shard in shards for has in _filled(shard, "image")]
     items = []
     for number, (row, has_image) in enumerate(zip(rows, pictured, strict=True)):
-        options = lettered(row.values["choices"])
+        options, answer = _choices(row.values["choices"], row.values["answer"], row.where)
         hint = f"Context: {row.values['hint']}\n" if row.values["hint"] else ""
-        answer = LETTERS[row.values["answer"]]
-        if answer not in options:
-            raise DataError(
-                f"{row.where}: answer {row.values['answer']} of {len(options)} choices. Fetch the file again."
-            )
         items.append(
             Item(
                 item_id=str(number),

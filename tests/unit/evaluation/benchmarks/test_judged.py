@@ -138,7 +138,9 @@ def test_mmvet_averages_the_runs_of_the_judge(vet_root: Path, tmp_path: Path) ->
         assert scores.aggregate["total"] == 30.0 and scores.aggregate["std"] == 10.0
         assert by_id(scores)["0"] == (pytest.approx(0.3), [0.2, 0.4])
         assert scores.counts["judge_requests"] == 2
-        assert scored(MMVet(), items, {0: "x = -1"}, judge=judge).aggregate == scores.aggregate  # from the cache
+        again = scored(MMVet(), items, {0: "x = -1"}, judge=judge)
+        assert again.aggregate == scores.aggregate
+        assert (again.counts["judge_requests"], again.counts["judge_cached"]) == (0, 2)  # counted per scoring
         assert len(server.requests) == 2
 
 
@@ -255,6 +257,7 @@ def test_llava_bench_joins_captions_and_references_by_content(wild_root: Path) -
         ("8 6 ", (-1.0, -1.0), (8.0, 6.0)),
         ("Assistant 1: 8", (-1.0, -1.0), (1.0, 8.0)),
         ("\n8 6", (-1.0, -1.0), (-1.0, -1.0)),  # only the first line is read
+        ("8 nan", (-1.0, -1.0), (-1.0, -1.0)),
         ("", (-1.0, -1.0), (-1.0, -1.0)),
     ],
 )

@@ -148,6 +148,12 @@ def test_right_means_contained_text_or_equal_number(said: str, gold: list[str], 
     assert open_is_right(parse_open(said), gold) is right
 
 
+def test_what_the_parser_takes_for_infinite_is_still_json(root: Path) -> None:
+    items = MMMU().load(root)
+    scores = scored(MMMU(), items, {OPEN: "Infinity"})
+    assert json.loads(json.dumps(scores.as_json(items), allow_nan=False))["per_item"][2]["parsed"] == ["inf"]
+
+
 def test_numbers_lose_commas_and_texts_case() -> None:
     assert normalise(" 1,234.567 ") == [1234.57]
     assert normalise("X") == [" x", "x "]

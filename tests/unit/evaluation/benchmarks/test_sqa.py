@@ -153,3 +153,12 @@ def test_a_broken_record_is_named(root: Path) -> None:
     write_json(root / "scienceqa/llava_test_CQM-A.json", [{"id": "4", "conversations": []}])
     with pytest.raises(DataError, match=r"llava_test_CQM-A.json, record 1: `conversations` must list turns"):
         SQA().load(root)
+
+
+@pytest.mark.parametrize(
+    "problem", [{"choices": ["x"], "answer": 1}, {"choices": "xy", "answer": 0}, {"choices": ["x"], "answer": "A"}]
+)
+def test_an_answer_that_is_no_choice_is_named(root: Path, problem: dict[str, Any]) -> None:
+    write_json(root / "scienceqa/problems.json", {"4": problem})
+    with pytest.raises(DataError, match=r"problems.json, problem 4: answer .* is no index into choices"):
+        SQA().load(root)
