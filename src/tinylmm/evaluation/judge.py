@@ -13,13 +13,15 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tinylmm.errors import ConfigError, Fault, TinyLMMError
@@ -27,6 +29,8 @@ from tinylmm.errors import ConfigError, Fault, TinyLMMError
 KEY_VARIABLE = "TINYLMM_JUDGE_API_KEY"
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+T = TypeVar("T")
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
 
@@ -68,13 +72,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Judge:
-    """Asks one model, one question at a time.
+    """Asks one model; safe to use from several threads.
 
     Args:
         base_url: up to and including the version (`https://api.openai.com/v1`); `/chat/completions` is added.
         model: as the endpoint names it.
         cache: folder of replies by content, so that nothing is paid for twice; None keeps none.
         runs: how often every answer is judged, where a benchmark averages runs (MM-Vet's paper 5, LLaVA 3).
+        parallel: how many questions `map` keeps under way at once.
         timeout: seconds a request may take in all.
         attempts: how often a request is sent before `JudgeError`.
         backoff: seconds before the first retry, doubled for each further one up to `max_backoff`; a server's
@@ -92,6 +97,7 @@ class Judge:
         *,
         cache: Path | None = None,
         runs: int = 1,
+        parallel: int = 4,
         timeout: float = 120.0,
         attempts: int = 6,
         backoff: float = 1.0,
@@ -103,6 +109,7 @@ class Judge:
         self.model = model
         self.cache = cache
         self.runs = runs
+        self.parallel = max(1, parallel)
         self.timeout = timeout
         self.attempts = attempts
         self.backoff = backoff
@@ -110,6 +117,7 @@ class Judge:
         self.max_bytes = max_bytes
         self.usage = Usage()
         self._sleep = sleep
+        self._lock = threading.Lock()
         handlers: list[Any] = [_NoRedirect]
         if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own servers
@@ -138,12 +146,33 @@ class Judge:
         place = self._place(body, sample)
         kept = _read_reply(place)
         if kept is not None:
-            self.usage.cached += 1
+            self._count(cached=1)
             return kept
         reply = self._send(body)
         if place is not None:
             _write_reply(place, {"base_url": self.base_url, "request": body, "sample": sample, "reply": reply})
         return reply
+
+    def map(self, function: Callable[[T], R], values: Sequence[T]) -> list[R]:
+        """`function` of every value, several at once, in the order of the values. The first error ends it."""
+        failed = threading.Event()
+
+        def guarded(value: T) -> R:
+            if failed.is_set():  # comes after the error in the order of the values, so nobody reads this
+                raise JudgeError("not asked, as an earlier question failed")
+            try:
+                return function(value)
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return [future.result() for future in [pool.submit(guarded, value) for value in values]]
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, value in more.items():
+                setattr(self.usage, name, getattr(self.usage, name) + value)
 
     def _place(self, body: Mapping[str, Any], sample: int) -> Path | None:
         if self.cache is None:
@@ -156,9 +185,7 @@ class Judge:
         """Send until a usable reply comes."""
         problem = ""
         for attempt in range(self.attempts):
-            if attempt:
-                self.usage.retries += 1
-            self.usage.requests += 1
+            self._count(requests=1, retries=int(attempt > 0))
             try:
                 return self._take(self._post(body))
             except urllib.error.HTTPError as error:
@@ -205,9 +232,8 @@ class Judge:
             raise ValueError("the reply's content is no text")
         usage = reply.get("usage")
         if isinstance(usage, dict):
-            for name in ("prompt_tokens", "completion_tokens"):
-                if isinstance(usage.get(name), int):
-                    setattr(self.usage, name, getattr(self.usage, name) + usage[name])
+            counted = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+            self._count(**{name: value for name, value in counted.items() if isinstance(value, int)})
         return content or ""  # a refusal has no content
 
     def _refused(self, error: urllib.error.HTTPError) -> tuple[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,25 @@ def test_a_wrong_address_or_model_is_refused_at_once(url: str, model: str, messa
     with pytest.raises(ConfigError, match=message) as caught:
         Judge(url, model)
     assert "hunter2" not in str(caught.value)
+
+
+def test_several_questions_are_under_way_at_once_and_come_back_in_order() -> None:
+    together = threading.Barrier(3, timeout=10)  # nobody is answered before three have asked
+
+    def respond(body: dict[str, Any]) -> Response:
+        together.wait()
+        return completion(body["messages"][0]["content"].upper(), 1, 1)
+
+    with judge_server(respond) as server:
+        judge = Judge(server.url, "m", parallel=3)
+        asked = judge.map(lambda word: judge.ask([{"role": "user", "content": word}], max_tokens=3), ["a", "b", "c"])
+    assert asked == ["A", "B", "C"]
+    assert (judge.usage.requests, judge.usage.prompt_tokens) == (3, 3)
+
+
+def test_the_first_error_ends_a_series(pauses: list[float]) -> None:
+    with judge_server(replies((401, {}, b""))) as server:
+        judge = Judge(server.url, "m", parallel=1)
+        with pytest.raises(ConfigError, match="HTTP 401"):
+            judge.map(lambda word: judge.ask([{"role": "user", "content": word}], max_tokens=3), [*"abcdefgh"])
+    assert len(server.requests) == 1

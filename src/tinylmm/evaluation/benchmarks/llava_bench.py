@@ -97,14 +97,17 @@ class LLaVABench(Benchmark):
             rows = tuple(ItemScore(item.item_id, None) for item in items)
             counts = count_items(items, answers, rows) | {"unparsed": 0}
             return Scores(self.name, variant, {}, rows, counts | {"unjudged": len(items) - counts["missing"]})
-        ratings, before = [], judge.usage.copy()
-        for item in items:
+        before = judge.usage.copy()
+
+        def rate(item: Item) -> tuple[float, float]:
             answer = answers.get(item.item_id)
             messages = [
                 {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": _content(item, answer.text if answer else "")},
             ]
-            ratings.append(_PARSERS[variant](judge.ask(messages, max_tokens=1024, temperature=0.2)))
+            return _PARSERS[variant](judge.ask(messages, max_tokens=1024, temperature=0.2))
+
+        ratings = judge.map(rate, items)
         rows = tuple(
             ItemScore(item.item_id, model, None if (first, model) == FAILED else [first, model])
             for item, (first, model) in zip(items, ratings, strict=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +59,6 @@ _MATCHING = (
     "Answer: Spider\nYour output: {none}\n"
     "Example 3: \nQuestion: {question}\nOptions: {options}\nAnswer: {answer}\nYour output: "
 )
-
-
-@dataclass
-class _Reading:
-    """What was made of the answers so far, by item id."""
-
-    letters: dict[str, str | None]
-    guessed: int = 0
-    judged: int = 0
 
 
 class MMBench(Benchmark):
@@ -125,19 +115,28 @@ class MMBench(Benchmark):
     ) -> Scores:
         """Score rows and groups; see the class for variants and figures. Items without a gold answer (test) get no score."""
         variant = pick_variant(self, variant)
-        reading = _Reading({})
-        before = judge.usage.copy() if judge else None
+        letters: dict[str, str | None] = {}
         for item in items:
             answer = answers.get(item.item_id)
-            reading.letters[item.item_id] = _infer(item, answer.text, variant) if answer else None
+            letters[item.item_id] = _infer(item, answer.text, variant) if answer else None
         groups: dict[int, list[Item]] = defaultdict(list)
         for item in items:
             if item.reference["answer"] and (variant != "vanilla" or item.reference["index"] < ROTATION):
                 groups[item.reference["base"]].append(item)
-        chosen: dict[str, str | None] = dict(reading.letters)
+        more = {"questions": len(groups), "judged": 0, "guessed": 0}
+        chosen = dict(letters)
         if judge is not None:
-            for group in groups.values():
-                self._ask(group, answers, variant, judge, reading, chosen)
+            before = judge.usage.copy()
+            for matches in judge.map(
+                lambda group: _ask(group, answers, variant, judge, letters), list(groups.values())
+            ):
+                for item, letter in matches:
+                    letters[item.item_id] = chosen[item.item_id] = letter
+                    if letter is None:
+                        chosen[item.item_id] = _guess(item, variant)
+                    more["judged"] += 1
+                    more["guessed"] += letter is None
+            more |= judge.usage.counts(before)
         hits = {
             base: float(all(chosen[item.item_id] == item.reference["answer"] for item in group))
             for base, group in groups.items()
@@ -147,40 +146,11 @@ class MMBench(Benchmark):
             ItemScore(
                 item.item_id,
                 float(chosen[item.item_id] == item.reference["answer"]) if item.item_id in counted else None,
-                reading.letters[item.item_id],
+                letters[item.item_id],
             )
             for item in items
         )
-        more = {"questions": len(groups), "judged": reading.judged, "guessed": reading.guessed}
-        if judge is not None:
-            more |= judge.usage.counts(before)
         return Scores(self.name, variant, _aggregate(groups, hits), rows, count_items(items, answers, rows, **more))
-
-    def _ask(
-        self,
-        group: Sequence[Item],
-        answers: Mapping[str, Answer],
-        variant: str,
-        judge: Judge,
-        reading: _Reading,
-        chosen: dict[str, str | None],
-    ) -> None:
-        """Let the judge match what the rules could not read, until a row of the group is wrong."""
-        read = [(item, reading.letters[item.item_id]) for item in group]
-        lost = any(letter and letter != item.reference["answer"] for item, letter in read)
-        if lost or any(item.item_id not in answers for item in group):
-            return
-        for item, letter in read:
-            if letter is None:
-                matched = _match(item, answers[item.item_id].text, variant, judge)
-                reading.judged += 1
-                reading.letters[item.item_id] = chosen[item.item_id] = matched
-                if matched is None:
-                    reading.guessed += 1
-                    none = "E" if variant == "lmms" else "Z"
-                    chosen[item.item_id] = guess(item.item_id, [*item.reference["options"], none])
-                if chosen[item.item_id] != item.reference["answer"]:
-                    return
 
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By index. Of LLaVA's `--all-rounds` files round 0 counts: further rounds rotate what the file has rotated."""
@@ -254,6 +224,33 @@ def _infer(item: Item, text: str, variant: str) -> str | None:
     if variant == "lmms":
         return infer_opencompass(text, {letter: options.get(letter, "nan") for letter in _LETTERS})
     return infer_vlmeval(text, options)
+
+
+def _ask(
+    group: Sequence[Item],
+    answers: Mapping[str, Answer],
+    variant: str,
+    judge: Judge,
+    letters: Mapping[str, str | None],
+) -> list[tuple[Item, str | None]]:
+    """What the judge matches those rows to that the rules could not read, until a row of the group is wrong."""
+    read = [(item, letters[item.item_id]) for item in group]
+    lost = any(letter and letter != item.reference["answer"] for item, letter in read)
+    matches: list[tuple[Item, str | None]] = []
+    if lost or any(item.item_id not in answers for item in group):
+        return matches
+    for item, letter in read:
+        if letter is None:
+            matched = _match(item, answers[item.item_id].text, variant, judge)
+            matches.append((item, matched))
+            if (matched or _guess(item, variant)) != item.reference["answer"]:
+                break
+    return matches
+
+
+def _guess(item: Item, variant: str) -> str:
+    """Among the options and the letter for none of them."""
+    return guess(item.item_id, [*item.reference["options"], "E" if variant == "lmms" else "Z"])
 
 
 def _match(item: Item, text: str, variant: str, judge: Judge) -> str | None:

@@ -104,26 +104,31 @@ class MMVet(Benchmark):
         """Let the judge grade every answer, `judge.runs` times; see the class for variants and figures."""
         variant = pick_variant(self, variant)
         grade = _grade_lmms if variant == "lmms" else _grade_official
-        rows, runs, ungraded = [], [], 0
-        before = judge.usage.copy() if judge else None
-        for item in items:
-            answer = answers.get(item.item_id)
-            if answer is None:
-                rows.append(ItemScore(item.item_id, 0.0))
-                runs.append([0.0] * (judge.runs if judge else 1))
-            elif judge is None:
-                rows.append(ItemScore(item.item_id, None))
-            else:
-                grades = [grade(item, answer.text, judge, run) for run in range(judge.runs)]
-                ungraded += grades.count(None)
-                runs.append([value or 0.0 for value in grades])
-                rows.append(ItemScore(item.item_id, statistics.fmean(runs[-1]), None if None in grades else runs[-1]))
-        counts = count_items(items, answers, rows, ungraded=ungraded)
         if judge is None:
-            counts |= {"unjudged": len(items) - counts["missing"], "unparsed": 0}
-            return Scores(self.name, variant, {}, tuple(rows), counts)
+            rows = [ItemScore(item.item_id, None if item.item_id in answers else 0.0) for item in items]
+            counts = count_items(items, answers, rows)
+            left = len(items) - counts["missing"]
+            return Scores(self.name, variant, {}, tuple(rows), counts | {"unjudged": left})
+        before = judge.usage.copy()
+
+        def grades_of(item: Item) -> list[float | None]:
+            answer = answers.get(item.item_id)
+            return [grade(item, answer.text, judge, run) if answer else 0.0 for run in range(judge.runs)]
+
+        graded = judge.map(grades_of, items)
+        runs = [[value or 0.0 for value in grades] for grades in graded]
+        rows = [
+            ItemScore(
+                item.item_id,
+                statistics.fmean(values),
+                None if None in grades or item.item_id not in answers else values,
+            )
+            for item, grades, values in zip(items, graded, runs, strict=True)
+        ]
+        ungraded = sum(grades.count(None) for grades in graded)
+        counts = count_items(items, answers, rows, ungraded=ungraded, unjudged=0) | judge.usage.counts(before)
         aggregate = _aggregate(items, [row.score or 0.0 for row in rows], runs)
-        return Scores(self.name, variant, aggregate, tuple(rows), counts | {"unjudged": 0} | judge.usage.counts(before))
+        return Scores(self.name, variant, aggregate, tuple(rows), counts)
 
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By question id: 12 and "v1_12" are the same."""
