@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
@@ -104,8 +104,7 @@ def image_file(folder: Path, name: Any, where: str) -> ImageRef:
     """
     from tinylmm.evaluation.benchmarks.base import ImageRef
 
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise DataError(f"{where}: image {name!r} must be a path inside {folder}. Correct the record.")
     return ImageRef(folder / name)
 
