@@ -100,6 +100,11 @@ class TestAnswerFiles:
         assert read_answers(lines) == read_answers(listed)
         assert read_answers(write_jsonl(tmp_path / "empty.jsonl", [])) == []
 
+    def test_a_prompt_that_is_no_text_is_as_good_as_none(self, tmp_path: Path) -> None:
+        """TinyLLaVA Factory's MMMU script writes its whole question list there."""
+        row = {"question_id": "validation_Art_1", "text": "A", "prompt": [{"id": "validation_Art_1"}]}
+        assert read_answers(write_jsonl(tmp_path / "a.jsonl", [row]))[0]["prompt"] is None
+
     @pytest.mark.parametrize("row", [{"text": "a"}, {"question_id": 1}, {"question_id": 1, "text": 3}])
     def test_a_row_that_is_no_answer_is_refused(self, tmp_path: Path, row: dict[str, object]) -> None:
         with pytest.raises(DataError, match=r"a\.jsonl"):
