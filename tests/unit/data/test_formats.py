@@ -44,7 +44,11 @@ def image_part(url: str) -> Record:
 FROM = ("from", "value")
 DATA_URL = "data:image/png;base64," + base64.b64encode(png()).decode()
 GOOD = {
-    "openai-text": ("openai", {"messages": said("q", "a", "r", "b")}, Sample("0", (Turn("q", "a"), Turn("r", "b")), ())),
+    "openai-text": (
+        "openai",
+        {"messages": said("q", "a", "r", "b")},
+        Sample("0", (Turn("q", "a"), Turn("r", "b")), ()),
+    ),
     "openai-system": ("openai", {"messages": said("q", "a", first="s")}, Sample("0", (Turn("q", "a"),), (), "s")),
     "openai-parts": (
         "openai",
@@ -112,14 +116,14 @@ BAD = {
         "of more than 32,000,000 bytes",
     ),
     "reserved-name": ("openai", openai([image_part("embedded:ab")], "a"), "reserved"),
-    "image-in-answer": ("openai", openai("q", [image_part("1.png")]), "message 1 has an image, but only questions"),
+    "image-in-answer": ("openai", openai("q", [image_part("1.png")]), "message 1 has an image"),
     "audio": ("openai", openai([{"type": "input_audio"}], "a"), "part 0 of message 0 is of type 'input_audio'"),
     "tool": ("openai", {"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
     "late-system": ("openai", {"messages": [*said("q", "a"), *said("q", "a", first="s")]}, "may only be the first"),
     "two-systems": ("sharegpt", {"system": "t", "conversations": said("q", "a", keys=FROM, first="s")}, "keep one"),
     "only-system": ("openai", {"messages": said(first="s")}, "nothing behind the system message"),
     "open-question": ("openai", openai("q", "a", "r"), "last question has no answer"),
-    "answer-twice": ("openai", {"messages": [*said("q", "a"), {"role": "assistant", "content": "b"}]}, "where one from 'human'"),
+    "answer-twice": ("openai", {"messages": [*said("q", "a"), {"role": "assistant", "content": "b"}]}, "from 'human' is"),
     "too-few-images": ("sharegpt", {"conversations": said("<image><image>", "a", keys=FROM), "image": "1.png"},
                        "2 <image> but the record names 1 images"),
     "too-many-images": ("openai", openai("<image>", "a", images=["1.png", "2.png"]), "1 <image> but the record names 2"),
@@ -152,7 +156,12 @@ def write_parquet(path: Path, rows: list[Record]) -> None:
 
 
 ROWS = [
-    {"id": "a", "image": {"bytes": png(), "path": "x.png"}, "conversations": said("<image>\nq", "a", keys=FROM), "n": 1},
+    {
+        "id": "a",
+        "image": {"bytes": png(), "path": "x.png"},
+        "conversations": said("<image>\nq", "a", keys=FROM),
+        "n": 1,
+    },
     {"id": "b", "image": {"bytes": None, "path": "b.png"}, "conversations": said("<image>q", "a", keys=FROM), "n": 2},
     {"id": "c", "image": None, "conversations": said("q", "a", "r", "b", keys=FROM), "n": 3},
 ]
@@ -173,7 +182,10 @@ def test_parquet_rows_are_samples_with_embedded_images_paths_or_none(tmp_path: P
 def test_parquet_with_messages_and_several_images(tmp_path: Path) -> None:
     cells = [{"bytes": png(colour), "path": None} for colour in ("red", "blue")]
     content = [{"type": "image", "text": None}, {"type": "text", "text": "or"}, {"type": "image", "text": None}]
-    row = {"images": cells, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [part("x")]}]}
+    row = {
+        "images": cells,
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [part("x")]}],
+    }
     write_parquet(tmp_path / "a.parquet", [row])
     (sample,) = read_samples(tmp_path / "a.parquet", "auto")
     assert isinstance(sample, Sample) and sample.turns == (Turn("<image>or<image>", "x"),)
@@ -202,4 +214,8 @@ def test_unreadable_parquet_is_refused_with_advice(tmp_path: Path, name: str, la
 
 def test_json_lines_of_messages(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(openai(f"q{n}", "a")) for n in range(3)))
-    assert [s.turns[0].user for s in read_samples(tmp_path / "a.jsonl", "openai") if isinstance(s, Sample)] == ["q0", "q1", "q2"]
+    assert [s.turns[0].user for s in read_samples(tmp_path / "a.jsonl", "openai") if isinstance(s, Sample)] == [
+        "q0",
+        "q1",
+        "q2",
+    ]
