@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ def safe_path(root: Path, relative: str) -> Path:
     return path
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB.
+def open_image(path: Path | BinaryIO) -> Image.Image:
+    """Decode an image file (or the bytes of one) completely, as RGB.
 
     Raises:
         DataError: not one of FORMATS, more than MAX_PIXELS, damaged, or cut short.
@@ -67,7 +68,7 @@ def open_image(path: Path) -> Image.Image:
             raise _damaged(path, error) from error
 
 
-def check_image(path: Path) -> None:
+def check_image(path: Path | BinaryIO) -> None:
     """Raise what `open_image` would raise, but decode JPEG at an eighth of its size (all its data is still read)."""
     with _open_header(path) as image:
         try:
@@ -78,7 +79,7 @@ def check_image(path: Path) -> None:
             raise _damaged(path, error) from error
 
 
-def _open_header(path: Path) -> Image.Image:
+def _open_header(path: Path | BinaryIO) -> Image.Image:
     """Open without decoding, and refuse by format and size."""
     try:
         image = Image.open(path, formats=FORMATS)
@@ -97,7 +98,7 @@ def _open_header(path: Path) -> Image.Image:
     return image
 
 
-def _damaged(path: Path, error: BaseException) -> DataError:
+def _damaged(path: Path | BinaryIO, error: BaseException) -> DataError:
     return DataError(f"{path}: image is damaged or cut short ({type(error).__name__}: {error}). Fetch it again.")
 
 
