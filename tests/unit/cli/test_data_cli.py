@@ -5,15 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from tests.builders import tiny_tokenizer
 from tests.integration.project import Project, tiny_project
 from tinylmm.cli.main import app
+from tinylmm.config.compose import compose_run
 from tinylmm.errors import ConfigError, DataError, UserError
+from tinylmm.stages.graph import build_graph
+from tinylmm.stages.store import Store
 
 BROKEN = b"\x89PNG\r\n\x1a\n but no image"
 
@@ -160,3 +165,25 @@ def test_data_that_a_run_makes_itself_is_not_there_before_it(tmp_path: Path) -> 
         UserError, match=r"data digits is made by the run itself.*Give the same words to tinylmm-train first"
     ):
         raise result.exception or AssertionError(result.output)
+
+
+def test_data_and_tokenizer_that_runs_have_made_are_taken_from_the_store(tmp_path: Path) -> None:
+    words = [f"store={tmp_path}"]
+    graph = build_graph(compose_run(words), lambda kind, thing: {})
+    made = {stage.name: stage for stage in graph}
+    store = Store(tmp_path)
+    digits = graph[made["prepare[finetune]"].parents["data"]]
+    output = store.begin(digits) / "output"
+    (output / "images").mkdir()
+    (output / "images/a.png").write_bytes(png("blue"))
+    turns = [{"from": "human", "value": "<image>\nwhat digit?"}, {"from": "gpt", "value": "3"}]
+    (output / "finetune.json").write_text(json.dumps([{"id": "f", "image": "a.png", "conversations": turns}]))
+    store.publish(digits, {}, time.time())
+    result = CliRunner().invoke(app, ["data", "check", *words, "--source", "finetune"])
+    assert result.exit_code == 0 and "finetune: all 1 records can be used" in result.output
+    shown = CliRunner().invoke(app, ["data", "show", *words])
+    assert "parts tokenizer/nano is made by the run itself" in str(shown.exception)
+    tiny_tokenizer().save_pretrained(store.begin(made["tokenizer/nano"]) / "output")
+    store.publish(made["tokenizer/nano"], {}, time.time())
+    shown = CliRunner().invoke(app, ["data", "show", *words])
+    assert shown.exit_code == 0 and "image 1: a.png, 40 × 30 → 32 × 32" in shown.output and "« 3</s>»" in shown.output
