@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.data.segments import Segment, Turn, structure
-from tinylmm.data.templates import ChatTemplate, user_segments
+from tinylmm.data.templates import ChatTemplate, fitting_templates, user_segments
 from tinylmm.errors import UserError
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ class _Layouts:
         return self._refusal("it closes answers with no special token, so a model would never learn to stop", "")
 
     def _refusal(self, why: str, advice: str) -> UserError:
+        fitting = ", ".join(fitting_templates(self._tokenizer)) or "none"
         return UserError(
             f"the chat template of the tokenizer '{self._tokenizer.name_or_path}' cannot be used for training: {why}. "
-            f"{advice or 'Use a template by name.'} Set llm.template or the stage's template."
+            f"{advice or 'Use a template by name.'} Set llm.template or the stage's template; those that fit: {fitting}."
         )

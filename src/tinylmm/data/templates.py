@@ -50,13 +50,7 @@ class ChatTemplate:
         missing = sorted(token for token in self.tokens if token_id(tokenizer, token) is None)
         if not missing:
             return self
-        from tinylmm.data.chat import TEMPLATES
-
-        fitting = [
-            other.name
-            for other in TEMPLATES.values()
-            if other.eos is not None and all(token_id(tokenizer, token) is not None for token in other.tokens)
-        ]
+        fitting = fitting_templates(tokenizer)
         texts = ", ".join(f"'{token}'" for token in missing)
         use = "ends answers with" if missing == [self.eos] else "needs"
         raise UserError(
@@ -113,6 +107,17 @@ class ChatTemplate:
 
     def _end(self) -> list[Segment]:
         return [] if self.eos is None else [Segment(self.eos, supervised=True, special="token")]
+
+
+def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Names of the templates with an end token whose structural tokens the tokenizer has."""
+    from tinylmm.data.chat import TEMPLATES
+
+    return [
+        template.name
+        for template in TEMPLATES.values()
+        if template.eos is not None and all(token_id(tokenizer, token) is not None for token in template.tokens)
+    ]
 
 
 @dataclass(frozen=True)
