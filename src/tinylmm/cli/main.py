@@ -7,7 +7,7 @@ import sys
 import typer
 
 from tinylmm import __version__
-from tinylmm.cli import store
+from tinylmm.cli import data, store
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
@@ -24,6 +24,7 @@ app.command("runs")(store.runs)
 app.command("report")(report)
 app.command("score")(score)
 app.add_typer(store.app, name="store")
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -178,20 +178,31 @@ def _check_names(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_stages(raw: Mapping[str, Any]) -> list[Fault]:
     faults = []
-    sources = _mapping(raw, "data", "sources")
     for name, stage in _mapping(raw, "recipe", "stages").items():
         where = f"recipe.stages.{name}"
         if not isinstance(stage, Mapping):
             continue
-        source = stage.get("data")
-        if isinstance(source, str) and sources and source not in sources:
-            what = f"is '{source}', which data={_mapping(raw, 'data').get('name')} does not have."
-            fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
-            if source == "share_pretrain":
-                fix += " The share recipe needs data=sharegpt4v, or digits."
-            faults.append(Fault(f"{where}.data", what, fix))
+        mixed = stage.get("data")
+        for source in [mixed] if isinstance(mixed, str) else [*mixed] if isinstance(mixed, Mapping) else []:
+            faults += _check_source(where, source, raw)
         faults += _check_tune(where, stage)
     return faults
+
+
+def _check_source(where: str, source: Any, raw: Mapping[str, Any]) -> list[Fault]:
+    """Whether the data set has a source that a stage trains on, and whether it can be trained on."""
+    sources = _mapping(raw, "data", "sources")
+    if not isinstance(source, str) or not sources:
+        return []
+    if source not in sources:
+        what = f"is '{source}', which data={_mapping(raw, 'data').get('name')} does not have."
+        fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
+        if source == "share_pretrain":
+            fix += " The share recipe needs data=sharegpt4v, or digits."
+        return [Fault(f"{where}.data", what, fix)]
+    if _mapping(sources, source).get("format") == "questions":
+        return [Fault(f"{where}.data", f"is '{source}', which holds questions for evaluation, not conversations.")]
+    return []
 
 
 def _check_tune(where: str, stage: Mapping[str, Any]) -> list[Fault]:

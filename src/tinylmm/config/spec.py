@@ -31,7 +31,8 @@ class SourceSpec(Frozen):
 
     annotations: str
     images: str = ""
-    format: Literal["llava", "questions"] = "llava"
+    format: Literal["llava", "openai", "sharegpt", "parquet", "auto", "questions"] = "llava"
+    """Layout of its records (`data/formats.py`); `auto` looks at each. `questions` are for evaluation, not for training."""
     limit: Positive | None = None
     """Use only the first so many records."""
     on_bad: Literal["fail", "skip"] = "fail"
@@ -206,8 +207,9 @@ class StageSpec(Frozen):
 
     start: str = Field(alias="from")
     """`parts`, or the name of an earlier stage whose model is trained on."""
-    data: str
-    """Key of `data.sources`."""
+    data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Key of `data.sources`, or a mixture `{key: weight}`: how often an epoch has each sample of the source (1 once, 2 twice,
+    0.5 every other one, the others in the next epoch)."""
     tune: TuneSpec
     lr: Annotated[float, Field(gt=0)] | dict[PartName, Annotated[float, Field(gt=0)]]
     """Peak learning rate: one for all, or one a part."""
@@ -227,6 +229,11 @@ class StageSpec(Frozen):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     template: str
     """Chat template; `auto` is the LLM's own."""
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Source -> weight, also where `data` names one source."""
+        return {self.data: 1.0} if isinstance(self.data, str) else dict(self.data)
 
 
 class RecipeSpec(Frozen):

@@ -10,6 +10,7 @@ import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -55,8 +56,12 @@ def safe_path(root: Path, relative: str) -> Path:
     return path
 
 
-def open_image(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image file completely, as RGB; with `data`, decode that, and `path` only names it in messages.
+def open_image(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
+    """Decode an image file (or the bytes of one) completely, as RGB.
+
+    Args:
+        path: a file, or an open binary one.
+        data: decode this instead; `path` then only names it in messages.
 
     Raises:
         DataError: not one of FORMATS, more than MAX_PIXELS, damaged, or cut short.
@@ -68,7 +73,7 @@ def open_image(path: Path, data: bytes | None = None) -> Image.Image:
             raise _damaged(path, error) from error
 
 
-def check_image(path: Path) -> None:
+def check_image(path: Path | BinaryIO) -> None:
     """Raise what `open_image` would raise, but decode JPEG at an eighth of its size (all its data is still read)."""
     with _open_header(path) as image:
         try:
@@ -79,7 +84,7 @@ def check_image(path: Path) -> None:
             raise _damaged(path, error) from error
 
 
-def _open_header(path: Path, data: bytes | None = None) -> Image.Image:
+def _open_header(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
     """Open without decoding, and refuse by format and size."""
     try:
         image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
@@ -98,7 +103,7 @@ def _open_header(path: Path, data: bytes | None = None) -> Image.Image:
     return image
 
 
-def _damaged(path: Path, error: BaseException) -> DataError:
+def _damaged(path: Path | BinaryIO, error: BaseException) -> DataError:
     return DataError(f"{path}: image is damaged or cut short ({type(error).__name__}: {error}). Fetch it again.")
 
 

@@ -122,11 +122,10 @@ class _Builder:
                     self._attach(spec, parents, role, part)
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            prepared = self._prepare(name, stage, tokenizer)
-            parents |= {"prepared": prepared.digest} | self._data_parent(self.run.data)
             fields = _dump(stage, exclude={"start", "data", "template"})
             spec |= {**fields, "seed": self.run.seed, "trainer": dict(self.run.trainer)}
-            trained[name] = self._add("train", name, spec, parents, self._locations(stage.data))
+            places = self._mix(name, stage, tokenizer, spec, parents)
+            trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), places)
         self._evaluations(trained)
         return self.graph
 
@@ -142,15 +141,38 @@ class _Builder:
         fields["template"] = template
         fields["source"] = self._source(spec.data, spec.source)
         parents = {"model": model.digest} | self._data_parent(spec.data)
-        self._add("eval", f"{benchmark}@{model.name}", fields, parents, _location(spec.data, spec.source))
+        self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": _location(spec.data, spec.source)})
 
-    def _prepare(self, name: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
+    def _mix(
+        self,
+        name: str,
+        stage: StageSpec,
+        tokenizer: Stage | dict[str, Any],
+        spec: dict[str, Any],
+        parents: dict[str, str],
+    ) -> dict[str, Any]:
+        """Add the stage's prepare stages to its `parents` and weights to its `spec`; return where the images lie.
+
+        A mixture is in the order of its parts' digests: names of sources decide nothing.
+        """
+        mixture = stage.mixture
+        if list(mixture.values()) == [1.0]:
+            (source,) = mixture
+            parents["prepared"] = self._prepare(name, source, stage, tokenizer).digest
+            return {"location": _location(self.run.data, source)}
+        found = {source: self._prepare(f"{name}/{source}", source, stage, tokenizer) for source in mixture}
+        order = sorted(mixture, key=lambda source: (found[source].digest, mixture[source]))
+        parents |= {f"prepared.{number}": found[source].digest for number, source in enumerate(order)}
+        spec["mixture"] = [mixture[source] for source in order]
+        return {"locations": [_location(self.run.data, source) for source in order]}
+
+    def _prepare(self, name: str, source: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
         template = self.run.llm.template if stage.template == "auto" else stage.template
         spec: dict[str, Any] = {"template": template}
-        spec["source"] = self._source(self.run.data, stage.data)
+        spec["source"] = self._source(self.run.data, source)
         parents = self._data_parent(self.run.data)
         self._attach(spec, parents, "tokenizer", tokenizer)
-        return self._add("prepare", f"prepare[{name}]", spec, parents, self._locations(stage.data))
+        return self._add("prepare", f"prepare[{name}]", spec, parents, {"location": _location(self.run.data, source)})
 
     def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
         """The fields of a source that decide what is read; for files outside the store, their content."""
@@ -159,9 +181,6 @@ class _Builder:
             return {"file": source.annotations} | _dump(source, exclude={"annotations", "how_to_get"})
         fields = _dump(source, exclude={"annotations", "images", "how_to_get"})
         return fields | {"content": self.fingerprint("source", (data, name))}
-
-    def _locations(self, source: str) -> dict[str, Any]:
-        return _location(self.run.data, source)
 
     def _data_parent(self, data: DataSpec) -> dict[str, str]:
         if data.build is None:
@@ -213,9 +232,9 @@ class _Builder:
         name: str,
         spec: dict[str, Any],
         parents: dict[str, str],
-        location: dict[str, Any] | None = None,
+        places: dict[str, Any] | None = None,
     ) -> Stage:
-        settings = self.settings | {"folders": dict(self.folders)} | ({"location": location} if location else {})
+        settings = self.settings | {"folders": dict(self.folders)} | (places or {})
         return self.graph.add(kind, name, spec, parents, settings)
 
 

@@ -133,7 +133,7 @@ class _Files:
         source, root = data.sources[name], Path(data.root).absolute()
         annotations = root / source.annotations
         how = source.how_to_get or f"set data.sources.{name}.annotations to the file you have"
-        if not annotations.is_file():
+        if not annotations.exists():
             self.missing.append(Missing(f"annotations of {data.name}/{name}", str(annotations), how))
             return {"missing": source.annotations}
         found = source_fingerprint(root, source, self.cache)

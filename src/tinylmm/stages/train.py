@@ -10,20 +10,22 @@ from typing import Any
 import torch
 
 from tinylmm.data.collate import Collator
-from tinylmm.data.images import ImageTransform, open_image, safe_path
-from tinylmm.errors import StoppedError
+from tinylmm.data.image_folders import ImageFolder, ImageFolders
+from tinylmm.data.images import ImageTransform, open_image
+from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.stages.devices import choose_device
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.prepare import EMBEDDED_FOLDER
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
-from tinylmm.training.sampler import StepSampler, num_steps
+from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_trackers
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
@@ -43,7 +45,7 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     _cast_frozen(model, job.spec["precision"], device)
     model.to(device)
-    samples = PreparedSamples(job.parents["prepared"], model.image_tokens, job.spec["max_length"])
+    samples = PreparedSamples(_prepared(job), model.image_tokens, job.spec["max_length"])
     images = _Images(job, loaded)
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
@@ -81,9 +83,12 @@ def build_trainer(
 ) -> LMMTrainer:
     """Wire model, data and launch settings to the Trainer."""
     spec, launch = job.spec, job.settings["launch"]
-    steps = num_steps(len(samples), spec["global_batch"], spec["epochs"], spec["max_steps"])
+    mixture = Mixture(samples.sizes, spec.get("mixture") or [1.0] * len(samples.sizes))
+    if not len(mixture):
+        raise DataError("the mixture's weights leave no sample to train on; raise them")
+    steps = num_steps(len(mixture), spec["global_batch"], spec["epochs"], spec["max_steps"])
     sampler = StepSampler(
-        len(samples),
+        len(mixture),
         steps,
         spec["global_batch"],
         spec["epochs"],
@@ -91,6 +96,7 @@ def build_trainer(
         launch["micro_batch"],
         rank(),
         world_size(),
+        mixture.epoch,
     )
     arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
     loaded.model.touch_vision_always = world_size() > 1
@@ -127,22 +133,32 @@ def build_trainer(
     return trainer
 
 
+def _prepared(job: StageJob) -> list[Path]:
+    """Outputs of the stage's prepare stages; those of a mixture in its order."""
+    if "prepared" in job.parents:
+        return [job.parents["prepared"]]
+    return [job.parents[f"prepared.{number}"] for number in range(len(job.spec["mixture"]))]
+
+
 class _Images:
-    """Opens the stage's images, inside its image folder only."""
+    """Opens the stage's images, inside its image folders only."""
 
     def __init__(self, job: StageJob, loaded: LoadedModel) -> None:
-        location = job.settings["location"]
-        root = Path(location["root"]) if location["root"] else job.parents["data"]
-        self.folder = root / location["source"]["images"]
+        locations = job.settings.get("locations") or [job.settings["location"]]
+        folders = []
+        for location, prepared in zip(locations, _prepared(job), strict=True):
+            root = Path(location["root"]) if location["root"] else job.parents["data"]
+            folders.append(ImageFolder(root / location["source"]["images"], prepared / EMBEDDED_FOLDER))
+        self.folders = ImageFolders(folders)
         self.transform = ImageTransform(**loaded.description["image"])
 
     def pixels(self, name: str) -> torch.Tensor:
         """(3, H, W) of one image."""
-        return self.transform(open_image(safe_path(self.folder, name)))
+        return self.transform(open_image(self.folders.find(name)))
 
     def stamp(self, name: str) -> list[Any]:
         """What tells this file from any other: resolved path, size, modification time."""
-        path = safe_path(self.folder, name)
+        path = self.folders.find(name)
         status = path.stat()
         return [str(path), status.st_size, status.st_mtime_ns]
 

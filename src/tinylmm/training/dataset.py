@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from tinylmm.data.collate import sample_length, supervised_after_cut
+from tinylmm.data.image_folders import in_mixture
 from tinylmm.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -38,19 +40,24 @@ class LengthReport:
 
 
 class PreparedSamples(Dataset[dict[str, Any]]):
-    """Rows of a `prepare` stage by index, without those that `max_length` leaves nothing of.
+    """Rows of `prepare` stages by index, without those that `max_length` leaves nothing of.
 
     Args:
-        folder: the prepare stage's output.
+        folders: output of the prepare stage of each source, in the mixture's order.
         image_tokens: Q, tokens an image takes.
         max_length: tokens a sample may have, image tokens counted in.
+
+    Attributes:
+        sizes: samples of each source, which lie one behind the other.
 
     Raises:
         DataError: nothing is left to train on.
     """
 
-    def __init__(self, folder: Path, image_tokens: int, max_length: int) -> None:
-        self.rows = datasets.load_from_disk(str(folder / "samples"))
+    def __init__(self, folders: Sequence[Path], image_tokens: int, max_length: int) -> None:
+        parts = [datasets.load_from_disk(str(folder / "samples")) for folder in folders]
+        self.rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        self.starts = np.cumsum([0, *map(len, parts)])
         table = self.rows.data.table
         text = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
         images = pc.list_value_length(table["images"]).to_numpy().astype(np.int64)
@@ -60,6 +67,7 @@ class PreparedSamples(Dataset[dict[str, Any]]):
         kept = np.setdiff1d(np.arange(len(text)), dropped)
         cut = sorted(set(too_long) - set(dropped))
         self.index = kept
+        self.sizes = np.diff(np.searchsorted(kept, self.starts)).tolist()
         self.report = LengthReport(
             samples=len(kept),
             tokens=int(np.minimum(lengths[kept], max_length).sum()),
@@ -73,18 +81,29 @@ class PreparedSamples(Dataset[dict[str, Any]]):
                 "max_length %d: %d samples cut, %d left out (ids in the manifest)", max_length, len(cut), len(dropped)
             )
         if not len(kept):
-            raise DataError(f"no sample of {folder} has a supervised token within max_length {max_length}; raise it")
+            raise DataError(
+                f"no sample of {', '.join(map(str, folders))} has a supervised token within max_length {max_length}; raise it"
+            )
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[int(self.index[index])]
+        row = int(self.index[index])
+        record: dict[str, Any] = self.rows[row]
+        if len(self.sizes) > 1:
+            position = int(np.searchsorted(self.starts, row, side="right")) - 1
+            record["images"] = [in_mixture(position, name) for name in record["images"]]
+        return record
 
     def images(self) -> list[str]:
         """Distinct image names, sorted."""
-        column = self.rows.data.table["images"]
-        return sorted({name for chunk in column.chunks for name in chunk.flatten().to_pylist()})
+        column = self.rows.data.table["images"].combine_chunks()
+        names = set()
+        for position, (start, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
+            own = column.slice(start, end - start).flatten().to_pylist()
+            names |= set(own) if len(self.sizes) == 1 else {in_mixture(position, name) for name in set(own)}
+        return sorted(names)
 
 
 __all__ = ["LengthReport", "PreparedSamples", "sample_length"]
