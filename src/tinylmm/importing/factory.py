@@ -87,6 +87,7 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
         select=SELECTS[strategy],
         aspect=config.get("image_aspect_ratio"),
         tower_name=tower_name,
+        llm_name=str(config.get("llm_model_name_or_path", "")),
     )
 
 

@@ -106,6 +106,7 @@ def _parts(source: Source, tensors: Tensors, llm_config: PreTrainedConfig | None
         select=SELECTS[feature],
         aspect=config.get("image_aspect_ratio"),
         tower_name=tower_name,
+        llm_name=str(config.get("_name_or_path", "")),
     )
 
 

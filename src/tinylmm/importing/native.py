@@ -64,4 +64,5 @@ def read_transformers(source: Source) -> Parts:
         select=SELECTS[strategy],
         aspect="pad" if ours.get("image_mode") == "pad" else None,
         tower_name=str(config["vision_config"].get("_name_or_path", "")),
+        llm_name=str(config["text_config"].get("_name_or_path", "")),
     )

@@ -40,7 +40,7 @@ class Parts:
         select_layer: index into the tower's hidden states.
         select: "patch" (drop the CLS token), "all", or "cut" (drop index 0 whatever it is, as the Factory does).
         aspect: LLaVA's image_aspect_ratio, or None.
-        tower_name: what the checkpoint calls its tower.
+        tower_name, llm_name: what the checkpoint calls its parts; hub ids as a rule.
     """
 
     llm_config: PreTrainedConfig
@@ -53,6 +53,7 @@ class Parts:
     select: str
     aspect: str | None
     tower_name: str
+    llm_name: str
 
 
 def assemble(parts: Parts, source: Source) -> LoadedModel:
@@ -87,6 +88,11 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
         "vision_tower": {"_target_": TOWER, "encoder": f"transformers.{encoder_class.__name__}", "image": image},
     }
     description = describe(identities, output, parts.connector_spec, template)
+    names = {"llm": parts.llm_name, "vision_tower": parts.tower_name}
+    # A path of the author's disk says nothing here, and is nobody's business.
+    description["origin"] = {
+        part: name for part, name in names.items() if name and not name.startswith(("/", ".", "~"))
+    }
     return LoadedModel(LMM(llm, tower, connector, template), tokenizer, description, None)
 
 
