@@ -33,7 +33,7 @@ ALLOWED = {
     "evaluation": {"models", "data", "config", "errors", "stop"},
     "stages": {"training", "evaluation", "models", "data", "config", "errors", "integrity", "stop"},
     "importing": {"models", "data", "config", "errors"},
-    "export": {"importing", "models", "data", "config", "errors"},
+    "export": {"importing", "inference", "models", "data", "config", "errors"},
     "inference": {"models", "data", "config", "errors", "integrity", "stages"},
     "launch": {"stages", "config", "errors", "stop", "integrity"},
     "reports": {"stages", "config", "errors", "integrity"},

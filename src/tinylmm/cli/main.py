@@ -7,7 +7,8 @@ import sys
 import typer
 
 from tinylmm import __version__
-from tinylmm.cli import store
+from tinylmm.cli import convert, store
+from tinylmm.cli.chat import chat
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
@@ -21,6 +22,9 @@ app = typer.Typer(
 app.command("plan")(plan)
 app.command("runs")(store.runs)
 app.command("report")(report)
+app.command("chat")(chat)
+app.command("import")(convert.import_)
+app.command("export")(convert.export)
 app.add_typer(store.app, name="store")
 
 

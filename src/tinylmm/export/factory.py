@@ -39,8 +39,8 @@ def export_factory(
     names = {"llm": llm or origin.get("llm"), "tower": tower or origin.get("vision_tower")}
     if missing := [f"--{option}" for option, name in names.items() if not name]:
         raise UserError(
-            f"the Factory loads tokenizer and image processor by name, and this model does not say them: give {' and '.join(missing)} "
-            "(a hub id such as microsoft/phi-2, or a folder)."
+            f"the Factory loads tokenizer and image processor by name, and this model does not say them: "
+            f"give {' and '.join(missing)} (a hub id such as microsoft/phi-2, or a folder)."
         )
     notes: list[str] = []
     config = _config(loaded, str(names["llm"]), str(names["tower"]), notes)
@@ -69,6 +69,7 @@ def _parts(loaded: LoadedModel) -> dict[str, dict[str, Tensor]]:
 
 def _config(loaded: LoadedModel, llm_name: str, tower_name: str, notes: list[str]) -> dict[str, Any]:
     model, tower, image = loaded.model, loaded.model.vision_tower, loaded.description["image"]
+    llm = model.config
     usual = BY_KIND.get(str(tower.config.model_type), {})
     if any(image[key] != value for key, value in usual.items() if key != "mode") or (
         image["mode"] not in ("pad", usual.get("mode"))
@@ -83,7 +84,7 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str, notes: list[str
         "vision_model_name_or_path2": "",
         "connector_type": type_of_spec(loaded.description["connector"]),
         "hidden_size": model.connector.llm_dim,
-        "vocab_size": model.llm.config.vocab_size,
+        "vocab_size": llm.vocab_size,
         "vision_hidden_size": tower.hidden_size,
         "vision_feature_layer": len(tower.blocks) - tower.depth - 1,
         "vision_feature_select_strategy": _strategy(tower),
@@ -93,10 +94,10 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str, notes: list[str
         "pad_token": loaded.tokenizer.pad_token,
         "pad_token_id": loaded.tokenizer.pad_token_id,
         "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": int(getattr(model.llm.config, "max_position_embeddings", 2048)),
+        "tokenizer_model_max_length": int(getattr(llm, "max_position_embeddings", 2048)),
         "tokenizer_use_fast": True,
         "use_cache": True,
-        "text_config": model.llm.config.to_dict(),
+        "text_config": llm.to_dict(),
         "vision_config": {**tower.config.to_dict(), "model_name_or_path": tower_name, "model_name_or_path2": ""},
     }
 

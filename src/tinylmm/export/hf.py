@@ -137,7 +137,7 @@ def _llm_obstacles(model: LMM) -> list[str]:
 
 
 def _config(model: LMM, image_id: int, rows: int) -> LlavaConfig:
-    tower, llm = model.vision_tower, copy.deepcopy(model.llm.config)
+    tower, llm = model.vision_tower, copy.deepcopy(model.config)
     llm.vocab_size = rows
     connector = model.connector
     assert isinstance(connector, MLPConnector), "obstacles() lets nothing else through"
