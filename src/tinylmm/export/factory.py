@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinylmm.errors import UserError
+from tinylmm.export.processor import dropped_tokens
 from tinylmm.export.report import ExportReport, draft_of
 from tinylmm.importing.configs import BY_KIND
 from tinylmm.importing.connectors import from_ours, type_of_spec
@@ -104,7 +105,7 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str, notes: list[str
 
 def _strategy(tower: HFVisionTower) -> str:
     """The Factory's "patch" drops index 0 of any tower, its "cls_patch" nothing."""
-    dropped = int(tower.has_cls and tower.select == "patch") + int(tower.drop_first_token)
+    dropped = dropped_tokens(tower)
     if dropped > 1:
         raise UserError(
             "the Factory drops at most one token of a tower, and this model drops the CLS token and a patch."

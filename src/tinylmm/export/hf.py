@@ -19,7 +19,7 @@ from transformers import MODEL_MAPPING, LlavaConfig, LlavaForConditionalGenerati
 from tinylmm.data.chat import IMAGE_SLOT, Turn, get_template
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.export.chat_template import jinja_template
-from tinylmm.export.processor import make_processor
+from tinylmm.export.processor import dropped_tokens, make_processor
 from tinylmm.export.report import ExportReport, draft_of
 from tinylmm.importing.native import OURS_FILE
 from tinylmm.importing.tensors import listed
@@ -108,13 +108,9 @@ def _tower_obstacles(model: LMM) -> list[str]:
         return [f"its tower is one encoder of transformers; this one is {type(tower).__name__}"]
     if MODEL_MAPPING[type(tower.config)] is not type(tower.encoder):
         return [f"AutoModel builds another class than {type(tower.encoder).__name__} from this tower's config"]
-    if _dropped(tower) > 1:
+    if dropped_tokens(tower) > 1:
         return ["it can drop one token of the tower, and this model drops two (the CLS token and the first patch)"]
     return []
-
-
-def _dropped(tower: HFVisionTower) -> int:
-    return int(tower.has_cls and tower.select == "patch") + int(tower.drop_first_token)
 
 
 @torch.no_grad()
@@ -148,7 +144,7 @@ def _config(model: LMM, image_id: int, rows: int) -> LlavaConfig:
         image_seq_length=tower.num_tokens,
         projector_hidden_act=_activation(connector),
         vision_feature_layer=len(tower.blocks) - tower.depth - 1,
-        vision_feature_select_strategy="default" if _dropped(tower) else "full",
+        vision_feature_select_strategy="default" if dropped_tokens(tower) else "full",
     )
 
 

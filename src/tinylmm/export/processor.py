@@ -26,15 +26,19 @@ def make_processor(
         tower: says patches and tokens.
         chat_template: Jinja source, or None.
     """
-    dropped = int(tower.has_cls and tower.select == "patch") + int(tower.drop_first_token)
     return LlavaProcessor(
         _image_processor(image),
         tokenizer,
         patch_size=int(tower.config.patch_size),
-        vision_feature_select_strategy="default" if dropped else "full",
+        vision_feature_select_strategy="default" if dropped_tokens(tower) else "full",
         num_additional_image_tokens=int(tower.has_cls),
         chat_template=chat_template,
     )
+
+
+def dropped_tokens(tower: HFVisionTower) -> int:
+    """How many tokens of the layer that is read are dropped, first ones first."""
+    return int(tower.has_cls and tower.select == "patch") + int(tower.drop_first_token)
 
 
 def _image_processor(image: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tinylmm.config.groups import conf_folder
-from tinylmm.data.chat import TEMPLATES, ChatTemplate, get_template
+from tinylmm.data.chat import TEMPLATES, VICUNA_SYSTEM, get_template
 from tinylmm.errors import DataError, UserError
 from tinylmm.importing.source import Source, read_json
 
@@ -220,7 +220,7 @@ def choose_template(source: Source, tokenizer: PreTrainedTokenizerBase, llm_kind
     """
     if source.template is not None:
         return get_template(source.template).name
-    fitting = [t.name for t in TEMPLATES.values() if type(t) is ChatTemplate and t.eos == tokenizer.eos_token]
+    fitting = [t.name for t in TEMPLATES.values() if t.system == VICUNA_SYSTEM and t.eos == tokenizer.eos_token]
     fitting.sort(key=lambda name: not llm_kind.startswith(name.split("_")[0]))  # stable: the LLM's own first
     if not fitting:
         raise UserError(

@@ -27,6 +27,8 @@ from tests.foreign import (
     write_pickle,
 )
 from tinylmm.errors import DataError, UserError
+from tinylmm.importing.configs import choose_template, flat_llm_config, known_tower, known_tower_config
+from tinylmm.importing.source import open_source
 from tinylmm.models.checkpoint import LoadedModel
 
 BEFORE, AFTER = [5, 6, 7], [8, 9, 10, 11]
@@ -217,3 +219,39 @@ def test_transformers_llava_comes_in_by_both_key_schemes(tmp_path: Path, scheme:
 def test_a_missing_base_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"SOURCE: .*nowhere is no folder"):
         load_imported(tmp_path / "nowhere", tmp_path / "model")
+
+
+def test_the_llms_own_template_is_preferred_among_those_with_its_end_token(tmp_path: Path) -> None:
+    source = open_source(tmp_path, None, None, None)
+    tokenizer = tiny_tokenizer()
+    assert choose_template(source, tokenizer, "llama") == "llama" and "'llama'" in source.notes[0]
+    tokenizer.eos_token = "<|endoftext|>"
+    assert choose_template(source, tokenizer, "phi") == "phi"
+    tokenizer.eos_token = "<odd>"
+    with pytest.raises(UserError, match=r"none of the family's ends answers with '<odd>'.*--template"):
+        choose_template(source, tokenizer, "phi")
+    source.template = "plain"
+    assert choose_template(source, tokenizer, "phi") == "plain"
+
+
+def test_configs_of_the_time_mean_the_same_today() -> None:
+    phi = flat_llm_config(
+        {
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.4,
+            "rope_theta": 5000.0,
+            "mm_hidden_size": 9,
+            "resid_pdrop": 0.1,
+        },
+        "phi",
+    )
+    assert (phi.hidden_size, phi.resid_pdrop) == (64, 0.1) and not hasattr(phi, "mm_hidden_size")
+    assert phi.rope_parameters["partial_rotary_factor"] == 0.4 and phi.rope_parameters["rope_theta"] == 5000.0
+    epoch = {"rope_pct": 0.25, "norm_eps": 1e-5, "use_qkv_bias": True, "hidden_size": 64, "rotary_scaling_factor": 1.0}
+    stablelm = flat_llm_config(epoch, "stablelm")
+    assert stablelm.use_qkv_bias and stablelm.layer_norm_eps == 1e-5
+    assert stablelm.rope_parameters["partial_rotary_factor"] == 0.25
+    assert known_tower("bczhou/TinyLLaVA-3.1B-SigLIP") == known_tower("google/siglip-so400m-patch14-384")
+    clip = known_tower_config("openai/clip-vit-large-patch14-336")
+    assert clip is not None and clip.model_type == "clip_vision_model" and clip.num_hidden_layers == 24
+    assert known_tower("someone/else") is None
