@@ -35,8 +35,9 @@ def jinja_template(template: ChatTemplate) -> str | None:
         pieces.append(piece)
     before, answer, between = pieces[0], pieces[1], pieces[2]
     end = template.text([Turn(marks[0], marks[1])]).rpartition(marks[1])[2]
-    source = _source(before, answer, end, between.removeprefix(end), text)
-    return source if _proven(source, template) else None
+    pieces = [before, answer, end, between.removeprefix(end), text]
+    sources = [_source(pieces, strips, in_front) for strips in (False, True) for in_front in (True, False)]
+    return next((source for source in sources if _proven(source, template)), None)
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -53,11 +54,23 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return found
 
 
-def _source(before: str, answer: str, end: str, following: str, prompt: str) -> str:
-    """Put the constants into the one layout that chat templates of this kind share."""
-    quoted = {"before": before, "answer": answer, "end": end, "following": following, "prompt": prompt}
-    q = {name: json.dumps(value) for name, value in quoted.items()}
+def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
+    """Put constants into the one layout that chat templates of this kind share.
+
+    Args:
+        pieces: what stands before the first question, before answers, behind them, before later questions, and behind an
+            open question.
+        strips: contents lose the white space around them.
+        in_front: a question's only image moves in front of it.
+    """
+    names = ("before", "answer", "end", "following", "prompt")
+    q = {name: json.dumps(piece) for name, piece in zip(names, pieces, strict=True)}
     slot = json.dumps(IMAGE_SLOT)
+    moved = (
+        "{% if ns.text.count(" + slot + ") == 1 %}"
+        "{% set ns.text = " + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip() %}{% endif %}"
+    )
+    stripped = "{% set ns.text = ns.text.strip() %}"
     return (
         "{{ " + q["before"] + " }}"
         "{% for message in messages %}"
@@ -65,11 +78,9 @@ def _source(before: str, answer: str, end: str, following: str, prompt: str) -> 
         "{% else %}{% set ns = namespace(text='') %}{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}{% set ns.text = ns.text + " + slot + " %}"
         "{% else %}{% set ns.text = ns.text + part['text'] %}{% endif %}{% endfor %}{% endif %}"
-        "{% if message['role'] == 'user' %}"
-        "{% if not loop.first %}{{ " + q["following"] + " }}{% endif %}"
-        "{% if ns.text.count(" + slot + ") == 1 %}"
-        "{{ " + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip() }}"
-        "{% else %}{{ ns.text }}{% endif %}"
+        + (stripped if strips else "")
+        + "{% if message['role'] == 'user' %}"
+        "{% if not loop.first %}{{ " + q["following"] + " }}{% endif %}" + (moved if in_front else "") + "{{ ns.text }}"
         "{% elif message['role'] == 'assistant' %}{{ " + q["answer"] + " + ns.text + " + q["end"] + " }}"
         "{% else %}{{ raise_exception('The system text is fixed; use only user and assistant.') }}{% endif %}"
         "{% endfor %}"

@@ -23,6 +23,7 @@ from tinylmm.export.processor import dropped_tokens, make_processor
 from tinylmm.export.report import ExportReport, draft_of
 from tinylmm.importing.native import OURS_FILE
 from tinylmm.importing.tensors import listed
+from tinylmm.inference.session import end_tokens
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import IMAGE_TOKEN_ID, LMM
@@ -190,10 +191,8 @@ def _check_names(config: LlavaConfig, state: dict[str, Tensor]) -> None:
 
 def _set_generation(exported: Any, tokenizer: PreTrainedTokenizerBase, template: str, image_id: int) -> None:
     """Greedy by default, ends where our chat ends, and the image token is never an answer."""
-    end = get_template(template).eos
-    ends = {int(tokenizer.eos_token_id), *([int(tokenizer.convert_tokens_to_ids(end))] if end is not None else [])}
     settings = exported.generation_config
-    settings.eos_token_id = sorted(ends)
+    settings.eos_token_id = sorted(end_tokens(get_template(template), tokenizer))
     settings.pad_token_id = int(tokenizer.pad_token_id)
     settings.suppress_tokens = [image_id]
     settings.do_sample = False
@@ -239,7 +238,8 @@ def _same_ids(processor: Any, loaded: LoadedModel) -> list[str]:
     for turns in ([Turn(f"{IMAGE_SLOT}\nWhat is it?", None)], [Turn(f"{IMAGE_SLOT}\nA?", "b"), Turn("Why?", None)]):
         ours = template.render_prompt(turns, loaded.tokenizer)
         text = template.text(turns).replace(IMAGE_SLOT, IMAGE_SLOT * slots)
-        theirs = processor.tokenizer(text)["input_ids"]
+        has_bos = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
+        theirs = processor.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]  # as apply_chat_template does
         expanded = [t for i in ours for t in ([processor.image_token_id] * slots if i == IMAGE_TOKEN_ID else [i])]
         if theirs != expanded:
             return [

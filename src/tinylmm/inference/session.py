@@ -7,13 +7,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from tinylmm.data.chat import IMAGE_SLOT, Turn, get_template
+from tinylmm.data.chat import IMAGE_SLOT, ChatTemplate, Turn, get_template
 from tinylmm.data.images import MAX_PIXELS, ImageTransform, open_image
 from tinylmm.errors import DataError, UserError
 from tinylmm.inference.decode import Sampling, generate_tokens
@@ -86,10 +87,7 @@ class ChatModel:
         self.tokenizer = loaded.tokenizer
         self.template = get_template(self.model.template)
         self.transform = ImageTransform(**loaded.description["image"])
-        end = self.template.eos
-        self._ends = {int(self.tokenizer.eos_token_id)}
-        if end is not None:
-            self._ends.add(int(cast(int, self.tokenizer.convert_tokens_to_ids(end))))
+        self._ends = end_tokens(self.template, self.tokenizer)
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def chat(self, prompt: str | Sequence[str], image: Any = None, history: Any = (), **options: Any) -> Any:
@@ -248,6 +246,15 @@ class Conversation:
             yield piece
         self.history.append(Exchange(question, "".join(pieces), images))
         self._images = ()
+
+
+def end_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's EOS, and the template's where it is a token of its own."""
+    ends = {int(tokenizer.eos_token_id)}
+    found = None if template.eos is None else tokenizer.convert_tokens_to_ids(template.eos)
+    if isinstance(found, int) and tokenizer.convert_ids_to_tokens(found) == template.eos:
+        ends.add(found)
+    return ends
 
 
 def _as_list(image: Images) -> list[ImageInput]:

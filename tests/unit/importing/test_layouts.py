@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,11 @@ def test_the_published_layout_comes_in_without_running_its_code(tmp_path: Path) 
     source, witness = tmp_path / "published", tmp_path / "witness"
     auto_map = {"AutoConfig": "configuration.TinyLlavaConfig", "AutoModelForCausalLM": "modeling_tinyllava_phi.Model"}
     write_merged(source, factory_config(parts, auto_map=auto_map), factory_tensors(parts))
-    for name in ("configuration.py", "modeling_tinyllava_phi.py"):
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    write_json(
+        source / "tokenizer_config.json", settings | {"auto_map": {"AutoTokenizer": [None, "tokenization.Tokenizer"]}}
+    )
+    for name in ("configuration.py", "modeling_tinyllava_phi.py", "tokenization.py"):
         (source / name).write_text(f"open({str(witness)!r}, 'w').close()\n")
     loaded, report = load_imported(source, tmp_path / "model")
     same_logits(parts, loaded)
