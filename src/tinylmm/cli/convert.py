@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,7 @@ class Dtype(StrEnum):
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="The checkpoint's folder; nothing is downloaded.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The checkpoint's folder; nothing is downloaded.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new model folder; must not exist.")],
     layout: Annotated[Layout, typer.Option(help="The checkpoint's layout.")] = Layout.AUTO,
     llm: Annotated[
@@ -109,6 +110,8 @@ def _line(console: Console, text: str) -> None:
 
 def _quiet() -> None:
     """Loading a model is no news; what we found out about it is."""
+    # Saving imports DeepSpeed (through accelerate), which looks for a GPU aloud; converting needs none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -203,7 +203,8 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise DataError(f"the tokenizer in {found} cannot be loaded: {str(error).splitlines()[0]}") from error
     tokenizer.name_or_path = found.name  # not the temporary folder's
-    tokenizer.init_kwargs.pop("name_or_path", None)
+    for key in ("name_or_path", "is_local", "local_files_only"):  # how it was loaded is no property of it
+        tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token is None:
         wanted = source.config.get("pad_token") or tokenizer.unk_token or tokenizer.eos_token
         tokenizer.pad_token = wanted
