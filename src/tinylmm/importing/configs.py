@@ -152,6 +152,11 @@ def _processor_settings(folder: Path) -> dict[str, Any] | None:
         return None
     cropped = content.get("do_center_crop", False) and not content.get("do_pad")
     size = _edge(content["crop_size"] if cropped else content["size"])
+    if cropped and _edge(content["size"]) != size:
+        raise UserError(
+            f"{folder / name}: images are resized to a short edge of {_edge(content['size'])} pixels and cropped to {size}; "
+            "importable are processors that crop what they resize to."
+        )
     mode = "pad" if content.get("do_pad") else "center_crop" if cropped else "squash"
     filters = {2: "bilinear", 3: "bicubic"}
     if content.get("resample", 3) not in filters:
