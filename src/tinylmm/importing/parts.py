@@ -64,10 +64,10 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     """
     where = str(source.folder)
     llm_class = causal_class(parts.llm_config)
-    llm = _load("language model", llm_class, parts.llm_config, _llm_tensors(parts, source), where)
+    llm = build_part("language model", llm_class, parts.llm_config, _llm_tensors(parts, source), where)
     encoder_config, tensors, layer = _tower_tensors(parts, source)
     encoder_class = cast(type[PreTrainedModel], MODEL_MAPPING[type(encoder_config)])
-    encoder = _load("vision tower", encoder_class, encoder_config, tensors, where)
+    encoder = build_part("vision tower", encoder_class, encoder_config, tensors, where)
     has_cls = hasattr(encoder.embeddings, "class_embedding")
     output: dict[str, Any] = {
         "select_layer": layer,
@@ -150,7 +150,7 @@ def _tower_tensors(parts: Parts, source: Source) -> tuple[PreTrainedConfig, Tens
     return config, tensors, layer
 
 
-def _load(
+def build_part(
     role: str, model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Tensors, source: str
 ) -> PreTrainedModel:
     """Build a part that holds exactly these tensors, in their own dtype."""
@@ -161,9 +161,20 @@ def _load(
         names_of.setdefault(id(parameter), []).append(name)
     expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     tied = [names for names in names_of.values() if len(names) > 1]
+    options: dict[str, Any] = {"config": config, "state_dict": tensors, "dtype": _common_dtype(tensors)}
+    if (
+        set(tensors) - set(expected)
+        and set(expected) - set(tensors)
+        and not model_class._keys_to_ignore_on_load_unexpected
+    ):
+        # transformers 5 renames some encoders' tensors (ViT, DINOv2) while it loads them; then its own account counts.
+        model, account = model_class.from_pretrained(
+            None, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        if not (account["missing_keys"] or account["unexpected_keys"] or account["mismatched_keys"]):
+            return cast(PreTrainedModel, model)
     _check_names(role, expected, tensors, tied, source)
-    dtype = _common_dtype(tensors)
-    return cast(PreTrainedModel, model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype))
+    return cast(PreTrainedModel, model_class.from_pretrained(None, **options))
 
 
 def _check_names(

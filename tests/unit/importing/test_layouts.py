@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 
 from tests.builders import tiny_tokenizer
 from tests.foreign import (
@@ -29,6 +31,7 @@ from tests.foreign import (
 )
 from tinylmm.errors import DataError, UserError
 from tinylmm.importing.configs import choose_template, flat_llm_config, known_tower, known_tower_config
+from tinylmm.importing.parts import build_part
 from tinylmm.importing.source import open_source
 from tinylmm.models.checkpoint import LoadedModel
 
@@ -260,3 +263,21 @@ def test_configs_of_the_time_mean_the_same_today() -> None:
     clip = known_tower_config("openai/clip-vit-large-patch14-336")
     assert clip is not None and clip.model_type == "clip_vision_model" and clip.num_hidden_layers == 24
     assert known_tower("someone/else") is None
+
+
+def test_names_that_transformers_has_changed_since_are_its_own_to_translate() -> None:
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    encoder = Dinov2Model(config)
+    new = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    old = {re.sub(r"attention\.([qkv])_proj", r"attention.attention.\1", name): tensor for name, tensor in new.items()}
+    for short, long in (("q", "query"), ("k", "key"), ("v", "value")):
+        old = {
+            name.replace(f"attention.attention.{short}.", f"attention.attention.{long}."): t for name, t in old.items()
+        }
+    old = {name.replace("attention.o_proj", "attention.output.dense"): tensor for name, tensor in old.items()}
+    assert set(old) != set(new)
+    loaded = build_part("vision tower", Dinov2Model, config, old, "test")
+    assert all(torch.equal(tensor, new[name]) for name, tensor in loaded.state_dict().items())
+    del old["encoder.layer.1.attention.attention.query.weight"]
+    with pytest.raises(UserError, match="missing"):
+        build_part("vision tower", Dinov2Model, config, old, "test")
