@@ -7,7 +7,8 @@ import sys
 import typer
 
 from tinylmm import __version__
-from tinylmm.cli import data, store
+from tinylmm.cli import convert, data, store
+from tinylmm.cli.chat import chat
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
@@ -23,6 +24,9 @@ app.command("plan")(plan)
 app.command("runs")(store.runs)
 app.command("report")(report)
 app.command("score")(score)
+app.command("chat")(chat)
+app.command("import")(convert.import_)
+app.command("export")(convert.export)
 app.add_typer(store.app, name="store")
 app.add_typer(data.app, name="data")
 
