@@ -24,6 +24,8 @@ def test_every_choice_composes_with_the_defaults(path: Path) -> None:
     words = [f"{group}={choice}"]
     if choice == "llava_v1_5":
         words.append("recipe=base")
+    if path == Path("vision_tower/hf.yaml"):
+        words.append("vt.pretrained=org/name")
     if choice == "sharegpt4v":
         words.append("recipe=share")
     spec = compose_run(words)

@@ -25,7 +25,8 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct
 """What Pillow's readers raise on damaged files of FORMATS."""
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-MODES = ("squash", "center_crop", "pad")
+MODES = ("square", "squash", "center_crop", "pad")
+SQUARE_MODES = ("squash", "center_crop")
 
 
 def safe_path(root: Path, relative: str) -> Path:
@@ -102,28 +103,46 @@ def _damaged(path: Path, error: BaseException) -> DataError:
 
 
 class ImageTransform:
-    """RGB image -> float32 tensor (3, size, size), equal to transformers' CLIP and SigLIP image processors.
+    """RGB image -> float32 tensor (3, size, size), equal to transformers' image processors of CLIP, SigLIP and DINOv2.
 
     Args:
         size: height and width in pixels.
         mean, std: per channel, of values in 0..1.
-        mode: `squash` resizes to size x size (SigLIP); `center_crop` resizes the short edge and cuts the rest (CLIP);
-            `pad` first squares the image with the colour int(255 * mean), image centred (LLaVA's expand2square).
+        mode: `squash` resizes to size x size (SigLIP); `center_crop` resizes the short edge and cuts the rest (CLIP, DINOv2);
+            `pad` first squares the image with the colour int(255 * mean), image centred (LLaVA's expand2square); `square`
+            is whichever the argument `square` says.
         resample: `bicubic` or `bilinear`.
+        square: the tower's own mode, `squash` or `center_crop`.
+        short_edge: what `center_crop` resizes the short edge to before it cuts out `size`; by default `size`.
 
     Raises:
-        ValueError: an unknown mode or filter, a size below 1, or mean and std that are not three numbers each.
+        ValueError: an unknown mode or filter, a size below 1, mean and std that are not three numbers each, or a short edge
+            below `size`.
     """
 
     def __init__(
-        self, size: int, mean: Sequence[float], std: Sequence[float], mode: str, resample: str = "bicubic"
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mode: str,
+        resample: str = "bicubic",
+        square: str = "squash",
+        short_edge: int | None = None,
     ) -> None:
-        if mode not in MODES or resample not in RESAMPLE:
-            raise ValueError(f"mode={mode!r}, resample={resample!r}; allowed: {MODES} and {tuple(RESAMPLE)}")
-        if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"size={size}, mean={mean}, std={std}: need a size >= 1 and three numbers each, std > 0")
+        if mode not in MODES or resample not in RESAMPLE or square not in SQUARE_MODES:
+            raise ValueError(
+                f"mode={mode!r}, resample={resample!r}, square={square!r}; "
+                f"allowed: {MODES}, {tuple(RESAMPLE)} and {SQUARE_MODES}"
+            )
+        if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0 or (short_edge or size) < size:
+            raise ValueError(
+                f"{size=}, {mean=}, {std=}, {short_edge=}: need a size >= 1, three numbers each with std > 0, and no "
+                "short_edge below the size"
+            )
         self.size = size
-        self.mode = mode
+        self.short_edge = short_edge or size
+        self.mode = square if mode == "square" else mode
         self.resample = RESAMPLE[resample]
         self.fill = tuple(int(value * 255) for value in mean)
         self._mean = np.array(mean, dtype=np.float32)
@@ -137,14 +156,17 @@ class ImageTransform:
             resized = self._center_crop(image)
         else:
             resized = image.resize((self.size, self.size), self.resample)
-        pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)  # (H, W, 3)
+        return self._normalised(resized)
+
+    def _normalised(self, image: Image.Image) -> torch.Tensor:
+        pixels = (np.asarray(image).astype(np.float64) / 255).astype(np.float32)  # (H, W, 3)
         return torch.from_numpy(((pixels - self._mean) / self._std).transpose(2, 0, 1).copy())
 
     def _center_crop(self, image: Image.Image) -> Image.Image:
-        """Resize the short edge to `size`, then cut out the centre."""
+        """Resize the short edge to `short_edge`, then cut out the centre."""
         width, height = image.size
         short = min(width, height)
-        new_width, new_height = int(self.size * width / short), int(self.size * height / short)
+        new_width, new_height = int(self.short_edge * width / short), int(self.short_edge * height / short)
         left, top = (new_width - self.size) // 2, (new_height - self.size) // 2
         if new_width * new_height <= MAX_PIXELS:
             resized = image.resize((new_width, new_height), self.resample)

@@ -30,7 +30,7 @@ from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
 from tinylmm.models.build import build_connector, choose_attention
 from tinylmm.models.lmm import LMM
-from tinylmm.models.vision import HFVisionTower
+from tinylmm.models.vision import make_tower
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1
@@ -123,9 +123,8 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
     encoder_class = cast(
         type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder")
     )
-    tower = cast(
-        HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec)
-    )
+    encoder = encoder_class.from_pretrained(folder / "vision_tower", **options)
+    tower = make_tower(tower_class, encoder, tower_spec, description["image"])
     connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
     weights = load_file(folder / "connector" / WEIGHTS)
     if set(weights) != set(connector.state_dict()):
