@@ -152,12 +152,21 @@ class ImageSpec(Frozen):
     std: tuple[float, float, float]
     square: Literal["squash", "center_crop"] = "squash"
     """What `mode: square` means for this tower."""
-    mode: Literal["square", "squash", "center_crop", "pad"]
+    mode: Literal["square", "squash", "center_crop", "pad", "anyres"]
     """`squash` resizes to size x size, `center_crop` resizes the short edge and cuts the rest, `pad` squares with the mean
-    colour first; `square` is what the tower's own processor does, as in TinyLLaVA Factory's `image_aspect_ratio`."""
+    colour first; `square` is what the tower's own processor does, as in TinyLLaVA Factory's `image_aspect_ratio`; `anyres`
+    cuts it into tiles of `size`, as LLaVA-1.6 does."""
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     short_edge: Positive | None = None
     """To what `center_crop` resizes the short edge; by default to `size`, so that nothing of it is cut."""
+    tiles: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)] = (
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (1, 3),
+    )
+    """Canvases of `anyres` as rows and columns of tiles; by default LLaVA-1.6's."""
 
     @field_validator("mode")
     @classmethod

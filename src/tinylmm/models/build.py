@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault, UserError
+from tinylmm.models.anyres import with_tiles
 from tinylmm.models.connectors import Connector
 from tinylmm.models.encoders import HubEncoder, refuse_other_normalisation
 from tinylmm.models.lmm import LMM
@@ -50,12 +51,13 @@ def build_lmm(
     tower_class = resolve_target(
         _identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower"
     )
-    tower = make_tower(tower_class, encoder, spec["tower_output"], _identity("vision_tower", spec, parents)["image"])
+    image = _identity("vision_tower", spec, parents)["image"]
+    tower = make_tower(tower_class, encoder, spec["tower_output"], image)
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
     connector = build_connector(spec["connector"], tower.hidden_size, llm, trust)
     check_fit(tower, connector)
-    return LMM(llm, tower, connector, template)
+    return LMM(llm, tower, with_tiles(connector, image, tower.num_tokens), template)
 
 
 def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: list[str]) -> Connector:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tinylmm.data.collate import Collator
-from tinylmm.data.images import ImageTransform, open_image, safe_path
+from tinylmm.data.collate import Collator, ImageTokens
+from tinylmm.data.images import ImageTransform, image_size, open_image, safe_path
 from tinylmm.errors import StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
@@ -43,8 +43,8 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     _cast_frozen(model, job.spec["precision"], device)
     model.to(device)
-    samples = PreparedSamples(job.parents["prepared"], model.image_tokens, job.spec["max_length"])
     images = _Images(job, loaded)
+    samples = PreparedSamples(job.parents["prepared"], images.tokens, job.spec["max_length"])
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -97,12 +97,13 @@ def build_trainer(
     if launch["gradient_checkpointing"]:
         loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     collator = Collator(
-        image_tokens=loaded.model.image_tokens,
+        image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=launch["row_tokens"] or spec["max_length"],
         packing=launch["packing"],
         image=images.pixels if cache is None else None,
         max_length=spec["max_length"],
+        size=images.size if loaded.model.tiled else None,
     )
     identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch["deepspeed_stage"]}
     trainer = LMMTrainer(
@@ -133,10 +134,21 @@ class _Images:
         root = Path(location["root"]) if location["root"] else job.parents["data"]
         self.folder = root / location["source"]["images"]
         self.transform = ImageTransform(**loaded.description["image"])
+        self._sizes: dict[str, tuple[int, int]] = {}
+        model = loaded.model
+        self.tokens: ImageTokens = (
+            (lambda name: model.tokens_of(*self.size(name))) if model.tiled else model.image_tokens
+        )
 
     def pixels(self, name: str) -> torch.Tensor:
-        """(3, H, W) of one image."""
+        """(3, H, W) of one image, or (T, 3, H, W) where images are tiled."""
         return self.transform(open_image(safe_path(self.folder, name)))
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of one image in pixels."""
+        if name not in self._sizes:
+            self._sizes[name] = image_size(safe_path(self.folder, name))
+        return self._sizes[name]
 
     def stamp(self, name: str) -> list[Any]:
         """What tells this file from any other: resolved path, size, modification time."""
@@ -189,6 +201,9 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     launch, tower = job.settings["launch"], loaded.model.vision_tower
     names = samples.images()
     if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
+        return None
+    if loaded.model.tiled:
+        log.info("images are tiled (anyres), so tower features are computed at every step")
         return None
     size = estimate_gib(tower, len(names))
     if size > launch["cache_features_gib"]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from tinylmm.data.collate import sample_length, supervised_after_cut
+from tinylmm.data.collate import ImageTokens, sample_length, supervised_after_cut
 from tinylmm.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -42,19 +42,19 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
     Args:
         folder: the prepare stage's output.
-        image_tokens: Q, tokens an image takes.
+        image_tokens: Q, tokens an image takes, or path -> tokens where images are tiled.
         max_length: tokens a sample may have, image tokens counted in.
 
     Raises:
         DataError: nothing is left to train on.
     """
 
-    def __init__(self, folder: Path, image_tokens: int, max_length: int) -> None:
+    def __init__(self, folder: Path, image_tokens: ImageTokens, max_length: int) -> None:
         self.rows = datasets.load_from_disk(str(folder / "samples"))
         table = self.rows.data.table
         text = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
         images = pc.list_value_length(table["images"]).to_numpy().astype(np.int64)
-        lengths = text + images * (image_tokens - 1)
+        lengths = text - images + self._image_lengths(images, image_tokens)
         too_long = np.flatnonzero(lengths > max_length).tolist()
         dropped = [i for i in too_long if supervised_after_cut(self.rows[i], image_tokens, max_length) == 0]
         kept = np.setdiff1d(np.arange(len(text)), dropped)
@@ -74,6 +74,13 @@ class PreparedSamples(Dataset[dict[str, Any]]):
             )
         if not len(kept):
             raise DataError(f"no sample of {folder} has a supervised token within max_length {max_length}; raise it")
+
+    def _image_lengths(self, images: Any, image_tokens: ImageTokens) -> Any:
+        """Positions that the images of each row take, from how many (rows,) there are."""
+        if isinstance(image_tokens, int):
+            return images * image_tokens
+        tokens = {name: image_tokens(name) for name in self.images()}
+        return np.array([sum(tokens[name] for name in names) for names in self.rows["images"]], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.index)
