@@ -202,10 +202,9 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     names = samples.images()
     if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
         return None
-    if loaded.model.tiled:
-        log.info("images are tiled (anyres), so tower features are computed at every step")
-        return None
-    size = estimate_gib(tower, len(names))
+    tiling = images.transform.tiling
+    views = (lambda name: tiling.num_tiles(*images.size(name))) if tiling is not None else None
+    size = estimate_gib(tower, len(names) if views is None else sum(map(views, names)))
     if size > launch["cache_features_gib"]:
         log.info(
             "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
@@ -215,7 +214,7 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
         return None
     description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
     root = Path(job.settings["features_root"])
-    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description)
+    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 
 
 def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:

@@ -29,6 +29,7 @@ from tinylmm.models.connectors import IdentityConnector, MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.query_connectors import PerceiverConnector
 from tinylmm.training.dataset import PreparedSamples
+from tinylmm.training.features import open_features
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 ANYRES = IMAGE | {"mode": "anyres", "tiles": [list(grid) for grid in GRIDS]}
@@ -115,6 +116,29 @@ def test_a_batch_of_images_of_any_shape_trains_tower_connector_and_newline(image
     alone = [collator(model, images)([row]) for row in rows]
     apart = sum(model(**{key: one[key] for key in keys}).loss_sum for one in alone)
     torch.testing.assert_close(together.loss_sum, apart)
+
+
+def test_cached_features_of_tiles_train_as_the_tiles_themselves(images: dict[str, Path], tmp_path: Path) -> None:
+    model = tiled_lmm().eval()
+    transform = ImageTransform(**ANYRES)
+    tiling = model.connector.tiling
+    cache = open_features(
+        model.vision_tower,
+        list(images),
+        lambda name: transform(open_image(images[name])),
+        str,
+        tmp_path / "features",
+        tmp_path / "scratch",
+        {},
+        lambda name: tiling.num_tiles(*image_size(images[name])),
+    )
+    batch = collator(model, images)([record("a", [-200, -200, 8, 9], 1, ("square.png", "high.png"))])
+    features = cache(batch["image_paths"])
+    assert len(features) == 5 + 4
+    from_cache = model.image_embeddings(None, features, batch["image_sizes"])
+    torch.testing.assert_close(
+        from_cache, model.image_embeddings(batch["pixel_values"], None, batch["image_sizes"]), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_a_batch_without_images_still_touches_the_newline_where_ranks_must_agree() -> None:
