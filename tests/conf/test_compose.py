@@ -26,6 +26,8 @@ def test_every_choice_composes_with_the_defaults(path: Path) -> None:
         words.append("recipe=base")
     if path == Path("vision_tower/hf.yaml"):
         words.append("vt.pretrained=org/name")
+    if choice == "mof_mlp":
+        words.append("vt=mof")
     if choice == "sharegpt4v":
         words.append("recipe=share")
     spec = compose_run(words)

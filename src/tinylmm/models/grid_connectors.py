@@ -34,6 +34,47 @@ class _GridConnector(Connector):
         return features.transpose(1, 2).unflatten(2, (side, side))
 
 
+class _PooledConnector(_GridConnector):
+    """Base: averages the grid down to fewer tokens before or after its linear layers.
+
+    Args:
+        factor: by how much each edge shrinks, rounded up.
+        side: edge of the pooled grid in tokens, whatever the tower's; in place of `factor`.
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, factor: int, side: int | None, init: str) -> None:
+        for name, value in (("factor", factor), ("side", side)):
+            if value is not None and value < 1:
+                raise ValueError(f"connector.options.{name} is {value}; it must be at least 1")
+        super().__init__(vision_dim, llm_dim, init)
+        self.factor = factor
+        self.fixed_side = side
+
+    def pooled_side(self, tower_tokens: int) -> int:
+        """Edge of the pooled grid.
+
+        Raises:
+            ValueError: the tower's tokens are no square, or fewer than a fixed `side` asks for.
+        """
+        side = self.side(tower_tokens)
+        if self.fixed_side is None:
+            return -(-side // self.factor)
+        if self.fixed_side > side:
+            raise ValueError(
+                f"connector.options.side is {self.fixed_side}, more than the {side} x {side} patches of the tower; "
+                f"set at most {side}"
+            )
+        return self.fixed_side
+
+    def num_tokens(self, tower_tokens: int) -> int:
+        """Q, the pooled grid's tokens."""
+        return self.pooled_side(tower_tokens) ** 2
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(B, P, D) to (B, D, pooled side, pooled side), each the mean of the patches it covers."""
+        return functional.adaptive_avg_pool2d(self.grid(features), self.pooled_side(features.shape[1]))
+
+
 class PixelShuffleMLPConnector(_GridConnector):
     """factor x factor patches become one token of factor² x Dv, then norm and MLP (InternVL 1.5, arXiv 2404.16821, 3.1).
 
@@ -84,11 +125,12 @@ class PixelShuffleMLPConnector(_GridConnector):
         return self.layers(self.norm(folded))
 
 
-class AveragePoolMLPConnector(_GridConnector):
-    """Adaptive average pooling of the patch grid to side x side, then an MLP (DeCo, arXiv 2405.20985).
+class AveragePoolMLPConnector(_PooledConnector):
+    """Adaptive average pooling of the patch grid, then an MLP (DeCo, arXiv 2405.20985: 24 x 24 patches to 12 x 12).
 
     Args:
-        side: edge of the pooled grid, at most the tower's; 12 gives 144 tokens.
+        factor: by how much each edge shrinks, rounded up: 2 makes 24 patches 12, and 27 patches 14.
+        side: edge of the pooled grid, whatever the tower's; in place of `factor`.
         depth, activation: of the MLP.
     """
 
@@ -96,25 +138,19 @@ class AveragePoolMLPConnector(_GridConnector):
         self,
         vision_dim: int,
         llm_dim: int,
-        side: int = 12,
+        factor: int = 2,
+        side: int | None = None,
         depth: int = 2,
         activation: str = "gelu",
         init: str = "normal",
     ) -> None:
-        super().__init__(vision_dim, llm_dim, init)
-        self.pooled_side = _checked_side(side)
+        super().__init__(vision_dim, llm_dim, factor, side, init)
         self.layers = mlp(vision_dim, llm_dim, depth, activation)
         self.reset_parameters()
 
-    def num_tokens(self, tower_tokens: int) -> int:
-        """Q = side²."""
-        return _pooled_tokens(self.pooled_side, self.side(tower_tokens))
-
     def forward(self, features: Tensor) -> Tensor:
-        """(B, P, Dv) to (B, side², Dl)."""
-        self.num_tokens(features.shape[1])
-        pooled = functional.adaptive_avg_pool2d(self.grid(features), self.pooled_side)
-        return self.layers(pooled.flatten(2).transpose(1, 2))
+        """(B, P, Dv) to (B, Q, Dl)."""
+        return self.layers(self.pool(features).flatten(2).transpose(1, 2))
 
 
 class LDPConnector(_GridConnector):
@@ -139,28 +175,25 @@ class LDPConnector(_GridConnector):
         return self.blocks(self.grid(self.mlp(features))).flatten(2).transpose(1, 2)
 
 
-class LDPv2Connector(_GridConnector):
+class LDPv2Connector(_PooledConnector):
     """MobileVLM V2's projector (arXiv 2402.03766, section 3.3): two linear layers, average pooling, a depthwise convolution.
 
     Args:
-        side: edge of the pooled grid, at most the tower's; 12 gives 144 tokens.
+        factor: by how much each edge shrinks, rounded up: 2 makes 24 patches 12, as there.
+        side: edge of the pooled grid, whatever the tower's; in place of `factor`.
     """
 
-    def __init__(self, vision_dim: int, llm_dim: int, side: int = 12, init: str = "torch") -> None:
-        super().__init__(vision_dim, llm_dim, init)
-        self.pooled_side = _checked_side(side)
+    def __init__(
+        self, vision_dim: int, llm_dim: int, factor: int = 2, side: int | None = None, init: str = "torch"
+    ) -> None:
+        super().__init__(vision_dim, llm_dim, factor, side, init)
         self.mlp = mlp(vision_dim, llm_dim)
         self.position = nn.Conv2d(llm_dim, llm_dim, kernel_size=3, padding=1, groups=llm_dim)
         self.reset_parameters()
 
-    def num_tokens(self, tower_tokens: int) -> int:
-        """Q = side²."""
-        return _pooled_tokens(self.pooled_side, self.side(tower_tokens))
-
     def forward(self, features: Tensor) -> Tensor:
-        """(B, P, Dv) to (B, side², Dl)."""
-        self.num_tokens(features.shape[1])
-        pooled = functional.adaptive_avg_pool2d(self.grid(self.mlp(features)), self.pooled_side)
+        """(B, P, Dv) to (B, Q, Dl)."""
+        pooled = self.pool(self.mlp(features))
         return (self.position(pooled) + pooled).flatten(2).transpose(1, 2)
 
 
@@ -199,17 +232,3 @@ def _multiple_of_eight(value: float) -> int:
     """Round to a multiple of 8, at least 8 and never below nine tenths of `value`, as MobileNet-V3 does its channels."""
     rounded = max(8, int(value + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * value else rounded
-
-
-def _checked_side(side: int) -> int:
-    if side < 1:
-        raise ValueError(f"connector.options.side is {side}; it must be at least 1")
-    return side
-
-
-def _pooled_tokens(pooled: int, side: int) -> int:
-    if pooled > side:
-        raise ValueError(
-            f"connector.options.side is {pooled}, more than the {side} x {side} patches of the tower; set at most {side}"
-        )
-    return pooled * pooled

@@ -32,8 +32,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "qformer": {"num_queries": 5, "hidden_size": 16, "layers": 3, "heads": 2, "dropout": 0.0},
     "resampler": {"num_queries": 5, "heads": 2, "head_dim": 8, "depth": 2},
     "resampler_bench": {"num_queries": 5, "hidden_size": 16, "heads": 2, "depth": 2},
-    "avgpool_mlp": {"side": 3},
-    "ldp_v2": {"side": 3},
 }
 """Sizes in place of the published ones; everything else is as in the YAML."""
 
@@ -200,9 +198,11 @@ def test_pixel_shuffle_folds_as_internvl_does() -> None:
 
 
 def test_average_pooling_covers_the_grid_evenly() -> None:
-    made = AveragePoolMLPConnector(DV, WIDTH, side=2)
+    made = AveragePoolMLPConnector(DV, WIDTH)
     made.layers = nn.Identity()
     x = features()
+    assert [made.num_tokens(tokens) for tokens in (4, 576, 729)] == [1, 144, 196]
+    assert AveragePoolMLPConnector(DV, WIDTH, side=12).num_tokens(729) == 144
     quarter = x.view(2, 4, 4, DV)[:, :2, 2:].mean(dim=(1, 2))
     torch.testing.assert_close(made(x)[:, 1], quarter)
 
@@ -217,7 +217,7 @@ def test_ldp_quarters_the_tokens_and_rounds_an_odd_side_up() -> None:
 
 
 def test_ldp_v2_with_a_silent_convolution_is_its_pooled_mlp() -> None:
-    made = LDPv2Connector(DV, WIDTH, side=2)
+    made = LDPv2Connector(DV, WIDTH)
     nn.init.zeros_(made.position.weight), nn.init.zeros_(made.position.bias)
     torch.testing.assert_close(
         made(features())[:, 0], made.mlp(features()).view(2, 4, 4, WIDTH)[:, :2, :2].mean((1, 2))
@@ -239,7 +239,7 @@ def test_tokens_that_form_no_square_are_refused_with_what_to_set(name: str, toke
 REFUSED = [
     (lambda: connector("pixel_shuffle_mlp").num_tokens(729), r"grid of 27 x 27 patches; factors that do: 1, 3, 9, 27"),
     (lambda: connector("pixel_shuffle_mlp", factor=0), "factor is 0; it must be at least 1"),
-    (lambda: connector("avgpool_mlp").num_tokens(4), "side is 3, more than the 2 x 2 patches"),
+    (lambda: connector("avgpool_mlp", side=3).num_tokens(4), "side is 3, more than the 2 x 2 patches"),
     (lambda: connector("ldp_v2", side=0), "side is 0; it must be at least 1"),
     (lambda: connector("resampler", num_queries=0), "num_queries is 0; at least 1 token"),
     (lambda: connector("qformer", heads=3), "hidden_size is 16, which 3 heads do not divide"),

@@ -14,13 +14,14 @@ from torch import nn
 
 from tests.builders import LLAMA, WIDTH, tiny_tokenizer
 from tinylmm.config.groups import conf_folder
+from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError
 from tinylmm.models.build import build_lmm
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.encoders import find_anatomy, get_blocks
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
-from tinylmm.models.vision import HFVisionTower, encode_images
+from tinylmm.models.vision import HFVisionTower, encode_images, make_tower
 from tinylmm.training.features import open_features
 
 SIZE, PATCH, SIDE = 16, 4, 4
@@ -294,3 +295,28 @@ def test_the_llm_width_is_what_the_connector_was_built_for() -> None:
     assert model.image_embeddings(PIXELS, None).shape == (2, 2 * SIDE * SIDE, WIDTH)
     with pytest.raises(ConfigError, match=r"takes tokens of 2 encoders, but this tower has one. Set vision_tower=mof"):
         build(shrunk("clip"), MOF_MLP)
+
+
+WIDTHS = {"clip_b16": 768, "siglip": 1152, "siglip2": 1152, "siglip2_base": 768, "nano": 96}
+PUBLISHED = {  # tokens an image, millions of parameters of the image encoder as their model cards and papers give them
+    "clip": (576, 304), "clip_224": (256, 304), "clip_b16": (196, 86), "siglip": (729, 428), "siglip2": (729, 428),
+    "siglip2_base": (196, 93), "dinov2": (256, 304), "dinov3": (196, 300), "mof": (512, 608), "nano": (4, 0.63),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_its_published_size_a_tower_has_the_published_shape(name: str) -> None:
+    identity = yaml.safe_load((conf_folder() / "vision_tower" / f"{name}.yaml").read_text(encoding="utf-8"))
+    encoder_class = resolve_target(identity["encoder"], (), transformers.PreTrainedModel, "encoder")
+    with torch.device("meta"):
+        config = encoder_class.config_class(**identity["architecture"])
+        encoder = encoder_class(config)
+    unknown = [key for key in identity["architecture"] if not hasattr(config, key)]
+    parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
+    output = DEFAULTS | {key: identity[key] for key in OUTPUT if key in identity}
+    tower = make_tower(
+        resolve_target(identity["_target_"], (), nn.Module, "vision_tower"), encoder, output, identity["image"]
+    )
+    tokens, millions = PUBLISHED[name]
+    assert not unknown and tower.num_tokens == tokens and tower.hidden_size == WIDTHS.get(name, 1024)
+    assert parameters == pytest.approx(millions, rel=0.03)
