@@ -53,21 +53,20 @@ class TiledConnector(Connector):
         """Tokens of an image of this size in pixels."""
         return self.tiling.num_tokens(width, height, self.side)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Images of one tile: (N, P, Dv) to (N, side² + 1, Dl), each with its newline."""
-        tokens = self.inner(features)
-        return torch.cat([tokens, self.image_newline.to(tokens.dtype).expand(len(tokens), 1, -1)], dim=1)
-
-    def assemble(self, features: Tensor, sizes: Tensor) -> Tensor:
+    def forward(self, features: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Tiles of several images, (T, P, Dv), to the images' tokens one behind the other, (sum of `tokens_of`, Dl).
 
         Args:
             features: the tower's, of each image the whole view and then its tiles, row by row.
-            sizes: (N, 2) int64, width and height of each image in pixels.
+            sizes: (N, 2) int64, width and height of each image in pixels. Without them the features are those of images of
+                one tile, (N, P, Dv), and give (N, side² + 1, Dl), each with its newline.
 
         Raises:
             ValueError: the images have another number of tiles.
         """
+        if sizes is None:
+            tokens = self.inner(features)
+            return torch.cat([tokens, self.image_newline.to(tokens.dtype).expand(len(tokens), 1, -1)], dim=1)
         shapes = [(int(width), int(height)) for width, height in sizes.tolist()]
         counts = [self.tiling.num_tiles(*shape) for shape in shapes]
         if sum(counts) != len(features):

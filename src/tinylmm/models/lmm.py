@@ -153,7 +153,7 @@ class LMM(nn.Module):
             return cast(Tensor, self.connector(image_features))
         if image_sizes is None:
             raise ValueError("this model takes images in tiles (anyres): the sizes of the images are needed too")
-        return self.connector.assemble(image_features, image_sizes)
+        return cast(Tensor, self.connector(image_features, image_sizes))
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, P, Dv), without a graph where nothing in the tower is trained."""

@@ -93,7 +93,7 @@ def test_tokens_of_an_image_are_laid_out_as_llava_next_packs_them(side: int) -> 
     expected, lengths = LlavaNextModel.pack_image_features(
         reference, tiles, sizes.flip(1), vision_feature_select_strategy="full", image_newline=connector.image_newline
     )
-    assert torch.equal(connector.assemble(torch.cat(tiles), sizes), torch.cat(expected))
+    assert torch.equal(connector(torch.cat(tiles), sizes), torch.cat(expected))
     assert [connector.tokens_of(*shape) for shape in SHAPES] == lengths.tolist()
 
 
