@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -189,6 +188,6 @@ def refuse_other_normalisation(where: str, revision: str | None, image: Mapping[
 
 def renormalise(pixel_values: Tensor, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
     """Undo the normalisation (mean, std) `source` of pixels (B, 3, H, W), each (3,), and apply `target`."""
-    (mean, std), (new_mean, new_std) = source, target
+    (mean, std), (new_mean, new_std) = (tuple(t.to(pixel_values.device) for t in pair) for pair in (source, target))
     scale, shift = std / new_std, (mean - new_mean) / new_std
-    return torch.addcmul(shift.view(3, 1, 1).to(pixel_values), pixel_values, scale.view(3, 1, 1).to(pixel_values))
+    return (pixel_values.float() * scale.view(3, 1, 1) + shift.view(3, 1, 1)).to(pixel_values.dtype)

@@ -156,6 +156,11 @@ class MoFTower(HFVisionTower):
         patch = int(self.encoder.clip.config.patch_size)  # type: ignore[union-attr, arg-type]
         return 2 * ((self.image_size // patch) ** 2 - int(self.drop_first_token))
 
+    @property
+    def num_dropped(self) -> int:
+        """Tokens left out at the front of either hidden state."""
+        return self._parts[0][1].num_prefix + int(self.drop_first_token)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map pixels (B, 3, H, W), normalised for CLIP, to features (B, 2 x patches, Dv)."""
         for_dinov2 = pixel_values if self.reference else renormalise(pixel_values, *self._normalisations)

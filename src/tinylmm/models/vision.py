@@ -82,7 +82,7 @@ class HFVisionTower(nn.Module):
     def num_tokens(self) -> int:
         """P, the tokens that come out for one image."""
         patches = (self.image_size // int(self.config.patch_size)) ** 2
-        return patches + self._anatomy.num_prefix - self._skip
+        return patches + self._anatomy.num_prefix - self.num_dropped
 
     @property
     def image_size(self) -> int:
@@ -90,12 +90,13 @@ class HFVisionTower(nn.Module):
         return self._image_size
 
     @property
-    def _skip(self) -> int:
+    def num_dropped(self) -> int:
+        """Tokens left out at the front of the hidden state: CLS and registers, and the first patch where that is asked."""
         return (self._anatomy.num_prefix if self.select == "patch" else 0) + int(self.drop_first_token)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map normalised pixels (B, 3, H, W) to features (B, P, Dv)."""
-        return run_blocks(self.encoder, self._anatomy, pixel_values)[:, self._skip :]
+        return run_blocks(self.encoder, self._anatomy, pixel_values)[:, self.num_dropped :]
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode where something is trained; DINOv3's random stretching of positions stays off always."""

@@ -165,6 +165,15 @@ def test_a_saved_tower_is_whole_and_comes_back_equal(name: str, tmp_path: Path) 
     assert again.description == description
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_changes_the_features_no_more_than_its_rounding(name: str) -> None:
+    tower = build(shrunk(name)).vision_tower.eval()
+    exact = encode_images(tower, PIXELS)
+    half = encode_images(tower.to(torch.bfloat16), PIXELS)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("name", ["mof", "dinov2", "dinov3"])
 def test_cached_features_are_what_the_tower_gives(name: str, tmp_path: Path) -> None:
     tower = build(shrunk(name)).vision_tower.eval()
