@@ -28,6 +28,8 @@ def composed(group: str, choice: str) -> RunSpec:
     words = [f"{group}={choice}"]
     if choice == "llava_v1_5":
         words.append("recipe=base")
+    if choice == "mof_mlp":
+        words.append("vt=mof")
     if choice == "sharegpt4v":
         words.append("recipe=share")
     if choice == "hf":

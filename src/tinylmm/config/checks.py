@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from tinylmm.config.faults import show
+from tinylmm.config.fit import check_fit
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.spec import PARTS
 from tinylmm.config.targets import Role, check_target, check_trust, package_folder
@@ -78,6 +79,7 @@ def check_all(raw: Mapping[str, Any]) -> list[Fault]:
         *_check_evaluations(raw),
         *_check_templates(raw),
         *_check_tokenizer(raw),
+        *check_fit(_mapping(raw, "vision_tower"), _mapping(raw, "connector")),
         *check_trainer(_mapping(raw, "trainer")),
     ]
 

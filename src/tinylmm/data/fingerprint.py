@@ -55,11 +55,16 @@ def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> di
 def checkpoint_fingerprint(path_or_id: str) -> dict[str, Any]:
     """Return {} for a hub id, which its revision identifies, and {"files": {path: ...}} for an existing local folder.
 
-    Each file counts with its size, and with its SHA-256 where it is `config.json` or has less than HASHED_BYTES.
+    Each file counts with its size, and with its SHA-256 where it is `config.json` or has less than HASHED_BYTES. Of two
+    checkpoints joined by `+` (a mixture of features), each counts on its own, a hub id by its name.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
-        return {}
+        parts = path_or_id.split("+")
+        contents = [checkpoint_fingerprint(part) for part in parts] if len(parts) > 1 else []
+        if not any(contents):
+            return {}
+        return {"parts": [content or {"id": part} for part, content in zip(parts, contents, strict=True)]}
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)

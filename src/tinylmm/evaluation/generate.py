@@ -19,12 +19,13 @@ ENCODE_IMAGES = 64
 
 
 def image_features(model: LMM, names: Sequence[str], load: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Encode each image once: name -> (P, Dv), on the CPU."""
+    """Encode each image once: name -> (1, P, Dv), or (T, P, Dv) of its tiles where images are tiled, on the CPU."""
     features: dict[str, Tensor] = {}
     for first in range(0, len(names), ENCODE_IMAGES):
         chunk = names[first : first + ENCODE_IMAGES]
-        encoded = encode_images(model.vision_tower, torch.stack([load(name) for name in chunk])).cpu()
-        features |= dict(zip(chunk, encoded, strict=True))
+        views = [pixels if model.tiled else pixels[None] for pixels in map(load, chunk)]
+        encoded = encode_images(model.vision_tower, torch.cat(views)).cpu()
+        features |= dict(zip(chunk, encoded.split([len(view) for view in views]), strict=True))
     return features
 
 
@@ -36,18 +37,21 @@ def answer_questions(
     features: dict[str, Tensor] | None,
     max_new_tokens: int,
     batch: int,
+    sizes: dict[str, tuple[int, int]] | None = None,
 ) -> list[str]:
     """Answer greedily; returns the texts in the order of `questions`.
 
     Args:
-        features: image name -> (P, Dv), or None to ask without any image (blind baseline).
+        features: image name -> (1 or T, P, Dv), or None to ask without any image (blind baseline).
         batch: questions generated at once, of similar length.
+        sizes: image name -> width and height; needed where images are tiled.
 
     Raises:
         StoppedError: a stop was asked for between two batches.
     """
     prompts = [
-        _prompt(question, template, tokenizer, model.image_tokens, features is not None) for question in questions
+        _prompt(question, template, tokenizer, _tokens(model, sizes, question.image), features is not None)
+        for question in questions
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
@@ -55,17 +59,24 @@ def answer_questions(
         if stop_requested():
             raise StoppedError(f"stopped after {first} of {len(order)} questions; the same command asks them again")
         rows = order[first : first + batch]
-        stacked = None if features is None else torch.stack([features[questions[i].image] for i in rows])
+        names = [questions[i].image for i in rows]
+        stacked = None if features is None else torch.cat([features[name] for name in names])
+        shapes = torch.tensor([sizes[name] for name in names]) if stacked is not None and sizes is not None else None
         answers = model.generate(
             [prompts[i] for i in rows],
             stacked,
             max_new_tokens,
             int(tokenizer.eos_token_id),
             int(tokenizer.pad_token_id),
+            shapes,
         )
         for row, ids in zip(rows, answers, strict=True):
             texts[row] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return texts
+
+
+def _tokens(model: LMM, sizes: dict[str, tuple[int, int]] | None, name: str) -> int:
+    return model.image_tokens if sizes is None else model.tokens_of(*sizes[name])
 
 
 def _prompt(

@@ -28,10 +28,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tinylmm import __version__
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
+from tinylmm.models.anyres import with_tiles
 from tinylmm.models.build import build_connector
 from tinylmm.models.llm import choose_attention, load_llm
 from tinylmm.models.lmm import LMM
-from tinylmm.models.vision import HFVisionTower
+from tinylmm.models.vision import make_tower
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1
@@ -129,10 +130,10 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
     encoder_class = cast(
         type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder")
     )
-    tower = cast(
-        HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec)
-    )
+    encoder = encoder_class.from_pretrained(folder / "vision_tower", **options)
+    tower = make_tower(tower_class, encoder, tower_spec, description["image"])
     connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
+    connector = with_tiles(connector, description["image"], tower.num_tokens)
     weights = load_file(folder / "connector" / WEIGHTS)
     if set(weights) != set(connector.state_dict()):
         raise IntegrityError(

@@ -49,9 +49,8 @@ def _tune_tower(model: LMM, tune: Any) -> PartTuning:
     tower = model.vision_tower
     result = _tune(tower, tower.blocks, tower.depth, tune, "vision_tower")
     # Behind the selected layer nothing reaches the loss: a trainable parameter there would make DDP wait for ever.
-    for name, parameter in tower.encoder.named_parameters():
-        if name.startswith(("post_layernorm.", "head.")):
-            parameter.requires_grad = False
+    for parameter in tower.unreached_parameters():
+        parameter.requires_grad = False
     trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
     return PartTuning(result.mode, trained, result.total)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.data.chat import get_template
-from tinylmm.data.images import ImageTransform, open_image, safe_path
+from tinylmm.data.images import ImageTransform, image_size, open_image, safe_path
 from tinylmm.errors import ConfigError, Fault, suggestion
 from tinylmm.evaluation import digits
 from tinylmm.evaluation.generate import answer_questions, image_features
@@ -48,12 +48,12 @@ def run(job: StageJob) -> dict[str, Any]:
     questions = read_questions(root / source["annotations"], source["limit"])
     transform = ImageTransform(**loaded.description["image"])
     names = sorted({question.image for question in questions})
-    features = image_features(
-        model, names, lambda name: transform(open_image(safe_path(root / source["images"], name)))
-    )
+    paths = {name: safe_path(root / source["images"], name) for name in names}
+    features = image_features(model, names, lambda name: transform(open_image(paths[name])))
+    sizes = {name: image_size(path) for name, path in paths.items()} if model.tiled else None
 
     template = get_template(job.spec["template"])
-    options = {"max_new_tokens": job.spec["max_new_tokens"], "batch": launch["eval_batch"]}
+    options = {"max_new_tokens": job.spec["max_new_tokens"], "batch": launch["eval_batch"], "sizes": sizes}
     texts = answer_questions(model, loaded.tokenizer, template, questions, features, **options)
     blind: list[str] | list[None] = [None] * len(texts)
     if job.spec["blind"]:

@@ -24,7 +24,7 @@ from tinylmm.config.spec import (
 STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 1}
 """Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""
 
-TOWER_OUTPUT = {"select_layer", "select", "drop_first_token"}
+TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
 """How a tower's output is read: decides training, not the tower's own weights."""
 
 LOCAL_FOLDER = "(local folder)"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from tinylmm.data.collate import Collator
+from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
-from tinylmm.data.images import ImageTransform, open_image
+from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
@@ -45,8 +45,8 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     _cast_frozen(model, job.spec["precision"], device)
     model.to(device)
-    samples = PreparedSamples(_prepared(job), model.image_tokens, job.spec["max_length"])
     images = _Images(job, loaded)
+    samples = PreparedSamples(_prepared(job), images.tokens, job.spec["max_length"])
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -105,12 +105,13 @@ def build_trainer(
     if launch["packing"] and not loaded.model.packs:
         log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
     collator = Collator(
-        image_tokens=loaded.model.image_tokens,
+        image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=launch["row_tokens"] or spec["max_length"],
         packing=launch["packing"] and loaded.model.packs,
         image=images.pixels if cache is None else None,
         max_length=spec["max_length"],
+        size=images.size if loaded.model.tiled else None,
     )
     identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch["deepspeed_stage"]}
     trainer = LMMTrainer(
@@ -151,10 +152,21 @@ class _Images:
             folders.append(ImageFolder(root / location["source"]["images"], prepared / EMBEDDED_FOLDER))
         self.folders = ImageFolders(folders)
         self.transform = ImageTransform(**loaded.description["image"])
+        self._sizes: dict[str, tuple[int, int]] = {}
+        model = loaded.model
+        self.tokens: ImageTokens = (
+            (lambda name: model.tokens_of(*self.size(name))) if model.tiled else model.image_tokens
+        )
 
     def pixels(self, name: str) -> torch.Tensor:
-        """(3, H, W) of one image."""
+        """(3, H, W) of one image, or (T, 3, H, W) where images are tiled."""
         return self.transform(open_image(self.folders.find(name)))
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of one image in pixels."""
+        if name not in self._sizes:
+            self._sizes[name] = image_size(self.folders.find(name))
+        return self._sizes[name]
 
     def stamp(self, name: str) -> list[Any]:
         """What tells this file from any other: resolved path, size, modification time."""
@@ -209,7 +221,9 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     names = samples.images()
     if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
         return None
-    size = estimate_gib(tower, len(names))
+    tiling = images.transform.tiling
+    views = (lambda name: tiling.num_tiles(*images.size(name))) if tiling is not None else None
+    size = estimate_gib(tower, len(names) if views is None else sum(map(views, names)))
     if size > launch["cache_features_gib"]:
         log.info(
             "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
@@ -219,7 +233,7 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
         return None
     description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
     root = Path(job.settings["features_root"])
-    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description)
+    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 
 
 def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from tinylmm.data.collate import sample_length, supervised_after_cut
+from tinylmm.data.collate import ImageTokens, sample_length, supervised_after_cut
 from tinylmm.data.image_folders import in_mixture
 from tinylmm.errors import DataError
 
@@ -44,7 +44,7 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
     Args:
         folders: output of the prepare stage of each source, in the mixture's order.
-        image_tokens: Q, tokens an image takes.
+        image_tokens: Q, tokens an image takes, or name -> tokens where images are tiled.
         max_length: tokens a sample may have, image tokens counted in.
 
     Attributes:
@@ -54,16 +54,16 @@ class PreparedSamples(Dataset[dict[str, Any]]):
         DataError: nothing is left to train on.
     """
 
-    def __init__(self, folders: Sequence[Path], image_tokens: int, max_length: int) -> None:
+    def __init__(self, folders: Sequence[Path], image_tokens: ImageTokens, max_length: int) -> None:
         parts = [datasets.load_from_disk(str(folder / "samples")) for folder in folders]
         self.rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         self.starts = np.cumsum([0, *map(len, parts)])
         table = self.rows.data.table
         text = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
         images = pc.list_value_length(table["images"]).to_numpy().astype(np.int64)
-        lengths = text + images * (image_tokens - 1)
+        lengths = text - images + self._image_lengths(images, image_tokens)
         too_long = np.flatnonzero(lengths > max_length).tolist()
-        dropped = [i for i in too_long if supervised_after_cut(self.rows[i], image_tokens, max_length) == 0]
+        dropped = [i for i in too_long if supervised_after_cut(self._record(i), image_tokens, max_length) == 0]
         kept = np.setdiff1d(np.arange(len(text)), dropped)
         cut = sorted(set(too_long) - set(dropped))
         self.index = kept
@@ -85,24 +85,37 @@ class PreparedSamples(Dataset[dict[str, Any]]):
                 f"no sample of {', '.join(map(str, folders))} has a supervised token within max_length {max_length}; raise it"
             )
 
+    def _image_lengths(self, images: Any, image_tokens: ImageTokens) -> Any:
+        """Positions that the images of each row take, from how many (rows,) there are."""
+        if isinstance(image_tokens, int):
+            return images * image_tokens
+        tokens = {name: image_tokens(name) for name in self.images()}
+        names = (self._names(row, own) for row, own in enumerate(self.rows["images"]))
+        return np.array([sum(tokens[name] for name in row) for row in names], dtype=np.int64)
+
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(self.index[index])
+        return self._record(int(self.index[index]))
+
+    def _record(self, row: int) -> dict[str, Any]:
         record: dict[str, Any] = self.rows[row]
-        if len(self.sizes) > 1:
-            position = int(np.searchsorted(self.starts, row, side="right")) - 1
-            record["images"] = [in_mixture(position, name) for name in record["images"]]
-        return record
+        return record | {"images": self._names(row, record["images"])}
+
+    def _names(self, row: int, own: list[str]) -> list[str]:
+        """Names of a row's images, which a mixture marks with the source."""
+        if len(self.starts) == 2:
+            return own
+        position = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return [in_mixture(position, name) for name in own]
 
     def images(self) -> list[str]:
         """Distinct image names, sorted."""
         column = self.rows.data.table["images"].combine_chunks()
-        names = set()
-        for position, (start, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
-            own = column.slice(start, end - start).flatten().to_pylist()
-            names |= set(own) if len(self.sizes) == 1 else {in_mixture(position, name) for name in set(own)}
+        names: set[str] = set()
+        for start, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
+            names |= set(self._names(start, list(set(column.slice(start, end - start).flatten().to_pylist()))))
         return sorted(names)
 
 

@@ -120,6 +120,20 @@ def test_hub_id_has_no_local_content() -> None:
     assert checkpoint_fingerprint("microsoft/phi-2") == {}
 
 
+def test_two_checkpoints_joined_by_a_plus_count_each_on_its_own(tmp_path: Path) -> None:
+    assert checkpoint_fingerprint("openai/clip-vit-large-patch14+facebook/dinov2-large") == {}
+    for name in ("clip", "dinov2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    both = f"{tmp_path}/clip+{tmp_path}/dinov2"
+    before = checkpoint_fingerprint(both)
+    assert [list(part["files"]) for part in before["parts"]] == [["config.json"]] * 2
+    (tmp_path / "dinov2" / "config.json").write_text("other")
+    assert checkpoint_fingerprint(both) != before
+    mixed = checkpoint_fingerprint(f"org/clip+{tmp_path}/dinov2")["parts"]
+    assert mixed[0] == {"id": "org/clip"} and "files" in mixed[1]
+
+
 def test_checkpoint_folder_is_its_small_files_hashed_and_its_large_ones_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
