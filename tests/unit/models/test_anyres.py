@@ -164,9 +164,9 @@ def test_lengths_of_prepared_samples_count_each_image_by_its_shape(images: dict[
     rows.append(record("c", [4, 5, 6], 2))
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "prepared/samples")
     widths = {name: model.tokens_of(*image_size(path)) for name, path in images.items()}
-    samples = PreparedSamples(tmp_path / "prepared", widths.__getitem__, 200)
+    samples = PreparedSamples([tmp_path / "prepared"], widths.__getitem__, 200)
     assert samples.report.tokens == (2 + widths["wide.png"]) + (1 + widths["square.png"] + widths["high.png"]) + 3
-    short = PreparedSamples(tmp_path / "prepared", widths.__getitem__, widths["wide.png"] + 2)
+    short = PreparedSamples([tmp_path / "prepared"], widths.__getitem__, widths["wide.png"] + 2)
     assert (short.report.dropped_ids, short.report.samples) == (["b"], 2)
 
 

@@ -19,6 +19,7 @@ TOWER = {
     "encoder": "transformers.SiglipVisionModel",
     "init": "random",
     "architecture": VISION,
+    "image": {"size": IMAGE_SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash", "resample": "bicubic"},
 }
 
 
