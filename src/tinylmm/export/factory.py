@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinylmm.errors import UserError
-from tinylmm.export.processor import dropped_tokens
+from tinylmm.export.processor import dropped_tokens, mode_of
 from tinylmm.export.report import ExportReport, draft_of
 from tinylmm.importing.configs import BY_KIND
 from tinylmm.importing.connectors import from_ours, type_of_spec
@@ -73,7 +73,7 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str, notes: list[str
     llm = model.config
     usual = BY_KIND.get(str(tower.config.model_type), {})
     if any(image[key] != value for key, value in usual.items() if key != "mode") or (
-        image["mode"] not in ("pad", usual.get("mode"))
+        mode_of(image) not in ("pad", usual.get("mode"))
     ):
         notes.append(f"the Factory prepares images as '{tower_name}' says, and this model was trained with {image}")
     return {
@@ -105,6 +105,8 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str, notes: list[str
 
 def _strategy(tower: HFVisionTower) -> str:
     """The Factory's "patch" drops index 0 of any tower, its "cls_patch" nothing."""
+    if type(tower) is not HFVisionTower:
+        raise UserError(f"the tower is {type(tower).__name__}, for which TinyLLaVA Factory's layout has no names here.")
     dropped = dropped_tokens(tower)
     if dropped > 1:
         raise UserError(

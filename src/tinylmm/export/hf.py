@@ -23,7 +23,6 @@ from tinylmm.export.processor import dropped_tokens, make_processor
 from tinylmm.export.report import ExportReport, draft_of
 from tinylmm.importing.native import OURS_FILE
 from tinylmm.importing.tensors import listed
-from tinylmm.inference.session import end_tokens
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import IMAGE_TOKEN_ID, LMM
@@ -67,7 +66,7 @@ def export_hf(loaded: LoadedModel, destination: Path, dtype: torch.dtype) -> Exp
     config = _config(model, image_id, rows)
     state = _state(model, rows)
     _check_names(config, state)
-    template = jinja_template(get_template(model.template))
+    template = jinja_template(get_template(model.template).fitted(loaded.tokenizer))
     if template is None:
         notes.append(f"the template '{model.template}' is no chat, so the folder has no chat template")
     with draft_of(destination) as draft:
@@ -168,10 +167,11 @@ def _state(model: LMM, rows: int) -> dict[str, Tensor]:
             )
     for name, tensor in model.vision_tower.whole_encoder_state().items():
         state[f"model.vision_tower.{name}"] = tensor
-    for ours, theirs in (("layers.0.", "linear_1."), ("layers.2.", "linear_2.")):
+    # What multiplies the connector's output (Gemma of the Factory) goes into its last layer, which is linear.
+    for ours, theirs, scale in (("layers.0.", "linear_1.", 1.0), ("layers.2.", "linear_2.", model.image_scale)):
         for name, tensor in model.connector.state_dict().items():
             if name.startswith(ours):
-                state[f"model.multi_modal_projector.{theirs}{name.removeprefix(ours)}"] = tensor
+                state[f"model.multi_modal_projector.{theirs}{name.removeprefix(ours)}"] = tensor * scale
     written = len(llm.state_dict()) - int(tied) - int(getattr(head["lm_head"], "bias", None) is not None)
     if len([name for name in state if name.startswith(("model.language_model.", "lm_head."))]) != written:
         raise UserError(f"{type(llm).__name__} has tensors outside its decoder and output layer. Nothing was written.")
@@ -192,7 +192,7 @@ def _check_names(config: LlavaConfig, state: dict[str, Tensor]) -> None:
 def _set_generation(exported: Any, tokenizer: PreTrainedTokenizerBase, template: str, image_id: int) -> None:
     """Greedy by default, ends where our chat ends, and the image token is never an answer."""
     settings = exported.generation_config
-    settings.eos_token_id = sorted(end_tokens(get_template(template), tokenizer))
+    settings.eos_token_id = get_template(template).stop_ids(tokenizer)
     settings.pad_token_id = int(tokenizer.pad_token_id)
     settings.suppress_tokens = [image_id]
     settings.do_sample = False
@@ -234,7 +234,7 @@ def _difference(model: LMM, exported: Any, image_id: int, rows: int) -> float:
 
 def _same_ids(processor: Any, loaded: LoadedModel) -> list[str]:
     """Compare the processor's ids of two prompts with ours; a difference is a note, not an error."""
-    template, slots = get_template(loaded.model.template), loaded.model.image_tokens
+    template, slots = get_template(loaded.model.template).fitted(loaded.tokenizer), loaded.model.image_tokens
     for turns in ([Turn(f"{IMAGE_SLOT}\nWhat is it?", None)], [Turn(f"{IMAGE_SLOT}\nA?", "b"), Turn("Why?", None)]):
         ours = template.render_prompt(turns, loaded.tokenizer)
         text = template.text(turns).replace(IMAGE_SLOT, IMAGE_SLOT * slots)

@@ -31,22 +31,30 @@ def make_processor(
         tokenizer,
         patch_size=int(tower.config.patch_size),
         vision_feature_select_strategy="default" if dropped_tokens(tower) else "full",
-        num_additional_image_tokens=int(tower.has_cls),
+        num_additional_image_tokens=tower.num_prefix,
         chat_template=chat_template,
     )
 
 
 def dropped_tokens(tower: HFVisionTower) -> int:
     """How many tokens of the layer that is read are dropped, first ones first."""
-    return int(tower.has_cls and tower.select == "patch") + int(tower.drop_first_token)
+    return tower.num_prefix + (tower.image_size // int(tower.config.patch_size)) ** 2 - tower.num_tokens
+
+
+def mode_of(image: dict[str, Any]) -> str:
+    """What is done to images; `square` stands for the tower's own way."""
+    return str(image.get("square", "squash") if image["mode"] == "square" else image["mode"])
 
 
 def _image_processor(image: dict[str, Any]) -> Any:
     size = image["size"]
     square = {"height": size, "width": size}
+    mode = mode_of(image)
     common = {"image_mean": image["mean"], "image_std": image["std"], "resample": RESAMPLE[image["resample"]]}
-    if image["mode"] == "center_crop":
-        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square, **common)
-    if image["mode"] == "pad":
+    if mode == "center_crop":
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": image.get("short_edge") or size}, crop_size=square, **common
+        )
+    if mode == "pad":
         return LlavaImageProcessorPil(size=square, do_pad=True, do_center_crop=False, **common)
     return SiglipImageProcessorPil(size=square, **common)

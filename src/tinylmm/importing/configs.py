@@ -21,6 +21,7 @@ from tinylmm.config.groups import conf_folder
 from tinylmm.data.chat import TEMPLATES, VICUNA_SYSTEM, get_template
 from tinylmm.errors import DataError, UserError
 from tinylmm.importing.source import Source, read_json
+from tinylmm.models.openelm import OpenELMConfig
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,6 +42,8 @@ BY_KIND = {
     "siglip_vision_model": {"mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash", "resample": "bicubic"},
 }
 """Preprocessing of the published CLIP and SigLIP towers (their preprocessor_config.json), where a checkpoint has none."""
+FIXED_SIZE = ("clip_vision_model", "siglip_vision_model")
+"""Towers that take images of `config.image_size` alone; others interpolate their positions."""
 _NOT_OURS = (
     "auto_map",
     "_name_or_path",
@@ -60,9 +63,11 @@ def make_config(fields: Mapping[str, Any], kind: str | None = None) -> PreTraine
         UserError: transformers has no such model.
     """
     kind = kind or str(fields.get("model_type"))
+    known = {key: value for key, value in fields.items() if key not in (*_NOT_OURS, "model_type")}
+    if kind == OpenELMConfig.model_type:
+        return OpenELMConfig(**known)
     if kind not in CONFIG_MAPPING:
         raise UserError(f"the checkpoint's part is of type '{kind}', which transformers does not have.")
-    known = {key: value for key, value in fields.items() if key not in (*_NOT_OURS, "model_type")}
     return cast(PreTrainedConfig, CONFIG_MAPPING[kind].from_dict(known))
 
 
@@ -97,6 +102,7 @@ def known_tower_config(name: str) -> PreTrainedConfig | None:
         return None
     encoder = str(content.get("encoder", ""))
     kinds = {
+        "transformers.Dinov2Model": "dinov2",
         "transformers.CLIPVisionModel": "clip_vision_model",
         "transformers.SiglipVisionModel": "siglip_vision_model",
     }
@@ -119,7 +125,7 @@ def image_settings(source: Source, config: PreTrainedConfig, name: str, aspect: 
     for folder in (source.folder, source.tower):
         settings = settings or (None if folder is None else _processor_settings(folder))
     if settings is None and (known := known_tower(name)):
-        settings = {**known["image"], "size": config.image_size}
+        settings = dict(known["image"]) | ({"size": config.image_size} if config.model_type in FIXED_SIZE else {})
         source.notes.append(f"image preprocessing is not stored in the checkpoint; taken from the published '{name}'")
     if settings is None and config.model_type in BY_KIND:
         settings = {"size": config.image_size, **BY_KIND[config.model_type]}
@@ -135,7 +141,7 @@ def image_settings(source: Source, config: PreTrainedConfig, name: str, aspect: 
         settings["mode"] = "pad"
     elif aspect not in (None, "square"):
         raise UserError(f"image_aspect_ratio is '{aspect}', which cannot be imported. Importable are: square and pad.")
-    if settings["size"] != config.image_size:
+    if settings["size"] != config.image_size and config.model_type in FIXED_SIZE:
         raise UserError(f"images are prepared at {settings['size']} pixels, but the tower takes {config.image_size}.")
     return settings
 
@@ -152,11 +158,6 @@ def _processor_settings(folder: Path) -> dict[str, Any] | None:
         return None
     cropped = content.get("do_center_crop", False) and not content.get("do_pad")
     size = _edge(content["crop_size"] if cropped else content["size"])
-    if cropped and _edge(content["size"]) != size:
-        raise UserError(
-            f"{folder / name}: images are resized to a short edge of {_edge(content['size'])} pixels and cropped to {size}; "
-            "importable are processors that crop what they resize to."
-        )
     mode = "pad" if content.get("do_pad") else "center_crop" if cropped else "squash"
     filters = {2: "bilinear", 3: "bicubic"}
     if content.get("resample", 3) not in filters:
@@ -169,6 +170,7 @@ def _processor_settings(folder: Path) -> dict[str, Any] | None:
         "std": [float(value) for value in content["image_std"]],
         "mode": mode,
         "resample": filters[content.get("resample", 3)],
+        **({"short_edge": _edge(content["size"])} if cropped and _edge(content["size"]) != size else {}),
     }
 
 

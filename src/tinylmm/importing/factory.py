@@ -9,7 +9,7 @@ from typing import Any
 
 from tinylmm.errors import UserError
 from tinylmm.importing.configs import known_tower_config, make_config, vision_config
-from tinylmm.importing.connectors import spec_of_type
+from tinylmm.importing.connectors import QFORMER, spec_of_type
 from tinylmm.importing.lora import merge_lora, read_adapter
 from tinylmm.importing.parts import Parts
 from tinylmm.importing.source import Source, read_json
@@ -76,13 +76,22 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
     strategy = str(config.get("vision_feature_select_strategy", "patch"))
     if strategy not in SELECTS:
         raise UserError(f"vision_feature_select_strategy is '{strategy}'; importable are {', '.join(SELECTS)}.")
+    spec = spec_of_type(str(config.get("connector_type", "mlp2x_gelu")), config)
+    if spec["_target_"] == QFORMER and "query_tokens" in connector and "qformer.layernorm.weight" not in connector:
+        # The Factory's queries pass no norm with weights; one and zero change nothing.
+        width = connector["query_tokens"].shape[-1]
+        connector["qformer.layernorm.weight"] = connector["query_tokens"].new_ones(width)
+        connector["qformer.layernorm.bias"] = connector["query_tokens"].new_zeros(width)
+        source.notes.append(
+            "the norm of the Q-Former's queries has no weights in the Factory; one and zero are filled in"
+        )
     return Parts(
         llm_config=make_config(llm_fields),
         tower_config=tower_config,
         llm=llm,
         tower=tower,
         connector=connector,
-        connector_spec=spec_of_type(str(config.get("connector_type", "mlp2x_gelu"))),
+        connector_spec=spec,
         select_layer=int(config.get("vision_feature_layer", -2)),
         select=SELECTS[strategy],
         aspect=config.get("image_aspect_ratio"),

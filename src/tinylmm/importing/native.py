@@ -64,5 +64,6 @@ def read_transformers(source: Source) -> Parts:
         select=SELECTS[strategy],
         aspect="pad" if ours.get("image_mode") == "pad" else None,
         tower_name=str(config["vision_config"].get("_name_or_path", "")),
+        scales_images=False,
         llm_name=str(config["text_config"].get("_name_or_path", "")),
     )

@@ -19,8 +19,10 @@ from tinylmm.importing.source import Source
 from tinylmm.importing.tensors import Ledger, Tensors, listed
 from tinylmm.models.build import build_connector
 from tinylmm.models.checkpoint import LoadedModel, describe
+from tinylmm.models.encoders import find_anatomy
 from tinylmm.models.lmm import LMM
-from tinylmm.models.vision import HFVisionTower
+from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models.vision import HFVisionTower, make_tower
 
 TOWER = "tinylmm.models.vision.HFVisionTower"
 _ROTARY = r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
@@ -41,6 +43,7 @@ class Parts:
         select: "patch" (drop the CLS token), "all", or "cut" (drop index 0 whatever it is, as the Factory does).
         aspect: LLaVA's image_aspect_ratio, or None.
         tower_name, llm_name: what the checkpoint calls its parts; hub ids as a rule.
+        scales_images: whether an LLM that scales embeddings (Gemma) scaled image features too when this was trained.
     """
 
     llm_config: PreTrainedConfig
@@ -54,6 +57,7 @@ class Parts:
     aspect: str | None
     tower_name: str
     llm_name: str
+    scales_images: bool = True
 
 
 def assemble(parts: Parts, source: Source) -> LoadedModel:
@@ -68,13 +72,14 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     encoder_config, tensors, layer = _tower_tensors(parts, source)
     encoder_class = cast(type[PreTrainedModel], MODEL_MAPPING[type(encoder_config)])
     encoder = build_part("vision tower", encoder_class, encoder_config, tensors, where)
-    has_cls = hasattr(encoder.embeddings, "class_embedding")
+    has_cls = bool(find_anatomy(encoder).num_cls)
     output: dict[str, Any] = {
         "select_layer": layer,
         "select": "all" if parts.select == "all" else "patch",
         "drop_first_token": parts.select == "cut" and not has_cls,
     }
-    tower = HFVisionTower(encoder, **output)
+    image = image_settings(source, encoder_config, parts.tower_name, parts.aspect)
+    tower = make_tower(HFVisionTower, encoder, output, image)
     connector = build_connector(parts.connector_spec, tower.hidden_size, llm, [])
     weights = to_ours(parts.connector_spec, parts.connector)
     expected = {name: tensor.shape for name, tensor in connector.state_dict().items()}
@@ -82,18 +87,22 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     connector.load_state_dict(weights)
     tokenizer = read_tokenizer(source)
     template = choose_template(source, tokenizer, str(parts.llm_config.model_type))
-    image = image_settings(source, encoder_config, parts.tower_name, parts.aspect)
+    target = f"transformers.{llm_class.__name__}"
+    if llm_class is OpenELMForCausalLM:
+        target = f"{OpenELMForCausalLM.__module__}.{OpenELMForCausalLM.__name__}"
     identities: dict[str, dict[str, Any]] = {
-        "llm": {"_target_": f"transformers.{llm_class.__name__}"},
+        "llm": {"_target_": target},
         "vision_tower": {"_target_": TOWER, "encoder": f"transformers.{encoder_class.__name__}", "image": image},
     }
-    description = describe(identities, output, parts.connector_spec, template)
+    # Gemma multiplied all embeddings inside the model when the family trained it; transformers 5 does the tokens' alone.
+    scaled = parts.scales_images and parts.llm_config.model_type == "gemma"
+    description = describe(identities, output, parts.connector_spec, template, scaled)
     names = {"llm": parts.llm_name, "vision_tower": parts.tower_name}
     # A path of the author's disk says nothing here, and is nobody's business.
     description["origin"] = {
         part: name for part, name in names.items() if name and not name.startswith(("/", ".", "~"))
     }
-    return LoadedModel(LMM(llm, tower, connector, template), tokenizer, description, None)
+    return LoadedModel(LMM(llm, tower, connector, template, scaled), tokenizer, description, None)
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -102,6 +111,8 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UserError: it has none.
     """
+    if isinstance(config, OpenELMConfig):
+        return OpenELMForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"transformers has no causal language model of type '{config.model_type}'.")
     found = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])

@@ -70,7 +70,13 @@ class Sampling:
 
 
 def generate_tokens(
-    model: LMM, prompts: list[list[int]], features: Tensor | None, sampling: Sampling, ends: set[int], pad_id: int
+    model: LMM,
+    prompts: list[list[int]],
+    features: Tensor | None,
+    sampling: Sampling,
+    ends: set[int],
+    pad_id: int,
+    image_sizes: Tensor | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, each row's new token, None for rows that have ended; stops when all have.
 
@@ -80,6 +86,7 @@ def generate_tokens(
         sampling: how to choose.
         ends: tokens that end an answer; they are not yielded.
         pad_id: stands at the left of shorter prompts.
+        image_sizes: (N, 2), where images are tiled; features are then those of all tiles.
     """
     llm: Any = model.llm
     device = next(llm.parameters()).device
@@ -87,7 +94,7 @@ def generate_tokens(
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with torch.no_grad():
-        inputs: dict[str, Any] = {"inputs_embeds": model.embed(ids, None, features)[0]}
+        inputs: dict[str, Any] = {"inputs_embeds": model.embed(ids, None, features, image_sizes)[0]}
     # Positions count real tokens only: transformers would count the padding at the left too.
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(llm.forward).parameters else {}

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from tinylmm.data.chat import IMAGE_SLOT, ChatTemplate, Turn, get_template
+from tinylmm.data.chat import IMAGE_SLOT, Turn, get_template
 from tinylmm.data.images import MAX_PIXELS, ImageTransform, open_image
 from tinylmm.errors import DataError, UserError
 from tinylmm.inference.decode import Sampling, generate_tokens
@@ -74,6 +73,15 @@ def load(
     return ChatModel(loaded)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt's token ids with placeholders, and for each image its pixels, and its width and height."""
+
+    ids: list[int]
+    pixels: list[Tensor]
+    sizes: list[tuple[int, int]]
+
+
 class ChatModel:
     """A loaded model that answers; greedy unless sampling options say otherwise.
 
@@ -87,7 +95,7 @@ class ChatModel:
         self.tokenizer = loaded.tokenizer
         self.template = get_template(self.model.template)
         self.transform = ImageTransform(**loaded.description["image"])
-        self._ends = end_tokens(self.template, self.tokenizer)
+        self._ends = set(self.template.stop_ids(self.tokenizer))
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def chat(self, prompt: str | Sequence[str], image: Any = None, history: Any = (), **options: Any) -> Any:
@@ -175,9 +183,9 @@ class ChatModel:
         if len(final) > len(sent):
             yield final[len(sent) :]
 
-    def _steps(self, prepared: list[tuple[list[int], list[Tensor]]], sampling: Sampling) -> Iterator[list[int | None]]:
+    def _steps(self, prepared: list[Prepared], sampling: Sampling) -> Iterator[list[int | None]]:
         """Check lengths, encode images, and hand on to the decoding loop."""
-        prompts = [ids for ids, _ in prepared]
+        prompts = [one.ids for one in prepared]
         limit = getattr(self.model.config, "max_position_embeddings", None)
         longest = max(map(len, prompts))
         if limit is not None and longest >= limit:
@@ -187,27 +195,31 @@ class ChatModel:
             )
         room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - longest)
         fitted = Sampling(**{**sampling.__dict__, "max_new_tokens": room})
-        pixels = [tensor for _, tensors in prepared for tensor in tensors]
-        features = torch.stack([self._encode(tensor) for tensor in pixels]) if pixels else None
-        return generate_tokens(self.model, prompts, features, fitted, self._ends, int(self.tokenizer.pad_token_id))
+        pixels = [tensor for one in prepared for tensor in one.pixels]
+        features = torch.cat([self._encode(tensor) for tensor in pixels]) if pixels else None
+        sizes = torch.tensor([size for one in prepared for size in one.sizes]) if pixels and self.model.tiled else None
+        pad_id = int(self.tokenizer.pad_token_id)
+        return generate_tokens(self.model, prompts, features, fitted, self._ends, pad_id, sizes)
 
-    def _prepare(self, prompt: str, image: Images, history: History) -> tuple[list[int], list[Tensor]]:
-        """Return the prompt's ids with placeholders, and the pixels of its images in their order."""
-        turns, pixels = [], []
+    def _prepare(self, prompt: str, image: Images, history: History) -> Prepared:
+        """Return the prompt's ids with placeholders, and its images in their order."""
+        turns, pixels, sizes = [], [], []
         past = [item if isinstance(item, Exchange) else Exchange(*item) for item in history]
         for question, answer, images in [(e.question, e.answer, e.images) for e in past] + [(prompt, None, image)]:
             found = _as_list(images)
             turns.append(Turn(_with_slots(question, len(found)), answer))
-            pixels += [self.transform(_open(item)) for item in found]
+            opened = [_open(item) for item in found]
+            pixels += [self.transform(item) for item in opened]
+            sizes += [item.size for item in opened]
         ids = self.template.render_prompt(turns, self.tokenizer)
-        slots = self.model.image_tokens
-        return [token for i in ids for token in ([i] * slots if i == IMAGE_TOKEN_ID else [i])], pixels
+        counts = iter(self.model.tokens_of(*size) for size in sizes)
+        return Prepared([t for i in ids for t in ([i] * next(counts) if i == IMAGE_TOKEN_ID else [i])], pixels, sizes)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """(3, H, W) to (P, Dv), from memory if the same pixels came before."""
+        """(3, H, W) or (T, 3, H, W) of tiles to (1 or T, P, Dv), from memory if the same pixels came before."""
         key = hashlib.sha256(pixels.numpy().tobytes()).digest()
         if key not in self._features:
-            self._features[key] = encode_images(self.model.vision_tower, pixels[None])[0]
+            self._features[key] = encode_images(self.model.vision_tower, pixels.view(-1, *pixels.shape[-3:]))
             if len(self._features) > KEPT_FEATURES:
                 self._features.popitem(last=False)
         self._features.move_to_end(key)
@@ -246,15 +258,6 @@ class Conversation:
             yield piece
         self.history.append(Exchange(question, "".join(pieces), images))
         self._images = ()
-
-
-def end_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's EOS, and the template's where it is a token of its own."""
-    ends = {int(tokenizer.eos_token_id)}
-    found = None if template.eos is None else tokenizer.convert_tokens_to_ids(template.eos)
-    if isinstance(found, int) and tokenizer.convert_ids_to_tokens(found) == template.eos:
-        ends.add(found)
-    return ends
 
 
 def _as_list(image: Images) -> list[ImageInput]:

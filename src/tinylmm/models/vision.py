@@ -79,6 +79,11 @@ class HFVisionTower(nn.Module):
         return bool(self._anatomy.num_cls)
 
     @property
+    def num_prefix(self) -> int:
+        """CLS and register tokens in front of the patches."""
+        return self._anatomy.num_prefix
+
+    @property
     def num_tokens(self) -> int:
         """P, the tokens that come out for one image."""
         patches = (self.image_size // int(self.config.patch_size)) ** 2

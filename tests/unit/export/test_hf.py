@@ -147,5 +147,21 @@ def test_a_phi_whose_bias_is_zero_fits(tmp_path: Path) -> None:
 
 def test_jinja_renders_what_the_template_renders_and_captions_have_none() -> None:
     for name, template in TEMPLATES.items():
+        if name == "native":  # the tokenizer's own; below
+            continue
         source = jinja_template(template)
         assert (source is None) == (name in ("pretrain", "plain")), name
+
+
+def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    loaded.tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    loaded.model.template = loaded.description["template"] = "native"
+    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]
+    text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
+    assert text == TEMPLATES["native"].fitted(loaded.tokenizer).text(turns) and report.difference is not None

@@ -15,6 +15,7 @@ from tinylmm.data.chat import IMAGE_TOKEN_ID, TEMPLATES, Turn
 from tinylmm.errors import DataError, UserError
 from tinylmm.inference.decode import Sampling
 from tinylmm.inference.session import ChatModel, Exchange
+from tinylmm.models.anyres import with_tiles
 from tinylmm.models.checkpoint import save_model
 
 N = 24
@@ -141,3 +142,21 @@ def test_an_answer_ends_where_the_context_ends(model: ChatModel) -> None:
     used = len(TEMPLATES["llama"].render_prompt([Turn(prompt, None)], model.tokenizer))
     tokens = list(model._steps([model._prepare(prompt, None, ())], Sampling(max_new_tokens=1000)))
     assert 0 < len(tokens) <= 256 - used
+
+
+def test_tiled_images_take_tokens_after_their_size_in_every_way_of_asking(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    image = {**loaded.description["image"], "mode": "anyres", "tiles": [[1, 2], [2, 1]]}
+    loaded.description["image"] = image
+    loaded.model.connector = with_tiles(loaded.model.connector, image, loaded.model.vision_tower.num_tokens)
+    save_model(loaded, tmp_path / "model", None, {})
+    model = tinylmm.load(tmp_path / "model", device="cpu")
+    wide = Image.new("RGB", (40, 12), (0, 255, 0))
+    assert model.model.tokens_of(*wide.size) != model.model.tokens_of(*RED.size)
+    prepared = model._prepare("What is it?", [wide, RED], ())
+    features = torch.cat([model.model.tower_features(pixels) for pixels in prepared.pixels])
+    ends, pad = int(model.tokenizer.eos_token_id), int(model.tokenizer.pad_token_id)
+    [new] = model.model.generate([prepared.ids], features, N, ends, pad, torch.tensor(prepared.sizes))
+    assert model.chat("What is it?", [wide, RED], max_new_tokens=N) == model._text(new).strip()
+    both = model.chat_batch(["What is it?", "Who?"], [[wide, RED], None], max_new_tokens=N)
+    assert both == [model._text(new).strip(), model.chat("Who?", max_new_tokens=N)]
