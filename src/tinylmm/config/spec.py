@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 PARTS = ("llm", "vision_tower", "connector")
 PartName = Literal["llm", "vision_tower", "connector"]
@@ -182,13 +182,55 @@ class ConnectorSpec(Frozen):
 # ---------------------------------------------------------------------------------------------------- recipe
 
 
-class FromLayer(Frozen):
-    """Train a part from this block on: an index, or a fraction of its depth (share: 12 of 24, the upper half)."""
+class LoraSpec(Frozen):
+    """Low-rank adapters on linear layers (arXiv 2106.09685), by default with TinyLLaVA Factory's numbers."""
 
-    from_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
+    r: Positive = 128
+    alpha: Annotated[float, Field(gt=0)] = 256.0
+    """The adapter's output is scaled by alpha / r, or alpha / sqrt(r) with `rslora`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get an adapter, by the end of their name (q_proj); all-linear leaves out the LLM's output head."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained too: all of the part, or those of layers with an adapter."""
+    rslora: bool = False
 
 
-Tune = Literal["frozen", "full"] | FromLayer
+class QLoraSpec(LoraSpec):
+    """Adapters on linear layers whose own weights are held in 4 or 8 bits (arXiv 2305.14314)."""
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Of 4-bit weights."""
+    double_quant: bool = True
+    """Of 4-bit weights: hold their scales in 8 bits too."""
+
+
+class TuneHow(Frozen):
+    """How a part is trained, where one word does not say it: exactly one of the keys."""
+
+    from_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Train the blocks from this one on: an index, or a fraction of the depth (share: 12 of 24, the upper half)."""
+    lora: LoraSpec | None = None
+    qlora: QLoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TuneHow:
+        given = [name for name in TuneHow.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"names {' and '.join(given) or 'none'} of from_layer, lora and qlora; it must name one "
+                "(set the other to null, where the recipe brings it)"
+            )
+        return self
+
+    @model_serializer
+    def _what_is_given(self) -> dict[str, Any]:
+        given = ((name, getattr(self, name)) for name in TuneHow.model_fields)
+        return {k: v.model_dump(mode="json") if isinstance(v, Frozen) else v for k, v in given if v is not None}
+
+
+Tune = Literal["frozen", "full", "lora", "qlora"] | TuneHow
 
 
 class TuneSpec(Frozen):
@@ -196,7 +238,14 @@ class TuneSpec(Frozen):
 
     llm: Tune = "frozen"
     vision_tower: Tune = "frozen"
-    connector: Literal["frozen", "full"] = "full"
+    connector: Tune = "full"
+
+    @field_validator("llm", "vision_tower", "connector", mode="after")
+    @classmethod
+    def _adapters_in_numbers(cls, tune: Tune) -> Tune:
+        """`lora` means its default numbers: written out, so that a spec says what was done, and both are one stage."""
+        written_out = {"lora": TuneHow(lora=LoraSpec()), "qlora": TuneHow(qlora=QLoraSpec())}
+        return written_out.get(tune, tune) if isinstance(tune, str) else tune
 
 
 class StageSpec(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from tinylmm.data.collate import Collator
 from tinylmm.data.images import ImageTransform, open_image, safe_path
 from tinylmm.errors import StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
-from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
-from tinylmm.models.tuning import apply_tuning
+from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model, save_part
+from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.stages.devices import choose_device
 from tinylmm.stages.job import StageJob
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
@@ -29,6 +30,9 @@ from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
 
+BASES = "bases"
+"""Folder in the work folder for the bases of adapters that lie in no other stage's output."""
+
 
 def run(job: StageJob) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
@@ -36,7 +40,10 @@ def run(job: StageJob) -> dict[str, Any]:
     configure_trackers(job.settings["tracking"], job.folder, job.name)
     loaded = _start_model(job)
     model = loaded.model
-    tuning = apply_tuning(model, job.spec["tune"])
+    bases = _adapter_bases(job, loaded)
+    model.vision_tower.to(device)
+    model.connector.to(device)
+    tuning = apply_tuning(model, job.spec["tune"], job.spec["seed"], job.spec["precision"], device)
     for part, decision in tuning.items():
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
@@ -59,12 +66,15 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     state = trainer.full_state()
     if rank() == 0:
-        save_model(loaded, job.output / "model", state, _unchanged_parts(job, loaded, tuning))
+        unchanged = _unchanged_parts(job, loaded, tuning) | bases
+        adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
+        save_model(loaded, job.output / "model", state, unchanged, adapters)
+        shutil.rmtree(job.folder / BASES, ignore_errors=True)
     barrier()
     return {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
-        "tuning": {part: asdict(decision) for part, decision in tuning.items()},
+        "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         "data": asdict(samples.report),
         "world_size": world_size(),
         "features_cached": cache is not None,
@@ -95,7 +105,7 @@ def build_trainer(
     arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
     loaded.model.touch_vision_always = world_size() > 1
     if launch["gradient_checkpointing"]:
-        loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(loaded.model)
     collator = Collator(
         image_tokens=loaded.model.image_tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
@@ -181,7 +191,7 @@ def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -
     if dtype is None or device.type == "cpu":
         return
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():  # quantised weights stay as they are
             parameter.data = parameter.data.to(dtype)
 
 
@@ -203,10 +213,32 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description)
 
 
+def _adapter_bases(job: StageJob, loaded: LoadedModel) -> dict[str, Path]:
+    """Folders with the weights that this stage's adapters sit on: linked into its model, so the adapter alone is new.
+
+    Where no earlier stage's output has exactly them (published or random parts, parts with a merged adapter), they are
+    written now: once an adapter is on them, and bits are cut off them, they cannot be had from memory.
+    """
+    bases = {}
+    for part, tune in job.spec["tune"].items():
+        if not isinstance(tune, dict) or "from_layer" in tune:
+            continue
+        if loaded.folder is not None and part not in loaded.adapters:
+            bases[part] = loaded.folder / part
+        elif part in job.parents:
+            bases[part] = job.parents[part]
+        else:
+            bases[part] = job.folder / BASES / part
+            if rank() == 0:
+                shutil.rmtree(bases[part], ignore_errors=True)
+                save_part(loaded.model, part, bases[part])
+    return bases
+
+
 def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:
     """Folders that already hold a part this stage did not train."""
     unchanged = {}
-    for part in ("llm", "vision_tower"):
+    for part in tuning:
         if tuning[part].trained == 0:
             if loaded.folder is not None:
                 unchanged[part] = loaded.folder / part
