@@ -252,7 +252,7 @@ class StageSpec(Frozen):
     """One training stage. Its optimiser steps are defined by samples, so batch layout and world size do not change them."""
 
     start: str = Field(alias="from")
-    """`parts`, or the name of an earlier stage whose model is trained on."""
+    """`parts`, `model` (the recipe's `from_model`), or the name of an earlier stage whose model is trained on."""
     data: str
     """Key of `data.sources`."""
     tune: TuneSpec
@@ -282,11 +282,20 @@ class RecipeSpec(Frozen):
     name: str
     published_data: str
     """The data set that the recipe was published with; `data=auto` means it."""
+    from_model: str | None = None
+    """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
     stages: Annotated[dict[str, StageSpec], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _stages_start_from_earlier_ones(self) -> RecipeSpec:
-        seen = ["parts"]
+        starts = {stage.start for stage in self.stages.values()}
+        if self.from_model is None and "model" in starts:
+            raise ValueError("starts from a model, so set recipe.from_model to a model's folder or the name of a run")
+        seen = ["parts" if self.from_model is None else "model"]
+        if self.from_model is not None and "model" not in starts:
+            raise ValueError("has from_model, but no stage starts from it; use recipe=custom_finetune or set from: model")
+        if {"parts", "model"} & self.stages.keys():
+            raise ValueError("a stage may not be called parts or model: `from` means something else by these words")
         for name, stage in self.stages.items():
             if stage.start not in seen:
                 raise ValueError(f"stage '{name}' starts from '{stage.start}', which is none of the earlier {seen}")

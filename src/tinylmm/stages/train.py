@@ -175,6 +175,8 @@ def _start_model(job: StageJob) -> LoadedModel:
     trust, attention = job.settings["trust"], job.settings["launch"]["attention"]
     if "from" in job.parents:
         return load_model(job.parents["from"] / "model", trust, attention)
+    if "model" in job.spec:
+        return load_model(_own_copy(job, Path(job.settings["folders"]["from"])), trust, attention)
     template = job.spec["chat_template"]
     model = build_lmm(job.spec, job.parents, job.settings["folders"], template, job.spec["seed"], trust, attention)
     identities = {
@@ -183,6 +185,22 @@ def _start_model(job: StageJob) -> LoadedModel:
     }
     description = describe(identities, job.spec["tower_output"], job.spec["connector"], template)
     return LoadedModel(model, load_tokenizer(job.spec, job.parents, job.settings["folders"]), description, None)
+
+
+def _own_copy(job: StageJob, folder: Path) -> Path:
+    """The model at `folder` as files that nobody else writes to, since unchanged parts are linked into the result.
+
+    That holds for a stage's output in the store; a folder of the user's is copied.
+    """
+    stages = Path(job.settings["features_root"]).parent / "stages"
+    if folder.is_relative_to(stages):
+        return folder
+    copy = job.folder / BASES / "model"
+    if rank() == 0:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+    barrier()
+    return copy
 
 
 def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -> None:
