@@ -87,7 +87,9 @@ def test_custom_finetune_goes_on_from_a_run_on_ones_own_data(project: Project) -
     start = load_model(model_of(project, "lora"), []).model
     base = load_file(model / "llm/model.safetensors")
     assert torch.equal(base["model.layers.0.mlp.up_proj.weight"], start.llm.model.layers[0].mlp.up_proj.weight)
-    assert (model / "vision_tower/model.safetensors").samefile(model_of(project, "lora") / "vision_tower/model.safetensors")
+    assert (model / "vision_tower/model.safetensors").samefile(
+        model_of(project, "lora") / "vision_tower/model.safetensors"
+    )
 
     # the same model in a folder of the user's: the same content, so the same result, and no run of anything
     shutil.copytree(model_of(project, "lora"), project.root / "mine")
@@ -109,7 +111,11 @@ def test_a_stopped_training_of_adapters_goes_on_bit_for_bit(
     project: Project, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropout is at work (0.05), so the states of the random generators count too."""
-    words = ["recipe.stages.pretrain.max_steps=2", "recipe.stages.finetune.max_steps=5", *(QRANK, RANK)[recipe == "lora"]]
+    words = [
+        "recipe.stages.pretrain.max_steps=2",
+        "recipe.stages.finetune.max_steps=5",
+        *(QRANK, RANK)[recipe == "lora"],
+    ]
     assert train(project, f"recipe={recipe}", *words, f"name=whole-{recipe}") == 0
     shutil.copytree(project.store, tmp_path / "store", ignore=shutil.ignore_patterns("runs"))
     whole = model_of(project, f"whole-{recipe}")

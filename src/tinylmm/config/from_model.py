@@ -22,6 +22,8 @@ _NOT_ARCHITECTURE = {
     "attn_implementation", "experts_implementation", "code_revision", "name_or_path", "use_cache",
 }  # fmt: skip
 """Keys of a saved config.json that say how it was saved or run, not what the network looks like."""
+_OF_THE_RUN = (["name"], ["template"], ["scale"])
+"""Keys of a group that say nothing about the part itself."""
 _RUNS_SHOWN = 5
 
 
@@ -47,7 +49,7 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
     for part in PARTS:
         composed: Any = OmegaConf.to_container(cfg[part], resolve=False)
         differs = _difference(composed, parts[part])
-        if differs and any(key.partition(".")[0] == part for key in keys):
+        if differs and any(key.split(".")[0] == part and key.split(".")[1:2] not in _OF_THE_RUN for key in keys):
             fix = f"Leave {part} out: a recipe with from_model takes its parts from the model."
             faults.append(Fault(part, f"is not that of the model at {folder}: {differs}.", fix))
             continue

@@ -293,7 +293,9 @@ class RecipeSpec(Frozen):
             raise ValueError("starts from a model, so set recipe.from_model to a model's folder or the name of a run")
         seen = ["parts" if self.from_model is None else "model"]
         if self.from_model is not None and "model" not in starts:
-            raise ValueError("has from_model, but no stage starts from it; use recipe=custom_finetune or set from: model")
+            raise ValueError(
+                "has from_model, but no stage starts from it; use recipe=custom_finetune or set from: model"
+            )
         if {"parts", "model"} & self.stages.keys():
             raise ValueError("a stage may not be called parts or model: `from` means something else by these words")
         for name, stage in self.stages.items():

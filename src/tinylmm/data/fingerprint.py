@@ -79,7 +79,12 @@ def model_fingerprint(path: str, cache_folder: Path) -> dict[str, Any]:
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         stat = file.stat()
-        key = {"path": str(file.absolute()), "format": _CACHE_FORMAT, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        key = {
+            "path": str(file.absolute()),
+            "format": _CACHE_FORMAT,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
         cache = _Cache(cache_folder / f"{digest({'model': key['path']})[:32]}.json", key)
         known = cache.read()
         if known is None:
