@@ -81,6 +81,14 @@ def test_exactly_what_is_trained_gets_gradients_for_every_way_of_every_part(llm:
             assert all("lora_" in name for name in names) == (mode in ("lora", "qlora", "frozen"))
 
 
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_text_alone_through_a_frozen_llm_gives_zero_gradients_not_an_error(tower: str) -> None:
+    model = tuned({"vision_tower": tower, "connector": "full"})
+    ids = torch.arange(5, 13)[None]
+    model(input_ids=ids, position_ids=torch.arange(8)[None], targets=ids).loss_sum.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 def test_checkpointing_changes_no_loss_and_reaches_a_trained_tower() -> None:
     model = tuned({"vision_tower": "full"})
     plain = loss(model)
