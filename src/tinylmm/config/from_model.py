@@ -91,6 +91,8 @@ def _parts(folder: Path) -> dict[str, dict[str, Any]]:
     llm, tower = dict(description["llm"]), dict(description["vision_tower"])
     tokenizer = {"pretrained": str(folder / "tokenizer"), "revision": None, "pad_token": None, "vocab_size": None}
     llm |= _origin(folder / "llm") | {"tokenizer": tokenizer, "template": description["template"]}
+    if "scale_image_features" in description:
+        llm["scale_image_features"] = description["scale_image_features"]
     tower |= _origin(folder / "vision_tower") | {"image": description["image"]}
     connector = {"options": {}, **description["connector"]}
     connector["name"] = str(connector["_target_"]).rpartition(".")[2]

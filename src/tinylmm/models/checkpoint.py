@@ -126,6 +126,11 @@ def save_part(model: LMM, part: str, folder: Path, state: dict[str, torch.Tensor
         save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / WEIGHTS)
 
 
+def write_merged(source: Path, target: Path, trust: list[str]) -> None:
+    """Write the model at `source` to a new folder with its adapters merged into the weights (in fp32)."""
+    save_model(load_model(source, trust), target, None, {})
+
+
 def load_model(folder: Path, trust: list[str], attention: str = "auto") -> LoadedModel:
     """Load what `save_model` wrote, in fp32 on the CPU, adapters merged.
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import Dinov2Config, Dinov2Model, LlamaForCausalLM, SiglipVisionModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from tests.builders import IMAGE_SIZE, WIDTH, folder_bytes, tiny_lmm, tiny_loaded, tiny_tower
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.models.adapters import adaptable_linears, merge_adapter
-from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part, write_merged
 from tinylmm.models.connectors import IdentityConnector, MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning, connector_blocks, enable_checkpointing
@@ -46,10 +48,10 @@ def loss(model: LMM) -> torch.Tensor:
 
 
 def move_adapters(model: LMM) -> None:
-    """B starts at zero, so nothing would be seen of an adapter: give it values."""
+    """B starts at zero, and so do biases: nothing would be seen of an adapter. Give them values."""
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or (parameter.requires_grad and name.endswith(".base_layer.bias")):
             nn.init.normal_(parameter, std=0.1)
 
 
@@ -112,6 +114,41 @@ def test_a_tower_in_full_leaves_out_what_lies_behind_its_output(kind: str) -> No
     left = {name for name, p in tower.encoder.named_parameters() if not p.requires_grad}
     assert left and all(name.startswith(("post_layernorm.", "head.")) for name in left)
     assert report.trained == report.total - sum(tower.encoder.get_parameter(name).numel() for name in left)
+
+
+class DINOTower(nn.Module):
+    """A tower of another build: its blocks lie elsewhere, and parameters lie idle that no other kind has (`mask_token`)."""
+
+    image_size, num_tokens, hidden_size, depth = IMAGE_SIZE, 5, 24, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": IMAGE_SIZE}
+        self.encoder = Dinov2Model(Dinov2Config(**sizes, patch_size=8))
+        self.blocks = nn.ModuleList(block for block in self.encoder.modules() if isinstance(block, Dinov2Layer))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder.embeddings(pixel_values)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+def test_partial_tuning_and_adapters_reach_a_tower_of_another_kind() -> None:
+    reached = {}
+    for name, tune in (("full", "full"), ("from_layer", {"from_layer": 0.5}), ("lora", {"lora": LORA})):
+        tower = DINOTower()
+        model = LMM(tiny_lmm().llm, tower, MLPConnector(24, WIDTH), "llama").train()  # type: ignore[arg-type]
+        report = apply_tuning(model, FROZEN | {"vision_tower": tune})
+        move_adapters(model)
+        model.connector(tower(torch.ones(1, 3, IMAGE_SIZE, IMAGE_SIZE))).square().sum().backward()
+        reached[name] = {id(p) for p in tower.parameters() if p.grad is not None and p.grad.any()}
+        assert (
+            reached[name] == {id(p) for p in tower.parameters() if p.requires_grad} and report["vision_tower"].trained
+        )
+        idle = {n for n, p in tower.encoder.named_parameters() if not p.requires_grad}
+        assert name != "full" or idle == {"embeddings.mask_token", "layernorm.weight", "layernorm.bias"}
+    assert len(reached["lora"]) == 2 * 2 * 6  # A and B on q, k, v, o, fc1, fc2 of two blocks
 
 
 def test_a_connectors_blocks_are_its_layers_with_parameters() -> None:
@@ -201,13 +238,13 @@ def test_a_saved_model_is_base_and_adapter_and_loads_as_what_was_trained(tmp_pat
     assert "adapters" not in loaded.description and set(loaded.adapters) == set(PARTS)
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
-    save_model(loaded, tmp_path / "merged", None, {})
+    write_merged(folder, tmp_path / "merged", [])
     assert not (tmp_path / "merged/adapters").exists()
     merged = load_model(tmp_path / "merged", [])
     assert torch.equal(loss(merged.model.train()), loss(loaded.model.train()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"bias": "lora_only"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"targets": ("q_proj", "v_proj")}], ids=str)
 def test_peft_alone_reads_the_adapter(tmp_path: Path, settings: dict[str, Any]) -> None:
     from peft import PeftModel
 
@@ -219,6 +256,23 @@ def test_peft_alone_reads_the_adapter(tmp_path: Path, settings: dict[str, Any]) 
     before = LlamaForCausalLM.from_pretrained(folder / "llm")(ids).logits
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     assert (ours(ids).logits - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_peft_alone_reads_a_towers_adapter_and_its_biases(tmp_path: Path, bias: str) -> None:
+    from peft import PeftModel
+
+    model, folder = saved(tmp_path, {"vision_tower": {"lora": LORA | {"bias": bias}}})
+    tensors = load_file(folder / "adapters/vision_tower/adapter_model.safetensors")
+    assert any(name.endswith("bias") for name in tensors) == (bias != "none")
+    assert not any("post_layernorm" in name or "layers.2" in name for name in tensors), "the loss does not reach them"
+    pixels = torch.ones(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    loaded = load_model(folder, [])
+    base = SiglipVisionModel.from_pretrained(folder / "vision_tower")
+    theirs = PeftModel.from_pretrained(base, str(folder / "adapters/vision_tower"))
+    hidden = theirs(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(loaded.model.vision_tower(pixels), hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss(loaded.model.train()), loss(model), rtol=1e-5, atol=0)
 
 
 def test_an_adapter_of_a_part_that_the_next_stage_freezes_is_handed_on(tmp_path: Path) -> None:
