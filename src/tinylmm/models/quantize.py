@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterable
@@ -59,7 +60,8 @@ def import_bitsandbytes() -> Any:
     """Return bitsandbytes, or None where it is not installed.
 
     On some CPUs it fetches a kernel from the Hugging Face hub and runs it, if the package `kernels` is there. Nothing here
-    runs code from a hub, and training does not use that kernel, so `kernels` is hidden while it is imported.
+    runs code from a hub, and training does not use that kernel, so `kernels` is hidden while it is imported. (That is done
+    at once where `kernels` is installed: transformers' Trainer would import bitsandbytes next, in its own way.)
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
@@ -117,3 +119,7 @@ def _quantized(linear: nn.Module, spec: dict[str, Any], compute: torch.dtype, de
     held.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False) if bias else None
     quantized: nn.Module = held.to(device)
     return quantized
+
+
+if importlib.util.find_spec("kernels") is not None:
+    import_bitsandbytes()

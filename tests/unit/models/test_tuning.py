@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -311,3 +313,14 @@ def test_layers_inside_multihead_attention_take_no_adapter() -> None:
     model.connector.attention = nn.MultiheadAttention(WIDTH, 2)
     assert set(adaptable_linears(model, "connector")) == {"layers.0", "layers.2"}
     assert all(".layers." in name for name in adaptable_linears(model, "vision_tower"))
+
+
+@pytest.mark.slow
+def test_bitsandbytes_fetches_no_kernel_from_a_hub_where_it_could(tmp_path: Path) -> None:
+    """The package `kernels` is there, and counts who asks it for code (on CPUs for which there is some)."""
+    stub = "__version__ = '0.1'\ndef get_kernel(*_, **__):\n    raise SystemExit('asked for code from a hub')\n"
+    (tmp_path / "kernels.py").write_text(stub)
+    code = "import tinylmm.models.tuning, sys; import transformers.trainer_utils; assert 'bitsandbytes' in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
