@@ -63,7 +63,7 @@ def test_lora_adds_an_adapter_to_a_linked_base_and_trains_the_connector(project:
     assert len(adapter) == 2 * 14 and all(tensor.abs().sum() > 0 for tensor in adapter.values())
     old, new = (load_file(folder / "connector/model.safetensors") for folder in (before, model))
     assert all(not torch.equal(old[name], new[name]) for name in old)
-    assert not (model.parents[1] / "bases").exists()
+    assert not (model.parents[1] / "kept").exists()
 
 
 def test_qlora_reuses_the_pretraining_and_loads_as_it_was_trained(project: Project) -> None:

@@ -30,8 +30,8 @@ from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
 
-BASES = "bases"
-"""Folder in the work folder for the bases of adapters that lie in no other stage's output."""
+KEPT = "kept"
+"""Folder in the work folder for weights that this stage keeps as they are and that lie in no other stage's output."""
 
 
 def run(job: StageJob) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def run(job: StageJob) -> dict[str, Any]:
     configure_trackers(job.settings["tracking"], job.folder, job.name)
     loaded = _start_model(job)
     model = loaded.model
-    bases = _adapter_bases(job, loaded)
+    kept = _kept_parts(job, loaded)
     model.vision_tower.to(device)
     model.connector.to(device)
     tuning = apply_tuning(model, job.spec["tune"], job.spec["seed"], job.spec["precision"], device)
@@ -66,10 +66,9 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     state = trainer.full_state()
     if rank() == 0:
-        unchanged = _unchanged_parts(job, loaded, tuning) | bases
         adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
-        save_model(loaded, job.output / "model", state, unchanged, adapters)
-        shutil.rmtree(job.folder / BASES, ignore_errors=True)
+        save_model(loaded, job.output / "model", state, kept, adapters)
+        shutil.rmtree(job.folder / KEPT, ignore_errors=True)
     barrier()
     return {
         "steps": trainer.state.global_step,
@@ -195,7 +194,7 @@ def _own_copy(job: StageJob, folder: Path) -> Path:
     stages = Path(job.settings["features_root"]).parent / "stages"
     if folder.is_relative_to(stages):
         return folder
-    copy = job.folder / BASES / "model"
+    copy = job.folder / KEPT / "model"
     if rank() == 0:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
@@ -231,35 +230,25 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description)
 
 
-def _adapter_bases(job: StageJob, loaded: LoadedModel) -> dict[str, Path]:
-    """Folders with the weights that this stage's adapters sit on: linked into its model, so the adapter alone is new.
+def _kept_parts(job: StageJob, loaded: LoadedModel) -> dict[str, Path]:
+    """Folders with the weights of parts that this stage does not change: frozen ones, and those that adapters sit on.
 
-    Where no earlier stage's output has exactly them (published or random parts, parts with a merged adapter), they are
-    written now: once an adapter is on them, and bits are cut off them, they cannot be had from memory.
+    They are linked into this stage's model. Where no earlier stage's output has exactly them (published or random parts, a
+    new adapter on a merged one), they are written now: once they are cast to the stage's precision, quantised or wrapped in
+    adapters, they cannot be had from memory.
     """
-    bases = {}
+    kept = {}
     for part, tune in job.spec["tune"].items():
-        if not isinstance(tune, dict) or "from_layer" in tune:
+        adapter = isinstance(tune, dict) and "from_layer" not in tune
+        if tune != "frozen" and not adapter:
             continue
-        if loaded.folder is not None and part not in loaded.adapters:
-            bases[part] = loaded.folder / part
+        if loaded.folder is not None and not (adapter and part in loaded.adapters):
+            kept[part] = loaded.folder / part
         elif part in job.parents:
-            bases[part] = job.parents[part]
+            kept[part] = job.parents[part]
         else:
-            bases[part] = job.folder / BASES / part
+            kept[part] = job.folder / KEPT / part
             if rank() == 0:
-                shutil.rmtree(bases[part], ignore_errors=True)
-                save_part(loaded.model, part, bases[part])
-    return bases
-
-
-def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:
-    """Folders that already hold a part this stage did not train."""
-    unchanged = {}
-    for part in tuning:
-        if tuning[part].trained == 0:
-            if loaded.folder is not None:
-                unchanged[part] = loaded.folder / part
-            elif part in job.parents:
-                unchanged[part] = job.parents[part]
-    return unchanged
+                shutil.rmtree(kept[part], ignore_errors=True)
+                save_part(loaded.model, part, kept[part])
+    return kept
