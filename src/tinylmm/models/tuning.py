@@ -88,14 +88,19 @@ def decoder_blocks(llm: nn.Module) -> nn.ModuleList:
 
 
 def connector_blocks(connector: nn.Module) -> list[nn.Module]:
-    """Return a connector's layers with parameters, first to last: its `blocks`, or else its longest list of layers."""
+    """Return a connector's blocks, first to last: its own `blocks`, or else its longest outer list of layers with parameters.
+
+    Lists of equal length side by side (an MLP each for two streams) are taken in step: block i is the i-th of each.
+    """
     own = getattr(connector, "blocks", None)
     if own is not None:
         return list(own)
-    lists = [connector, *(m for m in connector.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)))]
-    return max(
-        ([layer for layer in found.children() if any(True for _ in layer.parameters())] for found in lists), key=len
-    )
+    lists = {n: m for n, m in connector.named_modules() if n and isinstance(m, (nn.ModuleList, nn.Sequential))}
+    outer = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
+    holders: list[nn.Module] = [*outer] or [connector]
+    layers = [[layer for layer in m.children() if any(True for _ in layer.parameters())] for m in holders]
+    longest = max(map(len, layers))
+    return [nn.ModuleList(step) for step in zip(*(m for m in layers if len(m) == longest), strict=True)]
 
 
 def _tune(model: LMM, part: str, tune: Any, seed: int, compute: torch.dtype, device: torch.device) -> PartTuning:
@@ -110,6 +115,8 @@ def _tune(model: LMM, part: str, tune: Any, seed: int, compute: torch.dtype, dev
         mode = f"adapters of rank {adapter.config['r']} on {len(adapter.config['target_modules'])} layers{held}"
         return PartTuning(mode, 0, total, adapter)
     blocks = _blocks(model, part)
+    if not blocks:
+        raise UserError(f"tune.{part}: the part has no blocks to train from one on; use frozen")
     depth = model.vision_tower.depth if part == "vision_tower" else len(blocks)
     first = tune["from_layer"]
     index = int(first * depth) if isinstance(first, float) else first

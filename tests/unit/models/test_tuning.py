@@ -20,7 +20,7 @@ from tests.builders import IMAGE_SIZE, WIDTH, folder_bytes, tiny_lmm, tiny_loade
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.models.adapters import adaptable_linears, merge_adapter
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part, write_merged
-from tinylmm.models.connectors import IdentityConnector, MLPConnector
+from tinylmm.models.connectors import IdentityConnector, LinearConnector, MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning, connector_blocks, enable_checkpointing
 
@@ -154,8 +154,26 @@ def test_partial_tuning_and_adapters_reach_a_tower_of_another_kind() -> None:
 
 
 def test_a_connectors_blocks_are_its_layers_with_parameters() -> None:
+    def linears(blocks: list[nn.Module]) -> list[list[nn.Module]]:
+        return [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
+
     connector = MLPConnector(24, WIDTH, depth=3)
-    assert connector_blocks(connector) == [m for m in connector.modules() if isinstance(m, nn.Linear)]
+    assert linears(connector_blocks(connector)) == [[m] for m in connector.modules() if isinstance(m, nn.Linear)]
+    assert linears(connector_blocks(LinearConnector(24, WIDTH))) and not connector_blocks(IdentityConnector(8, 8))
+
+    streams = nn.ModuleDict({name: MLPConnector(24, WIDTH).layers for name in ("clip", "dinov2")})
+    pairs = [[streams["clip"][i], streams["dinov2"][i]] for i in (0, 2)]
+    assert linears(connector_blocks(streams)) == pairs, "two streams go in step"
+
+    deep = nn.ModuleDict(
+        {
+            "proj": nn.Linear(4, 4),
+            "layers": nn.ModuleList(nn.Sequential(*map(nn.Linear, [4] * 3, [4] * 3)) for _ in "ab"),
+        }
+    )
+    assert [len(found) for found in linears(connector_blocks(deep))] == [3, 3], (
+        "outer blocks, not the layers inside one"
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,6 +202,8 @@ def test_a_connector_without_weights_takes_no_adapter_and_is_nothing_to_train() 
     model = LMM(lmm.llm, tower, IdentityConnector(tower.hidden_size, tower.hidden_size), "llama")
     with pytest.raises(UserError, match=r"tune.connector: the part has no linear layers"):
         apply_tuning(model, FROZEN | {"connector": {"lora": LORA}})
+    with pytest.raises(UserError, match=r"tune.connector: the part has no blocks"):
+        apply_tuning(model, FROZEN | {"connector": {"from_layer": 0}})
     with pytest.raises(UserError, match="nothing of this model is left to train"):
         apply_tuning(model, FROZEN | {"connector": "full"})
 
