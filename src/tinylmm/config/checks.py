@@ -76,6 +76,7 @@ def check_all(raw: Mapping[str, Any]) -> list[Fault]:
         *check_targets(raw),
         *_check_names(raw),
         *_check_stages(raw),
+        *_check_sharding(raw),
         *_check_evaluations(raw),
         *_check_templates(raw),
         *_check_tokenizer(raw),
@@ -229,6 +230,18 @@ def _check_tune(where: str, stage: Mapping[str, Any]) -> list[Fault]:
             Fault(f"{where}.lr", f"names no rate for {', '.join(missing)}, which this stage trains.", "Add it.")
         )
     return faults
+
+
+def _check_sharding(raw: Mapping[str, Any]) -> list[Fault]:
+    if _mapping(raw, "launch").get("deepspeed_stage") != 3:
+        return []
+    return [
+        Fault(f"recipe.stages.{name}.tune.{part}", "is qlora, whose 4- or 8-bit weights ZeRO-3 cannot share out.", fix)
+        for name in _mapping(raw, "recipe", "stages")
+        for part, tune in _mapping(raw, "recipe", "stages", name, "tune").items()
+        if tune == "qlora" or (isinstance(tune, Mapping) and tune.get("qlora") is not None)
+        for fix in ["Use launch=zero2 or torchrun, or lora instead."]
+    ]
 
 
 def _check_evaluations(raw: Mapping[str, Any]) -> list[Fault]:

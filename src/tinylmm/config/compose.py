@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from tinylmm.config.checks import check_all, check_leaves, check_strays
 from tinylmm.config.faults import faults_of, paths_by_leaf
+from tinylmm.config.from_model import take_parts
 from tinylmm.config.groups import DEFAULT_GROUPS, EXPERIMENTS, group_choices, screen_user_files, search_path
 from tinylmm.config.overrides import Vocabulary, Words, check_words, choice_fault, is_sweep, redacted
 from tinylmm.config.spec import PretrainedPart, RunSpec
@@ -186,6 +187,8 @@ def _finish(words: list[str], faults: list[Fault], vocabulary: Vocabulary, cfg: 
         cfg = _load(words, vocabulary) if cfg is None else cfg
         chosen = _auto_choices(cfg, faults, vocabulary)
         cfg = _load([*words, *chosen], vocabulary) if chosen else cfg
+        if OmegaConf.select(cfg, "recipe.from_model", throw_on_resolution_failure=False):
+            faults += take_parts(cfg, words)
     except ConfigError as error:
         raise ConfigError(list(dict.fromkeys([*faults, *error.faults]))) from error
     plain, found = _plain(cfg)
@@ -210,7 +213,9 @@ def _auto_choices(cfg: DictConfig, faults: list[Fault], vocabulary: Vocabulary) 
             OmegaConf.select(cfg, f"{part}.init", throw_on_resolution_failure=False) for part in ("llm", "vision_tower")
         ]
         published = OmegaConf.select(cfg, "recipe.published_data", throw_on_resolution_failure=False)
-        data = "digits" if inits == ["built", "built"] or published is None else str(published)
+        other_model = "from_model" in (OmegaConf.select(cfg, "recipe", throw_on_resolution_failure=False) or {})
+        embedded = inits == ["built", "built"] and not other_model
+        data = "digits" if embedded or published is None else str(published)
         choices = [choice for choice in vocabulary.groups["data"] if choice != "auto"]
         if data not in choices:
             wrong = choice_fault("data", data, choices)

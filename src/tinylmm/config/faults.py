@@ -146,7 +146,8 @@ def _locate(model: type[BaseModel], loc: Sequence[Any], raw: Any) -> tuple[list[
             branch = _mapping_branch(branches)
             if branch is None or not isinstance(_lookup(raw, path), Mapping):
                 return path, annotation
-            if not str(segment).startswith(branch.__name__ if _is_model(branch) else "dict["):
+            name = branch.__name__ if _is_model(branch) else "dict["
+            if not (str(segment).startswith(name) or str(segment).endswith(f", {name}]")):  # the latter has validators
                 return None
             annotation = branch
             continue

@@ -77,6 +77,31 @@ def checkpoint_fingerprint(path_or_id: str) -> dict[str, Any]:
     return {"files": files}
 
 
+def model_fingerprint(path: str, cache_folder: Path) -> dict[str, Any]:
+    """Return {"files": {path: SHA-256}} of a trained model's folder: two of them differ in nothing but their weights' bytes.
+
+    Hashes are cached in `cache_folder` under each file's path, size and modification time.
+    """
+    folder = Path(path)
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = file.stat()
+        key = {
+            "path": str(file.absolute()),
+            "format": _CACHE_FORMAT,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
+        cache = _Cache(cache_folder / f"{digest({'model': key['path']})[:32]}.json", key)
+        known = cache.read()
+        if known is None:
+            known = {"sha256": _sha256(file)}
+            if stat.st_size > HASHED_BYTES:
+                cache.write(known)
+        files[file.relative_to(folder).as_posix()] = known["sha256"]
+    return {"files": files}
+
+
 class _Cache:
     """One JSON file for one state of one annotation file."""
 

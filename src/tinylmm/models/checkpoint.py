@@ -6,8 +6,11 @@
       vision_tower/    a transformers folder
       connector/       model.safetensors
       tokenizer/       a transformers tokenizer folder
+      adapters/<part>/ a peft folder, for a part that was trained through one; the part's own folder then holds its base
 
-A part that a stage did not change is hard-linked from where it came from: a frozen 2.7B LLM costs no second copy.
+A part that a stage did not change is hard-linked from where it came from: a frozen 2.7B LLM costs no second copy, nor does
+the base of an adapter. `load_model` merges adapters into the weights, so whoever uses it meets whole parts only; saving
+what it returned writes them merged. config.json lists them, with how their base was quantised in training.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +31,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tinylmm import __version__
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
+from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
 from tinylmm.models.anyres import with_tiles
 from tinylmm.models.build import build_connector
 from tinylmm.models.llm import choose_attention, load_llm
@@ -35,6 +39,8 @@ from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import make_tower
 
 WEIGHTS = "model.safetensors"
+ADAPTERS = "adapters"
+"""Folder of peft folders, and the key of config.json that lists them."""
 FORMAT = 1
 
 
@@ -43,14 +49,16 @@ class LoadedModel:
     """A model with what is needed to use it.
 
     Attributes:
-        description: the folder's config.json.
+        description: the folder's config.json, without `adapters`.
         folder: where it was loaded from (source of hard links for parts that stay unchanged).
+        adapters: part -> entry of config.json, for parts whose folder there lacks the adapter that is merged in memory.
     """
 
     model: LMM
     tokenizer: PreTrainedTokenizerBase
     description: dict[str, Any]
     folder: Path | None
+    adapters: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(
@@ -76,41 +84,66 @@ def describe(
 
 
 def save_model(
-    loaded: LoadedModel, folder: Path, state: dict[str, torch.Tensor] | None, unchanged: dict[str, Path]
+    loaded: LoadedModel,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None,
+    unchanged: dict[str, Path],
+    adapters: dict[str, Adapter] | None = None,
 ) -> None:
     """Write the model's folder; it must not exist or be left over from a killed try.
 
     Args:
         state: full state dict gathered over ranks (ZeRO-3), keys as in `LMM.state_dict()`; None reads the model itself.
-        unchanged: part -> folder that already holds its files.
+        unchanged: part -> folder that already holds its files; for a part with an adapter, its base.
+        adapters: part -> the adapter it carries in memory.
     """
+    adapters = adapters or {}
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     model = loaded.model
-    for part in ("llm", "vision_tower"):
-        if part in unchanged:
-            _link_tree(unchanged[part], folder / part)
-    if "llm" not in unchanged:
-        _save_hf(cast(PreTrainedModel, model.llm), folder / "llm", _part_state(state, "llm"))
-    if "vision_tower" not in unchanged:
+    listed: dict[str, Any] = {}
+    for part, source in unchanged.items():
+        _link_tree(source, folder / part)
+        if part in loaded.adapters and loaded.folder is not None and source == loaded.folder / part:
+            _link_tree(loaded.folder / ADAPTERS / part, folder / ADAPTERS / part)
+            listed[part] = loaded.adapters[part]
+    for part, adapter in adapters.items():
+        save_adapter(adapter, adapter_state(model, part, state), folder / ADAPTERS / part)
+        listed[part] = {"quantization": adapter.quantization}
+    for part in ("llm", "vision_tower", "connector"):
+        if part not in unchanged:
+            save_part(model, part, folder / part, state)
+    loaded.tokenizer.save_pretrained(folder / "tokenizer")
+    description = loaded.description | ({ADAPTERS: listed} if listed else {})
+    (folder / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def save_part(model: LMM, part: str, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write one part, which carries no adapter, into a new folder; `state` as in `save_model`."""
+    if part == "llm":
+        _save_hf(cast(PreTrainedModel, model.llm), folder, _part_state(state, "llm"))
+    elif part == "vision_tower":
         tower_state = _part_state(state, "vision_tower.encoder")
         whole = model.vision_tower.whole_encoder_state()
-        _save_hf(
-            cast(PreTrainedModel, model.vision_tower.encoder), folder / "vision_tower", {**whole, **(tower_state or {})}
-        )
-    connector = _part_state(state, "connector") or model.connector.state_dict()
-    (folder / "connector").mkdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / "connector" / WEIGHTS)
-    loaded.tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "config.json").write_text(json.dumps(loaded.description, indent=1) + "\n", encoding="utf-8")
+        _save_hf(cast(PreTrainedModel, model.vision_tower.encoder), folder, {**whole, **(tower_state or {})})
+    else:
+        connector = _part_state(state, "connector") or model.connector.state_dict()
+        folder.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / WEIGHTS)
+
+
+def write_merged(source: Path, target: Path, trust: list[str]) -> None:
+    """Write the model at `source` to a new folder with its adapters merged into the weights (in fp32)."""
+    save_model(load_model(source, trust), target, None, {})
 
 
 def load_model(folder: Path, trust: list[str], attention: str = "auto") -> LoadedModel:
-    """Load what `save_model` wrote, in fp32 on the CPU.
+    """Load what `save_model` wrote, in fp32 on the CPU, adapters merged.
 
     Raises:
-        IntegrityError: a file is missing, or the connector's tensors are not those of its class.
+        IntegrityError: a file is missing, or the tensors of connector or adapter are not those of its class.
+        UserError: an adapter was trained on quantised weights, and bitsandbytes is not installed.
     """
     try:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -142,7 +175,10 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
     connector.load_state_dict(weights)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
     model = LMM(llm, tower, connector, description["template"], description.get("scale_image_features", False))
-    return LoadedModel(model, tokenizer, description, folder)
+    adapters = description.pop(ADAPTERS, {})
+    for part, entry in adapters.items():
+        merge_adapter(model, part, folder / ADAPTERS / part, entry["quantization"])
+    return LoadedModel(model, tokenizer, description, folder, adapters)
 
 
 def _part_state(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:

@@ -122,6 +122,8 @@ class LMM(nn.Module):
         hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = targets != -100
         loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised])
+        if blank is None and self.training and torch.is_grad_enabled() and not loss_sum.requires_grad:
+            blank = self._blank_features(embeddings)  # text alone through a frozen LLM: backward still needs a graph
         if blank is not None:
             loss_sum = loss_sum + 0.0 * blank.float().sum()
         return LMMOutput(loss_sum=loss_sum, num_supervised=supervised.sum())

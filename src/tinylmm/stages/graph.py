@@ -120,6 +120,10 @@ class _Builder:
                 parents: dict[str, str] = {}
                 for role, part in (("llm", llm), ("tokenizer", tokenizer), ("vision_tower", tower)):
                     self._attach(spec, parents, role, part)
+            elif stage.start == "model":
+                assert self.run.recipe.from_model is not None  # RecipeSpec's validator holds this
+                self.folders["from"] = self.run.recipe.from_model
+                spec, parents = {"model": {"content": self.fingerprint("model", self.run.recipe.from_model)}}, {}
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
             fields = _dump(stage, exclude={"start", "data", "template"})

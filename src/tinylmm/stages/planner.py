@@ -11,7 +11,7 @@ from typing import Any
 
 from tinylmm.config.hub import unknown_numbers
 from tinylmm.config.spec import DataSpec, RunSpec
-from tinylmm.data.fingerprint import checkpoint_fingerprint, source_fingerprint
+from tinylmm.data.fingerprint import checkpoint_fingerprint, model_fingerprint, source_fingerprint
 from tinylmm.errors import DataError
 from tinylmm.stages.graph import Stage, StageGraph, build_graph
 from tinylmm.stages.store import Store
@@ -125,8 +125,13 @@ class _Files:
             f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing),
         )
         if key not in self._known:
-            self._known[key] = self._source(*thing) if kind == "source" else checkpoint_fingerprint(thing)
+            self._known[key] = self._read(kind, thing)
         return self._known[key]
+
+    def _read(self, kind: str, thing: Any) -> dict[str, Any]:
+        if kind == "source":
+            return self._source(*thing)
+        return model_fingerprint(thing, self.cache) if kind == "model" else checkpoint_fingerprint(thing)
 
     def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
         assert data.root is not None  # sources of built data are identified by their stage

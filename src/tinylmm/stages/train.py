@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
-from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
-from tinylmm.models.tuning import apply_tuning
+from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model, save_part
+from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.stages.devices import choose_device
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
@@ -31,6 +32,9 @@ from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
 
+KEPT = "kept"
+"""Folder in the work folder for weights that this stage keeps as they are and that lie in no other stage's output."""
+
 
 def run(job: StageJob) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
@@ -38,7 +42,10 @@ def run(job: StageJob) -> dict[str, Any]:
     configure_trackers(job.settings["tracking"], job.folder, job.name)
     loaded = _start_model(job)
     model = loaded.model
-    tuning = apply_tuning(model, job.spec["tune"])
+    kept = _kept_parts(job, loaded)
+    model.vision_tower.to(device)
+    model.connector.to(device)
+    tuning = apply_tuning(model, job.spec["tune"], job.spec["seed"], job.spec["precision"], device)
     for part, decision in tuning.items():
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
@@ -61,12 +68,14 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     state = trainer.full_state()
     if rank() == 0:
-        save_model(loaded, job.output / "model", state, _unchanged_parts(job, loaded, tuning))
+        adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
+        save_model(loaded, job.output / "model", state, kept, adapters)
+        shutil.rmtree(job.folder / KEPT, ignore_errors=True)
     barrier()
     return {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
-        "tuning": {part: asdict(decision) for part, decision in tuning.items()},
+        "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         "data": asdict(samples.report),
         "world_size": world_size(),
         "features_cached": cache is not None,
@@ -101,7 +110,7 @@ def build_trainer(
     arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
     loaded.model.touch_vision_always = world_size() > 1
     if launch["gradient_checkpointing"]:
-        loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(loaded.model)
     if launch["packing"] and not loaded.model.packs:
         log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
     collator = Collator(
@@ -195,6 +204,8 @@ def _start_model(job: StageJob) -> LoadedModel:
     trust, attention = job.settings["trust"], job.settings["launch"]["attention"]
     if "from" in job.parents:
         return load_model(job.parents["from"] / "model", trust, attention)
+    if "model" in job.spec:
+        return load_model(_own_copy(job, Path(job.settings["folders"]["from"])), trust, attention)
     template = job.spec["chat_template"]
     model = build_lmm(job.spec, job.parents, job.settings["folders"], template, job.spec["seed"], trust, attention)
     identities = {
@@ -206,13 +217,29 @@ def _start_model(job: StageJob) -> LoadedModel:
     return LoadedModel(model, load_tokenizer(job.spec, job.parents, job.settings["folders"]), description, None)
 
 
+def _own_copy(job: StageJob, folder: Path) -> Path:
+    """The model at `folder` as files that nobody else writes to, since unchanged parts are linked into the result.
+
+    That holds for a stage's output in the store; a folder of the user's is copied.
+    """
+    stages = Path(job.settings["features_root"]).parent / "stages"
+    if folder.is_relative_to(stages):
+        return folder
+    copy = job.folder / KEPT / "model"
+    if rank() == 0:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+    barrier()
+    return copy
+
+
 def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -> None:
     """Hold what is not trained in the compute precision: half the memory, same result under autocast."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None or device.type == "cpu":
         return
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():  # quantised weights stay as they are
             parameter.data = parameter.data.to(dtype)
 
 
@@ -236,13 +263,25 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 
 
-def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:
-    """Folders that already hold a part this stage did not train."""
-    unchanged = {}
-    for part in ("llm", "vision_tower"):
-        if tuning[part].trained == 0:
-            if loaded.folder is not None:
-                unchanged[part] = loaded.folder / part
-            elif part in job.parents:
-                unchanged[part] = job.parents[part]
-    return unchanged
+def _kept_parts(job: StageJob, loaded: LoadedModel) -> dict[str, Path]:
+    """Folders with the weights of parts that this stage does not change: frozen ones, and those that adapters sit on.
+
+    They are linked into this stage's model. Where no earlier stage's output has exactly them (published or random parts, a
+    new adapter on a merged one), they are written now: once they are cast to the stage's precision, quantised or wrapped in
+    adapters, they cannot be had from memory.
+    """
+    kept = {}
+    for part, tune in job.spec["tune"].items():
+        adapter = isinstance(tune, dict) and "from_layer" not in tune
+        if tune != "frozen" and not adapter:
+            continue
+        if loaded.folder is not None and not (adapter and part in loaded.adapters):
+            kept[part] = loaded.folder / part
+        elif part in job.parents:
+            kept[part] = job.parents[part]
+        else:
+            kept[part] = job.folder / KEPT / part
+            if rank() == 0:
+                shutil.rmtree(kept[part], ignore_errors=True)
+                save_part(loaded.model, part, kept[part])
+    return kept

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
-from tinylmm.config.spec import LaunchSpec, RecipeSpec, RunSpec, SourceSpec, StageSpec, TokenizerSpec, TuneSpec
+from tinylmm.config.spec import LaunchSpec, RecipeSpec, RunSpec, SourceSpec, StageSpec, TokenizerSpec, TuneHow, TuneSpec
 
 STAGE: dict[str, Any] = {
     "from": "parts",
@@ -42,7 +42,37 @@ def test_only_the_connector_is_trained_by_default() -> None:
 @pytest.mark.parametrize("from_layer", [0, 12, 0.5])
 def test_a_layer_is_an_index_or_a_fraction(from_layer: float) -> None:
     tune = TuneSpec.model_validate({"vision_tower": {"from_layer": from_layer}}).vision_tower
-    assert not isinstance(tune, str) and tune.from_layer == from_layer and type(tune.from_layer) is type(from_layer)
+    assert isinstance(tune, TuneHow) and tune.from_layer == from_layer and type(tune.from_layer) is type(from_layer)
+
+
+def test_lora_in_a_word_is_lora_in_its_default_numbers() -> None:
+    word, numbers = TuneSpec.model_validate({"llm": "lora"}), TuneSpec.model_validate({"llm": {"lora": {"r": 128}}})
+    assert word == numbers
+    assert word.model_dump(mode="json")["llm"] == {
+        "lora": {"r": 128, "alpha": 256.0, "dropout": 0.05, "targets": "all-linear", "bias": "none", "rslora": False}
+    }
+
+
+@pytest.mark.parametrize(
+    ("tune", "fault"),
+    [
+        (
+            {"lora": {"r": 8}, "from_layer": 1},
+            "tune.llm: names from_layer and lora of from_layer, lora and qlora; it must",
+        ),
+        ({}, "tune.llm: names none of from_layer, lora and qlora"),
+        ({"lora": {"rank": 8}}, "tune.llm.lora.rank: there is no key 'rank' here."),
+        ({"qlora": {"bits": 3}}, "tune.llm.qlora.bits: is 3; it must be one of 4, 8."),
+        ({"lora": {"dropout": 1.0}}, "tune.llm.lora.dropout: is 1.0; it must be a number of at least 0 and below 1."),
+    ],
+    ids=str,
+)
+def test_a_wrong_way_of_tuning_is_told_at_its_own_key(tune: dict[str, Any], fault: str) -> None:
+    raw = {"llm": tune}
+    with pytest.raises(ValidationError) as caught:
+        TuneSpec.model_validate_json(json.dumps(raw), strict=True)
+    (found,) = faults_of(caught.value, TuneSpec, raw, "tune")
+    assert str(found).startswith(fault)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +106,8 @@ def test_a_fault_of_a_union_is_told_once_in_plain_words() -> None:
     with pytest.raises(ValidationError) as caught:
         StageSpec.model_validate_json(json.dumps(raw), strict=True)
     assert [str(fault) for fault in faults_of(caught.value, StageSpec, raw, "recipe.stages.a")] == [
-        "recipe.stages.a.tune.llm: is 'half'; it must be one of frozen, full, or a mapping with from_layer.",
+        "recipe.stages.a.tune.llm: is 'half'; it must be one of frozen, full, lora, qlora, "
+        "or a mapping with from_layer, lora, qlora.",
         "recipe.stages.a.lr: is 'fast'; it must be a number above 0, "
         "or a mapping from llm, vision_tower, connector to a number above 0.",
     ]

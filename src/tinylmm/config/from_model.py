@@ -1,0 +1,142 @@
+"""A recipe that starts from a finished or imported model: its parts are read from the model's folder. JSON only, no torch.
+
+What the groups llm, vision_tower and connector say is replaced by what the folder holds, so that a plan, a record and the
+recipe's own numbers are about the model that is trained. A group that the user chose in so many words must agree with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tinylmm.config.spec import PARTS
+from tinylmm.errors import Fault
+
+KEY = "recipe.from_model"
+_NOT_ARCHITECTURE = {
+    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "quantization_config", "auto_map",
+    "attn_implementation", "experts_implementation", "code_revision", "name_or_path", "use_cache",
+}  # fmt: skip
+"""Keys of a saved config.json that say how it was saved or run, not what the network looks like."""
+_OF_THE_RUN = (["name"], ["template"], ["scale"])
+"""Keys of a group that say nothing about the part itself."""
+_RUNS_SHOWN = 5
+
+
+def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
+    """Put the parts of the model at `recipe.from_model` into the composed config, in place; return what is wrong.
+
+    Args:
+        cfg: composed config with a `recipe.from_model`: a model's folder, the folder of a training stage, or a run's name.
+        words: the user's words, to tell a group that was chosen from a default.
+    """
+    given, store = str(cfg.recipe.from_model), Path(str(cfg.store))
+    folder = model_folder(given, store)
+    if folder is None:
+        what = f"is '{given}', which is neither the folder of a saved model nor a run in {store / 'runs'} that trained one."
+        runs = sorted(path.parent.name for path in store.glob("runs/*/run.json"))
+        return [Fault(KEY, what, f"Runs: {', '.join(runs[-_RUNS_SHOWN:]) or 'none'}.")]
+    try:
+        parts = _parts(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [Fault(KEY, f"is '{given}', whose files do not describe a model: {type(error).__name__}: {error}.")]
+    keys = {word.lstrip("+~").partition("=")[0] for word in words}
+    faults = []
+    for part in PARTS:
+        composed: Any = OmegaConf.to_container(cfg[part], resolve=False)
+        differs = _difference(composed, parts[part])
+        if differs and any(key.split(".")[0] == part and key.split(".")[1:2] not in _OF_THE_RUN for key in keys):
+            fix = f"Leave {part} out: a recipe with from_model takes its parts from the model."
+            faults.append(Fault(part, f"is not that of the model at {folder}: {differs}.", fix))
+            continue
+        found = parts[part] if differs else {**composed, **parts[part], "name": composed["name"]}
+        if f"{part}.template" in keys:
+            found["template"] = composed["template"]
+        with open_dict(cfg):
+            cfg[part] = found
+    with open_dict(cfg):
+        cfg.recipe.from_model = str(folder)
+    return faults
+
+
+def model_folder(given: str, store: Path) -> Path | None:
+    """Return the folder that is meant: a model's, one in a training stage's, or that of a run's last trained stage."""
+    path = Path(given).expanduser()
+    for candidate in (path, path / "model", path / "output" / "model"):
+        if _is_model(candidate):
+            return candidate.resolve()
+    try:
+        run = json.loads((store / "runs" / given / "run.json").read_text(encoding="utf-8"))
+        keys = [stage["key"] for stage in run["stages"] if stage["kind"] == "train"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    folders = [store / "stages" / key / "output" / "model" for key in reversed(keys)]
+    return folders[0].resolve() if folders and _is_model(folders[0]) else None
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return bool(_read(folder / "config.json").get("model_type") == "tinylmm")
+    except (OSError, ValueError):
+        return False
+
+
+def _parts(folder: Path) -> dict[str, dict[str, Any]]:
+    """The groups' values as the model's folder has them."""
+    description = _read(folder / "config.json")
+    llm, tower = dict(description["llm"]), dict(description["vision_tower"])
+    tokenizer = {"pretrained": str(folder / "tokenizer"), "revision": None, "pad_token": None, "vocab_size": None}
+    llm |= _origin(folder / "llm") | {"tokenizer": tokenizer, "template": description["template"]}
+    if "scale_image_features" in description:
+        llm["scale_image_features"] = description["scale_image_features"]
+    tower |= _origin(folder / "vision_tower") | {"image": description["image"]}
+    connector = {"options": {}, **description["connector"]}
+    connector["name"] = str(connector["_target_"]).rpartition(".")[2]
+    return {"llm": llm, "vision_tower": tower, "connector": connector}
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    config = _read(folder / "config.json")
+    architecture = {
+        key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")
+    }
+    return {
+        "name": str(config["model_type"]),
+        "pretrained": str(folder),
+        "revision": None,
+        "init": "pretrained",
+        "architecture": architecture,
+        "build": None,
+    }
+
+
+def _difference(composed: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first few values in which a group differs from the model's part, in words; empty if it agrees."""
+    same = ("_target_", "encoder", "architecture", "image", "select_layer", "select", "drop_first_token", "options")
+    lines = [
+        f"{path} is {ours}, the model's {theirs}"
+        for key in same
+        if key in composed and key in found
+        for path, ours, theirs in _walk(key, composed[key], found[key])
+    ]
+    return "; ".join(lines[:3])
+
+
+def _walk(path: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Leaves that both have and that differ: a saved config leaves out what equals its class's default."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in ours.keys() & theirs.keys():
+            yield from _walk(f"{path}.{key}", ours[key], theirs[key])
+    elif ours != theirs:
+        yield path, ours, theirs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no mapping")
+    return found
