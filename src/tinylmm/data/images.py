@@ -6,6 +6,7 @@ image would train in silence. Every refusal is a `DataError` that names the file
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +55,13 @@ def safe_path(root: Path, relative: str) -> Path:
     return path
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB.
+def open_image(path: Path, data: bytes | None = None) -> Image.Image:
+    """Decode an image file completely, as RGB; with `data`, decode that, and `path` only names it in messages.
 
     Raises:
         DataError: not one of FORMATS, more than MAX_PIXELS, damaged, or cut short.
     """
-    with _open_header(path) as image:
+    with _open_header(path, data) as image:
         try:
             return image.convert("RGB")
         except _DECODE_ERRORS as error:
@@ -78,10 +79,10 @@ def check_image(path: Path) -> None:
             raise _damaged(path, error) from error
 
 
-def _open_header(path: Path) -> Image.Image:
+def _open_header(path: Path, data: bytes | None = None) -> Image.Image:
     """Open without decoding, and refuse by format and size."""
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
     except _BOMBS as error:
         raise DataError(
             f"{path}: image is too large ({error}); at most {MAX_PIXELS:,} pixels. Scale it down."

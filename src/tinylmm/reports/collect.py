@@ -158,7 +158,9 @@ def _collect_evaluation(stage: StageRecord, folder: Path, models: dict[str, str]
                 f"{folder / 'output' / 'scores.json'}: {row['metric']} is {row['value']}, not a number"
             )
         value, blind, chance = float(row["value"]), row.get("blind"), row.get("chance")
-        scores.append(Score(record["benchmark"], row["metric"], value, blind, chance, int(row["count"])))
+        low_high = row.get("interval")
+        bounds = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+        scores.append(Score(record["benchmark"], row["metric"], value, blind, chance, int(row["count"]), bounds))
     protocol = str(record.get("protocol") or "")
     return Evaluation(
         models[model], record["benchmark"], protocol, tuple(scores), folder / "output" / "generations.jsonl"
@@ -183,23 +185,23 @@ def _collect_examples(
 def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tuple[Example, ...]:
     *before, last = evaluations
     rows = choose_rows(_read_jsonl(last.generations), limit)
-    wanted = {str(row["question_id"]) for row in rows}
+    wanted = {_row_id(row) for row in rows}
     earlier: dict[str, list[Answer]] = {question: [] for question in wanted}
     for evaluation in before:
         for row in _read_jsonl(evaluation.generations):
-            if str(row["question_id"]) in wanted:
-                earlier[str(row["question_id"])].append(Answer(evaluation.stage, row["text"], bool(row["correct"])))
+            if _row_id(row) in wanted:
+                earlier[_row_id(row)].append(Answer(evaluation.stage, row["text"], bool(row["correct"])))
     folder = _images_folder(store_root, last.generations.parent.parent)
     examples = []
     for row in rows:
-        others = earlier[str(row["question_id"])]
+        others = earlier[_row_id(row)]
         if row.get("blind_text") is not None:
             others.append(Answer("blind", row["blind_text"], bool(row.get("blind_correct"))))
         examples.append(
             Example(
                 question_id=str(row["question_id"]),
                 category=str(row.get("category") or ""),
-                question=str(row.get("question") or ""),
+                question=str(row.get("question") or row.get("prompt") or ""),
                 truth=str(row["truth"]),
                 image=str(row.get("image") or ""),
                 image_path=_image_path(folder, row.get("image")),
@@ -208,6 +210,11 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
             )
         )
     return tuple(examples)
+
+
+def _row_id(row: dict[str, Any]) -> str:
+    """What tells a generation from the others: question ids are not unique in every benchmark."""
+    return str(row.get("item_id", row["question_id"]))
 
 
 def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -219,7 +226,7 @@ def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, An
     groups: dict[tuple[str, bool], list[tuple[int, int, dict[str, Any]]]] = {}
     for index, row in enumerate(rows):
         heap = groups.setdefault((str(row.get("category") or ""), bool(row["correct"])), [])
-        rank = int(hashlib.sha256(str(row["question_id"]).encode()).hexdigest(), 16)
+        rank = int(hashlib.sha256(_row_id(row).encode()).hexdigest(), 16)
         if len(heap) < limit:
             heappush(heap, (-rank, -index, row))  # a heap of negated ranks: its head is the first to go
         elif -rank > heap[0][0]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinylmm.config.spec import DataSpec, RunSpec
+from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.data.fingerprint import checkpoint_fingerprint, source_fingerprint
 from tinylmm.errors import DataError
 from tinylmm.stages.graph import Stage, StageGraph, build_graph
@@ -119,8 +119,29 @@ class _Files:
             f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing),
         )
         if key not in self._known:
-            self._known[key] = self._source(*thing) if kind == "source" else checkpoint_fingerprint(thing)
+            if kind == "benchmark":
+                self._known[key] = self._benchmark(thing)
+            else:
+                self._known[key] = self._source(*thing) if kind == "source" else checkpoint_fingerprint(thing)
         return self._known[key]
+
+    def _benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+        # imported here: benchmarks need Pillow, and most plans need no benchmark
+        from tinylmm.stages.benchmark_files import benchmark_fingerprint
+
+        assert spec.root is not None  # EvalSpec's validator holds this
+        root = Path(spec.root).absolute()
+        try:
+            found = benchmark_fingerprint(spec.benchmark, root, spec.layout, spec.limit, self.cache)
+        except DataError as error:
+            self.missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
+            return {"missing": spec.benchmark}
+        if found["num_missing"]:
+            shown = ", ".join(found["missing"][:3]) + (", ..." if found["num_missing"] > 3 else "")
+            what = f"{found['num_missing']:,} of {found['num_images']:,} images of benchmark {spec.benchmark} ({shown})"
+            how = f"put them there, or name the folder that has them: eval.{spec.benchmark}.root=FOLDER"
+            self.missing.append(Missing(what, str(root), how))
+        return {"items": found["items"], "images": found["images"]}
 
     def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
         assert data.root is not None  # sources of built data are identified by their stage

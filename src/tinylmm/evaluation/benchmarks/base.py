@@ -119,13 +119,21 @@ class Scores:
     per_item: tuple[ItemScore, ...]
     counts: dict[str, int]
 
-    def as_json(self) -> dict[str, Any]:
-        """The JSON of `tinylmm score --json`; `id` is the item id."""
+    def as_json(self, items: Sequence[Item] = ()) -> dict[str, Any]:
+        """The JSON of `tinylmm score --json`; `id` is the question file's own id where the items are given, else the item id.
+
+        Raises:
+            ValueError: `items` are not those that were scored.
+        """
+        ids = [item.question_id for item in items] if items else [row.item_id for row in self.per_item]
         return {
             "benchmark": self.benchmark,
             "variant": self.variant,
             "aggregate": self.aggregate,
-            "per_item": [{"id": row.item_id, "score": row.score, "parsed": row.parsed} for row in self.per_item],
+            "per_item": [
+                {"id": name, "score": row.score, "parsed": row.parsed}
+                for name, row in zip(ids, self.per_item, strict=True)
+            ],
             "counts": self.counts,
         }
 
@@ -172,10 +180,11 @@ class Benchmark(ABC):
     def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """Match the rows of an answer file (`question_id`, `text`, `prompt`) to items, by content, never by position.
 
-        The default joins by question id; benchmarks whose ids are not unique override it.
+        The default joins by question id; benchmarks whose ids are not unique override it. Of an item that is answered
+        twice the later row counts, as in LLaVA's scripts; the command counts such rows as `duplicate`.
 
         Raises:
-            DataError: an id occurs twice with different texts, or belongs to no item.
+            DataError: an answered id belongs to no item.
         """
         from tinylmm.evaluation.benchmarks.files import join_by_question_id
 

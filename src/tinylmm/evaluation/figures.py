@@ -1,0 +1,99 @@
+"""From answers to the rows of scores.json: each figure with its interval, its blind baseline and chance. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, Scores
+from tinylmm.evaluation.intervals import bootstrap_mean, half_samples
+
+MANY_ITEMS = 20_000
+FEW_HALVES = 60
+"""Halves drawn of a benchmark with more than MANY_ITEMS questions: each is scored anew."""
+
+
+def cluster_of(item: Item) -> str:
+    """What an item's answers hang together by: its images, or nothing but itself."""
+    return "|".join(ref.key for ref in item.images) or f"item {item.item_id}"
+
+
+def figure_rows(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    answers: Mapping[str, Answer],
+    scores: Scores,
+    blind: Scores | None,
+) -> list[dict[str, Any]]:
+    """One row a figure, the headline first, then in the benchmark's order.
+
+    Returns:
+        `{"metric", "value", "blind", "chance", "count", "interval", "interval_by"}`; value, blind, chance and interval
+        (`[low, high]` at 95 %) in the figure's own unit; blind, chance and interval are None where there is none.
+        `interval_by` is `bootstrap` for means over questions and `half-samples` for all else.
+    """
+    names = sorted(scores.aggregate, key=lambda name: name != benchmark.headline)
+    values = {row.item_id: row.score for row in scores.per_item}
+    means = {name: _mean_over(name, scores.aggregate[name], items, values) for name in names}
+    others = [name for name in names if means[name] is None]
+    halves = _halves(benchmark, items, answers, scores, others)
+    rows = []
+    for name in names:
+        subset = means[name]
+        if subset is None:
+            interval, by = halves.get(name), "half-samples"
+        else:
+            scored = [values[item.item_id] or 0.0 for item in subset]
+            interval, by = bootstrap_mean(scored, [cluster_of(item) for item in subset]), "bootstrap"
+            interval = None if interval is None else (100 * interval[0], 100 * interval[1])
+        rows.append(
+            {
+                "metric": name,
+                "value": scores.aggregate[name],
+                "blind": None if blind is None else blind.aggregate.get(name),
+                "chance": _chance(subset),
+                "count": len(items if subset is None else subset),
+                "interval": None if interval is None else [round(end, 4) for end in interval],
+                "interval_by": None if interval is None else by,
+            }
+        )
+    return rows
+
+
+def _mean_over(
+    name: str, value: float, items: Sequence[Item], values: Mapping[str, float | None]
+) -> list[Item] | None:
+    """The items of which this figure is 100 times the mean score: all, or those of the category that its name ends with."""
+    rounding = 0.051 if round(value, 1) == value else 0.0051  # official scorers print one decimal, or two
+    scored = [item for item in items if values.get(item.item_id) is not None]
+    subsets = [scored, [item for item in scored if item.category and name.endswith(item.category)]]
+    for subset in subsets[::-1] if subsets[1] else subsets[:1]:
+        mean = 100 * sum(values[item.item_id] or 0.0 for item in subset) / len(subset) if subset else None
+        if mean is not None and abs(mean - value) < rounding:
+            return subset
+    return None
+
+
+def _chance(items: Sequence[Item] | None) -> float | None:
+    """What a uniform guess among each question's options scores, in %; None if a question is open."""
+    if not items or any(item.options <= 0 for item in items):
+        return None
+    return round(100 * sum(1 / item.options for item in items) / len(items), 4)
+
+
+def _halves(
+    benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, Answer], scores: Scores, names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    if not names or benchmark.judged:  # a judge is not asked hundreds of times for an interval
+        return {}
+
+    def figures(chosen: Sequence[int]) -> Mapping[str, float]:
+        return benchmark.score([items[index] for index in chosen], answers_of(chosen), scores.variant).aggregate
+
+    def answers_of(chosen: Sequence[int]) -> dict[str, Answer]:
+        ids = [items[index].item_id for index in chosen]
+        return {item_id: answers[item_id] for item_id in ids if item_id in answers}
+
+    halves = {"halves": FEW_HALVES} if len(items) > MANY_ITEMS else {}
+    whole = {name: scores.aggregate[name] for name in names}
+    return half_samples(figures, [cluster_of(item) for item in items], whole, **halves)
