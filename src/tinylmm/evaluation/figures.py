@@ -60,9 +60,7 @@ def figure_rows(
     return rows
 
 
-def _mean_over(
-    name: str, value: float, items: Sequence[Item], values: Mapping[str, float | None]
-) -> list[Item] | None:
+def _mean_over(name: str, value: float, items: Sequence[Item], values: Mapping[str, float | None]) -> list[Item] | None:
     """The items of which this figure is 100 times the mean score: all, or those of the category that its name ends with."""
     rounding = 0.051 if round(value, 1) == value else 0.0051  # official scorers print one decimal, or two
     scored = [item for item in items if values.get(item.item_id) is not None]

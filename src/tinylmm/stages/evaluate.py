@@ -113,9 +113,7 @@ def _load(job: StageJob) -> LoadedModel:
     return loaded
 
 
-def _answer(
-    job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str, folder: Path
-) -> tuple[Engine, float]:
+def _answer(job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str, folder: Path) -> tuple[Engine, float]:
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
     launch, tokenizer = job.settings["launch"], loaded.tokenizer
     template = get_template(job.spec["template"])
