@@ -101,6 +101,9 @@ def _long_from(rope: Any, config: Any) -> int | None:
 class _RoomyLayer(DynamicLayer):
     """A cache layer with room for tokens to come, so that a new one is written in place."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         super().__init__()
         self._length = 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from tinylmm.data.images import safe_path
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.files import image_file
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 from tinylmm.evaluation.questions import read_questions
 
@@ -36,20 +36,25 @@ class Digits(Benchmark):
     max_new_tokens: ClassVar[int] = 8
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
-        return self.load_source(root / QUESTIONS, root / IMAGES)
+        return self._items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
 
     def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
-        """Read items from a question file and the folder that its images lie in.
+        """Read items from a question file and the folder that its images lie in; loads torch with `data/images.py`.
 
         Raises:
             DataError: the file or an image is missing, a line is broken, or an image lies outside the folder.
         """
+        from tinylmm.data.images import safe_path
+
+        return self._items(questions, lambda name: ImageRef(safe_path(images, name)), limit)
+
+    def _items(self, questions: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
         return [
             Item(
                 item_id=str(question.question_id),
                 question_id=question.question_id,
                 prompt=question.text,
-                images=(ImageRef(safe_path(images, question.image)),),
+                images=(image(question.image),),
                 category=question.category,
                 reference=question.answer,
                 options=question.options,

@@ -85,8 +85,10 @@ def test_questions_are_read_with_their_images_inside_the_folder(tmp_path: Path) 
     assert (read.prompt, read.reference, read.options) == ("what?", "3", 10)
     assert read.images[0].open().getpixel((0, 0)) == (255, 0, 0)
     (tmp_path / "test.jsonl").write_text(json.dumps({**ROW, "image": "../test.jsonl"}) + "\n")
-    with pytest.raises(DataError, match="leads out of the image folder"):
+    with pytest.raises(DataError, match="must be a path inside"):
         Digits().load(tmp_path)
+    with pytest.raises(DataError, match="leads out of the image folder"):
+        Digits().load_source(tmp_path / "test.jsonl", tmp_path / "images")
 
 
 def test_a_broken_question_line_is_named(tmp_path: Path) -> None:
