@@ -33,7 +33,7 @@ ALLOWED = {
     "evaluation": {"models", "data", "config", "errors", "stop"},
     "stages": {"training", "evaluation", "models", "data", "config", "errors", "integrity", "stop"},
     "launch": {"stages", "config", "errors", "stop", "integrity"},
-    "reports": {"stages", "config", "errors", "integrity"},
+    "reports": {"evaluation", "stages", "config", "errors", "integrity"},
     "cli": {"launch", "stages", "reports", "config", "errors"},
 }
 EXCEPTIONS = {("config/checks.py", "data")}

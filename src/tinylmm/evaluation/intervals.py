@@ -7,7 +7,7 @@ the same answers always give the same interval.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from math import comb, exp, lgamma, log, sqrt
+from math import exp, lgamma, log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,14 +95,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
     flipped = only_first + only_second
     if flipped == 0:
         return 1.0
-    tail = sum(comb(flipped, k) for k in range(min(only_first, only_second) + 1))
-    # integers: 2 ** flipped is beyond a float from 1024 flips on
-    return min(1.0, float(2 * tail / 2**flipped)) if flipped < 1000 else _mcnemar_many(only_first, only_second)
-
-
-def _mcnemar_many(only_first: int, only_second: int) -> float:
-    """The same tail summed as logarithms."""
-    flipped, least = only_first + only_second, min(only_first, only_second)
+    # logarithms: of a thousand flips the binomial coefficients are beyond a float
+    least = min(only_first, only_second)
     logs = [lgamma(flipped + 1) - lgamma(k + 1) - lgamma(flipped - k + 1) - flipped * log(2) for k in range(least + 1)]
     top = max(logs)
     return min(1.0, 2 * exp(top) * sum(exp(value - top) for value in logs))
