@@ -1,7 +1,7 @@
 """Greedy answers to many prompts: each image is encoded once, what its prompts share is computed once, batches are bounded.
 
-Prompts about the same images share everything up to the last image token (prompts without images: the words they all begin
-with). `Engine.replies` walks over windows of such groups: their prefixes are computed together and kept for as long as the
+Prompts about the same images share everything up to the last image token, and the words behind it that all prompts have in
+common. `Engine.replies` walks over windows of such groups: their prefixes are computed together and kept for as long as the
 window lasts, then all that follows them is answered in batches sorted by length, each at most `rows` rows and about
 `tokens` tokens. What a prompt is answered does not depend on its batch; see `decode.py` for why.
 """
@@ -183,12 +183,10 @@ class Engine:
 
     def _groups(self, prompts: Sequence[Prompt], share: bool) -> list[_Group]:
         """Groups of prompts with equal beginnings, longest first (what does not fit shows at once), else as given."""
-        bare = [prompt.ids for prompt in prompts if not prompt.images]
-        start = _common(bare)
+        shared = _shared_lengths(prompts) if share else {}
         groups: dict[tuple[tuple[int, ...], tuple[str, ...]], _Group] = {}
         for prompt in prompts:
-            end = _behind_images(prompt.ids) if prompt.images else start
-            prefix = prompt.ids[:end] if share else ()
+            prefix = prompt.ids[: shared.get(_behind_images(prompt), 0)]
             groups.setdefault((prefix, prompt.images), _Group(prefix, prompt.images)).prompts.append(prompt)
         longest = {key: max(len(prompt.ids) for prompt in group.prompts) for key, group in groups.items()}
         return [groups[key] for key in sorted(groups, key=lambda key: (-len(key[0]), -longest[key]))]
@@ -305,16 +303,25 @@ def _images(prompts: Sequence[Prompt]) -> list[str]:
     return [key for prompt in prompts for key in prompt.images]
 
 
-def _behind_images(ids: tuple[int, ...]) -> int:
-    """Index behind the last image token; 0 where nothing follows it, as something must be left to ask."""
-    end = len(ids) - ids[::-1].index(IMAGE_TOKEN_ID)
-    return end if end < len(ids) else 0
+def _shared_lengths(prompts: Sequence[Prompt]) -> dict[int, int]:
+    """How long the prefixes are: where the images end -> there, and on for as long as all such prompts say the same.
+
+    Prompts that end with an image have nothing left to ask behind a prefix; they share none.
+    """
+    tails: dict[int, list[tuple[int, ...]]] = {}
+    for prompt in prompts:
+        end = _behind_images(prompt)
+        tails.setdefault(end, []).append(prompt.ids[end:])
+    return {end: end + _common(rows) if all(rows) else 0 for end, rows in tails.items()}
+
+
+def _behind_images(prompt: Prompt) -> int:
+    """Index behind the last image token, 0 where there is none."""
+    return len(prompt.ids) - prompt.ids[::-1].index(IMAGE_TOKEN_ID) if prompt.images else 0
 
 
 def _common(rows: Sequence[tuple[int, ...]]) -> int:
-    """Length of what all rows begin with, less one token of the shortest."""
-    if not rows:
-        return 0
+    """Length of what all rows begin with, less one token of the shortest: something must be left to ask."""
     first, last = min(rows), max(rows)  # in lexical order all others lie between them
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return min(same, min(len(row) for row in rows) - 1)
