@@ -5,8 +5,9 @@
 
 The model is random and of middle size (a tower of 576 image tokens, a Llama): speed does not depend on the weights, answers
 do, so they are cut after --new-tokens (a "Yes" and its end are two). One at a time means what evaluation scripts usually do:
-open the image, run the tower, generate with transformers, for every question anew. As every question costs it the same, it is timed on
---baseline of them, spread over the run before and after the engine, which answers all. Both must say the same.
+open the image, run the tower, generate with transformers, for every question anew. As every question
+costs it the same, it is timed on --baseline of them, half before and half after the engine, which answers all. Both must say
+the same.
 """
 
 from __future__ import annotations

@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, Scores
+from tinylmm.evaluation.images import cluster_of, content_keys
 from tinylmm.evaluation.intervals import bootstrap_mean, half_samples
 
 MANY_ITEMS = 20_000
 FEW_HALVES = 60
 """Halves drawn of a benchmark with more than MANY_ITEMS questions: each is scored anew."""
-
-
-def cluster_of(item: Item) -> str:
-    """What an item's answers hang together by: its images, or nothing but itself."""
-    return "|".join(ref.key for ref in item.images) or f"item {item.item_id}"
 
 
 def figure_rows(
@@ -24,19 +20,25 @@ def figure_rows(
     answers: Mapping[str, Answer],
     scores: Scores,
     blind: Scores | None,
+    keys: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One row a figure, the headline first, then in the benchmark's order.
+
+    Args:
+        keys: which images are the same, as `content_keys` finds them; by default it is asked.
 
     Returns:
         `{"metric", "value", "blind", "chance", "count", "interval", "interval_by"}`; value, blind, chance and interval
         (`[low, high]` at 95 %) in the figure's own unit; blind, chance and interval are None where there is none.
         `interval_by` is `bootstrap` for means over questions and `half-samples` for all else.
     """
+    keys = content_keys(items) if keys is None else keys
+    clusters = {item.item_id: cluster_of(item, keys) for item in items}
     names = sorted(scores.aggregate, key=lambda name: name != benchmark.headline)
     values = {row.item_id: row.score for row in scores.per_item}
     means = {name: _mean_over(name, scores.aggregate[name], items, values) for name in names}
     others = [name for name in names if means[name] is None]
-    halves = _halves(benchmark, items, answers, scores, others)
+    halves = _halves(benchmark, items, answers, scores, others, clusters)
     rows = []
     for name in names:
         subset = means[name]
@@ -44,7 +46,7 @@ def figure_rows(
             interval, by = halves.get(name), "half-samples"
         else:
             scored = [values[item.item_id] or 0.0 for item in subset]
-            interval, by = bootstrap_mean(scored, [cluster_of(item) for item in subset]), "bootstrap"
+            interval, by = bootstrap_mean(scored, [clusters[item.item_id] for item in subset]), "bootstrap"
             interval = None if interval is None else (100 * interval[0], 100 * interval[1])
         rows.append(
             {
@@ -80,7 +82,12 @@ def _chance(items: Sequence[Item] | None) -> float | None:
 
 
 def _halves(
-    benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, Answer], scores: Scores, names: Sequence[str]
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    answers: Mapping[str, Answer],
+    scores: Scores,
+    names: Sequence[str],
+    clusters: Mapping[str, str],
 ) -> dict[str, tuple[float, float]]:
     if not names or benchmark.judged:  # a judge is not asked hundreds of times for an interval
         return {}
@@ -94,4 +101,4 @@ def _halves(
 
     halves = {"halves": FEW_HALVES} if len(items) > MANY_ITEMS else {}
     whole = {name: scores.aggregate[name] for name in names}
-    return half_samples(figures, [cluster_of(item) for item in items], whole, **halves)
+    return half_samples(figures, [clusters[item.item_id] for item in items], whole, **halves)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
-from tinylmm.errors import UserError
+from tinylmm.errors import ConfigError, DataError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, ImageRef, Item, Scores
 from tinylmm.evaluation.digits import Digits
-from tinylmm.evaluation.figures import cluster_of, figure_rows
+from tinylmm.evaluation.figures import figure_rows
 from tinylmm.evaluation.generate import Engine, Prompt, Reply, end_tokens, make_prompt
+from tinylmm.evaluation.images import cluster_of, content_keys, first_refs
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.stages.benchmark_files import find_benchmark, load_items
 from tinylmm.stages.devices import choose_device
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 ANSWERS = "answers"
 GENERATIONS, SCORES = "generations.jsonl", "scores.json"
 MODES = ("image", "blind")
+UPLOADS = {"mmbench": "xlsx", "seed": "jsonl"}
+"""Suffix of a benchmark's upload file; json where none is given."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS_WAIT_S = 7 * 24 * 3600.0
 """Ranks meet when the slowest has answered its share; until then only a rank's end ends the others."""
@@ -52,12 +55,13 @@ def run(job: StageJob) -> dict[str, Any]:
     """
     benchmark, items = read_items(job)
     set_timeout(RANKS_WAIT_S)
-    asked = _ask(job, items)
+    keys = content_keys(items)
+    asked = _ask(job, items, keys)
     barrier()
     if rank() != 0:
         return {}
     answers = read_answers(job.folder / ANSWERS)
-    return _score(job, benchmark, items, answers, asked)
+    return _score(job, benchmark, items, answers, asked, keys)
 
 
 def read_items(job: StageJob) -> tuple[Benchmark, list[Item]]:
@@ -75,7 +79,7 @@ def read_items(job: StageJob) -> tuple[Benchmark, list[Item]]:
 # ---------------------------------------------------------------------------------------------------- asking
 
 
-def _ask(job: StageJob, items: Sequence[Item]) -> dict[str, Any]:
+def _ask(job: StageJob, items: Sequence[Item], keys: Mapping[str, str]) -> dict[str, Any]:
     """Answer what is not answered yet; returns how, for the summary (on every rank)."""
     folder = job.folder / ANSWERS
     # One rank reads what is answered: another may be writing already when the last one reads.
@@ -89,8 +93,8 @@ def _ask(job: StageJob, items: Sequence[Item]) -> dict[str, Any]:
         loaded = _load(job)
         for mode in modes:
             left = open_items[mode]
-            mine = [left[i] for i in shard([cluster_of(item) for item in left], rank(), world_size())]
-            engine, spent = _answer(job, loaded, mine, mode, folder)
+            mine = [left[i] for i in shard([cluster_of(item, keys) for item in left], rank(), world_size())]
+            engine, spent = _answer(job, loaded, mine, mode, folder, keys)
             exact, seconds = exact and engine.exact, seconds + spent
             counts["asked"] += len(mine)
             counts["near_ties"] += engine.near_ties
@@ -113,13 +117,15 @@ def _load(job: StageJob) -> LoadedModel:
     return loaded
 
 
-def _answer(job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str, folder: Path) -> tuple[Engine, float]:
+def _answer(
+    job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str, folder: Path, keys: Mapping[str, str]
+) -> tuple[Engine, float]:
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
     launch, tokenizer = job.settings["launch"], loaded.tokenizer
     template = get_template(job.spec["template"])
     engine = Engine(
         loaded.model,
-        _Pixels(items, ImageTransform(**loaded.description["image"])),
+        _Pixels(first_refs(items, keys), ImageTransform(**loaded.description["image"])),
         end_tokens(template, tokenizer),
         job.spec["max_new_tokens"],
         rows=launch["eval_batch"],
@@ -127,8 +133,8 @@ def _answer(job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str
     )
     prompts: list[Prompt] = []
     for item in items:
-        keys = [ref.key for ref in item.images] if mode == "image" else []
-        prompts.append(make_prompt(item.item_id, item.prompt, keys, template, tokenizer, loaded.model.image_tokens))
+        images = [keys[ref.key] for ref in item.images] if mode == "image" else []
+        prompts.append(make_prompt(item.item_id, item.prompt, images, template, tokenizer, loaded.model.image_tokens))
     done, began = 0, time.perf_counter()
     with AnswerFile(folder / f"rank{rank()}.jsonl") as file:
         for replies in engine.replies(prompts):
@@ -141,10 +147,10 @@ def _answer(job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str
 
 
 class _Pixels:
-    """Image key -> pixels as the tower takes them."""
+    """Content key of an image -> pixels as the tower takes them."""
 
-    def __init__(self, items: Sequence[Item], transform: ImageTransform) -> None:
-        self.refs: dict[str, ImageRef] = {ref.key: ref for item in items for ref in item.images}
+    def __init__(self, refs: Mapping[str, ImageRef], transform: ImageTransform) -> None:
+        self.refs = refs
         self.transform = transform
 
     def __call__(self, key: str) -> Tensor:
@@ -172,9 +178,11 @@ def _score(
     items: Sequence[Item],
     rows: dict[tuple[str, str], dict[str, Any]],
     asked: dict[str, Any],
+    keys: Mapping[str, str],
 ) -> dict[str, Any]:
     answers = {mode: {i: Answer(row["text"]) for (m, i), row in rows.items() if m == mode} for mode in MODES}
     variant, judge = job.spec["variant"], _judge(job, benchmark)
+    _write_upload(job, benchmark, items, answers["image"])
     if benchmark.judged and judge is None:
         _write_generations(job, items, rows, None, None)
         raise UserError(
@@ -185,7 +193,7 @@ def _score(
         )
     scores = benchmark.score(items, answers["image"], variant, judge)
     blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec["blind"] else None
-    metrics = figure_rows(benchmark, items, answers["image"], scores, blind)
+    metrics = figure_rows(benchmark, items, answers["image"], scores, blind, keys)
     protocol = f"{benchmark.name}-{scores.variant}"
     _write_generations(job, items, rows, scores, blind)
     record = {
@@ -198,8 +206,23 @@ def _score(
         "generation": asked,
     }
     (job.output / SCORES).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    images = {ref.key for item in items for ref in item.images}
-    return {"protocol": protocol, "metrics": metrics, "questions": len(items), "images": len(images), **asked}
+    images = len(set(keys.values()))
+    return {"protocol": protocol, "metrics": metrics, "questions": len(items), "images": images, **asked}
+
+
+def _write_upload(job: StageJob, benchmark: Benchmark, items: Sequence[Item], answers: dict[str, Answer]) -> None:
+    """Write output/upload.* where the benchmark has a server and these questions are its."""
+    if type(benchmark).write_submission is Benchmark.write_submission:
+        return
+    path = job.output / f"upload.{UPLOADS.get(benchmark.name, 'json')}"
+    try:
+        benchmark.write_submission(items, answers, path)
+    except (
+        ConfigError,
+        DataError,
+    ) as error:  # scored locally, or the server's own list is not at hand: no fault of the run
+        path.unlink(missing_ok=True)
+        log.warning("no upload file for %s: %s", benchmark.name, error)
 
 
 def _judge(job: StageJob, benchmark: Benchmark) -> Any:
