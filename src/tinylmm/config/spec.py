@@ -273,6 +273,8 @@ class EvalSpec(Frozen):
     root: str | None = None
     layout: Literal["llava", "hf"] = "llava"
     """Question files of LLaVA's eval.zip beside the official annotations, or Hugging Face parquet files."""
+    options: dict[str, Any] = {}
+    """Of the benchmark's class: which `split`, TextVQA's `ocr`."""
     data: DataSpec | None = None
     source: str | None = None
     variant: str | None = None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from tinylmm.data.fingerprint import MISSING_SHOWN
+from tinylmm.errors import ConfigError, Fault
 from tinylmm.evaluation.benchmarks.base import Benchmark, Item
 from tinylmm.evaluation.benchmarks.registry import get_benchmark
 from tinylmm.evaluation.digits import Digits
@@ -23,13 +24,17 @@ _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".avi", ".webm", ".
 _CACHE_FORMAT = 1
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark called `name`.
+def find_benchmark(name: str, options: Mapping[str, Any]) -> Benchmark:
+    """Return the benchmark called `name`, with options of its class.
 
     Raises:
-        ConfigError: there is none; the message lists those that exist.
+        ConfigError: there is none (the message lists those that exist), or it has no such option.
     """
-    return Digits() if name == Digits.name else get_benchmark(name)
+    try:
+        return Digits(**options) if name == Digits.name else get_benchmark(name, **options)
+    except TypeError as error:
+        what = f"do not fit benchmark {name}: {str(error).partition(' ')[2]}."
+        raise ConfigError([Fault(f"eval.{name}.options", what)]) from error
 
 
 def load_items(benchmark: Benchmark, root: Path, layout: Any, limit: int | None) -> list[Item]:
@@ -41,7 +46,9 @@ def load_items(benchmark: Benchmark, root: Path, layout: Any, limit: int | None)
     return benchmark.load(root, layout)[:limit]
 
 
-def benchmark_fingerprint(name: str, root: Path, layout: str, limit: int | None, cache: Path) -> dict[str, Any]:
+def benchmark_fingerprint(
+    name: str, root: Path, layout: str, limit: int | None, cache: Path, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return {"items", "images", "count", "num_images", "missing", "num_missing"}.
 
     `items` is the SHA-256 of all questions, `images` that of the sorted (path, size) of the image and parquet files that
@@ -52,8 +59,9 @@ def benchmark_fingerprint(name: str, root: Path, layout: str, limit: int | None,
         ConfigError: the benchmark is unknown.
         DataError: as `load_items`.
     """
-    benchmark = find_benchmark(name)
-    key = {"format": _CACHE_FORMAT, "benchmark": name, "root": str(root.absolute()), "layout": layout, "limit": limit}
+    benchmark = find_benchmark(name, options or {})
+    key: dict[str, Any] = {"format": _CACHE_FORMAT, "benchmark": name, "options": dict(options or {}), "layout": layout}
+    key |= {"root": str(root.absolute()), "limit": limit}
     place = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
     key["files"] = _signature(root)
     known = _cached(place, key)

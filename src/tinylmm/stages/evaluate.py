@@ -68,7 +68,7 @@ def read_items(job: StageJob) -> tuple[Benchmark, list[Item]]:
     """The benchmark and its questions, from its own files or from a source of a data set."""
     location, spec = job.settings["location"], job.spec
     if "source" not in spec:
-        benchmark = find_benchmark(spec["benchmark"])
+        benchmark = find_benchmark(spec["benchmark"], spec["options"])
         return benchmark, load_items(benchmark, Path(location["root"]), spec["layout"], spec["limit"])
     root = Path(location["root"]) if location["root"] else job.parents["data"]
     source = location["source"]

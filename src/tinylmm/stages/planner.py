@@ -132,7 +132,7 @@ class _Files:
         assert spec.root is not None  # EvalSpec's validator holds this
         root = Path(spec.root).absolute()
         try:
-            found = benchmark_fingerprint(spec.benchmark, root, spec.layout, spec.limit, self.cache)
+            found = benchmark_fingerprint(spec.benchmark, root, spec.layout, spec.limit, self.cache, spec.options)
         except DataError as error:
             self.missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
             return {"missing": spec.benchmark}

@@ -50,6 +50,9 @@ def test_the_same_questions_anywhere_are_the_same_and_any_change_is_another(tmp_
 def test_an_unknown_benchmark_is_refused_with_those_that_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gqa"):
         benchmark_fingerprint("gqaa", tmp_path, "llava", None, tmp_path)
+    for options in ({"split": "val"}, {"ocr": False}):
+        with pytest.raises(ConfigError, match=r"split|options: do not fit benchmark digits.*ocr"):
+            benchmark_fingerprint("digits", tmp_path, "llava", None, tmp_path, options)
 
 
 def plan(tmp_path: Path, root: Path, *words: str) -> RunPlan:

@@ -68,6 +68,7 @@ def make_job(folder: Path, model: Path, launch: dict[str, Any] | None = None, **
         root.mkdir(parents=True)
         write_questions(root)
     fields = {"benchmark": "digits", "layout": "llava", "variant": None, "limit": None, "blind": True, "judge": None}
+    fields |= {"options": {}}
     fields |= {"max_new_tokens": 4, "template": "llama", "precision": "fp32"}
     settings = {"launch": LAUNCH | (launch or {}), "trust": []}
     settings["location"] = {"root": str(root), "source": {"images": ""}, "judge_url": None}

@@ -108,7 +108,7 @@ class Scores:
 
     Attributes:
         benchmark, variant: name the protocol; figures of different variants are not comparable.
-        aggregate: named figures in the papers' units, the headline first.
+        aggregate: named figures in the papers' units, the headline first; `group/name` for breakdowns.
         per_item: in the order of the question file, one an item, also for missing answers.
         counts: at least `scored`, `missing` (no answer given) and `unparsed` (an answer nothing could be read from).
     """
@@ -139,7 +139,7 @@ class Scores:
 
 
 class Benchmark(ABC):
-    """One benchmark: reads its official files, says what to ask, scores answers. Instances hold no state.
+    """One benchmark: reads its official files, says what to ask, scores answers. Instances hold options, no state.
 
     Attributes:
         name: key in `BENCHMARKS` and argument of `tinylmm score`.
@@ -147,6 +147,8 @@ class Benchmark(ABC):
         headline: key of `Scores.aggregate` that papers report.
         max_new_tokens: of the published script.
         judged: whether a variant needs a judge model.
+        splits: the splits to choose from, where there are several; `load` takes the first whose files are there if none is
+            chosen.
     """
 
     name: ClassVar[str]
@@ -154,6 +156,22 @@ class Benchmark(ABC):
     headline: ClassVar[str]
     max_new_tokens: ClassVar[int]
     judged: ClassVar[bool] = False
+    splits: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, split: str | None = None) -> None:
+        """Choose a split.
+
+        Raises:
+            ConfigError: the benchmark has no such split.
+        """
+        if split is not None and split not in self.splits:
+            from tinylmm.errors import ConfigError, Fault
+
+            allowed = (
+                f"Allowed: {', '.join(self.splits)}." if self.splits else "It has one split; leave the option out."
+            )
+            raise ConfigError([Fault("split", f"{self.name} has no split '{split}'.", allowed)])
+        self.split = split
 
     @abstractmethod
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
@@ -79,12 +79,21 @@ class Place:
         Raises:
             DataError: there is none.
         """
-        folders = self.candidates([*configs, "data", ""])
-        for folder in folders:
+        shards = self._shards(split, configs)
+        if not shards:
+            raise self.missing(f"{split}-*.parquet", self.candidates([*configs, "data", ""]))
+        return shards
+
+    def has_parquet(self, split: str, *configs: str) -> bool:
+        """Whether `parquet` would find the split."""
+        return bool(self._shards(split, configs))
+
+    def _shards(self, split: str, configs: Sequence[str]) -> list[Path]:
+        for folder in self.candidates([*configs, "data", ""]):
             shards = sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
             if shards:
                 return shards
-        raise self.missing(f"{split}-*.parquet", folders)
+        return []
 
 
 def image_file(folder: Path, name: Any, where: str) -> ImageRef:
@@ -95,8 +104,7 @@ def image_file(folder: Path, name: Any, where: str) -> ImageRef:
     """
     from tinylmm.evaluation.benchmarks.base import ImageRef
 
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise DataError(f"{where}: image {name!r} must be a path inside {folder}. Correct the record.")
     return ImageRef(folder / name)
 
@@ -207,7 +215,7 @@ def read_json(path: Path) -> Any:
         DataError: it cannot be read, is not UTF-8, or not JSON (with line and column).
     """
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({_reason(error)}). Fetch the file again.") from error
 
@@ -220,7 +228,7 @@ def read_jsonl(path: Path, required: Sequence[str] = ()) -> list[dict[str, Any]]
     """
     records = []
     # by "\n" alone: an answer may hold U+2028 and the like, at which str.splitlines() would cut
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -251,7 +259,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise DataError(f"answer file {path} does not exist. It has one JSON object a line: question_id, prompt, text.")
-    if _read_text(path).lstrip()[:1] == "[":
+    if read_text(path).lstrip()[:1] == "[":
         rows = read_json(path)
         for number, row in enumerate(rows, 1):
             require(row, ("question_id", "text"), f"{path}, record {number}")
@@ -304,7 +312,12 @@ def join_by_key(
     return answers
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from tinylmm.errors import ConfigError, Fault, suggestion
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -27,11 +28,11 @@ BENCHMARKS = {
 """Name -> class, in the module of the same name beside this one."""
 
 
-def get_benchmark(name: str) -> Benchmark:
-    """Return the benchmark called `name`.
+def get_benchmark(name: str, **options: Any) -> Benchmark:
+    """Return the benchmark called `name`, with options of its class (`split`, TextVQA's `ocr`).
 
     Raises:
-        ConfigError: there is none; the message lists all and suggests the closest.
+        ConfigError: there is none (the message lists all and suggests the closest), or an option's value is unknown.
     """
     if name not in BENCHMARKS:
         raise ConfigError(
@@ -44,6 +45,6 @@ def get_benchmark(name: str) -> Benchmark:
             ]
         )
     module = import_module(f"tinylmm.evaluation.benchmarks.{name}")
-    benchmark = getattr(module, BENCHMARKS[name])()
+    benchmark = getattr(module, BENCHMARKS[name])(**options)
     assert isinstance(benchmark, Benchmark)
     return benchmark

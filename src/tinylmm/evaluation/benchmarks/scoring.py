@@ -36,7 +36,7 @@ def count_items(
     return {
         "scored": sum(given and row.score is not None for given, row in rows),
         "missing": answered.count(False),
-        "unparsed": sum(given and row.parsed is None for given, row in rows),
+        "unparsed": sum(given and row.score is not None and row.parsed is None for given, row in rows),
         **more,
     }
 
