@@ -54,7 +54,7 @@ def figure_rows(
                 "value": scores.aggregate[name],
                 "blind": None if blind is None else blind.aggregate.get(name),
                 "chance": _chance(subset),
-                "count": len(items if subset is None else subset),
+                "count": len(_category_of(name, items) or items) if subset is None else len(subset),
                 "interval": None if interval is None else [round(end, 4) for end in interval],
                 "interval_by": None if interval is None else by,
             }
@@ -63,15 +63,20 @@ def figure_rows(
 
 
 def _mean_over(name: str, value: float, items: Sequence[Item], values: Mapping[str, float | None]) -> list[Item] | None:
-    """The items of which this figure is 100 times the mean score: all, or those of the category that its name ends with."""
+    """The items of which this figure is 100 times the mean score: all, or those of the category that its name holds."""
     rounding = 0.051 if round(value, 1) == value else 0.0051  # official scorers print one decimal, or two
     scored = [item for item in items if values.get(item.item_id) is not None]
-    subsets = [scored, [item for item in scored if item.category and name.endswith(item.category)]]
+    subsets = [scored, _category_of(name, scored)]
     for subset in subsets[::-1] if subsets[1] else subsets[:1]:
         mean = 100 * sum(values[item.item_id] or 0.0 for item in subset) / len(subset) if subset else None
         if mean is not None and abs(mean - value) < rounding:
             return subset
     return None
+
+
+def _category_of(name: str, items: Sequence[Item]) -> list[Item]:
+    """The items of the category that a figure's name holds (`accuracy/digit`, `adversarial/f1`), if it holds one."""
+    return [item for item in items if item.category and f"/{item.category}/" in f"/{name}/"]
 
 
 def _chance(items: Sequence[Item] | None) -> float | None:

@@ -60,7 +60,8 @@ def half_samples(
     Args:
         figures: indices of questions, ascending -> the figures of these questions alone.
         clusters: what each question belongs to.
-        whole: the figures of all questions; those that a half lacks get no interval.
+        whole: the figures of all questions; those that a half lacks, or that are the same in every half (where resampling
+            has nothing to go by), get no interval.
     """
     members = _members(clusters)
     if len(members) < 4:
@@ -74,8 +75,8 @@ def half_samples(
             if name in found:
                 seen[name].append(found[name])
     spread = {name: float(np.std(values)) for name, values in seen.items() if len(values) == halves}
-    # n even halves it exactly; an odd number of clusters makes halves a little smaller and their spread a little larger
-    return {name: (whole[name] - Z_95 * sd, whole[name] + Z_95 * sd) for name, sd in spread.items()}
+    # an odd number of clusters makes halves a little smaller, and their spread a little larger than need be
+    return {name: (whole[name] - Z_95 * sd, whole[name] + Z_95 * sd) for name, sd in spread.items() if sd > 0}
 
 
 def wilson(share: float, count: int) -> Interval:
