@@ -21,11 +21,14 @@ def figure_rows(
     scores: Scores,
     blind: Scores | None,
     keys: Mapping[str, str] | None = None,
+    judged: bool = False,
 ) -> list[dict[str, Any]]:
     """One row a figure, the headline first, then in the benchmark's order.
 
     Args:
         keys: which images are the same, as `content_keys` finds them; by default it is asked.
+        judged: a judge took part in the scores. It is not asked again hundreds of times for an interval, so figures that
+            are no means over questions have none.
 
     Returns:
         `{"metric", "value", "blind", "chance", "count", "interval", "interval_by"}`; value, blind, chance and interval
@@ -38,7 +41,8 @@ def figure_rows(
     values = {row.item_id: row.score for row in scores.per_item}
     means = {name: _mean_over(name, scores.aggregate[name], items, values) for name in names}
     others = [name for name in names if means[name] is None]
-    halves = _halves(benchmark, items, answers, scores, others, clusters)
+    judged = judged or benchmark.judged
+    halves = {} if judged else _halves(benchmark, items, answers, scores, others, clusters)
     rows = []
     for name in names:
         subset = means[name]
@@ -94,7 +98,7 @@ def _halves(
     names: Sequence[str],
     clusters: Mapping[str, str],
 ) -> dict[str, tuple[float, float]]:
-    if not names or benchmark.judged:  # a judge is not asked hundreds of times for an interval
+    if not names:
         return {}
 
     def figures(chosen: Sequence[int]) -> Mapping[str, float]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from tinylmm.stages.benchmark_files import find_benchmark, load_items
 from tinylmm.stages.devices import choose_device
 from tinylmm.stages.job import StageJob
 from tinylmm.training.ranks import barrier, from_rank_zero, gather, rank, set_timeout, world_size
+
+if TYPE_CHECKING:
+    from tinylmm.evaluation.judge import Judge
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +184,7 @@ def _score(
     keys: Mapping[str, str],
 ) -> dict[str, Any]:
     answers = {mode: {i: Answer(row["text"]) for (m, i), row in rows.items() if m == mode} for mode in MODES}
-    variant, judge = job.spec["variant"], _judge(job, benchmark)
+    variant, judge = job.spec["variant"], _judge(job)
     _write_upload(job, benchmark, items, answers["image"])
     if benchmark.judged and judge is None:
         _write_generations(job, items, rows, None, None)
@@ -193,7 +196,7 @@ def _score(
         )
     scores = benchmark.score(items, answers["image"], variant, judge)
     blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec["blind"] else None
-    metrics = figure_rows(benchmark, items, answers["image"], scores, blind, keys)
+    metrics = figure_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
     protocol = f"{benchmark.name}-{scores.variant}"
     _write_generations(job, items, rows, scores, blind)
     record = {
@@ -225,9 +228,10 @@ def _write_upload(job: StageJob, benchmark: Benchmark, items: Sequence[Item], an
         log.warning("no upload file for %s: %s", benchmark.name, error)
 
 
-def _judge(job: StageJob, benchmark: Benchmark) -> Any:
+def _judge(job: StageJob) -> Judge | None:
+    """The judge that the run names: some benchmarks need one, others (MMBench) let it read what their rules cannot."""
     url = job.settings["location"].get("judge_url")
-    if not benchmark.judged or url is None:
+    if url is None:
         return None
     from tinylmm.evaluation.judge import Judge, default_cache
 
