@@ -140,7 +140,7 @@ def _measure(
     refs = {item.images[0].key: item.images[0] for item in items}
     transform = ImageTransform(options.size, (0.5,) * 3, (0.5,) * 3, "squash")
     prompts = [
-        make_prompt(item.item_id, item.prompt, [item.images[0].key], template, tokenizer, model.image_tokens)
+        make_prompt(item.item_id, item.prompt, [item.images[0].key], template, tokenizer, [model.image_tokens])
         for item in items
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -88,12 +88,18 @@ def make_prompt(
     images: Sequence[str],
     template: ChatTemplate,
     tokenizer: PreTrainedTokenizerBase,
-    image_tokens: int,
+    image_tokens: Sequence[int],
 ) -> Prompt:
-    """Render a question with its images in front, one a line, as LLaVA's scripts do; `<image>` in the text is taken out."""
+    """Render a question with its images in front, one a line, as LLaVA's scripts do; `<image>` in the text is taken out.
+
+    Args:
+        images: keys, and
+        image_tokens: how many placeholders each takes.
+    """
     user = f"{IMAGE_SLOT}\n" * len(images) + text.replace(IMAGE_SLOT, "").strip()
     ids = template.render_prompt([Turn(user, None)], tokenizer)
-    expanded = (token for i in ids for token in ([i] * image_tokens if i == IMAGE_TOKEN_ID else [i]))
+    counts = iter(image_tokens)
+    expanded = (token for i in ids for token in ([i] * next(counts) if i == IMAGE_TOKEN_ID else [i]))
     return Prompt(item_id, tuple(expanded), tuple(images))
 
 
@@ -109,11 +115,12 @@ class Engine:
     """Answers prompts with one model.
 
     Args:
-        load: image key -> (3, H, W), normalised for the tower.
+        load: image key -> (3, H, W), normalised for the tower; where the model takes images in tiles, (T, 3, H, W).
         ends: token ids that end an answer.
         rows: most prompts in a batch.
         tokens: most tokens (prompt and answer) in a batch, and most prefix tokens kept at a time; one prompt always fits.
         share: whether prompts may share the computation of what they begin with.
+        sizes: image key -> width and height in pixels; needed where the model takes images in tiles.
     """
 
     def __init__(
@@ -125,8 +132,9 @@ class Engine:
         rows: int = 64,
         tokens: int = 32768,
         share: bool = True,
+        sizes: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        self.model, self.load, self.ends = model, load, ends
+        self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
         self.max_new_tokens, self.rows, self.tokens, self.share = max_new_tokens, rows, tokens, share
         parameter = next(model.llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -197,7 +205,7 @@ class Engine:
             window: list[_Group] = []
             held = 0
             for group in same:
-                cost = max(len(group.prefix), len(group.images) * self.model.image_tokens, 1)
+                cost = max(len(group.prefix), group.prompts[0].ids.count(IMAGE_TOKEN_ID), 1)
                 if window and held + cost > self.tokens:
                     yield window
                     window, held = [], 0
@@ -270,8 +278,9 @@ class Engine:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of `images` at the placeholders."""
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.device)
-        features = torch.stack([self._features[key] for key in images]) if images else None
-        return self.model.embed(ids, None, features)[0]
+        features = torch.cat([self._features[key] for key in images]) if images else None
+        sizes = (torch.tensor([self.sizes[key] for key in images]),) if images and self.sizes is not None else ()
+        return self.model.embed(ids, None, features, *sizes)[0]
 
     def _alone(self, prompt: Prompt) -> Continued:
         embeddings = self._embed([prompt.ids], prompt.images)
@@ -287,8 +296,9 @@ class Engine:
         for first in range(0, len(keys), ENCODE_IMAGES):
             _check_stop()
             chunk = keys[first : first + ENCODE_IMAGES]
-            features = self.model.tower_features(torch.stack([self.load(key) for key in chunk]))
-            self._features |= dict(zip(chunk, features, strict=True))
+            views = [pixels if self.sizes is not None else pixels[None] for pixels in map(self.load, chunk)]
+            features = self.model.tower_features(torch.cat(views))
+            self._features |= dict(zip(chunk, features.split([len(view) for view in views]), strict=True))
             self.images_encoded += len(chunk)
 
     def _forget(self, window: list[_Group]) -> None:

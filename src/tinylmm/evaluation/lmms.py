@@ -96,7 +96,8 @@ class TinyLMM(lmms):
         for index, request in enumerate(requests):
             context, options, *where = request.args
             keys = self._register(self._visuals(*where), images)
-            prompt = make_prompt(str(index), context, keys, self.template, self.tokenizer, self.model.image_tokens)
+            counts = [self.model.image_tokens] * len(keys)
+            prompt = make_prompt(str(index), context, keys, self.template, self.tokenizer, counts)
             prompts.setdefault(int(options.get("max_new_tokens", DEFAULT_NEW_TOKENS)), []).append(prompt)
             if options.get("do_sample") and options.get("temperature", 1):
                 log.warning("task %s asks for sampling; it is answered greedily", request.task_name)

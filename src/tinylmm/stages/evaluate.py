@@ -126,9 +126,11 @@ def _answer(
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
     launch, tokenizer = job.settings["launch"], loaded.tokenizer
     template = get_template(job.spec["template"])
+    refs = first_refs(items, keys)
+    counts = dict.fromkeys(refs, loaded.model.image_tokens)
     engine = Engine(
         loaded.model,
-        _Pixels(first_refs(items, keys), ImageTransform(**loaded.description["image"])),
+        _Pixels(refs, ImageTransform(**loaded.description["image"])),
         end_tokens(template, tokenizer),
         job.spec["max_new_tokens"],
         rows=launch["eval_batch"],
@@ -137,7 +139,8 @@ def _answer(
     prompts: list[Prompt] = []
     for item in items:
         images = [keys[ref.key] for ref in item.images] if mode == "image" else []
-        prompts.append(make_prompt(item.item_id, item.prompt, images, template, tokenizer, loaded.model.image_tokens))
+        tokens = [counts[key] for key in images]
+        prompts.append(make_prompt(item.item_id, item.prompt, images, template, tokenizer, tokens))
     done, began = 0, time.perf_counter()
     with AnswerFile(folder / f"rank{rank()}.jsonl") as file:
         for replies in engine.replies(prompts):
