@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE ?= store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check lint type bench gpu-check picture clean
+.PHONY: help setup quickstart test test-slow check lint type bench gpu-check picture docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ gpu-check: $(STAMP)  ## Train a few steps at Phi-2 + SigLIP shapes on one GPU (s
 
 picture: $(STAMP)  ## Draw the README's picture from the newest finished run in STORE
 	$(BIN)/tinylmm report --store $(STORE) --picture docs/quickstart.png
+
+docs: $(STAMP)  ## Write docs/components.md from the files in conf/
+	$(BIN)/python docs/components.py
 
 clean:  ## Remove caches and build products (not .venv, not the store)
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov

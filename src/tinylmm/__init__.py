@@ -1,3 +1,24 @@
 """tinylmm: a declarative experiment runner for small large-multimodal models."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tinylmm.inference.session import ChatModel
+
 __version__ = "0.1.0"
+
+
+def load(where: str | Path, **options: Any) -> ChatModel:
+    """Load a trained model to talk to: `tinylmm.load("store/runs/NAME").chat("What is it?", image="cat.jpg")`.
+
+    Args:
+        where: a model folder, a stage or run folder of the store, or the name of a run.
+        options: device, dtype, trust, store; see `tinylmm.inference.session.load`.
+    """
+    from tinylmm.inference.session import load as load_chat_model  # here, as it loads torch
+
+    return load_chat_model(where, **options)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from tinylmm.config.compose import compose_all, compose_config, compose_run, expand, rewrite_words, run_name
 from tinylmm.config.groups import DEFAULT_GROUPS, conf_folder
 from tinylmm.config.spec import RunSpec
+from tinylmm.errors import ConfigError
+from tinylmm.stages.planner import plan_run
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted(path.relative_to(conf_folder()) for path in conf_folder().rglob("*/*.yaml"))
@@ -18,17 +22,43 @@ STUDIES = sorted(path.relative_to(REPOSITORY / "experiments") for path in (REPOS
 PUBLISHED = ["llm=phi2", "vt=siglip"]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=str)
-def test_every_choice_composes_with_the_defaults(path: Path) -> None:
-    group, choice = path.parent.as_posix(), path.stem
+@cache
+def composed(group: str, choice: str) -> RunSpec:
+    """The default run with one choice of one group changed."""
     words = [f"{group}={choice}"]
     if choice == "llava_v1_5":
         words.append("recipe=base")
+    if choice == "mof_mlp":
+        words.append("vt=mof")
     if choice == "sharegpt4v":
         words.append("recipe=share")
-    spec = compose_run(words)
+    if choice == "hf":
+        words.append(f"{group}.pretrained=org/name")
+    return compose_run(words)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_every_choice_composes_with_the_defaults(path: Path) -> None:
+    group, choice = path.parent.as_posix(), path.stem
+    spec = composed(group, choice)
     if choice not in ("auto", "none", "local") and group not in ("launch", "eval"):
         assert getattr(spec, group).name == choice
+
+
+def test_every_combination_of_parts_and_recipes_has_a_plan(tmp_path: Path) -> None:
+    """No network and no weights: the graph of each of them is built, and each names its own stages."""
+    groups = ("llm", "vision_tower", "connector", "recipe")
+    chosen = {name: sorted(path.stem for path in SHIPPED if path.parent.as_posix() == name) for name in groups}
+    default, digests, combinations = compose_run([f"store={tmp_path}"]), set(), 0
+    for choices in product(*chosen.values()):
+        parts = {group: getattr(composed(group, choice), group) for group, choice in zip(groups, choices, strict=True)}
+        plan = plan_run(default.model_copy(update=parts), "-".join(choices))
+        stages = [stage for stage in plan.graph if stage.kind == "train"]
+        assert len(stages) == len(parts["recipe"].stages), choices
+        digests.add(stages[-1].digest)
+        combinations += 1
+    aliases = 1  # llm=openelm is llm=openelm_450m
+    assert len(digests) == combinations // len(chosen["llm"]) * (len(chosen["llm"]) - aliases)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
@@ -153,6 +183,14 @@ def test_composing_writes_nothing_and_is_quick(tmp_path: Path) -> None:
     compose_run([*PUBLISHED, "recipe=share"])
     assert time.perf_counter() - start < 1.5
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_the_hub_is_named_by_its_checkpoint_and_brings_its_tokenizer() -> None:
+    spec = compose_run(["llm=hf", "llm.pretrained=org/Some-LLM 1.5B", "llm.revision=abc", "vt=siglip"])
+    assert run_name(spec) == "Some-LLM-1.5B-siglip-mlp-base"
+    assert (spec.llm.tokenizer.pretrained, spec.llm.tokenizer.revision) == ("org/Some-LLM 1.5B", "abc")
+    with pytest.raises(ConfigError, match=r"llm\.pretrained: is not given"):
+        compose_run(["llm=hf", "vt=siglip"])
 
 
 def test_what_hydra_composes_itself_gives_the_same_spec() -> None:

@@ -250,3 +250,26 @@ def test_faults_of_every_run_of_a_sweep_are_told_once_each() -> None:
 def test_a_benchmark_that_cannot_be_asked_is_refused(word: str, where: str, part: str) -> None:
     found = faults("eval=gqa", word)
     assert part in found[where] and len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "what"),
+    [
+        (
+            "{finetune: 1, pretrian: 2}",
+            "",
+            "is 'pretrian', which data=llava_v1_5 does not have. Did you mean 'pretrain'?",
+        ),
+        ("{finetune: 0}", ".finetune", "must be a number above 0"),
+        ("{}", "", "mapping with no keys"),
+        ("[finetune]", "", "must be text, or a mapping of names to a number above 0"),
+    ],
+)
+def test_a_wrong_mixture_is_answered_with_what_it_may_be(value: str, where: str, what: str) -> None:
+    found = faults(f"recipe.stages.finetune.data={value}")
+    assert what in found[f"recipe.stages.finetune.data{where}"]
+
+
+def test_a_stage_cannot_train_on_a_question_file() -> None:
+    found = faults("data.sources.finetune.format=questions")
+    assert "holds questions for evaluation" in found["recipe.stages.finetune.data"]

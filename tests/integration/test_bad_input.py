@@ -20,9 +20,10 @@ from tests.integration.project import Project
         (["connector._target_=os.system"], "connector._target_: is 'os.system', which is not allowed"),
         (["recipe.stages.pretrain.lrr=1"], "Did you mean 'lr'?"),
         (["trainer.learning_rat=1"], "learning_rat"),
+        (["store=/dev/null/store"], "store: nothing can be written to /dev/null/store (Not a directory)"),
         (["launch=local", "launch.nproc=2"], "several ranks or DeepSpeed need backend=torchrun"),
     ],
-    ids=["key", "choice", "type", "target", "nested key", "trainer key", "cross field"],
+    ids=["key", "choice", "type", "target", "nested key", "trainer key", "store", "cross field"],
 )
 def test_a_wrong_word_is_explained(words: list[str], message: str, project: Project) -> None:
     before = sorted(project.root.rglob("*"))

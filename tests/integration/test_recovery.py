@@ -56,7 +56,7 @@ def test_twenty_kills_half_of_them_inside_a_save_all_recover(ranks: int, tmp_pat
     assert int(str(result["inside_save"])) == 10
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
+def wait_for(condition: object, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "timed out"
@@ -69,7 +69,7 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues(launch: str, proj
         f"launch={launch}",
         "launch.save_steps=1000",
         "recipe.stages.finetune.max_steps=null",
-        "recipe.stages.finetune.epochs=150",
+        "recipe.stages.finetune.epochs=40",
     )
     process = subprocess.Popen(
         project.command(*words),
@@ -87,7 +87,7 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues(launch: str, proj
         )
     )
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=150)
     assert process.returncode == 75, errors
     assert "the same command continues" in errors
     (saved,) = project.store.glob("work/train-*/checkpoints/checkpoint-*")
@@ -141,7 +141,7 @@ def test_a_killed_rank_ends_the_job_quickly_and_is_named(project: Project) -> No
     ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     killed_at = time.monotonic()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=150)
     assert process.returncode == 1 and time.monotonic() - killed_at < 40
     assert re.search(r"rank [01] ended with exit code -9 and did not say why \(killed from outside", errors), errors
 
@@ -215,6 +215,6 @@ def test_a_hung_rank_ends_the_job_after_the_step_timeout(project: Project) -> No
     ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGSTOP)
     stopped_at = time.monotonic()
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=150)
     assert process.returncode == 1 and time.monotonic() - stopped_at < 60
     assert "rank 1 ended with exit code -9" in errors and "rank 0 then said" in errors, errors

@@ -32,9 +32,23 @@ ALLOWED = {
     "training": {"models", "data", "config", "errors", "integrity", "stop"},
     "evaluation": {"models", "data", "config", "errors", "stop"},
     "stages": {"training", "evaluation", "models", "data", "config", "errors", "integrity", "stop"},
+    "importing": {"models", "data", "config", "errors"},
+    "export": {"importing", "inference", "models", "data", "config", "errors"},
+    "inference": {"models", "data", "config", "errors", "integrity", "stages"},
     "launch": {"stages", "config", "errors", "stop", "integrity"},
-    "reports": {"evaluation", "stages", "config", "errors", "integrity"},
-    "cli": {"launch", "stages", "reports", "config", "errors"},
+    "reports": {"evaluation", "stages", "data", "config", "errors", "integrity"},
+    "cli": {
+        "launch",
+        "stages",
+        "evaluation",
+        "reports",
+        "importing",
+        "export",
+        "inference",
+        "data",
+        "config",
+        "errors",
+    },
 }
 EXCEPTIONS = {("config/checks.py", "data")}
 """`checks.py` reads the table of template names from data/chat.py, which loads nothing."""

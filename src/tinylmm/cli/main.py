@@ -7,10 +7,12 @@ import sys
 import typer
 
 from tinylmm import __version__
-from tinylmm.cli import store
+from tinylmm.cli import convert, data, store
+from tinylmm.cli.chat import chat
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
+from tinylmm.cli.score import score
 
 app = typer.Typer(
     help="Plan, look at and keep experiments with small large-multimodal models. To train: tinylmm-train.",
@@ -21,7 +23,12 @@ app = typer.Typer(
 app.command("plan")(plan)
 app.command("runs")(store.runs)
 app.command("report")(report)
+app.command("score")(score)
+app.command("chat")(chat)
+app.command("import")(convert.import_)
+app.command("export")(convert.export)
 app.add_typer(store.app, name="store")
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from tinylmm.config.faults import show
+from tinylmm.config.fit import check_fit
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.spec import PARTS
 from tinylmm.config.targets import Role, check_target, check_trust, package_folder
@@ -78,6 +79,7 @@ def check_all(raw: Mapping[str, Any]) -> list[Fault]:
         *_check_evaluations(raw),
         *_check_templates(raw),
         *_check_tokenizer(raw),
+        *check_fit(_mapping(raw, "vision_tower"), _mapping(raw, "connector")),
         *check_trainer(_mapping(raw, "trainer")),
     ]
 
@@ -178,20 +180,31 @@ def _check_names(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_stages(raw: Mapping[str, Any]) -> list[Fault]:
     faults = []
-    sources = _mapping(raw, "data", "sources")
     for name, stage in _mapping(raw, "recipe", "stages").items():
         where = f"recipe.stages.{name}"
         if not isinstance(stage, Mapping):
             continue
-        source = stage.get("data")
-        if isinstance(source, str) and sources and source not in sources:
-            what = f"is '{source}', which data={_mapping(raw, 'data').get('name')} does not have."
-            fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
-            if source == "share_pretrain":
-                fix += " The share recipe needs data=sharegpt4v, or digits."
-            faults.append(Fault(f"{where}.data", what, fix))
+        mixed = stage.get("data")
+        for source in [mixed] if isinstance(mixed, str) else [*mixed] if isinstance(mixed, Mapping) else []:
+            faults += _check_source(where, source, raw)
         faults += _check_tune(where, stage)
     return faults
+
+
+def _check_source(where: str, source: Any, raw: Mapping[str, Any]) -> list[Fault]:
+    """Whether the data set has a source that a stage trains on, and whether it can be trained on."""
+    sources = _mapping(raw, "data", "sources")
+    if not isinstance(source, str) or not sources:
+        return []
+    if source not in sources:
+        what = f"is '{source}', which data={_mapping(raw, 'data').get('name')} does not have."
+        fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
+        if source == "share_pretrain":
+            fix += " The share recipe needs data=sharegpt4v, or digits."
+        return [Fault(f"{where}.data", what, fix)]
+    if _mapping(sources, source).get("format") == "questions":
+        return [Fault(f"{where}.data", f"is '{source}', which holds questions for evaluation, not conversations.")]
+    return []
 
 
 def _check_tune(where: str, stage: Mapping[str, Any]) -> list[Fault]:
@@ -254,7 +267,12 @@ def _check_templates(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_tokenizer(raw: Mapping[str, Any]) -> list[Fault]:
     llm = _mapping(raw, "llm")
-    if _mapping(llm, "tokenizer").get("vocab_size") is None or llm.get("build") is not None:
+    tokenizer = _mapping(llm, "tokenizer")
+    origins = (llm.get("pretrained"), tokenizer.get("pretrained"), tokenizer.get("vocab_size"))
+    if llm.get("init") == "pretrained" and tokenizer and origins == (None, None, None):
+        fix = "Set it to a hub id or a local folder: llm.pretrained=ORG/NAME."
+        return [Fault("llm.pretrained", "is not given, so there is nothing to load.", fix)]
+    if tokenizer.get("vocab_size") is None or llm.get("build") is not None:
         return []
     what = "is set, so the tokenizer is trained here, but llm.build names no data to train it on."
     return [Fault("llm.tokenizer.vocab_size", what, "Add llm.build, or set llm.tokenizer.pretrained instead.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from tinylmm.config.checks import check_all, check_leaves, check_strays
 from tinylmm.config.faults import faults_of, paths_by_leaf
 from tinylmm.config.groups import DEFAULT_GROUPS, EXPERIMENTS, group_choices, screen_user_files, search_path
 from tinylmm.config.overrides import Vocabulary, Words, check_words, choice_fault, is_sweep, redacted
-from tinylmm.config.spec import RunSpec
+from tinylmm.config.spec import PretrainedPart, RunSpec
 from tinylmm.errors import ConfigError, Fault
 
 log = logging.getLogger(__name__)
@@ -136,8 +137,15 @@ def rewrite_words(overrides: Sequence[str]) -> list[str]:
 
 def run_name(spec: RunSpec) -> str:
     """Return the run's name: the user's, or one made of its parts and recipe (`nano-nano-mlp-base`)."""
-    parts = (spec.llm, spec.vision_tower, spec.connector, spec.recipe)
-    return spec.name or "-".join(part.name for part in parts)
+    parts = (_label(spec.llm), _label(spec.vision_tower), spec.connector.name, spec.recipe.name)
+    return spec.name or "-".join(parts)
+
+
+def _label(part: PretrainedPart) -> str:
+    """A part's name; the checkpoint's own where the name says nothing (`llm=hf`)."""
+    if part.name != "hf" or part.pretrained is None:
+        return part.name
+    return re.sub(r"[^A-Za-z0-9._]+", "-", Path(part.pretrained).name).strip("-.") or part.name
 
 
 # ---------------------------------------------------------------------------------------------------- composing

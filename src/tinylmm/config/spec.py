@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 PARTS = ("llm", "vision_tower", "connector")
 PartName = Literal["llm", "vision_tower", "connector"]
@@ -31,7 +31,8 @@ class SourceSpec(Frozen):
 
     annotations: str
     images: str = ""
-    format: Literal["llava", "questions"] = "llava"
+    format: Literal["llava", "openai", "sharegpt", "parquet", "auto", "questions"] = "llava"
+    """Layout of its records (`data/formats.py`); `auto` looks at each. `questions` are for evaluation, not for training."""
     limit: Positive | None = None
     """Use only the first so many records."""
     on_bad: Literal["fail", "skip"] = "fail"
@@ -140,6 +141,8 @@ class LLMSpec(PretrainedPart):
     tokenizer: TokenizerSpec
     template: str
     """Chat template of finetuning and evaluation (`data/chat.py`)."""
+    scale_image_features: bool = False
+    """Multiply image features by the square root of the LLM's width, as Gemma multiplies its own embeddings."""
     scale: dict[str, dict[str, Any]] = {}
     """Hyperparameters that this LLM needs in place of the published ones; recipes read them through `oc.select`."""
 
@@ -150,10 +153,37 @@ class ImageSpec(Frozen):
     size: Positive
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    mode: Literal["squash", "center_crop", "pad"]
+    square: Literal["squash", "center_crop"] = "squash"
+    """What `mode: square` means for this tower."""
+    mode: Literal["square", "squash", "center_crop", "pad", "anyres"]
     """`squash` resizes to size x size, `center_crop` resizes the short edge and cuts the rest, `pad` squares with the mean
-    colour first."""
+    colour first; `square` is what the tower's own processor does, as in TinyLLaVA Factory's `image_aspect_ratio`; `anyres`
+    cuts it into tiles of `size`, as LLaVA-1.6 does."""
     resample: Literal["bicubic", "bilinear"] = "bicubic"
+    short_edge: Positive | None = None
+    """To what `center_crop` resizes the short edge; by default to `size`, so that nothing of it is cut."""
+    tiles: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)] = (
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (1, 3),
+    )
+    """Canvases of `anyres` as rows and columns of tiles; by default LLaVA-1.6's."""
+
+    @field_validator("mode")
+    @classmethod
+    def _square_is_another_name(cls, mode: str, found: ValidationInfo) -> str:
+        """Resolve `square`: a run that asks for it is the same run as one that names the mode itself."""
+        return str(found.data.get("square", "squash")) if mode == "square" else mode
+
+    @model_validator(mode="after")
+    def _crop_lies_inside(self) -> ImageSpec:
+        if self.short_edge is not None and self.short_edge < self.size:
+            raise ValueError(
+                f"short_edge is {self.short_edge}, less than the size of {self.size} that is cut out of it"
+            )
+        return self
 
 
 class TowerSpec(PretrainedPart):
@@ -165,9 +195,11 @@ class TowerSpec(PretrainedPart):
     select_layer: int = -2
     """Index into hidden states (0 is the embedding), as in LLaVA; the blocks behind it are not run."""
     select: Literal["patch", "all"] = "patch"
-    """`patch` drops the CLS token where the encoder has one; `all` keeps it."""
+    """`patch` drops the CLS and register tokens where the encoder has them; `all` keeps them."""
     drop_first_token: bool = False
     """Drop the first patch too, as published TinyLLaVA Factory checkpoints with SigLIP do (728 tokens, not 729)."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the tower's class."""
 
 
 class ConnectorSpec(Frozen):
@@ -204,8 +236,9 @@ class StageSpec(Frozen):
 
     start: str = Field(alias="from")
     """`parts`, or the name of an earlier stage whose model is trained on."""
-    data: str
-    """Key of `data.sources`."""
+    data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Key of `data.sources`, or a mixture `{key: weight}`: how often an epoch has each sample of the source (1 once, 2 twice,
+    0.5 every other one, the others in the next epoch)."""
     tune: TuneSpec
     lr: Annotated[float, Field(gt=0)] | dict[PartName, Annotated[float, Field(gt=0)]]
     """Peak learning rate: one for all, or one a part."""
@@ -225,6 +258,11 @@ class StageSpec(Frozen):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     template: str
     """Chat template; `auto` is the LLM's own."""
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Source -> weight, also where `data` names one source."""
+        return {self.data: 1.0} if isinstance(self.data, str) else dict(self.data)
 
 
 class RecipeSpec(Frozen):

@@ -21,20 +21,39 @@ ROW_MULTIPLE = 8
 """Row lengths are multiples of this: matrix kernels for half precision work best so."""
 
 
-def sample_length(record: Mapping[str, Any], image_tokens: int, max_length: int) -> int:
-    """Return how many tokens a prepared sample has in a row: each image as `image_tokens`, cut at `max_length`."""
-    ids = record["input_ids"]
-    return min(len(ids) + ids.count(IMAGE_TOKEN_ID) * (image_tokens - 1), max_length)
+ImageTokens = int | Callable[[str], int]
+"""Positions that an image takes: the same for all, or by its path where images are tiled."""
 
 
-def supervised_after_cut(record: Mapping[str, Any], image_tokens: int, max_length: int) -> int:
+def image_widths(record: Mapping[str, Any], image_tokens: ImageTokens) -> list[int]:
+    """Return how many positions each image slot of a prepared sample takes, in their order.
+
+    Raises:
+        DataError: slots and images differ in number.
+    """
+    slots, images = record["input_ids"].count(IMAGE_TOKEN_ID), record["images"]
+    if slots != len(images):
+        raise DataError(
+            f"sample '{record['sample_id']}': {slots} image slots but {len(images)} images. Prepare the data again."
+        )
+    return [image_tokens] * slots if isinstance(image_tokens, int) else [image_tokens(path) for path in images]
+
+
+def sample_length(record: Mapping[str, Any], image_tokens: ImageTokens, max_length: int) -> int:
+    """Return how many tokens a prepared sample has in a row: its images expanded, cut at `max_length`."""
+    widths = image_widths(record, image_tokens)
+    return min(len(record["input_ids"]) + sum(widths) - len(widths), max_length)
+
+
+def supervised_after_cut(record: Mapping[str, Any], image_tokens: ImageTokens, max_length: int) -> int:
     """Return how many tokens of a prepared sample are trained on once it is cut at `max_length`.
 
     The first token of a row is never predicted, so it does not count. 0 means that the sample teaches nothing.
     """
     position = count = 0
+    widths = iter(image_widths(record, image_tokens))
     for token, label in zip(record["input_ids"], record["labels"], strict=True):
-        width = image_tokens if token == IMAGE_TOKEN_ID else 1
+        width = next(widths) if token == IMAGE_TOKEN_ID else 1
         if position + width > max_length:
             break
         count += label != IGNORE_INDEX and position > 0
@@ -56,24 +75,26 @@ class Collator:
     """Makes one batch out of prepared samples; the same samples in the same order always give the same batch.
 
     Args:
-        image_tokens: positions that an image takes, the connector's output length Q.
+        image_tokens: positions that an image takes: the connector's output length Q, or path -> positions.
         pad_id: any id that the LLM can embed; padding carries no loss and is a segment of its own.
         row_tokens: a row is filled up with samples to at most so many positions; a longer sample has its own row.
         packing: False gives every sample a row.
         image: relative path -> pixels (3, H, W); None gives paths alone, for features that were computed before.
         max_length: a sample is cut from the right to so many positions.
+        size: where images are tiled, relative path -> width and height; `image` then gives tiles, (T, 3, H, W).
     """
 
     def __init__(
         self,
-        image_tokens: int,
+        image_tokens: ImageTokens,
         pad_id: int,
         row_tokens: int,
         packing: bool,
         image: Callable[[str], torch.Tensor] | None,
         max_length: int,
+        size: Callable[[str], tuple[int, int]] | None = None,
     ) -> None:
-        if min(image_tokens, row_tokens, max_length) < 1 or pad_id < 0:
+        if min(image_tokens if isinstance(image_tokens, int) else 1, row_tokens, max_length) < 1 or pad_id < 0:
             raise ValueError(
                 f"{image_tokens=}, {row_tokens=}, {max_length=} must be positive and {pad_id=} not negative"
             )
@@ -83,6 +104,7 @@ class Collator:
         self.packing = packing
         self.image = image
         self.max_length = max_length
+        self.size = size
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate samples with `sample_id`, `input_ids`, `labels`, `images`; none at all give one row of padding.
@@ -94,6 +116,7 @@ class Collator:
             segment_ids (R, L) int64: number of the sample in its row; padding has the next one.
             image_paths: N relative paths in the order of their slots, row by row.
             pixel_values (N, 3, H, W) in the same order; None if the batch has no image or the collator no `image`.
+            image_sizes (N, 2) int64, width and height; only where images are tiled, and N in pixel_values is then tiles.
             sample_ids: in the order in which the samples lie in the rows. num_samples: how many there are.
 
         Raises:
@@ -107,7 +130,10 @@ class Collator:
         batch["pixel_values"] = None
         if self.image is not None and paths:
             pixels = {path: self.image(path) for path in dict.fromkeys(paths)}
-            batch["pixel_values"] = torch.stack([pixels[path] for path in paths])
+            join = torch.stack if self.size is None else torch.cat
+            batch["pixel_values"] = join([pixels[path] for path in paths])
+        if self.size is not None and paths:
+            batch["image_sizes"] = torch.tensor([self.size(path) for path in paths])
         batch["sample_ids"] = [piece.sample_id for piece in pieces]
         batch["num_samples"] = len(pieces)
         return batch
@@ -115,29 +141,24 @@ class Collator:
     def _piece(self, sample: Mapping[str, Any]) -> _Piece:
         ids: list[int] = []
         labels: list[int] = []
-        num_slots = num_kept = 0
+        num_kept = 0
+        widths = iter(image_widths(sample, self.image_tokens))
         for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-            width = self.image_tokens if token == IMAGE_TOKEN_ID else 1
+            width = next(widths) if token == IMAGE_TOKEN_ID else 1
             if token == IMAGE_TOKEN_ID:
-                num_slots += 1
                 if len(ids) < self.max_length < len(ids) + width:
-                    raise self._half_an_image(sample, start=len(ids))
+                    raise self._half_an_image(sample, len(ids), width)
                 num_kept += len(ids) < self.max_length
             ids += [token] * width
             labels += [label] * width
-        if num_slots != len(sample["images"]):
-            raise DataError(
-                f"sample '{sample['sample_id']}': {num_slots} image slots but {len(sample['images'])} images. "
-                "Prepare the data again."
-            )
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         targets = [*labels[1:], IGNORE_INDEX]
         return _Piece(sample["sample_id"], ids, targets, list(sample["images"][:num_kept]))
 
-    def _half_an_image(self, sample: Mapping[str, Any], start: int) -> DataError:
+    def _half_an_image(self, sample: Mapping[str, Any], start: int, width: int) -> DataError:
         return DataError(
             f"sample '{sample['sample_id']}': max_length={self.max_length} falls inside an image at positions "
-            f"{start} to {start + self.image_tokens - 1}. Raise the stage's max_length, choose a connector with fewer "
+            f"{start} to {start + width - 1}. Raise the stage's max_length, choose a connector with fewer "
             "tokens an image, or leave the sample out."
         )
 

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 SCENES = {"pretrain": 6000, "share": 3000, "finetune": 4000, "text": 6000, "test": 250}
 """Records a file gets by default; `options` of the data set's `build` may change any of them."""
 PAIRS_REQUEST = "list the pairs."
+OPENING_SHARE = 0.4
+"""Of the finetuning conversations that open with one more question of what is there."""
 IMAGE_TOKEN = "<image>"
 CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
 
@@ -126,6 +128,11 @@ def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, 
     scene, path, rng = _draw("finetune", index, seed, scans, output)
     turns = [(question.text, question.answer) for question in _questions(scene, rng)]
     turns.insert(int(rng.integers(len(turns) + 1)), (PAIRS_REQUEST, pairs(scene, rng)))
+    # Only the first question must be read off the image; what follows can be read off the answers above it. Whether
+    # something is there was at chance on held-out images until it came first often enough.
+    if rng.random() < OPENING_SHARE:
+        opening = ask("yesno", scene, rng)
+        turns.insert(0, (opening.text, opening.answer))
     turns[0] = (f"{IMAGE_TOKEN}\n{turns[0][0]}", turns[0][1])
     return {"id": f"finetune-{index:06d}", "image": path, "conversations": _conversation(turns)}
 

@@ -11,12 +11,14 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tinylmm.config.identity import digest
 from tinylmm.config.spec import SourceSpec
-from tinylmm.data.sample import read_records
+from tinylmm.data.image_names import is_embedded
+from tinylmm.data.sample import Sample, read_records, read_samples
 from tinylmm.errors import DataError
 
 MISSING_SHOWN = 20
@@ -42,7 +44,7 @@ def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> di
     """
     annotations = root / source.annotations
     cache = _Cache.of(annotations, cache_folder, source)
-    known = cache.read() or {"annotations": _sha256(annotations), "paths": _image_paths(annotations, source.limit)}
+    known = cache.read() or {"annotations": _content(annotations), "paths": _image_paths(annotations, source)}
     images = root / source.images
     if len(known["paths"]) <= STAT_LIMIT or "listing" not in known:
         known["listing"] = _listing(images, known["paths"])
@@ -53,11 +55,16 @@ def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> di
 def checkpoint_fingerprint(path_or_id: str) -> dict[str, Any]:
     """Return {} for a hub id, which its revision identifies, and {"files": {path: ...}} for an existing local folder.
 
-    Each file counts with its size, and with its SHA-256 where it is `config.json` or has less than HASHED_BYTES.
+    Each file counts with its size, and with its SHA-256 where it is `config.json` or has less than HASHED_BYTES. Of two
+    checkpoints joined by `+` (a mixture of features), each counts on its own, a hub id by its name.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
-        return {}
+        parts = path_or_id.split("+")
+        contents = [checkpoint_fingerprint(part) for part in parts] if len(parts) > 1 else []
+        if not any(contents):
+            return {}
+        return {"parts": [content or {"id": part} for part, content in zip(parts, contents, strict=True)]}
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -80,14 +87,19 @@ class _Cache:
     @classmethod
     def of(cls, annotations: Path, folder: Path, source: SourceSpec) -> _Cache:
         try:
-            stat = annotations.stat()
+            stats = [path.stat() for path in _files(annotations)]
         except OSError as error:
             hint = (
                 source.how_to_get or "Put the file there, or correct the source's `annotations` or the data's `root`."
             )
             raise DataError(f"annotation file {annotations}: not found ({error.strerror}). {hint}") from error
         where = {"path": str(annotations.absolute()), "images": source.images, "limit": source.limit}
-        state = {"format": _CACHE_FORMAT, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        where |= {} if source.format == "llava" else {"layout": source.format}
+        state = {
+            "format": _CACHE_FORMAT,
+            "size": sum(stat.st_size for stat in stats),
+            "mtime_ns": max(stat.st_mtime_ns for stat in stats),
+        }
         return cls(folder / f"{digest(where)[:32]}.json", where | state)
 
     def read(self) -> dict[str, Any] | None:
@@ -106,15 +118,37 @@ class _Cache:
         Path(file.name).replace(self.path)
 
 
-def _image_paths(annotations: Path, limit: int | None) -> list[str]:
+def _files(annotations: Path) -> list[Path]:
+    """The annotation file, or the parquet files of a folder."""
+    if not annotations.is_dir():
+        return [annotations]
+    from tinylmm.data.parquet import parquet_files
+
+    return parquet_files(annotations)
+
+
+def _content(annotations: Path) -> str:
+    """SHA-256 of the annotation file; of a folder's parquet files, that of their hashes in order."""
+    if not annotations.is_dir():
+        return _sha256(annotations)
+    return digest([_sha256(path) for path in _files(annotations)])
+
+
+def _image_paths(annotations: Path, source: SourceSpec) -> list[str]:
     """Every image path that the first `limit` records name, sorted, each once. Faults are `prepare`'s to report."""
     paths: set[str] = set()
-    for index, record in enumerate(read_records(annotations)):
-        if index == limit:
-            break
-        named = record.get("image") if isinstance(record, dict) else None
-        paths.update(path for path in (named if isinstance(named, list) else [named]) if isinstance(path, str))
+    if source.format in ("llava", "questions"):
+        for record in islice(read_records(annotations), source.limit):
+            named = record.get("image") if isinstance(record, dict) else None
+            paths.update(filter(_is_path, named if isinstance(named, list) else [named]))
+    else:
+        for sample in islice(read_samples(annotations, source.format), source.limit):
+            paths.update(filter(_is_path, sample.images) if isinstance(sample, Sample) else ())
     return sorted(paths)
+
+
+def _is_path(name: Any) -> TypeGuard[str]:
+    return isinstance(name, str) and not is_embedded(name) and not name.startswith("data:")
 
 
 def _listing(images: Path, paths: Iterable[str]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tinylmm.config.tiling import Tiling
 from tinylmm.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -26,7 +28,8 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct
 """What Pillow's readers raise on damaged files of FORMATS."""
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-MODES = ("squash", "center_crop", "pad")
+MODES = ("square", "squash", "center_crop", "pad", "anyres")
+SQUARE_MODES = ("squash", "center_crop")
 
 
 def safe_path(root: Path, relative: str) -> Path:
@@ -55,8 +58,12 @@ def safe_path(root: Path, relative: str) -> Path:
     return path
 
 
-def open_image(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image file completely, as RGB; with `data`, decode that, and `path` only names it in messages.
+def open_image(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
+    """Decode an image file (or the bytes of one) completely, as RGB.
+
+    Args:
+        path: a file, or an open binary one.
+        data: decode this instead; `path` then only names it in messages.
 
     Raises:
         DataError: not one of FORMATS, more than MAX_PIXELS, damaged, or cut short.
@@ -68,7 +75,7 @@ def open_image(path: Path, data: bytes | None = None) -> Image.Image:
             raise _damaged(path, error) from error
 
 
-def check_image(path: Path) -> None:
+def check_image(path: Path | BinaryIO) -> None:
     """Raise what `open_image` would raise, but decode JPEG at an eighth of its size (all its data is still read)."""
     with _open_header(path) as image:
         try:
@@ -79,7 +86,17 @@ def check_image(path: Path) -> None:
             raise _damaged(path, error) from error
 
 
-def _open_header(path: Path, data: bytes | None = None) -> Image.Image:
+def image_size(path: Path | BinaryIO) -> tuple[int, int]:
+    """Width and height of an image file in pixels, from its header alone.
+
+    Raises:
+        DataError: not one of FORMATS, or more than MAX_PIXELS.
+    """
+    with _open_header(path) as image:
+        return image.size
+
+
+def _open_header(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
     """Open without decoding, and refuse by format and size."""
     try:
         image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
@@ -98,33 +115,57 @@ def _open_header(path: Path, data: bytes | None = None) -> Image.Image:
     return image
 
 
-def _damaged(path: Path, error: BaseException) -> DataError:
+def _damaged(path: Path | BinaryIO, error: BaseException) -> DataError:
     return DataError(f"{path}: image is damaged or cut short ({type(error).__name__}: {error}). Fetch it again.")
 
 
 class ImageTransform:
-    """RGB image -> float32 tensor (3, size, size), equal to transformers' CLIP and SigLIP image processors.
+    """RGB image -> float32 tensor (3, size, size), equal to transformers' image processors of CLIP, SigLIP and DINOv2.
+
+    With `anyres`, as many of them as the image has tiles, (T, 3, size, size), equal to that of LLaVA-1.6 (LlavaNext).
 
     Args:
         size: height and width in pixels.
         mean, std: per channel, of values in 0..1.
-        mode: `squash` resizes to size x size (SigLIP); `center_crop` resizes the short edge and cuts the rest (CLIP);
-            `pad` first squares the image with the colour int(255 * mean), image centred (LLaVA's expand2square).
+        mode: `squash` resizes to size x size (SigLIP); `center_crop` resizes the short edge and cuts the rest (CLIP, DINOv2);
+            `pad` first squares the image with the colour int(255 * mean), image centred (LLaVA's expand2square); `square`
+            is whichever the argument `square` says; `anyres` gives the whole image, squashed, and tiles of it
+            (`config/tiling.py`).
         resample: `bicubic` or `bilinear`.
+        square: the tower's own mode, `squash` or `center_crop`.
+        short_edge: what `center_crop` resizes the short edge to before it cuts out `size`; by default `size`.
+        tiles: canvases of `anyres`, as rows and columns of tiles.
 
     Raises:
-        ValueError: an unknown mode or filter, a size below 1, or mean and std that are not three numbers each.
+        ValueError: an unknown mode or filter, a size below 1, mean and std that are not three numbers each, or a short edge
+            below `size`.
     """
 
     def __init__(
-        self, size: int, mean: Sequence[float], std: Sequence[float], mode: str, resample: str = "bicubic"
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mode: str,
+        resample: str = "bicubic",
+        square: str = "squash",
+        short_edge: int | None = None,
+        tiles: Sequence[Sequence[int]] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
     ) -> None:
-        if mode not in MODES or resample not in RESAMPLE:
-            raise ValueError(f"mode={mode!r}, resample={resample!r}; allowed: {MODES} and {tuple(RESAMPLE)}")
-        if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"size={size}, mean={mean}, std={std}: need a size >= 1 and three numbers each, std > 0")
+        if mode not in MODES or resample not in RESAMPLE or square not in SQUARE_MODES:
+            raise ValueError(
+                f"mode={mode!r}, resample={resample!r}, square={square!r}; "
+                f"allowed: {MODES}, {tuple(RESAMPLE)} and {SQUARE_MODES}"
+            )
+        if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0 or (short_edge or size) < size:
+            raise ValueError(
+                f"{size=}, {mean=}, {std=}, {short_edge=}: need a size >= 1, three numbers each with std > 0, and no "
+                "short_edge below the size"
+            )
         self.size = size
-        self.mode = mode
+        self.short_edge = short_edge or size
+        self.mode = square if mode == "square" else mode
+        self.tiling = Tiling(size, tiles) if mode == "anyres" else None
         self.resample = RESAMPLE[resample]
         self.fill = tuple(int(value * 255) for value in mean)
         self._mean = np.array(mean, dtype=np.float32)
@@ -132,20 +173,38 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB image of any size."""
+        if self.tiling is not None:
+            return torch.stack([self.one_view(image), *map(self._normalised, self._tiles(image, self.tiling))])
+        return self.one_view(image)
+
+    def one_view(self, image: Image.Image) -> torch.Tensor:
+        """Transform one RGB image to (3, size, size) in any mode; of `anyres` it is the view of the whole."""
         if self.mode == "pad":
             image = self._squared(image)
         if self.mode == "center_crop":
             resized = self._center_crop(image)
         else:
             resized = image.resize((self.size, self.size), self.resample)
-        pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)  # (H, W, 3)
+        return self._normalised(resized)
+
+    def _normalised(self, image: Image.Image) -> torch.Tensor:
+        pixels = (np.asarray(image).astype(np.float64) / 255).astype(np.float32)  # (H, W, 3)
         return torch.from_numpy(((pixels - self._mean) / self._std).transpose(2, 0, 1).copy())
 
+    def _tiles(self, image: Image.Image, tiling: Tiling) -> list[Image.Image]:
+        """The image in its canvas, cut row by row."""
+        rows, columns = tiling.grid(*image.size)
+        scaled = image.resize(tiling.scaled(*image.size), self.resample)
+        canvas = Image.new("RGB", (columns * self.size, rows * self.size))
+        canvas.paste(scaled, ((canvas.width - scaled.width) // 2, (canvas.height - scaled.height) // 2))
+        corners = [(column * self.size, row * self.size) for row in range(rows) for column in range(columns)]
+        return [canvas.crop((left, top, left + self.size, top + self.size)) for left, top in corners]
+
     def _center_crop(self, image: Image.Image) -> Image.Image:
-        """Resize the short edge to `size`, then cut out the centre."""
+        """Resize the short edge to `short_edge`, then cut out the centre."""
         width, height = image.size
         short = min(width, height)
-        new_width, new_height = int(self.size * width / short), int(self.size * height / short)
+        new_width, new_height = int(self.short_edge * width / short), int(self.short_edge * height / short)
         left, top = (new_width - self.size) // 2, (new_height - self.size) // 2
         if new_width * new_height <= MAX_PIXELS:
             resized = image.resize((new_width, new_height), self.resample)

@@ -12,9 +12,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault, UserError
+from tinylmm.models.anyres import with_tiles
 from tinylmm.models.connectors import Connector
+from tinylmm.models.encoders import HubEncoder, refuse_other_normalisation
+from tinylmm.models.llm import choose_attention, load_llm, random_llm
 from tinylmm.models.lmm import LMM
-from tinylmm.models.vision import HFVisionTower
+from tinylmm.models.vision import HFVisionTower, make_tower
 
 PART_FILE = "part.json"
 """Identity of a part beside its Hugging Face files, written by the part-building stages."""
@@ -43,16 +46,19 @@ def build_lmm(
         UserError: weights are not to be had, or the widths do not fit the connector.
     """
     torch.manual_seed(seed)
-    implementation = choose_attention(attention)
-    llm = _load_part("llm", spec, parents, folders, trust, implementation)
-    encoder = _load_part("vision_tower", spec, parents, folders, trust, implementation)
+    llm = _load_llm(spec, parents, folders, trust, attention)
+    encoder = _load_part("vision_tower", spec, parents, folders, trust, choose_attention(attention))
     tower_class = resolve_target(
         _identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower"
     )
-    tower = cast(HFVisionTower, tower_class(encoder, **spec["tower_output"]))
+    image = _identity("vision_tower", spec, parents)["image"]
+    tower = make_tower(tower_class, encoder, spec["tower_output"], image)
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
-    return LMM(llm, tower, build_connector(spec["connector"], tower.hidden_size, llm, trust), template)
+    connector = build_connector(spec["connector"], tower.hidden_size, llm, trust)
+    check_fit(tower, connector)
+    connector = with_tiles(connector, image, tower.num_tokens)
+    return LMM(llm, tower, connector, template, bool(spec.get("scale_image_features")))
 
 
 def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: list[str]) -> Connector:
@@ -65,16 +71,19 @@ def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust
         raise ConfigError([Fault("connector", str(error))]) from error
 
 
-def choose_attention(wanted: str) -> str:
-    """Resolve launch.attention=auto: flash-attn where it is installed beside a GPU, SDPA otherwise."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        from transformers.utils import is_flash_attn_2_available
+def check_fit(tower: HFVisionTower, connector: Connector) -> None:
+    """Refuse a connector that cannot take the tower's tokens.
 
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-    return "sdpa"
+    Raises:
+        ConfigError: it folds a grid that is none, or expects tokens of two encoders from a tower with one.
+    """
+    if connector.streams not in (1, tower.streams):
+        what = f"{type(connector).__name__} takes tokens of {connector.streams} encoders, but this tower has one."
+        raise ConfigError([Fault("connector", what, "Set vision_tower=mof, or choose connector=mlp.")])
+    try:
+        connector.num_tokens(tower.num_tokens)
+    except ValueError as error:
+        raise ConfigError([Fault("connector", f"{error}.")]) from error
 
 
 def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str]) -> PreTrainedTokenizerBase:
@@ -108,6 +117,22 @@ def _identity(role: str, spec: dict[str, Any], parents: dict[str, Path]) -> dict
     return part_folder_identity(parents[role]) if role in parents else cast(dict[str, Any], spec[role])
 
 
+def _load_llm(
+    spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str], trust: list[str], attention: str
+) -> PreTrainedModel:
+    identity = _identity("llm", spec, parents)
+    target = cast(type[PreTrainedModel], resolve_target(identity["_target_"], trust, PreTrainedModel, role="llm"))
+    if "llm" in parents:
+        return load_llm(target, parents["llm"], None, attention, local_only=True)
+    if identity["init"] == "random":
+        return random_llm(target, identity["architecture"], attention)
+    where = folders.get("llm", identity["pretrained"])
+    try:
+        return load_llm(target, where, identity["revision"], attention, identity["architecture"])
+    except OSError as error:
+        raise _unavailable("llm", where, error) from error
+
+
 def _load_part(
     role: str,
     spec: dict[str, Any],
@@ -117,22 +142,26 @@ def _load_part(
     implementation: str,
 ) -> PreTrainedModel:
     identity = _identity(role, spec, parents)
-    if role == "vision_tower":
-        found = resolve_target(identity["encoder"], trust, PreTrainedModel, role="encoder")
-    else:
-        found = resolve_target(identity["_target_"], trust, PreTrainedModel, role="llm")
+    found = resolve_target(identity["encoder"], trust, PreTrainedModel, role="encoder")
     model_class = cast(type[PreTrainedModel], found)
     options: dict[str, Any] = {"attn_implementation": implementation, "dtype": torch.float32}
     if role in parents:
         return model_class.from_pretrained(parents[role], local_files_only=True, **options)
     if identity["init"] == "random":
+        if model_class.config_class is None:
+            what = f"is random, but {model_class.__name__} stands for whatever class the checkpoint names."
+            raise ConfigError([Fault(f"{role}.init", what, f"Choose a {role} whose YAML has an architecture.")])
         config = model_class.config_class(**identity["architecture"])
         return cast(PreTrainedModel, model_class._from_config(config, **options))
     where = folders.get(role, identity["pretrained"])
     try:
+        if model_class is HubEncoder:
+            refuse_other_normalisation(where, identity["revision"], identity["image"])
         return model_class.from_pretrained(where, revision=identity["revision"], **options)
     except OSError as error:
         raise _unavailable(role, where, error) from error
+    except ValueError as error:
+        raise ConfigError([Fault(f"{role}.pretrained", str(error))]) from error
 
 
 def _unavailable(role: str, where: str, error: OSError) -> UserError:

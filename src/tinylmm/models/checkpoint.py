@@ -28,9 +28,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tinylmm import __version__
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
-from tinylmm.models.build import build_connector, choose_attention
+from tinylmm.models.anyres import with_tiles
+from tinylmm.models.build import build_connector
+from tinylmm.models.llm import choose_attention, load_llm
 from tinylmm.models.lmm import LMM
-from tinylmm.models.vision import HFVisionTower
+from tinylmm.models.vision import make_tower
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1
@@ -52,7 +54,11 @@ class LoadedModel:
 
 
 def describe(
-    identities: dict[str, dict[str, Any]], tower_output: dict[str, Any], connector: dict[str, Any], template: str
+    identities: dict[str, dict[str, Any]],
+    tower_output: dict[str, Any],
+    connector: dict[str, Any],
+    template: str,
+    scale_image_features: bool = False,
 ) -> dict[str, Any]:
     """Return the content of config.json for a model of these parts."""
     tower = identities["vision_tower"]
@@ -65,6 +71,7 @@ def describe(
         "connector": connector,
         "image": tower["image"],
         "template": template,
+        **({"scale_image_features": True} if scale_image_features else {}),
     }
 
 
@@ -117,16 +124,16 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
     llm_class = cast(
         type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel, role="llm")
     )
-    llm = llm_class.from_pretrained(folder / "llm", **options)
+    llm = load_llm(llm_class, folder / "llm", None, attention, local_only=True)
     tower_spec = dict(description["vision_tower"])
     tower_class = resolve_target(tower_spec.pop("_target_"), trust, nn.Module, role="vision_tower")
     encoder_class = cast(
         type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder")
     )
-    tower = cast(
-        HFVisionTower, tower_class(encoder_class.from_pretrained(folder / "vision_tower", **options), **tower_spec)
-    )
+    encoder = encoder_class.from_pretrained(folder / "vision_tower", **options)
+    tower = make_tower(tower_class, encoder, tower_spec, description["image"])
     connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
+    connector = with_tiles(connector, description["image"], tower.num_tokens)
     weights = load_file(folder / "connector" / WEIGHTS)
     if set(weights) != set(connector.state_dict()):
         raise IntegrityError(
@@ -134,7 +141,7 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
         )
     connector.load_state_dict(weights)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
-    model = LMM(llm, tower, connector, description["template"])
+    model = LMM(llm, tower, connector, description["template"], description.get("scale_image_features", False))
     return LoadedModel(model, tokenizer, description, folder)
 
 

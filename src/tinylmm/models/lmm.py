@@ -12,7 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tinylmm.models.anyres import TiledConnector
 from tinylmm.models.connectors import Connector
+from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
 from tinylmm.models.vision import HFVisionTower
 
@@ -41,14 +43,27 @@ class LMM(nn.Module):
         vision_tower: see `models/vision.py`.
         connector: built for exactly these two widths.
         template: name of the chat template it is trained with; travels with the saved model.
+        scale_image_features: multiply the connector's output by sqrt(Dl), as TinyLLaVA Factory's Gemma models do.
     """
 
-    def __init__(self, llm: nn.Module, vision_tower: HFVisionTower, connector: Connector, template: str) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        vision_tower: HFVisionTower,
+        connector: Connector,
+        template: str,
+        scale_image_features: bool = False,
+    ) -> None:
         super().__init__()
         self.llm = llm
         self.vision_tower = vision_tower
         self.connector = connector
         self.template = template
+        table = llm.get_input_embeddings()  # type: ignore[operator]
+        # An embedding never trains its padding_idx, which in some checkpoints is the end of a turn too (SmolLM2). Our
+        # padding carries no loss and attends to itself alone, so its row needs no such protection.
+        table.padding_idx = None
+        self.image_scale = table.weight.shape[1] ** 0.5 if scale_image_features else 1.0
         self.touch_vision_always = False
         """Set where ranks must run the same modules: a micro-batch without images then sends one blank image through."""
 
@@ -58,9 +73,25 @@ class LMM(nn.Module):
         return self.llm.config
 
     @property
+    def packs(self) -> bool:
+        """Whether samples that share a row stay apart in this LLM; only `llm=hf` can bring one in which they do not."""
+        return bool(getattr(self.llm, PACKS, True))
+
+    @property
     def image_tokens(self) -> int:
-        """Q, placeholders an image takes in a sequence."""
+        """Q, placeholders an image takes in a sequence; where images are tiled, `tokens_of` says it for each."""
         return self.connector.num_tokens(self.vision_tower.num_tokens)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether images come in tiles (`anyres`), so that each takes placeholders after its size."""
+        return isinstance(self.connector, TiledConnector)
+
+    def tokens_of(self, width: int, height: int) -> int:
+        """Placeholders that an image of this size in pixels takes."""
+        return (
+            self.connector.tokens_of(width, height) if isinstance(self.connector, TiledConnector) else self.image_tokens
+        )
 
     def forward(
         self,
@@ -69,6 +100,7 @@ class LMM(nn.Module):
         targets: Tensor,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
     ) -> LMMOutput:
         """Return the summed loss of packed rows.
 
@@ -78,12 +110,14 @@ class LMM(nn.Module):
             targets: (R, L) int64, the token to predict at each position, -100 where there is none (already shifted).
             pixel_values: (N, 3, H, W), or
             image_features: (N, P, Dv), the frozen tower's output computed before; neither if no row has an image.
+            image_sizes: (N, 2) int64, width and height of each image, where images are tiled; N is then T, the tiles of
+                all images, in the two above.
 
         Raises:
             ValueError: placeholders and features disagree in number.
         """
-        embeddings, blank = self.embed(input_ids, pixel_values, image_features)
-        decoder = self.llm.get_decoder()  # type: ignore[operator]
+        embeddings, blank = self.embed(input_ids, pixel_values, image_features, image_sizes)
+        decoder = decoder_of(self.llm)
         # No attention mask: restarting positions are what transformers' mask builder reads packing from.
         hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = targets != -100
@@ -93,7 +127,11 @@ class LMM(nn.Module):
         return LMMOutput(loss_sum=loss_sum, num_supervised=supervised.sum())
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_features: Tensor | None,
+        image_sizes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embed tokens and put image features at their placeholders: (R, L) ids to (R, L, Dl).
 
@@ -101,27 +139,40 @@ class LMM(nn.Module):
         """
         is_image = input_ids == IMAGE_TOKEN_ID
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # type: ignore[operator]
-        features = self.image_embeddings(pixel_values, image_features)
+        features = self.image_embeddings(pixel_values, image_features, image_sizes)
         placeholders = int(is_image.sum())
-        available = 0 if features is None else features.shape[0] * features.shape[1]
+        available = 0 if features is None else features.shape[:-1].numel()
         if placeholders != available:
+            images = 0 if features is None else len(features) if image_sizes is None else len(image_sizes)
+            each = f"{self.image_tokens} tokens" if image_sizes is None else "different sizes"
             raise ValueError(
                 f"the batch has {placeholders} image placeholders but {available} image features "
-                f"({0 if features is None else features.shape[0]} images of {self.image_tokens} tokens)"
+                f"({images} images of {each})"
             )
         if features is None:
             return embeddings, self._blank_features(embeddings) if self.touch_vision_always and self.training else None
-        flat = features.reshape(-1, features.shape[-1]).to(embeddings.dtype)
+        flat = (features.reshape(-1, features.shape[-1]) * self.image_scale).to(embeddings.dtype)
         return embeddings.masked_scatter(is_image.unsqueeze(-1), flat), None
 
-    def image_embeddings(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:
-        """Return (N, Q, Dl) from pixels (N, 3, H, W) or from tower features (N, P, Dv); None if there are no images."""
+    def image_embeddings(
+        self, pixel_values: Tensor | None, image_features: Tensor | None, image_sizes: Tensor | None = None
+    ) -> Tensor | None:
+        """Return (N, Q, Dl) from pixels (N, 3, H, W) or from tower features (N, P, Dv); None if there are no images.
+
+        Of tiled images, whose sizes must be given, it is all their tokens, (sum of `tokens_of`, Dl).
+        """
         if image_features is None:
             if pixel_values is None:
                 return None
             image_features = self.tower_features(pixel_values)
         weight = next(self.connector.parameters(), None)
-        return self.connector(image_features if weight is None else image_features.to(weight.device))
+        if weight is not None:
+            image_features = image_features.to(weight.device)
+        if not isinstance(self.connector, TiledConnector):
+            return cast(Tensor, self.connector(image_features))
+        if image_sizes is None:
+            raise ValueError("this model takes images in tiles (anyres): the sizes of the images are needed too")
+        return cast(Tensor, self.connector(image_features, image_sizes))
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, P, Dv), without a graph where nothing in the tower is trained."""
@@ -146,12 +197,14 @@ class LMM(nn.Module):
         max_new_tokens: int,
         eos_token_id: int | list[int],
         pad_token_id: int,
+        image_sizes: Tensor | None = None,
     ) -> list[list[int]]:
         """Continue prompts greedily and return the new token ids of each, without the end token.
 
         Args:
             prompts: token ids, with Q placeholders an image.
             image_features: (N, P, Dv) in the order of the placeholders over all prompts.
+            image_sizes: (N, 2), where images are tiled, as in `forward`.
         """
         device = next(self.llm.parameters()).device
         width = max(len(prompt) for prompt in prompts)
@@ -160,7 +213,7 @@ class LMM(nn.Module):
         for row, prompt in enumerate(prompts):  # left padding: every row's next token is at the same place
             ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
             attention[row, width - len(prompt) :] = 1
-        embeddings, _ = self.embed(ids, None, image_features)
+        embeddings, _ = self.embed(ids, None, image_features, image_sizes)
         new_ids = self.llm.generate(  # type: ignore[operator]
             inputs_embeds=embeddings,
             attention_mask=attention,

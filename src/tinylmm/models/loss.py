@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tinylmm.models.llm import head_logits
+
 CHUNK_TOKENS = 4096
 """Positions whose logits exist at once: 4096 x 51,200 fp32 values are 0.8 GiB for Phi-2."""
 
@@ -15,26 +17,21 @@ def supervised_cross_entropy(llm: nn.Module, hidden: Tensor, targets: Tensor) ->
     """Return the summed cross-entropy (nats, fp32) of S positions.
 
     Args:
-        llm: causal LM whose output head, and logit soft cap if its config names one, are applied.
+        llm: causal LM whose output head is applied, with all that its own forward does to logits.
         hidden: (S, Dl) last hidden states at the supervised positions.
         targets: (S,) int64 token ids.
     """
-    head = llm.get_output_embeddings()  # type: ignore[operator]
-    soft_cap = getattr(llm.config, "final_logit_softcapping", None)
     if hidden.shape[0] == 0:  # keeps head and hidden in the graph on a rank without supervised tokens
-        return _chunk_loss(head, soft_cap, hidden, targets)
+        return _chunk_loss(llm, hidden, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
     chunks = list(zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True))
     for part, target in chunks:
         if len(chunks) > 1 and torch.is_grad_enabled():  # logits are recomputed in the backward pass, a chunk at a time
-            total = total + checkpoint(_chunk_loss, head, soft_cap, part, target, use_reentrant=False)
+            total = total + checkpoint(_chunk_loss, llm, part, target, use_reentrant=False)
         else:
-            total = total + _chunk_loss(head, soft_cap, part, target)
+            total = total + _chunk_loss(llm, part, target)
     return total
 
 
-def _chunk_loss(head: nn.Module, soft_cap: float | None, hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = head(hidden).float()
-    if soft_cap is not None:
-        logits = torch.tanh(logits / soft_cap) * soft_cap
-    return F.cross_entropy(logits, targets, reduction="sum")
+def _chunk_loss(llm: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head_logits(llm, hidden), targets, reduction="sum")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tinylmm.models.llm import decoder_of
 from tinylmm.models.lmm import LMM
 
 
@@ -36,20 +37,20 @@ def apply_tuning(model: LMM, tune: dict[str, Any]) -> dict[str, PartTuning]:
 
 
 def decoder_blocks(llm: nn.Module) -> nn.ModuleList:
-    """Return the transformer blocks of a causal LM."""
-    blocks = getattr(llm.get_decoder(), "layers", None)  # type: ignore[operator]
-    if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"{type(llm).__name__} keeps its blocks in no `layers` list, so from_layer cannot be applied")
-    return blocks
+    """Return the transformer blocks of a causal LM: the list that is as long as its config says it is deep."""
+    depth = llm.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    for child in decoder_of(llm).children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return child
+    raise ValueError(f"{type(llm).__name__} keeps its {depth} blocks in no list, so from_layer cannot be applied")
 
 
 def _tune_tower(model: LMM, tune: Any) -> PartTuning:
     tower = model.vision_tower
     result = _tune(tower, tower.blocks, tower.depth, tune, "vision_tower")
     # Behind the selected layer nothing reaches the loss: a trainable parameter there would make DDP wait for ever.
-    for name, parameter in tower.encoder.named_parameters():
-        if name.startswith(("post_layernorm.", "head.")):
-            parameter.requires_grad = False
+    for parameter in tower.unreached_parameters():
+        parameter.requires_grad = False
     trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
     return PartTuning(result.mode, trained, result.total)
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from tinylmm import __version__
 from tinylmm.reports.compare import Pair
 from tinylmm.reports.plots import loss_svg
+from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Evaluation, Example, Report, RunRecord, Score, ScoreRow, StageRecord
 from tinylmm.reports.tables import compare_grid, row_label
 from tinylmm.reports.thumbnails import ThumbnailError, find_image, thumbnail
@@ -95,6 +96,7 @@ def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
             if stage.kind in CURVE_KINDS and stage.curve()[0]
         ],
         "scores": _scores(run),
+        "published": dict(zip(("header", "rows"), published_grid(run), strict=True)),
         "examples": [
             {"benchmark": benchmark, "total": _total(run, benchmark), "cards": [_card(example) for example in examples]}
             for benchmark, examples in run.examples.items()

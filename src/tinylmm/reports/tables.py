@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunRecord, ScoreRow
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
 
@@ -113,6 +114,10 @@ def render_markdown(report: Report) -> str:
                 "In % (MME: points). 95 %: the last model's interval; blind: the last model asked without the image; "
                 "chance: a uniform guess among the options."
             )
+        header, rows = published_grid(run)
+        if rows:
+            blocks.append("Published of the same parts and recipe, each in its source's own unit:")
+            blocks.append(markdown_table(header, rows, text_columns=3))
         blocks.append("\n".join(f"- {escape_markdown(note)}" for note in run.notes))
         blocks.append(markdown_table(["part", "choice"], [list(fact) for fact in facts(run.spec)], text_columns=2))
         stages = [[s.name, s.kind, s.digest[:12], s.status, duration(s.seconds)] for s in run.stages]

@@ -104,13 +104,18 @@ def facts(spec: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("Seed", str(spec.get("seed", ABSENT)))]
 
 
+def _data(data: Any) -> str:
+    """A stage's source, or its mixture with weights."""
+    return ", ".join(f"{name} × {weight:g}" for name, weight in data.items()) if isinstance(data, dict) else str(data)
+
+
 def recipe_rows(spec: dict[str, Any]) -> list[dict[str, str]]:
     """One row a training stage of the recipe: what it trains, on what, how."""
     stages = (spec.get("recipe") or {}).get("stages") or {}
     return [
         {
             "name": name,
-            "data": str(stage.get("data", ABSENT)),
+            "data": _data(stage.get("data", ABSENT)),
             "trains": ", ".join(_tuned(stage.get("tune") or {})) or "nothing",
             "lr": _rates(stage.get("lr")),
             "batch": str(stage.get("global_batch", ABSENT)),

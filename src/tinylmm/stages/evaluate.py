@@ -127,14 +127,19 @@ def _answer(
     launch, tokenizer = job.settings["launch"], loaded.tokenizer
     template = get_template(job.spec["template"])
     refs = first_refs(items, keys)
-    counts = dict.fromkeys(refs, loaded.model.image_tokens)
+    model = loaded.model
+    sizes = {key: ref.open().size for key, ref in refs.items()} if model.tiled else None
+    counts = dict.fromkeys(refs, model.image_tokens)
+    if sizes is not None:
+        counts = {key: model.tokens_of(*size) for key, size in sizes.items()}
     engine = Engine(
-        loaded.model,
+        model,
         _Pixels(refs, ImageTransform(**loaded.description["image"])),
         end_tokens(template, tokenizer),
         job.spec["max_new_tokens"],
         rows=launch["eval_batch"],
         tokens=launch["eval_tokens"],
+        sizes=sizes,
     )
     prompts: list[Prompt] = []
     for item in items:

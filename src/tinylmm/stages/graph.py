@@ -21,10 +21,10 @@ from tinylmm.config.spec import (
     StageSpec,
 )
 
-STAGE_VERSIONS = {"data": 1, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
+STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
 """Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""
 
-TOWER_OUTPUT = {"select_layer", "select", "drop_first_token"}
+TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
 """How a tower's output is read: decides training, not the tower's own weights."""
 
 LOCAL_FOLDER = "(local folder)"
@@ -115,16 +115,17 @@ class _Builder:
                     "tower_output": _dump(self.run.vision_tower, include=TOWER_OUTPUT),
                     "chat_template": self.run.llm.template,
                 }
+                if self.run.llm.scale_image_features:  # only where it is set, so that it is in no other digest
+                    spec["scale_image_features"] = True
                 parents: dict[str, str] = {}
                 for role, part in (("llm", llm), ("tokenizer", tokenizer), ("vision_tower", tower)):
                     self._attach(spec, parents, role, part)
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            prepared = self._prepare(name, stage, tokenizer)
-            parents |= {"prepared": prepared.digest} | self._data_parent(self.run.data)
             fields = _dump(stage, exclude={"start", "data", "template"})
             spec |= {**fields, "seed": self.run.seed, "trainer": dict(self.run.trainer)}
-            trained[name] = self._add("train", name, spec, parents, self._locations(stage.data))
+            places = self._mix(name, stage, tokenizer, spec, parents)
+            trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), places)
         self._evaluations(trained)
         return self.graph
 
@@ -148,15 +149,38 @@ class _Builder:
             fields["content"] = self.fingerprint("benchmark", spec)
             location = {"root": spec.root, "source": {"images": ""}}
         location["judge_url"] = spec.judge.base_url
-        self._add("eval", f"{benchmark}@{model.name}", fields, parents, location)
+        self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": location})
 
-    def _prepare(self, name: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
+    def _mix(
+        self,
+        name: str,
+        stage: StageSpec,
+        tokenizer: Stage | dict[str, Any],
+        spec: dict[str, Any],
+        parents: dict[str, str],
+    ) -> dict[str, Any]:
+        """Add the stage's prepare stages to its `parents` and weights to its `spec`; return where the images lie.
+
+        A mixture is in the order of its parts' digests: names of sources decide nothing.
+        """
+        mixture = stage.mixture
+        if list(mixture.values()) == [1.0]:
+            (source,) = mixture
+            parents["prepared"] = self._prepare(name, source, stage, tokenizer).digest
+            return {"location": _location(self.run.data, source)}
+        found = {source: self._prepare(f"{name}/{source}", source, stage, tokenizer) for source in mixture}
+        order = sorted(mixture, key=lambda source: (found[source].digest, mixture[source]))
+        parents |= {f"prepared.{number}": found[source].digest for number, source in enumerate(order)}
+        spec["mixture"] = [mixture[source] for source in order]
+        return {"locations": [_location(self.run.data, source) for source in order]}
+
+    def _prepare(self, name: str, source: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
         template = self.run.llm.template if stage.template == "auto" else stage.template
         spec: dict[str, Any] = {"template": template}
-        spec["source"] = self._source(self.run.data, stage.data)
+        spec["source"] = self._source(self.run.data, source)
         parents = self._data_parent(self.run.data)
         self._attach(spec, parents, "tokenizer", tokenizer)
-        return self._add("prepare", f"prepare[{name}]", spec, parents, self._locations(stage.data))
+        return self._add("prepare", f"prepare[{name}]", spec, parents, {"location": _location(self.run.data, source)})
 
     def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
         """The fields of a source that decide what is read; for files outside the store, their content."""
@@ -166,9 +190,6 @@ class _Builder:
         fields = _dump(source, exclude={"annotations", "images", "how_to_get"})
         return fields | {"content": self.fingerprint("source", (data, name))}
 
-    def _locations(self, source: str) -> dict[str, Any]:
-        return _location(self.run.data, source)
-
     def _data_parent(self, data: DataSpec) -> dict[str, str]:
         if data.build is None:
             return {}
@@ -176,7 +197,9 @@ class _Builder:
 
     def _part(self, role: str, part: PretrainedPart) -> Stage | dict[str, Any]:
         """A part-building stage, or the identity of a published or random part (which needs no stage)."""
-        identity = _dump(part, exclude={"name", "build", "tokenizer", "template", "scale", *TOWER_OUTPUT})
+        identity = _dump(
+            part, exclude={"name", "build", "tokenizer", "template", "scale", "scale_image_features", *TOWER_OUTPUT}
+        )
         if part.init == "random":
             return {**identity, "pretrained": None, "revision": None}
         if part.init == "pretrained":
@@ -217,9 +240,9 @@ class _Builder:
         name: str,
         spec: dict[str, Any],
         parents: dict[str, str],
-        location: dict[str, Any] | None = None,
+        places: dict[str, Any] | None = None,
     ) -> Stage:
-        settings = self.settings | {"folders": dict(self.folders)} | ({"location": location} if location else {})
+        settings = self.settings | {"folders": dict(self.folders)} | (places or {})
         return self.graph.add(kind, name, spec, parents, settings)
 
 

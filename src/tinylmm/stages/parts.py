@@ -187,7 +187,7 @@ def _load_images(job: StageJob, samples: Sequence[Sample]) -> Tensor:
     """Return all images as the tower sees them, (N, 3, H, W) float32: embedded data sets are small enough."""
     transform = ImageTransform(**job.spec["image"])
     folder = job.parents["data"] / job.spec["source"]["images"]
-    return torch.stack([transform(open_image(safe_path(folder, sample.images[0]))) for sample in samples])
+    return torch.stack([transform.one_view(open_image(safe_path(folder, sample.images[0]))) for sample in samples])
 
 
 # ---------------------------------------------------------------------------------------------------- shared

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.hub import unknown_numbers
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.data.fingerprint import checkpoint_fingerprint, source_fingerprint
 from tinylmm.errors import DataError
@@ -36,6 +37,8 @@ class RunPlan:
     run: RunSpec
     graph: StageGraph
     missing: list[Missing] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    """What cannot be known before the run starts, a sentence each."""
 
 
 def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
@@ -46,7 +49,9 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
     """
     files = _Files(run.store / "cache" / "fingerprints")
     graph = build_graph(run, files.identity)
-    return RunPlan(name, list(overrides), run, graph, files.missing)
+    parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
+    unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
+    return RunPlan(name, list(overrides), run, graph, files.missing, unknown)
 
 
 def require_files(plan: RunPlan) -> None:
@@ -95,6 +100,7 @@ def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
         "runs": runs,
         "stages": stages,
         "totals": totals,
+        "unknown": list(dict.fromkeys(sentence for plan in plans for sentence in plan.unknown)),
         "missing": [{"what": m.what, "looked_at": m.looked_at, "how_to_get": m.how_to_get} for m in missing.values()],
     }
 
@@ -148,7 +154,7 @@ class _Files:
         source, root = data.sources[name], Path(data.root).absolute()
         annotations = root / source.annotations
         how = source.how_to_get or f"set data.sources.{name}.annotations to the file you have"
-        if not annotations.is_file():
+        if not annotations.exists():
             self.missing.append(Missing(f"annotations of {data.name}/{name}", str(annotations), how))
             return {"missing": source.annotations}
         found = source_fingerprint(root, source, self.cache)

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -24,6 +24,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from tinylmm.data.chat import IGNORE_INDEX, ChatTemplate, Rendered, get_template
+from tinylmm.data.image_names import embedded_path, is_embedded
 from tinylmm.data.images import check_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.errors import DataError
@@ -38,6 +39,9 @@ CHUNK = 4096
 SERIAL_BELOW = 2000
 """So few records are done sooner in this process than in others that must start first."""
 
+EMBEDDED_FOLDER = "embedded"
+"""Below the stage's output: images that records carried, each content once (`data/image_names.py`)."""
+
 FEATURES = datasets.Features(
     {
         "sample_id": datasets.Value("string"),
@@ -50,10 +54,11 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the stage reads, and what it does with bad records."""
+    """Where the stage reads, what records look like, and what it does with bad ones."""
 
     annotations: Path
     images: Path
+    format: str
     limit: int | None
     on_bad: str
     max_bad: int
@@ -77,7 +82,8 @@ def run(job: StageJob) -> dict[str, Any]:
     """Write `output/samples` (a `datasets` folder) and `output/report.json`; return counts for the manifest.
 
     Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the
-    source's image folder. Nothing is cut here, because how many tokens an image takes is not known yet.
+    source's image folder, or names of embedded ones, which become files below `output/embedded`. Nothing is cut here,
+    because how many tokens an image takes is not known yet.
 
     Raises:
         DataError: the annotation file cannot be read, or more records are bad than `on_bad` and `max_bad` allow; the
@@ -89,7 +95,9 @@ def run(job: StageJob) -> dict[str, Any]:
         get_template(job.spec["template"]),
         load_tokenizer(job.spec, job.parents, job.settings["folders"]),
         source.images,
+        job.output / EMBEDDED_FOLDER,
     )
+    shutil.rmtree(renderer.embedded, ignore_errors=True)
     scratch = job.folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed try has left
     scratch.mkdir()
@@ -103,7 +111,7 @@ def run(job: StageJob) -> dict[str, Any]:
 
 def _source(job: StageJob) -> _Source:
     spec = job.spec["source"]
-    policy = {"limit": spec["limit"], "on_bad": spec["on_bad"], "max_bad": spec["max_bad"]}
+    policy = {"format": spec["format"], "limit": spec["limit"], "on_bad": spec["on_bad"], "max_bad": spec["max_bad"]}
     if "data" in job.parents:
         folder = job.parents["data"]
         return _Source(folder / spec["file"], folder / spec["images"], how_to_get="", **policy)
@@ -115,20 +123,38 @@ def _source(job: StageJob) -> _Source:
 class _Renderer:
     """Does the work on one sample; travels to worker processes once."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, images: Path) -> None:
+    def __init__(
+        self, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, images: Path, embedded: Path
+    ) -> None:
         self.template = template
         self.tokenizer = tokenizer
         self.images = images
+        self.embedded = embedded
+
+    def store(self, record: Sample | BadRecord) -> Sample | BadRecord:
+        """Write a record's embedded images to files, so that no more than a few are in memory."""
+        if isinstance(record, BadRecord) or not record.embedded:
+            return record
+        for name, data in record.embedded.items():
+            path = embedded_path(self.embedded, name)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        return replace(record, embedded={})
 
     def render(self, sample: Sample) -> Rendered:
-        return self.template.render(sample.turns, self.tokenizer)
+        return self.template.render(sample.turns, self.tokenizer, sample.system)
 
-    def image_fault(self, path: str) -> str | None:
-        """What is wrong with an image, or None."""
+    def image_fault(self, name: str) -> str | None:
+        """What is wrong with an image, or None; an embedded one with a fault is not kept."""
+        path = embedded_path(self.embedded, name) if is_embedded(name) else None
         try:
-            check_image(safe_path(self.images, path))
+            check_image(safe_path(self.images, name) if path is None else path)
         except DataError as error:
-            return str(error)
+            if path is None:
+                return str(error)
+            path.unlink()
+            return f"the embedded image {name[:20]}: {str(error).removeprefix(f'{path}: ')}"
         return None
 
 
@@ -191,7 +217,8 @@ def _workers(renderer: _Renderer, processes: int) -> Iterator[_Workers]:
 
 def _chunks(source: _Source, renderer: _Renderer, tally: _Tally, num_workers: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the good rows, chunk by chunk in file order, and note everything else in `tally`."""
-    records = enumerate(islice(read_samples(source.annotations), source.limit))
+    read = islice(read_samples(source.annotations, source.format), source.limit)
+    records = enumerate(renderer.store(record) for record in read)
     chunk = list(islice(records, CHUNK))
     with _workers(renderer, num_workers if len(chunk) >= SERIAL_BELOW else 1) as workers:
         while chunk:

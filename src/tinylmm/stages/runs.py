@@ -38,15 +38,21 @@ def create_run(store_root: Path, base_name: str, record: dict[str, Any]) -> Path
             they are missing, and always what identifies this process.
 
     Raises:
-        UserError: the name has other characters than letters, digits, `.`, `_` and `-`, or belongs to a live run.
+        UserError: the name has other characters than letters, digits, `.`, `_` and `-`, or belongs to a live run; or the
+            store cannot be written.
     """
     runs = Path(store_root) / "runs"
     explicit = record.get("name")
     check_name(explicit if explicit is not None else base_name)
-    runs.mkdir(parents=True, exist_ok=True)
     # Filled before it gets its name, so nobody ever meets a run folder without a record.
     draft = runs / f".{secrets.token_hex(8)}.tmp"
-    draft.mkdir()
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"store: nothing can be written to {runs.parent.absolute()} ({error.strerror}). "
+            "Name a folder that you may write to with store=PATH or the environment variable TINYLMM_STORE."
+        ) from error
     try:
         for name in _series(runs, explicit) if explicit is not None else _dated(base_name):
             filled = {"format": 1, "name": name, "status": "running", "created": now(), "finished": None, "stages": []}

@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 
-from tinylmm.data.collate import Collator
-from tinylmm.data.images import ImageTransform, open_image, safe_path
-from tinylmm.errors import StoppedError
+from tinylmm.data.collate import Collator, ImageTokens
+from tinylmm.data.image_folders import ImageFolder, ImageFolders
+from tinylmm.data.images import ImageTransform, image_size, open_image
+from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.stages.devices import choose_device
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.prepare import EMBEDDED_FOLDER
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
-from tinylmm.training.sampler import StepSampler, num_steps
+from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_trackers
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
@@ -43,8 +45,8 @@ def run(job: StageJob) -> dict[str, Any]:
         )
     _cast_frozen(model, job.spec["precision"], device)
     model.to(device)
-    samples = PreparedSamples(job.parents["prepared"], model.image_tokens, job.spec["max_length"])
     images = _Images(job, loaded)
+    samples = PreparedSamples(_prepared(job), images.tokens, job.spec["max_length"])
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -81,9 +83,12 @@ def build_trainer(
 ) -> LMMTrainer:
     """Wire model, data and launch settings to the Trainer."""
     spec, launch = job.spec, job.settings["launch"]
-    steps = num_steps(len(samples), spec["global_batch"], spec["epochs"], spec["max_steps"])
+    mixture = Mixture(samples.sizes, spec.get("mixture") or [1.0] * len(samples.sizes))
+    if not len(mixture):
+        raise DataError("the mixture's weights leave no sample to train on; raise them")
+    steps = num_steps(len(mixture), spec["global_batch"], spec["epochs"], spec["max_steps"])
     sampler = StepSampler(
-        len(samples),
+        len(mixture),
         steps,
         spec["global_batch"],
         spec["epochs"],
@@ -91,18 +96,22 @@ def build_trainer(
         launch["micro_batch"],
         rank(),
         world_size(),
+        mixture.epoch,
     )
     arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
     loaded.model.touch_vision_always = world_size() > 1
     if launch["gradient_checkpointing"]:
         loaded.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if launch["packing"] and not loaded.model.packs:
+        log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
     collator = Collator(
-        image_tokens=loaded.model.image_tokens,
+        image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=launch["row_tokens"] or spec["max_length"],
-        packing=launch["packing"],
+        packing=launch["packing"] and loaded.model.packs,
         image=images.pixels if cache is None else None,
         max_length=spec["max_length"],
+        size=images.size if loaded.model.tiled else None,
     )
     identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch["deepspeed_stage"]}
     trainer = LMMTrainer(
@@ -125,22 +134,43 @@ def build_trainer(
     return trainer
 
 
+def _prepared(job: StageJob) -> list[Path]:
+    """Outputs of the stage's prepare stages; those of a mixture in its order."""
+    if "prepared" in job.parents:
+        return [job.parents["prepared"]]
+    return [job.parents[f"prepared.{number}"] for number in range(len(job.spec["mixture"]))]
+
+
 class _Images:
-    """Opens the stage's images, inside its image folder only."""
+    """Opens the stage's images, inside its image folders only."""
 
     def __init__(self, job: StageJob, loaded: LoadedModel) -> None:
-        location = job.settings["location"]
-        root = Path(location["root"]) if location["root"] else job.parents["data"]
-        self.folder = root / location["source"]["images"]
+        locations = job.settings.get("locations") or [job.settings["location"]]
+        folders = []
+        for location, prepared in zip(locations, _prepared(job), strict=True):
+            root = Path(location["root"]) if location["root"] else job.parents["data"]
+            folders.append(ImageFolder(root / location["source"]["images"], prepared / EMBEDDED_FOLDER))
+        self.folders = ImageFolders(folders)
         self.transform = ImageTransform(**loaded.description["image"])
+        self._sizes: dict[str, tuple[int, int]] = {}
+        model = loaded.model
+        self.tokens: ImageTokens = (
+            (lambda name: model.tokens_of(*self.size(name))) if model.tiled else model.image_tokens
+        )
 
     def pixels(self, name: str) -> torch.Tensor:
-        """(3, H, W) of one image."""
-        return self.transform(open_image(safe_path(self.folder, name)))
+        """(3, H, W) of one image, or (T, 3, H, W) where images are tiled."""
+        return self.transform(open_image(self.folders.find(name)))
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of one image in pixels."""
+        if name not in self._sizes:
+            self._sizes[name] = image_size(self.folders.find(name))
+        return self._sizes[name]
 
     def stamp(self, name: str) -> list[Any]:
         """What tells this file from any other: resolved path, size, modification time."""
-        path = safe_path(self.folder, name)
+        path = self.folders.find(name)
         status = path.stat()
         return [str(path), status.st_size, status.st_mtime_ns]
 
@@ -171,7 +201,8 @@ def _start_model(job: StageJob) -> LoadedModel:
         role: part_folder_identity(job.parents[role]) if role in job.parents else job.spec[role]
         for role in ("llm", "vision_tower")
     }
-    description = describe(identities, job.spec["tower_output"], job.spec["connector"], template)
+    scaled = bool(job.spec.get("scale_image_features"))
+    description = describe(identities, job.spec["tower_output"], job.spec["connector"], template, scaled)
     return LoadedModel(model, load_tokenizer(job.spec, job.parents, job.settings["folders"]), description, None)
 
 
@@ -190,7 +221,9 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
     names = samples.images()
     if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
         return None
-    size = estimate_gib(tower, len(names))
+    tiling = images.transform.tiling
+    views = (lambda name: tiling.num_tiles(*images.size(name))) if tiling is not None else None
+    size = estimate_gib(tower, len(names) if views is None else sum(map(views, names)))
     if size > launch["cache_features_gib"]:
         log.info(
             "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
@@ -200,7 +233,7 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
         return None
     description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
     root = Path(job.settings["features_root"])
-    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description)
+    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 
 
 def _unchanged_parts(job: StageJob, loaded: LoadedModel, tuning: dict[str, Any]) -> dict[str, Path]:

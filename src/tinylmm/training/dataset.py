@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from tinylmm.data.collate import sample_length, supervised_after_cut
+from tinylmm.data.collate import ImageTokens, sample_length, supervised_after_cut
+from tinylmm.data.image_folders import in_mixture
 from tinylmm.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -38,28 +40,34 @@ class LengthReport:
 
 
 class PreparedSamples(Dataset[dict[str, Any]]):
-    """Rows of a `prepare` stage by index, without those that `max_length` leaves nothing of.
+    """Rows of `prepare` stages by index, without those that `max_length` leaves nothing of.
 
     Args:
-        folder: the prepare stage's output.
-        image_tokens: Q, tokens an image takes.
+        folders: output of the prepare stage of each source, in the mixture's order.
+        image_tokens: Q, tokens an image takes, or name -> tokens where images are tiled.
         max_length: tokens a sample may have, image tokens counted in.
+
+    Attributes:
+        sizes: samples of each source, which lie one behind the other.
 
     Raises:
         DataError: nothing is left to train on.
     """
 
-    def __init__(self, folder: Path, image_tokens: int, max_length: int) -> None:
-        self.rows = datasets.load_from_disk(str(folder / "samples"))
+    def __init__(self, folders: Sequence[Path], image_tokens: ImageTokens, max_length: int) -> None:
+        parts = [datasets.load_from_disk(str(folder / "samples")) for folder in folders]
+        self.rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        self.starts = np.cumsum([0, *map(len, parts)])
         table = self.rows.data.table
         text = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
         images = pc.list_value_length(table["images"]).to_numpy().astype(np.int64)
-        lengths = text + images * (image_tokens - 1)
+        lengths = text - images + self._image_lengths(images, image_tokens)
         too_long = np.flatnonzero(lengths > max_length).tolist()
-        dropped = [i for i in too_long if supervised_after_cut(self.rows[i], image_tokens, max_length) == 0]
+        dropped = [i for i in too_long if supervised_after_cut(self._record(i), image_tokens, max_length) == 0]
         kept = np.setdiff1d(np.arange(len(text)), dropped)
         cut = sorted(set(too_long) - set(dropped))
         self.index = kept
+        self.sizes = np.diff(np.searchsorted(kept, self.starts)).tolist()
         self.report = LengthReport(
             samples=len(kept),
             tokens=int(np.minimum(lengths[kept], max_length).sum()),
@@ -73,18 +81,42 @@ class PreparedSamples(Dataset[dict[str, Any]]):
                 "max_length %d: %d samples cut, %d left out (ids in the manifest)", max_length, len(cut), len(dropped)
             )
         if not len(kept):
-            raise DataError(f"no sample of {folder} has a supervised token within max_length {max_length}; raise it")
+            raise DataError(
+                f"no sample of {', '.join(map(str, folders))} has a supervised token within max_length {max_length}; raise it"
+            )
+
+    def _image_lengths(self, images: Any, image_tokens: ImageTokens) -> Any:
+        """Positions that the images of each row take, from how many (rows,) there are."""
+        if isinstance(image_tokens, int):
+            return images * image_tokens
+        tokens = {name: image_tokens(name) for name in self.images()}
+        names = (self._names(row, own) for row, own in enumerate(self.rows["images"]))
+        return np.array([sum(tokens[name] for name in row) for row in names], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[int(self.index[index])]
+        return self._record(int(self.index[index]))
+
+    def _record(self, row: int) -> dict[str, Any]:
+        record: dict[str, Any] = self.rows[row]
+        return record | {"images": self._names(row, record["images"])}
+
+    def _names(self, row: int, own: list[str]) -> list[str]:
+        """Names of a row's images, which a mixture marks with the source."""
+        if len(self.starts) == 2:
+            return own
+        position = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return [in_mixture(position, name) for name in own]
 
     def images(self) -> list[str]:
         """Distinct image names, sorted."""
-        column = self.rows.data.table["images"]
-        return sorted({name for chunk in column.chunks for name in chunk.flatten().to_pylist()})
+        column = self.rows.data.table["images"].combine_chunks()
+        names: set[str] = set()
+        for start, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
+            names |= set(self._names(start, list(set(column.slice(start, end - start).flatten().to_pylist()))))
+        return sorted(names)
 
 
 __all__ = ["LengthReport", "PreparedSamples", "sample_length"]

@@ -31,25 +31,25 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Features of N images.
+    """Features of N images of V views in all: one an image, or its tiles.
 
     Attributes:
-        features: (N, P, Dv), memory-mapped, read only.
-        index: image path as written in the data -> row.
+        features: (V, P, Dv), memory-mapped, read only.
+        index: image path as written in the data -> its rows.
     """
 
     features: Tensor
-    index: dict[str, int]
+    index: dict[str, range]
 
     def __call__(self, images: Sequence[str]) -> Tensor:
-        """Return (len(images), P, Dv)."""
-        return self.features[torch.tensor([self.index[image] for image in images])]
+        """Return the views of `images` one behind the other: (len(images), P, Dv), or more where they are tiled."""
+        return self.features[torch.tensor([row for image in images for row in self.index[image]])]
 
 
-def estimate_gib(tower: HFVisionTower, num_images: int) -> float:
-    """Size on disk of the features of `num_images` images, GiB."""
+def estimate_gib(tower: HFVisionTower, num_views: int) -> float:
+    """Size on disk of the features of so many views, GiB; an image is one view, or as many as it has tiles."""
     bytes_each = next(tower.parameters()).element_size()
-    return num_images * tower.num_tokens * tower.hidden_size * bytes_each / GIB
+    return num_views * tower.num_tokens * tower.hidden_size * bytes_each / GIB
 
 
 def open_features(
@@ -60,18 +60,21 @@ def open_features(
     cache_root: Path,
     scratch: Path,
     description: dict[str, object],
+    views: Callable[[str], int] | None = None,
 ) -> FeatureCache:
     """Return the features of `images`, computing them first where no valid cache is on disk. Every rank must call it.
 
     Args:
         tower: frozen, already on its device.
         images: distinct image names, in a fixed order.
-        load: name -> normalised pixels (3, H, W).
+        load: name -> normalised pixels (3, H, W), or (views, 3, H, W).
         stamp: name -> what identifies the file's content (resolved path, size, mtime).
         cache_root: store/features.
         scratch: a folder of this stage on the same file system; ranks write their shares here.
         description: image transform and tower output fields.
+        views: where images are tiled, name -> how many tiles.
     """
+    index = _rows(images, views)
     key = _key(tower, images, stamp, description)
     folder = cache_root / key
     if rank() == 0 and folder.exists() and (problems := integrity.check_folder(folder)):
@@ -79,16 +82,29 @@ def open_features(
         shutil.rmtree(folder)
     barrier()
     if not folder.exists():
-        _compute(tower, images, load, scratch, folder)
+        _compute(tower, index, load, scratch, folder)
     barrier()
-    shape = (len(images), tower.num_tokens, tower.hidden_size)
+    shape = (_num_views(index), tower.num_tokens, tower.hidden_size)
     dtype = next(tower.parameters()).dtype
     flat = torch.from_file(str(folder / FEATURES_FILE), shared=False, size=shape[0] * shape[1] * shape[2], dtype=dtype)
-    return FeatureCache(flat.view(shape), {name: row for row, name in enumerate(images)})
+    return FeatureCache(flat.view(shape), index)
+
+
+def _rows(images: Sequence[str], views: Callable[[str], int] | None) -> dict[str, range]:
+    """Where each image's views lie, in the order of `images`."""
+    index, first = {}, 0
+    for name in images:
+        index[name] = range(first, first + (1 if views is None else views(name)))
+        first = index[name].stop
+    return index
+
+
+def _num_views(index: dict[str, range]) -> int:
+    return sum(len(rows) for rows in index.values())
 
 
 def _compute(
-    tower: HFVisionTower, images: Sequence[str], load: Callable[[str], Tensor], scratch: Path, folder: Path
+    tower: HFVisionTower, index: dict[str, range], load: Callable[[str], Tensor], scratch: Path, folder: Path
 ) -> None:
     """Each rank encodes every world_size-th chunk straight into one shared file; rank 0 publishes it."""
     part = scratch / "features.part"
@@ -97,20 +113,24 @@ def _compute(
         part.mkdir(parents=True)
     barrier()
     dtype = next(tower.parameters()).dtype
-    per_image = tower.num_tokens * tower.hidden_size
+    num_views, per_view = _num_views(index), tower.num_tokens * tower.hidden_size
     path = part / FEATURES_FILE
     if rank() == 0:
         with path.open("wb") as file:
-            file.truncate(len(images) * per_image * torch.empty((), dtype=dtype).element_size())
+            file.truncate(num_views * per_view * torch.empty((), dtype=dtype).element_size())
     barrier()
-    shared = torch.from_file(str(path), shared=True, size=len(images) * per_image, dtype=dtype)
-    rows = shared.view(len(images), tower.num_tokens, tower.hidden_size)
+    shared = torch.from_file(str(path), shared=True, size=num_views * per_view, dtype=dtype)
+    rows = shared.view(num_views, tower.num_tokens, tower.hidden_size)
     was_training = tower.training
     tower.eval()
+    images = list(index)
     for number, first in enumerate(range(0, len(images), CHUNK_IMAGES)):
         if number % world_size() == rank():
             chunk = images[first : first + CHUNK_IMAGES]
-            rows[first : first + len(chunk)] = encode_images(tower, torch.stack([load(name) for name in chunk])).cpu()
+            pixels = [load(name) for name in chunk]
+            views = torch.cat([one if one.dim() == 4 else one[None] for one in pixels])
+            encoded = [encode_images(tower, some).cpu() for some in views.split(CHUNK_IMAGES)]
+            rows[index[chunk[0]].start : index[chunk[-1]].stop] = torch.cat(encoded)
     tower.train(was_training)
     del rows, shared
     barrier()

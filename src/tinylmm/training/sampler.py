@@ -7,7 +7,8 @@ accumulation only share them out, so another world size or micro-batch trains th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -19,15 +20,49 @@ def num_steps(num_samples: int, global_batch: int, epochs: float, max_steps: int
     return min(steps, max_steps) if max_steps is not None else steps
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Which samples an epoch has, of sources that lie one behind the other in the data set.
+
+    Attributes:
+        sizes: samples of each source.
+        weights: how often an epoch has each sample of it: 2 twice, 0.5 every other one. Epochs take a part of a source in
+            turns, so that two epochs at 0.5 have had every sample once.
+    """
+
+    sizes: Sequence[int]
+    weights: Sequence[float]
+
+    def __len__(self) -> int:
+        return sum(map(self._count, self.sizes, self.weights))
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Indices of an epoch's samples, (len(self),), by source; (seed, epoch) alone decide."""
+        parts, first = [np.empty(0, dtype=np.int64)], 0
+        for position, (size, weight) in enumerate(zip(self.sizes, self.weights, strict=True)):
+            whole = int(weight)
+            rest = self._count(size, weight) - whole * size
+            order = np.random.default_rng([seed, position, size]).permutation(size)
+            turn = order[(epoch * rest + np.arange(rest)) % max(size, 1)]
+            parts += [first + np.tile(np.arange(size), whole), first + turn]
+            first += size
+        return np.concatenate(parts)
+
+    @staticmethod
+    def _count(size: int, weight: float) -> int:
+        return round(size * weight)
+
+
 class StepSampler(Sampler[list[int]]):
     """Micro-batches of sample indices for one rank, `accumulation` of them a step; the last step's may be empty.
 
     Args:
-        num_samples: samples in the data set.
+        num_samples: samples in an epoch.
         steps: optimiser steps in all.
         global_batch: samples a step, over all ranks.
         micro_batch: samples that a rank takes at once, at most.
         rank, world_size: which share is this rank's.
+        pool: (seed, epoch) -> indices of the epoch's samples, `num_samples` of them; by default all of the data set.
     """
 
     def __init__(
@@ -40,6 +75,7 @@ class StepSampler(Sampler[list[int]]):
         micro_batch: int,
         rank: int = 0,
         world_size: int = 1,
+        pool: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:
         self.num_samples = num_samples
         self.steps = steps
@@ -48,6 +84,7 @@ class StepSampler(Sampler[list[int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.pool = pool
         self.accumulation = math.ceil(global_batch / (micro_batch * world_size))
 
     def __len__(self) -> int:
@@ -63,6 +100,7 @@ class StepSampler(Sampler[list[int]]):
                 epoch, offset = divmod(first, self.num_samples)
                 if epoch != order_epoch:
                     order_epoch, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+                    order = order if self.pool is None else self.pool(self.seed, epoch)[order]
                 count = min(last - first, self.num_samples - offset)
                 indices += order[offset : offset + count].tolist()
                 first += count

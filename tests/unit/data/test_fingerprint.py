@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tinylmm.config.spec import SourceSpec
@@ -118,6 +120,20 @@ def test_hub_id_has_no_local_content() -> None:
     assert checkpoint_fingerprint("microsoft/phi-2") == {}
 
 
+def test_two_checkpoints_joined_by_a_plus_count_each_on_its_own(tmp_path: Path) -> None:
+    assert checkpoint_fingerprint("openai/clip-vit-large-patch14+facebook/dinov2-large") == {}
+    for name in ("clip", "dinov2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    both = f"{tmp_path}/clip+{tmp_path}/dinov2"
+    before = checkpoint_fingerprint(both)
+    assert [list(part["files"]) for part in before["parts"]] == [["config.json"]] * 2
+    (tmp_path / "dinov2" / "config.json").write_text("other")
+    assert checkpoint_fingerprint(both) != before
+    mixed = checkpoint_fingerprint(f"org/clip+{tmp_path}/dinov2")["parts"]
+    assert mixed[0] == {"id": "org/clip"} and "files" in mixed[1]
+
+
 def test_checkpoint_folder_is_its_small_files_hashed_and_its_large_ones_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,3 +156,30 @@ def test_fingerprint_loads_neither_torch_nor_pillow() -> None:
         "print([m for m in ('torch', 'PIL', 'transformers', 'datasets') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def said(image: str) -> list[dict[str, Any]]:
+    question = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}
+    return [question, {"role": "assistant", "content": "x"}]
+
+
+def test_images_of_messages_are_listed_but_embedded_ones_are_part_of_the_file(root: Path) -> None:
+    records = [
+        {"messages": said(name)} for name in ("1.png", "gone.png", "data:image/png;base64,AAAA", "http://x/y.png")
+    ]
+    (root / "m.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    found = identity(root, SOURCE.model_copy(update={"annotations": "m.jsonl", "format": "openai"}))
+    assert (found["num_images"], found["missing"]) == (2, ["gone.png"])
+
+
+def test_a_folder_of_parquet_files_is_identified_by_all_of_them(root: Path) -> None:
+    source = SOURCE.model_copy(update={"annotations": "shards", "format": "parquet"})
+    (root / "shards").mkdir()
+    for number, name in enumerate(("1.png", "2.png")):
+        row = {"image": {"bytes": None, "path": name}, "conversations": [{"from": "human", "value": "<image>"}]}
+        row["conversations"].append({"from": "gpt", "value": "x"})
+        pq.write_table(pa.Table.from_pylist([row]), root / "shards" / f"train-{number}.parquet")
+    first = identity(root, source)
+    assert first["num_images"] == 2 and identity(root, source) == first
+    (root / "shards" / "train-1.parquet").write_bytes((root / "shards" / "train-0.parquet").read_bytes())
+    assert identity(root, source)["annotations"] != first["annotations"]

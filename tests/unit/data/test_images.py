@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
-from tinylmm.data.images import ImageTransform, check_image, open_image, safe_path
+from tinylmm.config.tiling import Tiling
+from tinylmm.data.images import ImageTransform, check_image, image_size, open_image, safe_path
 from tinylmm.errors import DataError
 
 Check = Callable[[Path], object]
@@ -182,9 +189,76 @@ def test_box_of_a_long_strip_gives_the_same_pixels_up_to_rounding(monkeypatch: p
 
 @pytest.mark.parametrize(
     "arguments",
-    [(8, (0.5,) * 3, (0.5,) * 3, "stretch"), (0, (0.5,) * 3, (0.5,) * 3, "pad"), (8, (0.5,), (0.5,) * 3, "pad")],
-    ids=["mode", "size", "mean"],
+    [
+        (8, (0.5,) * 3, (0.5,) * 3, "stretch"),
+        (0, (0.5,) * 3, (0.5,) * 3, "pad"),
+        (8, (0.5,), (0.5,) * 3, "pad"),
+        (8, (0.5,) * 3, (0.5,) * 3, "square", "bicubic", "pad"),
+        (8, (0.5,) * 3, (0.5,) * 3, "center_crop", "bicubic", "squash", 7),
+        (8, (0.5,) * 3, (0.5,) * 3, "anyres", "bicubic", "squash", None, ()),
+        (8, (0.5,) * 3, (0.5,) * 3, "anyres", "bicubic", "squash", None, ((0, 2),)),
+    ],
+    ids=["mode", "size", "mean", "square", "short_edge", "no tiles", "no rows"],
 )
 def test_impossible_transform_is_refused(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match=r"allowed|need a size"):
+    with pytest.raises(ValueError, match=r"allowed|need a size|image.tiles is .* it needs pairs"):
         ImageTransform(*arguments)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_center_crop_out_of_a_larger_short_edge_equals_dinov2s_processor(width: int, height: int) -> None:
+    bit = BitImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    image = noise(width, height)
+    expected = torch.as_tensor(np.array(bit(image)["pixel_values"][0]))
+    transform = ImageTransform(32, bit.image_mean, bit.image_std, "square", square="center_crop", short_edge=40)
+    torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_pad_equals_llavas_processor(width: int, height: int) -> None:
+    llava = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.5, 0.25, 0.1]
+    )
+    image = noise(width, height)
+    expected = torch.as_tensor(np.array(llava(image)["pixel_values"][0]))
+    transform = ImageTransform(32, llava.image_mean, llava.image_std, "pad", square="center_crop")
+    torch.testing.assert_close(transform(image), expected, atol=1e-6, rtol=0)
+
+
+def test_bilinear_squash_is_within_a_level_of_the_tensor_resize_of_dinov3s_processor() -> None:
+    """That processor needs torchvision, whose resize of tensors is torch's antialiased interpolation."""
+    for width, height in SIZES:
+        pixels = torch.from_numpy(np.array(noise(width, height))).permute(2, 0, 1)[None].float() / 255
+        expected = torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)[0]
+        found = ImageTransform(32, (0.0,) * 3, (1.0,) * 3, "square", "bilinear")(noise(width, height))
+        torch.testing.assert_close(found, expected, atol=1 / 255 + 1e-6, rtol=0)
+
+
+def test_square_is_the_towers_own_mode() -> None:
+    image = noise(40, 30)
+    for own in ("squash", "center_crop"):
+        square = ImageTransform(16, (0.5,) * 3, (0.5,) * 3, "square", square=own)(image)
+        assert torch.equal(square, ImageTransform(16, (0.5,) * 3, (0.5,) * 3, own)(image))
+
+
+PINPOINTS = [[rows * 32, columns * 32] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (64, 32), (200, 20), (20, 200), (97, 96), (31, 65), (1, 90)])
+def test_anyres_equals_the_processor_of_llava_next(width: int, height: int) -> None:
+    reference = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS, do_pad=False
+    )
+    image = noise(width, height)
+    expected = torch.as_tensor(np.array(reference(image)["pixel_values"][0]))
+    found = ImageTransform(32, reference.image_mean, reference.image_std, "anyres")(image)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert len(found) == Tiling(32, ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))).num_tiles(width, height)
+
+
+def test_only_the_header_is_read_for_an_images_size(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png_header(30, 20))
+    assert image_size(tmp_path / "x.png") == (30, 20)
+    (tmp_path / "y.png").write_bytes(png_header(14_000, 14_000))
+    with pytest.raises(DataError, match="too large"):
+        image_size(tmp_path / "y.png")

@@ -108,3 +108,37 @@ def test_parents_come_before_their_children() -> None:
     for stage in build_graph(compose_run(["recipe=share"]), lambda kind, thing: {}):
         assert set(stage.parents.values()) <= seen
         seen.add(stage.digest)
+
+
+MIXED = "recipe.stages.finetune.data={finetune: 1.0, share_pretrain: 0.5}"
+
+
+def test_a_mixture_prepares_every_source_and_depends_on_each_and_on_weights() -> None:
+    stages = {stage.name: stage for stage in build_graph(compose_run([MIXED]), lambda kind, thing: {})}
+    parts = {stages[f"prepare[finetune/{source}]"].digest for source in ("finetune", "share_pretrain")}
+    assert {digest for role, digest in stages["finetune"].parents.items() if role.startswith("prepared")} == parts
+    assert sorted(stages["finetune"].spec["mixture"]) == [0.5, 1.0]
+    assert len(stages["finetune"].settings["locations"]) == 2
+    assert stages["prepare[finetune/finetune]"].digest == digests()["prepare[finetune]"]
+    assert digests(MIXED.replace("0.5", "0.6"))["finetune"] != stages["finetune"].digest
+
+
+def test_a_mixtures_order_in_the_spec_and_one_of_a_single_source_decide_nothing() -> None:
+    turned = "recipe.stages.finetune.data={share_pretrain: 0.5, finetune: 1.0}"
+    assert digests(MIXED)["finetune"] == digests(turned)["finetune"]
+    assert digests("recipe.stages.finetune.data={finetune: 1}") == digests()
+
+
+def test_a_single_source_has_no_trace_of_mixtures_or_formats_in_its_identity() -> None:
+    stages = {stage.name: stage for stage in build_graph(compose_run([]), lambda kind, thing: {})}
+    assert set(stages["finetune"].parents) == {"from", "prepared", "data"}
+    assert "mixture" not in stages["finetune"].spec and "data" not in stages["finetune"].spec
+    source = {
+        "file": "finetune.json",
+        "images": "images",
+        "format": "llava",
+        "limit": None,
+        "on_bad": "fail",
+        "max_bad": 0,
+    }
+    assert stages["prepare[finetune]"].spec["source"] == source

@@ -268,8 +268,10 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if row["text"] is None:  # a model that said nothing
             row["text"] = ""
-        if not isinstance(row["text"], str) or not isinstance(row.get("prompt") or "", str):
-            raise DataError(f"{path}, answer {number}: `text` and `prompt` must be strings. Correct the record.")
+        if not isinstance(row["text"], str):
+            raise DataError(f"{path}, answer {number}: `text` must be a string. Correct the record.")
+        if not isinstance(row.get("prompt"), str):  # TinyLLaVA's MMMU script writes the whole question list here
+            row["prompt"] = None
     return rows
 
 

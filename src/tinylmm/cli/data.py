@@ -1,0 +1,122 @@
+"""`tinylmm data check|show`: look at a run's data before it is trained on, as text and as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tinylmm.errors import EXIT_USER, ConfigError, Fault, UserError, suggestion
+
+if TYPE_CHECKING:
+    from tinylmm.data.check import SourceCheck
+
+app = typer.Typer(help="Look at a run's data before it is trained on.", no_args_is_help=True)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="The same words as for tinylmm-train.")]
+
+
+@app.command("check")
+def check(
+    overrides: Overrides = None,
+    source: Annotated[list[str] | None, typer.Option(help="Only this source; may be given several times.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Count tokens too, with the run's own tokenizer.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Of images, read the headers only.")] = False,
+    html: Annotated[Path | None, typer.Option(help="The page; default: STORE/reports/data-NAME.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Read every record and image that a run would train on; exit code 2 if any cannot be used."""
+    from tinylmm.config.compose import compose_run
+
+    run = compose_run(overrides or [])
+    # imported here, as torch and Pillow would slow down every other command's start
+    from tinylmm.reports.data_pages import render_check_page
+    from tinylmm.reports.data_text import render_check
+    from tinylmm.reports.write import write_atomically
+    from tinylmm.stages.sources import RunData
+
+    data = RunData(run)
+    console = Console()
+    checks: list[SourceCheck] = []
+    for files in data.files(source or []):
+        render = data.renderer(data.stage_of(files.name))[1] if tokens else None
+        checks.append(_checked(files, render, quick, Console(stderr=True)))
+    page = html or run.store / "reports" / f"data-{run.data.name}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(page, render_check_page(run.data.name, checks).encode())
+    if as_json:
+        typer.echo(json.dumps({"format": 1, "page": str(page), "sources": list(map(_record, checks))}, indent=1))
+    else:
+        for found in checks:
+            console.print(render_check(found), soft_wrap=True)  # whole lines, so they can be searched
+            console.print()
+        console.print(f"page  {page}", markup=False, highlight=False, soft_wrap=True)
+    if not all(found.clean for found in checks):
+        raise typer.Exit(EXIT_USER)
+
+
+@app.command("show")
+def show(
+    overrides: Overrides = None,
+    index: Annotated[int | None, typer.Option(min=0, help="Which record of the file, from 0.")] = None,
+    sample_id: Annotated[str | None, typer.Option("--id", help="The record with this id.")] = None,
+    source: Annotated[str | None, typer.Option(help="Source; default: the first that the stage trains on.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage; default: the last one that trains on the source.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write this page.")] = None,
+) -> None:
+    """Show one sample as the model will see it: tokens, what of them is trained on, images after preprocessing."""
+    if index is not None and sample_id is not None:
+        raise UserError("--index and --id: give one of them; both name a record.")
+    from tinylmm.config.compose import compose_run
+
+    run = compose_run(overrides or [])
+    stages = run.recipe.stages
+    if stage is not None and stage not in stages:
+        what = f"is '{stage}', which recipe={run.recipe.name} does not have."
+        raise ConfigError([Fault("--stage", what, f"{suggestion(stage, stages)} Stages: {', '.join(stages)}.".strip())])
+    from tinylmm.reports.data_pages import render_sample_page
+    from tinylmm.reports.data_text import render_sample
+    from tinylmm.reports.write import write_atomically
+    from tinylmm.stages.sources import RunData
+
+    data = RunData(run)
+    named = source or next(iter(stages[stage or list(stages)[-1]].mixture))
+    (files,) = data.files([named])
+    position = 0 if index is None and sample_id is None else index
+    seen = data.see(files, stage or data.stage_of(named), position, sample_id)
+    console = Console()
+    console.print(render_sample(seen, colour=console.color_system is not None))
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(html, render_sample_page(seen).encode())
+        console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _checked(files: Any, render: Any, quick: bool, console: Console) -> SourceCheck:
+    from tinylmm.data.check import check_source
+
+    with console.status(f"{files.name}: reading") as status:
+        return check_source(
+            files, render, quick, lambda number: status.update(f"{files.name}: {number:,} records read")
+        )
+
+
+def _record(check: SourceCheck) -> dict[str, Any]:
+    from tinylmm.reports.data_text import histograms
+
+    return {
+        "name": check.files.name,
+        "annotations": str(check.files.annotations),
+        "clean": check.clean,
+        "problem": check.problem,
+        "records": check.records,
+        "samples": check.samples,
+        "faults": [{"index": bad.index, "id": bad.sample_id, "reason": bad.reason} for bad in check.faults],
+        "histograms": {title: dict(bins) for title, bins in histograms(check)},
+        "same_conversations": check.same_conversations,
+        "same_images": check.same_images,
+        "same_ids": check.same_ids,
+    }

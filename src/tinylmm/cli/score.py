@@ -1,0 +1,121 @@
+"""`tinylmm score`: figures of an answer file, without a model. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tinylmm.errors import ConfigError, DataError, Fault
+
+if TYPE_CHECKING:
+    from tinylmm.evaluation.benchmarks.base import Benchmark, Format, Item, Scores
+    from tinylmm.evaluation.judge import Judge
+
+LAYOUTS = ("auto", "llava", "hf")
+_PARQUET = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+
+
+def score(
+    benchmark: Annotated[str, typer.Argument(help="vqav2, gqa, sqa, textvqa, pope, mme, mmmu, ...")],
+    answers: Annotated[Path, typer.Option(help="LLaVA-style answers: one {question_id, prompt, text} a line.")],
+    root: Annotated[Path, typer.Option(help="The benchmark's folder, or the one around it (playground/data/eval).")],
+    variant: Annotated[str | None, typer.Option(help="Protocol; default: the one that papers report.")] = None,
+    layout: Annotated[str, typer.Option(help="Files under ROOT: llava (eval.zip), hf (parquet), or auto.")] = "auto",
+    split: Annotated[str | None, typer.Option(help="Where a benchmark has several, e.g. val or test-dev.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write figures and per-item scores there.")] = None,
+    submission: Annotated[Path | None, typer.Option(help="Also write the file that the server takes.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; its key: TINYLMM_JUDGE_API_KEY.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's model name.")] = None,
+) -> None:
+    """Score an answer file by a benchmark's published rules."""
+    # imported here, as Pillow would slow down every other command's start
+    from tinylmm.evaluation.benchmarks.files import read_answers
+    from tinylmm.evaluation.benchmarks.registry import get_benchmark
+    from tinylmm.evaluation.benchmarks.scoring import pick_variant
+
+    chosen = get_benchmark(benchmark, **({"split": split} if split else {}))
+    variant = pick_variant(chosen, variant)
+    judge = _judge(judge_url, judge_model)
+    rows = read_answers(answers)
+    items = _load(chosen, root, layout)
+    joined = chosen.join(items, rows)
+    scores = chosen.score(items, joined, variant, judge)
+    repeated = len(rows) - len(joined)
+    if repeated > 0:
+        scores.counts["duplicate"] = repeated
+        typer.echo(f"{answers}: {repeated} answers repeat another's question; the last of each counts.", err=True)
+    if as_json is not None:
+        _write(as_json, json.dumps(scores.as_json(items), indent=1, ensure_ascii=False))
+    if submission is not None:
+        submission.parent.mkdir(parents=True, exist_ok=True)
+        chosen.write_submission(items, joined, submission)
+    _print(scores, chosen)
+
+
+def _load(benchmark: Benchmark, root: Path, layout: str) -> list[Item]:
+    """Read by the named layout; `auto` takes `llava` where it can be read, else `hf` where that can, and says so then."""
+    if layout not in LAYOUTS:
+        raise ConfigError([Fault("layout", f"'{layout}' is unknown.", f"Allowed: {', '.join(LAYOUTS)}.")])
+    if layout != "auto":
+        return _checked(benchmark.load(root, cast("Format", layout)), root)
+    try:
+        return _checked(benchmark.load(root, "llava"), root)
+    except DataError as error:
+        if not any(next(root.glob(pattern), None) for pattern in _PARQUET):
+            raise
+        try:
+            items = _checked(benchmark.load(root, "hf"), root)
+        except DataError:
+            raise error from None  # neither can be read: say what the default layout lacks
+    typer.echo(f"read by layout hf ({root} holds parquet files, and cannot be read by layout llava)", err=True)
+    return items
+
+
+def _checked(items: list[Item], root: Path) -> list[Item]:
+    if not items:
+        raise DataError(f"{root}: the question file has no question. Fetch it again.")
+    return items
+
+
+def _judge(url: str | None, model: str | None) -> Judge | None:
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        missing = "--judge-model" if model is None else "--judge-url"
+        raise ConfigError([Fault(missing, "missing: a judge needs both its address and its model.")])
+    from tinylmm.evaluation.judge import Judge, default_cache
+
+    return Judge(url, model, cache=default_cache())
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}). Name another file.") from error
+
+
+def _print(scores: Scores, benchmark: Benchmark) -> None:
+    table = Table(title=f"{scores.benchmark}, variant {scores.variant}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in scores.aggregate.items():
+        table.add_row(f"{name} (headline)" if name == benchmark.headline else name, _figure(value))
+    console = Console()
+    if scores.aggregate:
+        console.print(table)
+    else:
+        console.print(f"{scores.benchmark}: no figure, as none of the items could be scored here.")
+    console.print(", ".join(f"{name} {count}" for name, count in scores.counts.items()), highlight=False)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

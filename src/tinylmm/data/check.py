@@ -1,0 +1,237 @@
+"""A look at a whole source before anything is trained on it: counts, lengths, images, faults, repetitions.
+
+Nothing is stopped by a bad record here: every one is listed. What is repeated is listed too, but is no fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tinylmm.data.image_names import is_embedded
+from tinylmm.data.images import FORMATS, check_image, safe_path
+from tinylmm.data.sample import BadRecord, Sample, read_samples
+from tinylmm.data.segments import IGNORE_INDEX, Rendered
+from tinylmm.errors import DataError
+
+CHUNK = 512
+"""Records whose images are looked at together."""
+MAX_THREADS = 8
+
+Renderer = Callable[[Sample], Rendered]
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Where a source lies and what its records look like."""
+
+    name: str
+    annotations: Path
+    images: Path
+    layout: str
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class _ImageFacts:
+    """What is known of one image; `content` is the SHA-256 of its bytes where they were read."""
+
+    size: tuple[int, int] | None = None
+    format: str = ""
+    content: str | None = None
+    fault: str | None = None
+
+
+@dataclass
+class SourceCheck:
+    """What was found in one source.
+
+    Attributes:
+        problem: why the file could not be read to its end, or None.
+        records: in the file (up to the source's limit); samples: those without fault.
+        faults: every record with a fault, in file order.
+        turns, images: how many samples have so many turns, so many images.
+        words: words of each sample, system message and answers included.
+        tokens: tokens of each sample, every image as one, if a tokenizer was at hand; supervised: those trained on, in all.
+        sizes, formats: of the distinct images, (width, height) in pixels.
+        same_conversations: (index, id) of samples that are equal in every word and image; groups of two and more.
+        same_images: names of images with the same bytes; same_ids: ids that several records have, with their number.
+    """
+
+    files: SourceFiles
+    problem: str | None = None
+    records: int = 0
+    samples: int = 0
+    with_system: int = 0
+    faults: list[BadRecord] = field(default_factory=list)
+    turns: Counter[int] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)
+    words: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    supervised: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    same_conversations: list[list[tuple[int, str]]] = field(default_factory=list)
+    same_images: list[list[str]] = field(default_factory=list)
+    same_ids: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Whether every record can be trained on."""
+        return self.problem is None and not self.faults and self.samples > 0
+
+
+def check_source(
+    files: SourceFiles,
+    render: Renderer | None = None,
+    quick: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> SourceCheck:
+    """Read a source from its first record to its last.
+
+    Args:
+        render: gives a sample's tokens, to count them.
+        quick: look at images' headers only; broken ones and equal ones are then not found.
+        progress: called with the number of records read so far.
+    """
+    check = SourceCheck(files)
+    state = _State()
+    try:
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+            records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
+            while chunk := list(islice(records, CHUNK)):
+                _look_at_images(chunk, check, state, threads, quick)
+                for index, record in chunk:
+                    _take(index, record, check, state, render)
+                if progress is not None:
+                    progress(check.records)
+    except DataError as error:
+        check.problem = str(error)
+    if check.problem is None and not check.samples:
+        check.problem = f"{files.annotations}: no usable record among {check.records}"
+    check.faults.sort(key=lambda bad: bad.index)
+    check.same_conversations = [group for group in state.conversations.values() if len(group) > 1]
+    check.same_images = [sorted(names) for names in state.contents.values() if len(names) > 1]
+    check.same_ids = [(name, count) for name, count in state.ids.items() if count > 1]
+    return check
+
+
+@dataclass
+class _State:
+    """What must be remembered to find repetitions."""
+
+    ids: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, _ImageFacts] = field(default_factory=dict)
+    conversations: dict[bytes, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
+    contents: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _look_at_images(
+    chunk: Sequence[tuple[int, Sample | BadRecord]],
+    check: SourceCheck,
+    state: _State,
+    threads: ThreadPoolExecutor,
+    quick: bool,
+) -> None:
+    new: dict[str, Mapping[str, bytes]] = {}
+    for _, record in chunk:
+        if isinstance(record, Sample):
+            new |= {name: record.embedded for name in record.images if name not in state.seen}
+    facts = threads.map(lambda name: _facts(name, check.files.images, new[name].get(name), quick), new)
+    for name, found in zip(new, facts, strict=True):
+        state.seen[name] = found
+        if found.size is not None:
+            check.sizes[found.size] += 1
+            check.formats[found.format] += 1
+        if found.content is not None:
+            state.contents[found.content].append(name)
+
+
+def _facts(name: str, folder: Path, data: bytes | None, quick: bool) -> _ImageFacts:
+    """Open one image: a file below `folder`, or bytes that a record carries."""
+    try:
+        place: Any = safe_path(folder, name) if data is None else io.BytesIO(data)
+        if not quick:
+            check_image(place)
+            data = place.read_bytes() if isinstance(place, Path) else data
+        with Image.open(place, formats=FORMATS) as image:
+            size, kind = image.size, str(image.format)
+    except DataError as error:
+        return _ImageFacts(fault=str(error) if not is_embedded(name) else _without_place(str(error), name))
+    except Exception as error:  # only with `quick`: whatever a damaged header makes Pillow raise
+        return _ImageFacts(fault=f"image '{name[:60]}': not readable ({type(error).__name__})")
+    return _ImageFacts(size, kind, None if quick or data is None else hashlib.sha256(data).hexdigest())
+
+
+def _without_place(message: str, name: str) -> str:
+    return f"the embedded image {name[:20]}: {message.partition('>: ')[2] or message}"
+
+
+def _take(index: int, record: Sample | BadRecord, check: SourceCheck, state: _State, render: Renderer | None) -> None:
+    check.records += 1
+    state.ids[record.sample_id] += 1
+    if isinstance(record, BadRecord):
+        check.faults.append(record)
+        return
+    faults = [fault for name in record.images if (fault := state.seen[name].fault) is not None]
+    if render is not None:
+        rendered = render(record)
+        supervised = len(rendered.labels) - rendered.labels.count(IGNORE_INDEX)
+        faults += [] if supervised else ["no token of it would be trained on"]
+    if faults:
+        check.faults.append(BadRecord(index, record.sample_id, " ".join(dict.fromkeys(faults))))
+        return
+    if render is not None:
+        check.tokens.append(len(rendered.input_ids))
+        check.supervised += supervised
+    check.samples += 1
+    check.with_system += record.system is not None
+    check.turns[len(record.turns)] += 1
+    check.images[len(record.images)] += 1
+    check.words.append(sum(len(text.split()) for text in _texts(record)))
+    state.conversations[_identity(record, state)].append((index, record.sample_id))
+
+
+def _texts(sample: Sample) -> Iterator[str]:
+    yield sample.system or ""
+    for turn in sample.turns:
+        yield from turn.texts
+        yield turn.assistant or ""
+
+
+def _identity(sample: Sample, state: _State) -> bytes:
+    """Equal for samples that are equal in every word and in their images' content."""
+    images = [state.seen[name].content or name for name in sample.images]
+    turns = [[turn.texts, turn.assistant] for turn in sample.turns]
+    return hashlib.sha256(json.dumps([sample.system, turns, images]).encode()).digest()
+
+
+def doubling_bins(values: Sequence[int]) -> list[tuple[str, int]]:
+    """Return a histogram whose bins double in width: [("0-15", n), ("16-31", n), ...], without empty ends."""
+    if not values:
+        return []
+    edges = [0, 16]
+    while edges[-1] <= max(values):
+        edges.append(2 * edges[-1])
+    counts = [0] * (len(edges) - 1)
+    for value, count in Counter(values).items():
+        counts[next(number for number, edge in enumerate(edges[1:]) if value < edge)] += count
+    first = next(number for number, count in enumerate(counts) if count)
+    bins = [(f"{low}-{high - 1}", count) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
+    return bins[first:]
+
+
+def short_sides(sizes: Mapping[tuple[int, int], int]) -> list[tuple[str, int]]:
+    """Return a histogram of the images' shorter sides in pixels, in bins as `doubling_bins`."""
+    return doubling_bins([min(size) for size, count in sizes.items() for _ in range(count)])

@@ -1,0 +1,58 @@
+"""Rows of parquet files as records, images embedded in them included (`datasets` writes them as {"bytes", "path"}).
+
+The conversation is in `messages` (OpenAI) or `conversations` (LLaVA, ShareGPT), images in `image` or `images`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinylmm.errors import DataError
+
+ROWS_AT_ONCE = 64
+"""Rows in memory at a time: their images are in them."""
+CONVERSATIONS = ("messages", "conversations")
+COLUMNS = ("id", "system", "image", "images", "video", *CONVERSATIONS)
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """Return the file itself, or a folder's `.parquet` files by name (`train-00000-of-00010.parquet`, ...).
+
+    Raises:
+        DataError: the folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{path}: the folder holds no .parquet file. Name the folder that does.")
+    return files
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, or of all those in a folder, as plain records.
+
+    Raises:
+        DataError: a file is no parquet file, or has no column with conversations.
+        OSError: a file is missing or unreadable.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in parquet_files(path):
+        with file.open("rb") as handle:  # so that a missing file is an OSError like any other
+            try:
+                parquet = pq.ParquetFile(handle)
+                names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
+                if not set(names) & set(CONVERSATIONS):
+                    found = ", ".join(parquet.schema_arrow.names)
+                    raise DataError(
+                        f"{file}: has no column `conversations` (LLaVA, ShareGPT) or `messages` (OpenAI), but {found}. "
+                        "Rename the column that holds the conversations."
+                    )
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=names):
+                    yield from batch.to_pylist()
+            except pa.ArrowException as error:
+                raise DataError(f"{file}: no readable parquet file ({error}). Fetch or write it again.") from error

@@ -1,0 +1,67 @@
+"""Joining where a question id is not unique (TextVQA: an image's id, MME: an image's path): by id and question."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.base import Answer, Item
+
+
+def unique_ids(names: Iterable[Any]) -> list[str]:
+    """Item ids from question ids: the id itself, with `#2`, `#3` from its second occurrence on."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in map(str, names):
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return unique
+
+
+def join_by_prompt(
+    items: Sequence[Item], rows: Sequence[Mapping[str, Any]], question_of: Callable[[str], str]
+) -> dict[str, Answer]:
+    """Match answers to items by question id and the question inside the stored prompt.
+
+    An answer without a prompt goes by its id alone; where several questions share the id, all of them must be answered,
+    once each, in the order of the question file, since only that order tells which is which.
+
+    Args:
+        items: of the benchmark.
+        rows: of the answer file.
+        question_of: cuts the question out of a prompt, the same way for items and rows.
+
+    Raises:
+        DataError: an id or a prompt belongs to no item, or an answer without prompt could belong to several.
+    """
+    by_id: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_id[str(item.question_id)].append(item)
+    without_prompt = Counter(str(row["question_id"]) for row in rows if not row.get("prompt"))
+    seen: Counter[Any] = Counter()
+    answers: dict[str, Answer] = {}
+    for number, row in enumerate(rows, 1):
+        name, prompt = str(row["question_id"]), row.get("prompt") or ""
+        same_id = by_id.get(name, [])
+        where = f"answer {number}, question_id {row['question_id']!r}"
+        if not same_id:
+            raise DataError(
+                f"{where}: no such question among the {len(items)} of the question file. Is it another split?"
+            )
+        question = question_of(prompt)
+        candidates = [item for item in same_id if question_of(item.prompt) == question] if prompt else same_id
+        if not candidates:
+            raise DataError(
+                f"{where}: none of its {len(same_id)} questions is the one in the prompt, {question!r}. "
+                "Score the answers against the question file they were made from."
+            )
+        if not prompt and without_prompt[name] != len(same_id) and len(same_id) > 1:
+            raise DataError(
+                f"{where}: {len(same_id)} questions share this id, so the answer needs the `prompt` that it answers."
+            )
+        turn = min(seen[name, question], len(candidates) - 1) if len(candidates) > 1 else 0
+        seen[name, question] += 1
+        answers[candidates[turn].item_id] = Answer(row["text"], row.get("prompt"))
+    return answers

@@ -1,0 +1,193 @@
+"""POPE: yes-or-no questions about objects, in three categories, reported as F1 (LLaVA) or accuracy (TinyLLaVA Factory).
+
+Sources: POPE's evaluate.py and LLaVA's eval_pope.py (the same rule); lmms-eval's pope. Labels must be those of POPE commit
+e3e39262: the later `random` file asks other questions, and pairing by position would score those in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.files import Place, image_file, read_jsonl, read_parquet
+from tinylmm.evaluation.benchmarks.joining import unique_ids
+from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
+from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
+
+if TYPE_CHECKING:
+    from tinylmm.evaluation.judge import Judge
+
+GET = (
+    "The question file is in LLaVA's eval.zip; the labels are output/coco/coco_pope_*.json of commit e3e39262 of "
+    "github.com/AoiDragon/POPE (no other commit fits the questions); the images are COCO val2014."
+)
+QUESTIONS = "llava_pope_test.jsonl"
+CATEGORIES = ("random", "popular", "adversarial")
+
+
+def official_answer(text: str) -> str:
+    """ "no" if the text before the first period, commas deleted and split at single spaces, has No, not or no; else "yes".
+
+    So "NO", "Nope", "isn't", "", "No!" and ".No" are yes.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
+
+
+def lmms_answer(text: str) -> str | None:
+    """lmms-eval: lower case and stripped, it must be the word itself ("Yes." is neither)."""
+    word = text.lower().strip()
+    return word if word in ("yes", "no") else None
+
+
+@dataclass
+class Confusion:
+    """Counts of answers against labels; "yes" is positive. An answer that is neither, or missing, is only in `items`."""
+
+    items: int = 0
+    true_yes: int = 0
+    false_yes: int = 0
+    true_no: int = 0
+    false_no: int = 0
+    label_yes: int = 0
+
+    def add(self, parsed: str | None, label: str) -> None:
+        """Count one item."""
+        self.items += 1
+        self.label_yes += label == "yes"
+        self.true_yes += parsed == label == "yes"
+        self.true_no += parsed == label == "no"
+        self.false_yes += parsed == "yes" != label
+        self.false_no += parsed == "no" != label
+
+    def figures(self, lmms: bool) -> dict[str, float]:
+        """accuracy, precision, recall, F1 and yes-ratio, times 100; 0 where a denominator is 0.
+
+        An answer that is neither yes nor no misses its object; lmms-eval leaves it out of the recall, and its yes-ratio
+        is that of the labels.
+        """
+        positives = self.true_yes + self.false_no if lmms else self.label_yes
+        precision = _ratio(self.true_yes, self.true_yes + self.false_yes)
+        recall = _ratio(self.true_yes, positives)
+        return {
+            "f1": 100 * _ratio(2 * precision * recall, precision + recall),
+            "accuracy": 100 * _ratio(self.true_yes + self.true_no, self.items),
+            "precision": 100 * precision,
+            "recall": 100 * recall,
+            "yes_ratio": 100 * _ratio(self.label_yes if lmms else self.true_yes + self.false_yes, self.items),
+        }
+
+
+class POPE(Benchmark):
+    """`f1` and `accuracy` times 100, each the unweighted mean over the categories; then the same figures a category.
+
+    LLaVA reports the mean F1 (85.9), TinyLLaVA Factory the mean accuracy: compare like with like. `lmms` pools all items.
+    """
+
+    name: ClassVar[str] = "pope"
+    variants: ClassVar[tuple[str, ...]] = ("llava", "official", "lmms")
+    headline: ClassVar[str] = "f1"
+    max_new_tokens: ClassVar[int] = 128
+
+    def load(self, root: Path, layout: Format = "llava") -> list[Item]:
+        """Read questions, and labels paired by category, image and question.
+
+        Raises:
+            DataError: also where a question has no label: the label files are of another POPE version.
+        """
+        place = Place(root, "pope", GET)
+        if layout == "hf":
+            return self._load_hf(place)
+        questions = read_questions(place.file(QUESTIONS))
+        folder = place.image_folder("val2014")
+        labels: dict[str, dict[tuple[str, str], str]] = {}
+        items = []
+        for name, row in zip(unique_ids(question["question_id"] for question in questions), questions, strict=True):
+            category, question = row.get("category"), question_in(row["text"])
+            where = f"{QUESTIONS}, question {name}"
+            if category not in CATEGORIES:
+                raise DataError(f"{where}: category {category!r}; allowed: {', '.join(CATEGORIES)}. {GET}")
+            if category not in labels:
+                labels[category] = _read_labels(place, category)
+            label = labels[category].get((row["image"], question))
+            if label is None:
+                raise DataError(
+                    f"{where}: coco_pope_{category}.json has no label for {question!r} about {row['image']}. {GET}"
+                )
+            image = image_file(folder, row["image"], where)
+            items.append(Item(name, row["question_id"], row["text"], (image,), category, label, options=2))
+        return items
+
+    def _load_hf(self, place: Place) -> list[Item]:
+        if place.has_parquet("test"):
+            paths = place.parquet("test")
+        else:
+            paths = [path for category in CATEGORIES for path in place.parquet(category, "Full")]
+        rows = read_parquet(paths, ("question_id", "question", "answer", "category"), ("id",))
+        ids = [row.values["question_id"] for row in rows]
+        if len(set(ids)) < len(ids) and all(row.values["id"] is not None for row in rows):
+            ids = [row.values["id"] for row in rows]  # question_id starts anew in every category
+        items = []
+        for name, number, row in zip(unique_ids(ids), ids, rows, strict=True):
+            label = _label(row.values["answer"], row.where)
+            text = row.values["question"].strip() + SHORT_ANSWER
+            items.append(Item(name, number, text, (row.image(),), row.values["category"], label, options=2))
+        return items
+
+    def score(
+        self,
+        items: Sequence[Item],
+        answers: Mapping[str, Answer],
+        variant: str | None = None,
+        judge: Judge | None = None,
+    ) -> Scores:
+        """Score; never divides by zero, also where every answer is "no"."""
+        variant = pick_variant(self, variant)
+        parse = lmms_answer if variant == "lmms" else official_answer
+        categories = {item.category: Confusion() for item in sorted(items, key=_order)}
+        pooled, rows = Confusion(), []
+        for item in items:
+            answer = answers.get(item.item_id)
+            parsed = None if answer is None else parse(answer.text)
+            rows.append(ItemScore(item.item_id, float(parsed == item.reference), parsed))
+            for confusion in (categories[item.category], pooled):
+                confusion.add(parsed, item.reference)
+        each = {name: confusion.figures(variant == "lmms") for name, confusion in categories.items()}
+        overall = pooled.figures(lmms=True) if variant == "lmms" else _means(list(each.values()))
+        aggregate = overall | {f"{name}/{key}": value for name, row in each.items() for key, value in row.items()}
+        return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
+
+
+def _order(item: Item) -> int:
+    return CATEGORIES.index(item.category) if item.category in CATEGORIES else len(CATEGORIES)
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = list(Confusion().figures(lmms=False))
+    return {name: sum(row[name] for row in rows) / max(1, len(rows)) for name in names}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _read_labels(place: Place, category: str) -> dict[tuple[str, str], str]:
+    name = f"coco_pope_{category}.json"
+    path = place.file(f"coco/{name}", name)
+    labels: dict[tuple[str, str], str] = {}
+    for number, row in enumerate(read_jsonl(path, ("image", "text", "label")), 1):
+        key, label = (row["image"], question_in(row["text"])), _label(row["label"], f"{path}, line {number}")
+        if labels.setdefault(key, label) != label:
+            raise DataError(f"{path}, line {number}: {key[1]!r} about {key[0]} has both labels. {GET}")
+    return labels
+
+
+def _label(value: Any, where: str) -> str:
+    label = str(value).lower().strip()
+    if label not in ("yes", "no"):
+        raise DataError(f"{where}: label {value!r}; allowed: yes, no. {GET}")
+    return label

@@ -1,0 +1,162 @@
+"""Video-MME: 2,700 multiple-choice questions about 900 videos, short, medium and long."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, parse_leading
+from tinylmm.evaluation.benchmarks.files import read_parquet
+from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
+
+if TYPE_CHECKING:
+    from tinylmm.evaluation.judge import Judge
+
+GET = "videomme/test-00000-of-00001.parquet, videos and subtitles are in https://huggingface.co/datasets/lmms-lab/Video-MME."
+DURATIONS = ("short", "medium", "long")
+_FIELDS = ("videoID", "question_id", "question", "options", "answer", "duration")
+_OPTIONAL = ("video_id", "domain", "sub_category", "task_type")
+_OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(.*?)\s*$", re.DOTALL)
+_PREFIXES = (
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer",
+    "The best option isThe correct option is",
+    "Best answer:Best option:",
+)
+"""As the official script has them: the last two are pairs that a missing comma glued together, and never occur."""
+
+
+def parse_official(text: str) -> str | None:
+    """The official script: take the prefixes away, then the first capital A to D anywhere ("Based on ..., C" is B)."""
+    text = text.strip()
+    for prefix in _PREFIXES:
+        text = text.replace(prefix, "")
+    found = re.search("[ABCD]", text)
+    return found.group(0) if found else None
+
+
+class VideoMME(Benchmark):
+    """Video-MME, without subtitles.
+
+    Variants: `tinyllava_video` (TinyLLaVA-Video's parser, guesses drawn from the item's id), `official` (unread answers leave
+    the denominator and are counted as `left_out`) and `lmms_regex` (lmms-eval before its own parser: the official reading,
+    over all questions).
+    Aggregate: `overall`, `short`, `medium`, `long`, then `domain/...` and `task/...`; percent, one decimal.
+    With subtitles, ask with `subtitle_prompt`; such answers are another protocol, and nothing in an answer file tells them
+    apart.
+    """
+
+    name = "videomme"
+    variants = ("tinyllava_video", "official", "lmms_regex")
+    headline = "overall"
+    max_new_tokens = 1024
+
+    def load(self, root: Path, layout: Format = "llava") -> list[Item]:
+        """Read `videomme/test-*.parquet`, in either layout. Videos are data/<videoID>.mp4, subtitles subtitle/<videoID>.srt."""
+        place = place_of(root, GET, "Video-MME", "videomme", "VideoMME")
+        videos, subtitles = place.image_folder("data"), place.image_folder("subtitle")
+        items = []
+        for row in read_parquet(place.parquet("test", "videomme"), _FIELDS, _OPTIONAL):
+            values = row.values
+            options = _options(values["options"], row.where)
+            if values["answer"] not in options:
+                raise DataError(f"{row.where}: answer {values['answer']!r} is no option. Fetch the file again.")
+            video = VideoRef(
+                video_path(videos, f"{values['videoID']}.mp4", row.where),
+                subtitles=video_path(subtitles, f"{values['videoID']}.srt", row.where),
+            )
+            lines = "\n".join(values["options"])
+            items.append(
+                Item(
+                    item_id=str(values["question_id"]),
+                    question_id=values["question_id"],
+                    prompt=f"{values['question']}\n{lines}\n{LETTER_SUFFIX}",
+                    category=values["duration"],
+                    reference={
+                        "options": options,
+                        "answer": values["answer"],
+                        "question": f"{values['question']}\n{lines}",
+                        "domain": values["domain"] or "",
+                        "task": values["task_type"] or "",
+                        "video": video,
+                    },
+                    options=len(options),
+                )
+            )
+        return items
+
+    def score(
+        self,
+        items: Sequence[Item],
+        answers: Mapping[str, Answer],
+        variant: str | None = None,
+        judge: Judge | None = None,
+    ) -> Scores:
+        """Score by letters; see the class for variants and figures."""
+        variant = pick_variant(self, variant)
+        rows, guessed = [], 0
+        for item in items:
+            answer = answers.get(item.item_id)
+            options, gold = item.reference["options"], item.reference["answer"]
+            if answer is None:
+                rows.append(ItemScore(item.item_id, 0.0))
+            elif variant == "tinyllava_video":
+                letter = parse_leading(answer.text, options)
+                guessed += letter is None
+                chosen = letter or guess(item.item_id, list(options))
+                rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
+            else:
+                letter = parse_official(answer.text)
+                unread = letter is None and variant == "official"
+                rows.append(ItemScore(item.item_id, None if unread else float(letter == gold), letter))
+        counts = count_items(items, answers, rows, guessed=guessed)
+        left_out = sum(row.score is None for row in rows)
+        counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
+        return Scores(self.name, variant, _aggregate(items, rows), tuple(rows), counts)
+
+
+def official_prompt(item: Item) -> str:
+    """The official prompt without subtitles."""
+    return (
+        "Select the best answer to the following multiple-choice question based on the video. Respond with only the letter "
+        f"(A, B, C, or D) of the correct option.\n{item.reference['question']}\nThe best answer is:"
+    )
+
+
+def subtitle_prompt(item: Item, lines: Sequence[str]) -> str:
+    """The official prompt with the subtitles shown at the sampled frames (`video.subtitles_at`)."""
+    return (
+        "This video's subtitles are listed below:\n" + "\n".join(lines) + "\nSelect the best answer to the following "
+        "multiple-choice question based on the video and the subtitles. Respond with only the letter (A, B, C, or D) of the "
+        f"correct option.\n{item.reference['question']}\nThe best answer is:"
+    )
+
+
+def _options(texts: Any, where: str) -> dict[str, str]:
+    """`["A. Red.", ...]` by letter, without the full stop that ends each (TinyLLaVA-Video cuts the last character off)."""
+    found = [_OPTION.match(text) for text in texts or ()]
+    if not found or not all(found):
+        raise DataError(f"{where}: options must read 'A. text'; found {texts!r}. Fetch the file again.")
+    return {match.group(1): match.group(2).removesuffix(".") for match in found if match}
+
+
+def _aggregate(items: Sequence[Item], rows: Sequence[ItemScore]) -> dict[str, float]:
+    pairs = [(item, row.score) for item, row in zip(items, rows, strict=True) if row.score is not None]
+    aggregate = {"overall": percent((score for _, score in pairs), 1)}
+    for duration in DURATIONS:
+        within = [score for item, score in pairs if item.category == duration]
+        if within:
+            aggregate[duration] = percent(within, 1)
+    for label in ("domain", "task"):
+        for name in dict.fromkeys(item.reference[label] for item, _ in pairs if item.reference[label]):
+            within = [score for item, score in pairs if item.reference[label] == name]
+            aggregate[f"{label}/{name}"] = percent(within, 1)
+    return aggregate

@@ -1,0 +1,309 @@
+"""A judge model behind any OpenAI-compatible endpoint: retries, limits, a cache by content, counts of what it cost.
+
+Standard library only. The key comes from one environment variable, goes into one header and nowhere else: not into the
+cache, not into a message (a server that echoes it is redacted), and never to another host (redirects are refused).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from tinylmm.errors import ConfigError, Fault, TinyLMMError
+
+KEY_VARIABLE = "TINYLMM_JUDGE_API_KEY"
+
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+T = TypeVar("T")
+R = TypeVar("R")
+_log = logging.getLogger(__name__)
+
+
+class JudgeError(TinyLMMError):
+    """The judge gave no usable reply in all its attempts. What it said before is in the cache: ask again to continue."""
+
+
+@dataclass
+class Usage:
+    """What judging cost: requests sent (retries included), replies taken from the cache, and tokens as the server counts."""
+
+    requests: int = 0
+    retries: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def counts(self, before: Usage | None = None) -> dict[str, int]:
+        """For `Scores.counts`: every figure under `judge_<name>`, without what had been used `before`."""
+        earlier = asdict(before or Usage())
+        return {f"judge_{name}": value - earlier[name] for name, value in asdict(self).items()}
+
+    def copy(self) -> Usage:
+        """The figures as they are now."""
+        return Usage(**asdict(self))
+
+
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/tinylmm/judge`, by default under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tinylmm" / "judge"
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected request would carry the key to wherever the answer points."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Judge:
+    """Asks one model; safe to use from several threads.
+
+    Args:
+        base_url: up to and including the version (`https://api.openai.com/v1`); `/chat/completions` is added.
+        model: as the endpoint names it.
+        cache: folder of replies by content, so that nothing is paid for twice; None keeps none.
+        runs: how often every answer is judged, where a benchmark averages runs (MM-Vet's paper 5, LLaVA 3).
+        parallel: how many questions `map` keeps under way at once.
+        timeout: seconds a request may take in all.
+        attempts: how often a request is sent before `JudgeError`.
+        backoff: seconds before the first retry, doubled for each further one up to `max_backoff`; a server's
+            `Retry-After` counts instead where it is longer, up to `max_backoff` too.
+        max_bytes: longest reply read.
+
+    Raises:
+        ConfigError: `base_url` is no plain http(s) address, or `model` is empty.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        cache: Path | None = None,
+        runs: int = 1,
+        parallel: int = 4,
+        timeout: float = 120.0,
+        attempts: int = 6,
+        backoff: float = 1.0,
+        max_backoff: float = 60.0,
+        max_bytes: int = 4_000_000,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.base_url = _checked(base_url, model, runs)
+        self.model = model
+        self.cache = cache
+        self.runs = runs
+        self.parallel = max(1, parallel)
+        self.timeout = timeout
+        self.attempts = attempts
+        self.backoff = backoff
+        self.max_backoff = max_backoff
+        self.max_bytes = max_bytes
+        self.usage = Usage()
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        handlers: list[Any] = [_NoRedirect]
+        if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own servers
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def ask(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0, sample: int = 0
+    ) -> str:
+        """Return the text of the model's reply, from the cache if the very same was asked before.
+
+        Args:
+            messages: `{"role", "content"}` each.
+            max_tokens, temperature: as the benchmark's script sets them.
+            sample: tells repeated askings of the same apart (a second run must not get the first one's reply).
+
+        Raises:
+            ConfigError: the endpoint refuses the request itself (wrong key, model or address); retrying would not help.
+            JudgeError: no usable reply in all attempts.
+        """
+        body = {
+            "model": self.model,
+            "messages": [dict(message) for message in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+        place = self._place(body, sample)
+        kept = _read_reply(place)
+        if kept is not None:
+            self._count(cached=1)
+            return kept
+        reply = self._send(body)
+        if place is not None:
+            _write_reply(place, {"base_url": self.base_url, "request": body, "sample": sample, "reply": reply})
+        return reply
+
+    def map(self, function: Callable[[T], R], values: Sequence[T]) -> list[R]:
+        """`function` of every value, several at once, in the order of the values. The first error ends it."""
+        failed = threading.Event()
+
+        def guarded(value: T) -> R:
+            if failed.is_set():  # comes after the error in the order of the values, so nobody reads this
+                raise JudgeError("not asked, as an earlier question failed")
+            try:
+                return function(value)
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return [future.result() for future in [pool.submit(guarded, value) for value in values]]
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, value in more.items():
+                setattr(self.usage, name, getattr(self.usage, name) + value)
+
+    def _place(self, body: Mapping[str, Any], sample: int) -> Path | None:
+        if self.cache is None:
+            return None
+        asked = json.dumps([self.base_url, body, sample], sort_keys=True, ensure_ascii=False)
+        digest = hashlib.sha256(asked.encode()).hexdigest()
+        return self.cache / digest[:2] / f"{digest}.json"
+
+    def _send(self, body: Mapping[str, Any]) -> str:
+        """Send until a usable reply comes."""
+        problem = ""
+        for attempt in range(self.attempts):
+            self._count(requests=1, retries=int(attempt > 0))
+            try:
+                return self._take(self._post(body))
+            except urllib.error.HTTPError as error:
+                problem, wait = self._refused(error)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem, wait = f"{type(error).__name__}: {error}", 0.0
+            if attempt + 1 < self.attempts:
+                pause = min(self.max_backoff, max(wait, self.backoff * 2**attempt))
+                _log.warning("judge %s: %s; trying again in %.1f s", self.model, self._redacted(problem), pause)
+                self._sleep(pause)
+        raise JudgeError(
+            f"judge {self.model} at {self.base_url} gave no usable reply in {self.attempts} attempts; the last: "
+            f"{self._redacted(problem)}. The answers and the replies so far are kept: score again to continue."
+        )
+
+    def _post(self, body: Mapping[str, Any]) -> bytes:
+        headers = {"Content-Type": "application/json", "User-Agent": "tinylmm"}
+        key = os.environ.get(KEY_VARIABLE, "")
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            f"{self.base_url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        deadline = time.monotonic() + self.timeout
+        received = bytearray()
+        with self._opener.open(request, timeout=self.timeout) as response:
+            while chunk := response.read1(65536):
+                received += chunk
+                if len(received) > self.max_bytes:
+                    raise ValueError(f"the reply is longer than {self.max_bytes:,} bytes")
+                if time.monotonic() > deadline:  # the socket's own timeout starts anew with every byte
+                    raise TimeoutError(f"no complete reply within {self.timeout:g} s")
+        return bytes(received)
+
+    def _take(self, received: bytes) -> str:
+        """The text of a chat completion; ValueError says what is wrong with anything else."""
+        try:
+            reply = json.loads(received)
+            content = reply["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            start = received[:80].decode("utf-8", "replace")
+            raise ValueError(f"the reply is no chat completion, it begins {start!r}") from error
+        if content is not None and not isinstance(content, str):
+            raise ValueError("the reply's content is no text")
+        usage = reply.get("usage")
+        if isinstance(usage, dict):
+            counted = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+            self._count(**{name: value for name, value in counted.items() if isinstance(value, int)})
+        return content or ""  # a refusal has no content
+
+    def _refused(self, error: urllib.error.HTTPError) -> tuple[str, float]:
+        """What a retried status means, and how long the server asks to wait."""
+        with contextlib.closing(error):
+            try:
+                detail = error.read(2000).decode("utf-8", "replace")
+            except (OSError, http.client.HTTPException):
+                detail = ""
+        problem = f"HTTP {error.code} {error.reason}: {' '.join(detail.split())[:300]}"
+        if error.code not in _RETRIED:
+            hint = {
+                401: f"Set {KEY_VARIABLE} to a valid key.",
+                403: f"Set {KEY_VARIABLE} to a key that may use this model.",
+                404: "Check the judge's base_url (it ends in the version, as .../v1) and model.",
+            }.get(error.code, "Check the judge's base_url and model.")
+            raise ConfigError([Fault("judge", f"{self.base_url} answers {self._redacted(problem)}", hint)]) from None
+        try:
+            return problem, float(error.headers.get("Retry-After") or 0)
+        except ValueError:  # a date; the own backoff will do
+            return problem, 0.0
+
+    def _redacted(self, text: str) -> str:
+        key = os.environ.get(KEY_VARIABLE, "")
+        return text.replace(key, "<key>") if key else text
+
+
+def _checked(base_url: str, model: str, runs: int) -> str:
+    faults = []
+    try:
+        parts = urlsplit(base_url)
+        port_is_sane = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_is_sane = urlsplit(""), False
+    if parts.username or parts.password:
+        faults.append(Fault("judge.base_url", "must hold no user or password.", f"The key comes from {KEY_VARIABLE}."))
+    elif parts.scheme not in ("http", "https") or not parts.hostname or not port_is_sane or parts.query:
+        faults.append(
+            Fault(
+                "judge.base_url", f"'{base_url}' is no address of an endpoint.", "Example: https://api.openai.com/v1."
+            )
+        )
+    if not model:
+        faults.append(Fault("judge.model", "is empty.", "Name the model as the endpoint does."))
+    if runs < 1:
+        faults.append(Fault("judge.runs", f"is {runs}.", "Use 1 or more."))
+    if faults:
+        raise ConfigError(faults)
+    return base_url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _read_reply(place: Path | None) -> str | None:
+    """A kept reply; a file that a killed process or a full disk left broken counts as none, and is written again."""
+    if place is None:
+        return None
+    try:
+        reply = json.loads(place.read_text(encoding="utf-8"))["reply"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return reply if isinstance(reply, str) else None
+
+
+def _write_reply(place: Path, record: Mapping[str, Any]) -> None:
+    """Write beside and rename, so that a reader in another process never sees half a file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=place.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, ensure_ascii=False)
+        Path(name).replace(place)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,98 @@
+"""A Jinja chat template with the text of one of our templates, found by asking that template and proven against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tinylmm.data.chat import IMAGE_SLOT, ChatTemplate, Turn
+
+_PROBES = (
+    (("What is it?", None),),
+    ((f"{IMAGE_SLOT}\nWhat is it?", None),),
+    ((f"  Look: {IMAGE_SLOT} what is it? ", "a cat"), ("Sure?", None)),
+    ((f"{IMAGE_SLOT} or {IMAGE_SLOT}?", "the first"), (f"and {IMAGE_SLOT}", "no"), ('Why "not"?\n', None)),
+    (("one", "two"), ("three", "four")),
+)
+
+
+def jinja_template(template: ChatTemplate) -> str | None:
+    """Return Jinja source that renders messages as `template` does, or None if no such text exists.
+
+    Messages have string contents, or lists of {"type": "text"} and {"type": "image"} parts. There is none for templates
+    that throw the question away (captioning).
+    """
+    marks = ["q1|q1", "a1|a1", "q2|q2", "a2|a2", "q3|q3"]
+    text = template.text([Turn(marks[0], marks[1]), Turn(marks[2], marks[3]), Turn(marks[4], None)])
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found:
+            return None
+        pieces.append(piece)
+    before, answer, between = pieces[0], pieces[1], pieces[2]
+    end = template.text([Turn(marks[0], marks[1])]).rpartition(marks[1])[2]
+    pieces = [before, answer, end, between.removeprefix(end), text]
+    sources = [_source(pieces, strips, in_front) for strips in (False, True) for in_front in (True, False)]
+    return next((source for source in sources if _proven(source, template)), None)
+
+
+def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as transformers' chat messages, images as parts in their places."""
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(turn.user.split(IMAGE_SLOT)):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        found.append({"role": "user", "content": parts})
+        if turn.assistant is not None:
+            found.append({"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]})
+    return found
+
+
+def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
+    """Put constants into the one layout that chat templates of this kind share.
+
+    Args:
+        pieces: what stands before the first question, before answers, behind them, before later questions, and behind an
+            open question.
+        strips: contents lose the white space around them.
+        in_front: a question's only image moves in front of it.
+    """
+    names = ("before", "answer", "end", "following", "prompt")
+    q = {name: json.dumps(piece) for name, piece in zip(names, pieces, strict=True)}
+    slot = json.dumps(IMAGE_SLOT)
+    moved = (
+        "{% if ns.text.count(" + slot + ") == 1 %}"
+        "{% set ns.text = " + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip() %}{% endif %}"
+    )
+    stripped = "{% set ns.text = ns.text.strip() %}"
+    return (
+        "{{ " + q["before"] + " }}"
+        "{% for message in messages %}"
+        "{% if message['content'] is string %}{% set ns = namespace(text=message['content']) %}"
+        "{% else %}{% set ns = namespace(text='') %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}{% set ns.text = ns.text + " + slot + " %}"
+        "{% else %}{% set ns.text = ns.text + part['text'] %}{% endif %}{% endfor %}{% endif %}"
+        + (stripped if strips else "")
+        + "{% if message['role'] == 'user' %}"
+        "{% if not loop.first %}{{ " + q["following"] + " }}{% endif %}" + (moved if in_front else "") + "{{ ns.text }}"
+        "{% elif message['role'] == 'assistant' %}{{ " + q["answer"] + " + ns.text + " + q["end"] + " }}"
+        "{% else %}{{ raise_exception('The system text is fixed; use only user and assistant.') }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ " + q["prompt"] + " }}{% endif %}"
+    )
+
+
+def _proven(source: str, template: ChatTemplate) -> bool:
+    for probe in _PROBES:
+        turns = [Turn(user, answer) for user, answer in probe]
+        is_open = turns[-1].assistant is None
+        rendered, _ = render_jinja_template([messages(turns)], chat_template=source, add_generation_prompt=is_open)
+        if rendered[0] != template.text(turns):
+            return False
+    return True

@@ -1,0 +1,275 @@
+"""Loading a causal LM so that what the spec says and what is run are the same, and using it piecewise as the LMM does.
+
+The LMM calls a causal LM in three pieces: `get_input_embeddings()`, the decoder from embeddings to last hidden states, and
+the head at supervised positions only. For the classes that conf/llm names, tests hold that the pieces make the whole.
+For any other (`llm=hf`), `examine` tries it once, on a handful of tokens, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from tinylmm.errors import ConfigError, Fault, UserError
+from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+
+PACKS = "tinylmm_packs"
+"""Attribute of an examined LLM: whether samples that share a row stay apart."""
+
+FREE_FIELDS = {"max_position_embeddings", "max_context_length", "rope_max_length", "initializer_range", "use_cache"}
+"""Fields of an architecture that decide nothing about a trained checkpoint's numbers; token ids are others."""
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest number, that counts as rounding (fp32)."""
+
+
+class HubCausalLM(PreTrainedModel):
+    """Stands in a spec for whatever causal LM of transformers lies at `pretrained` (`llm=hf`); never instantiated."""
+
+
+def load_llm(
+    target: type[PreTrainedModel],
+    where: str | Path,
+    revision: str | None,
+    attention: str,
+    architecture: Mapping[str, Any] | None = None,
+    local_only: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM in fp32 on the CPU.
+
+    Args:
+        target: its class, or HubCausalLM to take the class from the checkpoint.
+        where: hub id or folder.
+        revision: commit of the hub repository.
+        attention: what was asked for; "auto" chooses.
+        architecture: the spec's fields. Dropout rates are set from it, all others must be the checkpoint's own; None
+            (a folder that tinylmm wrote) takes the checkpoint's as they are.
+        local_only: never ask the hub.
+
+    Raises:
+        OSError: the weights are not to be had.
+        UserError: the checkpoint is of another class or shape than the spec says, or its class cannot be used.
+    """
+    model_class, config = _class_and_config(target, where, {"revision": revision, "local_files_only": local_only})
+    if architecture is not None:
+        reconcile(config, architecture, str(where))
+    llm = model_class.from_pretrained(
+        where,
+        config=config,
+        revision=revision,
+        local_files_only=local_only,
+        attn_implementation=llm_attention(model_class, config, attention),
+        dtype=torch.float32,
+    )
+    # Generation is greedy and says so itself: penalties, lengths and caches that a checkpoint asks for would bend answers.
+    ids = {key: getattr(llm.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    llm.generation_config = GenerationConfig(**ids)
+    return examine(llm) if target is HubCausalLM else llm
+
+
+def random_llm(target: type[PreTrainedModel], architecture: Mapping[str, Any], attention: str) -> PreTrainedModel:
+    """Make a causal LM with random weights, in fp32 on the CPU.
+
+    Raises:
+        ConfigError: `target` is HubCausalLM and the architecture names no `model_type`.
+        UserError: as `load_llm`.
+    """
+    model_class: type[PreTrainedModel]
+    if target is HubCausalLM:
+        if "model_type" not in architecture:
+            what = "is random, but nothing says what to build: llm=hf takes its architecture from a checkpoint."
+            fix = (
+                "Choose another llm, or set llm.architecture with its model_type (a transformers name, such as llama)."
+            )
+            raise ConfigError([Fault("llm.init", what, fix)])
+        config = _config_for(dict(architecture))
+        model_class = _causal_lm_class(config, f"model_type {architecture['model_type']}")
+    else:
+        model_class, config = target, _make_config(target.config_class, architecture)
+    implementation = llm_attention(model_class, config, attention)
+    llm = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    return examine(llm) if target is HubCausalLM else llm
+
+
+def choose_attention(wanted: str) -> str:
+    """Resolve launch.attention=auto: flash-attn where it is installed beside a GPU, SDPA otherwise."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        from transformers.utils import is_flash_attn_2_available
+
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
+
+
+def llm_attention(model_class: type[PreTrainedModel], config: PreTrainedConfig, wanted: str) -> str:
+    """Return the attention implementation for one LLM. SDPA knows no soft cap on scores (Gemma 2): eager takes its place.
+
+    Raises:
+        UserError: SDPA was asked for by name, but would compute something else.
+    """
+    chosen = choose_attention(wanted)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if chosen == "sdpa" and (capped or not model_class._supports_sdpa):
+        if wanted == "sdpa":
+            reason = "caps its attention scores, which SDPA cannot" if capped else "has no SDPA implementation"
+            raise UserError(
+                f"launch.attention is sdpa, but {model_class.__name__} {reason}. Set launch.attention to auto or eager."
+            )
+        return "eager"
+    return chosen
+
+
+def reconcile(config: PreTrainedConfig, architecture: Mapping[str, Any], where: str) -> None:
+    """Set a checkpoint's dropout rates as the spec says, and check that the spec's other fields are the checkpoint's.
+
+    Raises:
+        UserError: they differ; what was planned would not be what is run.
+    """
+    wanted = _make_config(type(config), architecture)
+    differing = []
+    for key in architecture:
+        if key.endswith(("dropout", "_pdrop")) and hasattr(config, key):
+            setattr(config, key, getattr(wanted, key))
+        elif key not in FREE_FIELDS and not key.endswith("_token_id"):
+            asked, found = getattr(wanted, key), getattr(config, key, None)
+            if not _agrees(asked, found):
+                differing.append(f"{key} is {asked} in llm.architecture and {found} in the checkpoint")
+    if differing:
+        raise UserError(
+            f"llm: the checkpoint '{where}' is not what the spec describes: {'; '.join(differing)}. Set llm.architecture "
+            "to the checkpoint's numbers, or use llm=hf, which reads them from it."
+        )
+
+
+def decoder_of(llm: nn.Module) -> nn.Module:
+    """Return the part of a causal LM that makes last hidden states of input embeddings."""
+    return cast(nn.Module, llm.get_decoder())  # type: ignore[operator]
+
+
+def head_logits(llm: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a causal LM's head as its own forward does: (S, D) hidden states to (S, V) logits in fp32.
+
+    A head's bias (Phi) is the head's own; a factor (Cohere, Granite) or soft cap (Gemma 2) is named by the config.
+    """
+    logits = cast(Tensor, llm.get_output_embeddings()(hidden).float())  # type: ignore[operator]
+    config = llm.config.get_text_config()  # type: ignore[operator, union-attr]
+    if getattr(config, "logit_scale", None) is not None:
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:
+        logits = logits / config.logits_scaling
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+
+
+@torch.no_grad()
+def examine(llm: PreTrainedModel) -> PreTrainedModel:
+    """Try once whether a causal LM's pieces make the whole, and note whether it can share rows (`PACKS`); returns it.
+
+    Raises:
+        UserError: its class takes no embeddings or positions, or its logits are not its head at its decoder's output.
+    """
+    training = llm.training
+    llm.eval()
+    name = type(llm).__name__
+    try:
+        ids = torch.arange(7).unsqueeze(0) % llm.get_input_embeddings().weight.shape[0]
+        embeddings = llm.get_input_embeddings()(ids)
+        whole = llm(inputs_embeds=embeddings, use_cache=False).logits[0].float()
+        pieces = head_logits(llm, _hidden(llm, embeddings, torch.arange(7))[0])
+        packed = _hidden(llm, embeddings, torch.tensor([0, 1, 2, 0, 1, 2, 3]))[:, 3:]
+        alone = _hidden(llm, embeddings[:, 3:], torch.arange(4))
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"llm: {name} cannot be given image features ({reason}). It must take inputs_embeds and position_ids, and have "
+            "a decoder and a head of its own; choose another llm."
+        ) from error
+    if not _close(pieces, whole):
+        raise UserError(
+            f"llm: {name} does more to its logits than its head does (difference {float((pieces - whole).abs().max()):.3g}), "
+            "so its loss cannot be computed at supervised positions alone. Choose another llm."
+        )
+    setattr(llm, PACKS, _close(packed, alone))
+    return llm.train(training)
+
+
+def _hidden(llm: PreTrainedModel, embeddings: Tensor, positions: Tensor) -> Tensor:
+    decoder = decoder_of(llm)
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise TypeError(f"{type(decoder).__name__} takes no position_ids")
+    output = decoder(inputs_embeds=embeddings, position_ids=positions.unsqueeze(0), use_cache=False)
+    return cast(Tensor, output.last_hidden_state)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and float((one - other).abs().max()) <= TOLERANCE * float(other.abs().max())
+
+
+def _agrees(asked: Any, found: Any) -> bool:
+    """Equal, where every key that is asked for counts and further ones do not."""
+    if isinstance(asked, Mapping) and isinstance(found, Mapping):
+        return all(_agrees(value, found.get(key)) for key, value in asked.items())
+    return bool(asked == found)
+
+
+def _class_and_config(
+    target: type[PreTrainedModel], where: str | Path, options: dict[str, Any]
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    fields, _ = PreTrainedConfig.get_config_dict(where, **options)
+    if not fields:
+        raise OSError(f"{where} has no config.json")
+    found = fields.get("model_type")
+    if target is HubCausalLM:
+        config = _config_for(fields)
+        return _causal_lm_class(config, f"'{where}'"), config
+    if found not in (None, target.config_class.model_type):
+        raise UserError(
+            f"llm: the checkpoint '{where}' is a model of type '{found}', but llm._target_ is {target.__name__} "
+            f"('{target.config_class.model_type}'). Use llm=hf, which takes the class from the checkpoint."
+        )
+    return target, _make_config(target.config_class, fields)
+
+
+def _make_config(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config object of a spec's architecture or of a config.json, without what would name its class or its code."""
+    try:
+        return config_class(**{key: value for key, value in fields.items() if key not in ("model_type", "auto_map")})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([Fault("llm.architecture", f"is no {config_class.__name__}: {reason}")]) from error
+
+
+def _config_for(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config object of a config.json's fields; code that the checkpoint may name is not run."""
+    model_type = fields.get("model_type")
+    if model_type == OpenELMConfig.model_type:
+        return _make_config(OpenELMConfig, fields)
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"llm: the installed transformers knows no model of type '{model_type}', and code that comes with a checkpoint "
+            "is never run. Update transformers, or choose another llm."
+        )
+    return _make_config(CONFIG_MAPPING[model_type], fields)
+
+
+def _causal_lm_class(config: PreTrainedConfig, what: str) -> type[PreTrainedModel]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if isinstance(config, OpenELMConfig):
+        return OpenELMForCausalLM
+    try:
+        return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    except KeyError as error:
+        raise UserError(
+            f"llm: {what} is of type '{config.model_type}', which transformers has no causal language model of. "
+            "Choose a text-only decoder."
+        ) from error
