@@ -36,11 +36,14 @@ from tinylmm.evaluation.decode import cache_kind, decode_alone
 from tinylmm.evaluation.generate import Engine, Prompt, Reply
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
+from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
 
 ENDS = frozenset({1})
 NEW = 7
 SYSTEM = (5, 6, 7, 8, 9)
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+OPENELM = {"vocab_size": VOCAB, "model_dim": WIDTH, "num_transformer_layers": 2, "head_dim": 8, "ffn_dim_divisor": 8}
+OPENELM |= {"num_gqa_groups": 2, "qkv_multipliers": [0.5, 1.0], "ffn_multipliers": [0.5, 4.0]}  # type: ignore[dict-item]
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny_lmm().llm,  # type: ignore[return-value, dict-item]
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
@@ -48,6 +51,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi": lambda: PhiForCausalLM(PhiConfig(**LLAMA)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**LLAMA, head_dim=8)),
     "gemma3 with a sliding window": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**LLAMA, head_dim=8, **SLIDING)),
+    "openelm": lambda: OpenELMForCausalLM(OpenELMConfig(**OPENELM)),  # type: ignore[arg-type]
     "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**LLAMA)),
 }
 
