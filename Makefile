@@ -42,6 +42,7 @@ type: $(STAMP)  ## Check types (mypy)
 
 bench: $(STAMP)  ## Measure before against after in one run; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.eval
 
 gpu-check: $(STAMP)  ## Train a few steps at Phi-2 + SigLIP shapes on one GPU (skipped without one)
 	$(BIN)/python -m benchmarks.gpu_check

@@ -226,3 +226,25 @@ def test_help_lists_every_group_and_choice_without_hydra() -> None:
     text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert all(f"\n  {group}\n" in text for group in DEFAULT_GROUPS)
     assert all(path.stem in text for path in SHIPPED)
+
+
+def test_benchmarks_add_up_and_the_papers_lists_are_groups() -> None:
+    spec = compose_run(
+        [*PUBLISHED, "data=llava_v1_5", "eval=[gqa,pope]", "eval.gqa.root=/files", "eval.pope.blind=true"]
+    )
+    assert list(spec.eval) == ["gqa", "pope"]
+    assert (spec.eval["gqa"].root, spec.eval["gqa"].max_new_tokens, spec.eval["pope"].blind) == ("/files", 128, True)
+    paper, factory = (
+        compose_run([*PUBLISHED, "data=llava_v1_5", f"eval={name}"]).eval for name in ("paper", "factory")
+    )
+    assert set(paper) == {"vqav2", "gqa", "sqa", "textvqa", "mmvet", "pope", "llava_bench", "mme", "mmbench"}
+    assert set(factory) == {"vqav2", "gqa", "sqa", "textvqa", "mmvet", "pope", "mme", "mmmu"}
+
+
+def test_every_shipped_benchmark_is_one_that_exists() -> None:
+    from tinylmm.evaluation.benchmarks.registry import BENCHMARKS
+
+    shipped = {path.stem for path in (conf_folder() / "eval").glob("*.yaml")}
+    names = sorted(shipped - {"auto", "none", "digits", "paper", "factory"})
+    found = compose_run([f"eval=[{','.join(names)}]"]).eval
+    assert list(found) == [spec.benchmark for spec in found.values()] == names and set(names) <= set(BENCHMARKS)

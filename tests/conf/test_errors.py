@@ -239,6 +239,20 @@ def test_faults_of_every_run_of_a_sweep_are_told_once_each() -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "where", "part"),
+    [
+        ("eval.gqa.judge.model=m", "eval.gqa.judge", "needs both `base_url` and `model`"),
+        ("eval.gqa.root=null", "eval.gqa", "needs either `root`"),
+        ("eval.gqa.layout=parquet", "eval.gqa.layout", "llava, hf"),
+        ("eval.gqa.precision=int8", "eval.gqa.precision", "fp32, bf16, fp16"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_asked_is_refused(word: str, where: str, part: str) -> None:
+    found = faults("eval=gqa", word)
+    assert part in found[where] and len(found) == 1
+
+
+@pytest.mark.parametrize(
     ("value", "where", "what"),
     [
         (

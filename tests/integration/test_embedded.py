@@ -45,7 +45,8 @@ def test_results_are_tidy_rows_for_every_stage_and_question_type(finished: Proje
     rows = json.loads(path.read_text())["rows"]
     assert {row["stage"] for row in rows} == {"pretrain", "finetune"}
     assert {row["metric"] for row in rows} >= {"accuracy", "accuracy/digit", "accuracy/colour", "accuracy/yesno"}
-    assert all(set(row) == {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count"} for row in rows)
+    columns = {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count", "interval"}
+    assert all(set(row) == columns and row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
 
 
 def test_the_page_is_self_contained_and_leads_back_to_everything(finished: Project) -> None:

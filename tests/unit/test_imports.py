@@ -36,7 +36,7 @@ ALLOWED = {
     "export": {"importing", "inference", "models", "data", "config", "errors"},
     "inference": {"models", "data", "config", "errors", "integrity", "stages"},
     "launch": {"stages", "config", "errors", "stop", "integrity"},
-    "reports": {"stages", "data", "config", "errors", "integrity"},
+    "reports": {"evaluation", "stages", "data", "config", "errors", "integrity"},
     "cli": {
         "launch",
         "stages",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from tinylmm.reports.records import Report
+
+OVERLAPS_SHOWN = 10
 
 
 def report(
@@ -18,6 +23,12 @@ def report(
     picture: Annotated[
         Path | None, typer.Option(help="Also write one PNG that sums the run up (for a README).")
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare two runs question by question: tinylmm report --compare A B.")
+    ] = False,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Look for images that a run was both trained on and asked about.")
+    ] = False,
 ) -> None:
     """Show a run's scores and write report.html, report.md and results.json (several runs: side by side)."""
     # imported here, as matplotlib and Jinja2 would slow down every other command's start
@@ -27,6 +38,9 @@ def report(
     from tinylmm.reports.write import write_files
 
     collected = collect_report(store, runs)
+    if compare or overlap:
+        _compare(collected, out, as_json) if compare else _overlap(collected, as_json)
+        return
     paths = write_files(collected, out)
     written = {"html": paths.html, "markdown": paths.markdown, "results": paths.results}
     if picture is not None:
@@ -44,3 +58,31 @@ def report(
     console.print(render_scores(collected))
     for name, path in written.items():
         console.print(f"{name:>9}  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _compare(collected: Report, out: Path | None, as_json: bool) -> None:
+    from tinylmm.reports.compare import compare_runs, comparison_json, render_comparison
+    from tinylmm.reports.write import write_comparison
+
+    pairs = compare_runs(collected)
+    page, record = write_comparison(collected, pairs, out)
+    if as_json:
+        typer.echo(json.dumps(comparison_json(collected, pairs), indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(render_comparison(collected, pairs))
+    console.print(f"     html  {page}\n     json  {record}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _overlap(collected: Report, as_json: bool) -> None:
+    from tinylmm.reports.overlap import find_overlaps
+
+    found = [row for run in collected.runs for row in find_overlaps(collected.store, run)]
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for row in found:
+        what = f"{row['benchmark']}: {row['overlapping']:,} of {row['asked']:,} images were trained on"
+        typer.echo(f"{row['run']}  {what} ({row['trained']:,} training images)")
+        for asked, trained in row["pairs"][:OVERLAPS_SHOWN]:
+            typer.echo(f"    {asked} is {trained}")

@@ -346,17 +346,55 @@ class RecipeSpec(Frozen):
 # ---------------------------------------------------------------------------------------------------- eval, launch, tracking
 
 
+class JudgeSpec(Frozen):
+    """The model that scores open answers, behind an OpenAI-compatible endpoint; its key comes from the environment only."""
+
+    base_url: str | None = None
+    """With the version: `https://api.openai.com/v1`. Without one, a judged benchmark stops when its answers are written."""
+    model: str | None = None
+
+    @model_validator(mode="after")
+    def _url_and_model(self) -> JudgeSpec:
+        if (self.base_url is None) != (self.model is None):
+            raise ValueError("a judge needs both `base_url` and `model`")
+        return self
+
+
 class EvalSpec(Frozen):
-    """One benchmark on one data source, after the last stage or after every one."""
+    """One benchmark, after the last stage or after every one.
+
+    Its files lie under `root` (a published benchmark), or are a source of a data set (`data` and `source`).
+    """
 
     benchmark: str
-    data: DataSpec
-    source: str
+    """Name in `evaluation/benchmarks/registry.py`, or `digits`."""
+    root: str | None = None
+    layout: Literal["llava", "hf"] = "llava"
+    """Question files of LLaVA's eval.zip beside the official annotations, or Hugging Face parquet files."""
+    options: dict[str, Any] = {}
+    """Of the benchmark's class: which `split`, TextVQA's `ocr`."""
+    data: DataSpec | None = None
+    source: str | None = None
+    variant: str | None = None
+    """Scoring protocol; by default the benchmark's first, which reproduces the papers."""
+    judge: JudgeSpec = JudgeSpec()
+    limit: Positive | None = None
+    """Ask only the first so many questions."""
     after: Literal["last", "every"] = "last"
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""
     max_new_tokens: Positive
     template: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the weights. In fp32 answers are the same in any batch; bf16 and fp16 take half the memory and promise less."""
+
+    @model_validator(mode="after")
+    def _root_or_source(self) -> EvalSpec:
+        if (self.root is None) == (self.data is None) or (self.data is None) != (self.source is None):
+            raise ValueError(
+                "a benchmark needs either `root` (the folder its files lie in) or both `data` and `source`"
+            )
+        return self
 
 
 class LaunchSpec(Frozen):
@@ -389,6 +427,9 @@ class LaunchSpec(Frozen):
     start_timeout_s: Positive = 600
     step_timeout_s: Positive = 300
     eval_batch: Positive = 64
+    """Most questions answered at once, and"""
+    eval_tokens: Positive = 32768
+    """most tokens, of prompts and answers, that this may take; about as many again are kept of images asked about."""
 
     @model_validator(mode="after")
     def _ranks_need_torchrun(self) -> LaunchSpec:

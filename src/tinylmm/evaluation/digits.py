@@ -1,23 +1,20 @@
-"""Scoring of the embedded digits benchmark: exact match, per question type, beside chance. Pure: texts in, figures out."""
+"""The embedded digits benchmark: exact match, per question type. Pure: texts in, figures out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from tinylmm.evaluation.questions import Question
+from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.files import image_file
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.questions import read_questions
 
-PROTOCOL = "digits-exact-match-v1"
+if TYPE_CHECKING:
+    from tinylmm.evaluation.judge import Judge
 
-
-@dataclass(frozen=True)
-class Answered:
-    """A question with what the model said, and what it said without the image (None: not asked)."""
-
-    question: Question
-    text: str
-    blind_text: str | None
+QUESTIONS, IMAGES = "test.jsonl", "images"
 
 
 def normalise(text: str) -> str:
@@ -30,52 +27,62 @@ def is_correct(text: str, truth: str) -> bool:
     return normalise(text) == normalise(truth) != ""
 
 
-def generation_row(answered: Answered) -> dict[str, Any]:
-    """One line of generations.jsonl."""
-    question = answered.question
-    blind = answered.blind_text
-    return {
-        "question_id": question.question_id,
-        "image": question.image,
-        "category": question.category,
-        "question": question.text,
-        "truth": question.answer,
-        "text": answered.text,
-        "correct": is_correct(answered.text, question.answer),
-        "blind_text": blind,
-        "blind_correct": None if blind is None else is_correct(blind, question.answer),
-        "options": question.options,
-    }
+class Digits(Benchmark):
+    """Short answers to questions about scenes; any question file of the same fields can be asked like this."""
 
+    name: ClassVar[str] = "digits"
+    variants: ClassVar[tuple[str, ...]] = ("exact-match-v1",)
+    headline: ClassVar[str] = "accuracy"
+    max_new_tokens: ClassVar[int] = 8
 
-def score(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracy in percent, overall first and then per category in alphabetical order.
+    def load(self, root: Path, layout: Format = "llava") -> list[Item]:
+        return self._items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
 
-    Args:
-        rows: as `generation_row` makes them.
+    def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
+        """Read items from a question file and the folder that its images lie in; loads torch with `data/images.py`.
 
-    Returns:
-        One `{"metric", "value", "blind", "chance", "count"}` a line; chance is what uniform guessing among each
-        question's options scores; blind is None where questions were not asked without image. No rows, no lines.
-    """
-    categories = sorted({row["category"] for row in rows})
-    groups = [("accuracy", list(rows))] + [
-        (f"accuracy/{c}", [r for r in rows if r["category"] == c]) for c in categories
-    ]
-    return [
-        {
-            "metric": name,
-            "value": _percent([row["correct"] for row in group]),
-            "blind": _percent([row["blind_correct"] for row in group])
-            if group[0]["blind_correct"] is not None
-            else None,
-            "chance": _percent([1 / row["options"] for row in group]),
-            "count": len(group),
-        }
-        for name, group in groups
-        if group
-    ]
+        Raises:
+            DataError: the file or an image is missing, a line is broken, or an image lies outside the folder.
+        """
+        from tinylmm.data.images import safe_path
 
+        return self._items(questions, lambda name: ImageRef(safe_path(images, name)), limit)
 
-def _percent(values: list[Any]) -> float:
-    return round(100 * sum(values) / len(values), 4)
+    def _items(self, questions: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
+        return [
+            Item(
+                item_id=str(question.question_id),
+                question_id=question.question_id,
+                prompt=question.text,
+                images=(image(question.image),),
+                category=question.category,
+                reference=question.answer,
+                options=question.options,
+            )
+            for question in read_questions(questions, limit)
+        ]
+
+    def score(
+        self,
+        items: Sequence[Item],
+        answers: Mapping[str, Answer],
+        variant: str | None = None,
+        judge: Judge | None = None,
+    ) -> Scores:
+        """Accuracy in percent: overall first, then `accuracy/<category>` in alphabetical order; no items, no figures."""
+        per_item = []
+        for item in items:
+            answer = answers.get(item.item_id)
+            right = answer is not None and is_correct(answer.text, item.reference)
+            per_item.append(ItemScore(item.item_id, float(right), (normalise(answer.text) or None) if answer else None))
+        scored = list(zip(items, per_item, strict=True))
+        groups = {"accuracy": [row.score or 0.0 for row in per_item]} if items else {}
+        for category in sorted({item.category for item in items}):
+            groups[f"accuracy/{category}"] = [row.score or 0.0 for item, row in scored if item.category == category]
+        return Scores(
+            benchmark=self.name,
+            variant=pick_variant(self, variant),
+            aggregate={name: percent(values, 4) for name, values in groups.items()},
+            per_item=tuple(per_item),
+            counts=count_items(items, answers, per_item),
+        )

@@ -32,9 +32,9 @@ from tinylmm.stop import STOP_FILE, watch_for_stop
 
 log = logging.getLogger(__name__)
 
-MULTI_RANK_KINDS = {"train"}
+MULTI_RANK_KINDS = {"train", "eval"}
 """Stage kinds that use every rank of the launch; the others are short and run in this process."""
-SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, "features.part")
+SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, "features.part", "answers")
 
 
 @dataclass

@@ -75,7 +75,7 @@ def _newest_finished(folders: dict[str, Path]) -> Path:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    record = _read_json(folder / "run.json")
+    record = read_json(folder / "run.json")
     if record.get("format") != RUN_FORMAT:
         raise IntegrityError(
             f"{folder / 'run.json'}: format is {record.get('format')!r}, this version reads {RUN_FORMAT}. "
@@ -125,7 +125,7 @@ def _collect_stage(store_root: Path, record: dict[str, Any], notes: list[str]) -
             f"Stage {record['name']} ({key}) has been deleted from the store; the command below makes it again."
         )
         folder = None
-    manifest = _read_json(folder / "manifest.json") if folder and (folder / "manifest.json").exists() else {}
+    manifest = read_json(folder / "manifest.json") if folder and (folder / "manifest.json").exists() else {}
     error_file = work / "error.txt"
     error = error_file.read_text(encoding="utf-8", errors="replace") if error_file.exists() else None
     return StageRecord(
@@ -136,7 +136,7 @@ def _collect_stage(store_root: Path, record: dict[str, Any], notes: list[str]) -
         status=status,
         seconds=record.get("seconds") if status == "run" else manifest.get("seconds", record.get("seconds")),
         folder=folder,
-        metrics=tuple(_read_jsonl(folder / "metrics.jsonl")) if folder else (),
+        metrics=tuple(read_jsonl(folder / "metrics.jsonl")) if folder else (),
         summary=manifest.get("summary") or {},
         versions=manifest.get("versions") or {},
         peak_rss_mib=manifest.get("peak_rss_mib"),
@@ -145,12 +145,12 @@ def _collect_stage(store_root: Path, record: dict[str, Any], notes: list[str]) -
 
 
 def _collect_evaluation(stage: StageRecord, folder: Path, models: dict[str, str]) -> Evaluation:
-    model = _read_json(folder / "spec.json")["parents"]["model"]
+    model = read_json(folder / "spec.json")["parents"]["model"]
     if model not in models:
         raise IntegrityError(
             f"{folder / 'spec.json'}: evaluates model {model[:16]}, which no training stage of this run made"
         )
-    record = _read_json(folder / "output" / "scores.json")
+    record = read_json(folder / "output" / "scores.json")
     scores = []
     for row in record["metrics"]:
         if not isfinite(row["value"]):
@@ -158,7 +158,9 @@ def _collect_evaluation(stage: StageRecord, folder: Path, models: dict[str, str]
                 f"{folder / 'output' / 'scores.json'}: {row['metric']} is {row['value']}, not a number"
             )
         value, blind, chance = float(row["value"]), row.get("blind"), row.get("chance")
-        scores.append(Score(record["benchmark"], row["metric"], value, blind, chance, int(row["count"])))
+        low_high = row.get("interval")
+        bounds = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+        scores.append(Score(record["benchmark"], row["metric"], value, blind, chance, int(row["count"]), bounds))
     protocol = str(record.get("protocol") or "")
     return Evaluation(
         models[model], record["benchmark"], protocol, tuple(scores), folder / "output" / "generations.jsonl"
@@ -182,24 +184,24 @@ def _collect_examples(
 
 def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tuple[Example, ...]:
     *before, last = evaluations
-    rows = choose_rows(_read_jsonl(last.generations), limit)
-    wanted = {str(row["question_id"]) for row in rows}
+    rows = choose_rows(read_jsonl(last.generations), limit)
+    wanted = {row_id(row) for row in rows}
     earlier: dict[str, list[Answer]] = {question: [] for question in wanted}
     for evaluation in before:
-        for row in _read_jsonl(evaluation.generations):
-            if str(row["question_id"]) in wanted:
-                earlier[str(row["question_id"])].append(Answer(evaluation.stage, row["text"], bool(row["correct"])))
-    folder = _images_folder(store_root, last.generations.parent.parent)
+        for row in read_jsonl(evaluation.generations):
+            if row_id(row) in wanted:
+                earlier[row_id(row)].append(Answer(evaluation.stage, row["text"], bool(row["correct"])))
+    folder = images_folder(store_root, last.generations.parent.parent)
     examples = []
     for row in rows:
-        others = earlier[str(row["question_id"])]
+        others = earlier[row_id(row)]
         if row.get("blind_text") is not None:
             others.append(Answer("blind", row["blind_text"], bool(row.get("blind_correct"))))
         examples.append(
             Example(
                 question_id=str(row["question_id"]),
                 category=str(row.get("category") or ""),
-                question=str(row.get("question") or ""),
+                question=str(row.get("question") or row.get("prompt") or ""),
                 truth=str(row["truth"]),
                 image=str(row.get("image") or ""),
                 image_path=_image_path(folder, row.get("image")),
@@ -208,6 +210,11 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
             )
         )
     return tuple(examples)
+
+
+def row_id(row: dict[str, Any]) -> str:
+    """What tells a generation from the others: question ids are not unique in every benchmark."""
+    return str(row.get("item_id", row["question_id"]))
 
 
 def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -219,7 +226,7 @@ def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, An
     groups: dict[tuple[str, bool], list[tuple[int, int, dict[str, Any]]]] = {}
     for index, row in enumerate(rows):
         heap = groups.setdefault((str(row.get("category") or ""), bool(row["correct"])), [])
-        rank = int(hashlib.sha256(str(row["question_id"]).encode()).hexdigest(), 16)
+        rank = int(hashlib.sha256(row_id(row).encode()).hexdigest(), 16)
         if len(heap) < limit:
             heappush(heap, (-rank, -index, row))  # a heap of negated ranks: its head is the first to go
         elif -rank > heap[0][0]:
@@ -237,9 +244,9 @@ def choose_rows(rows: Iterator[dict[str, Any]], limit: int) -> list[dict[str, An
     return [row for _, row in chosen]
 
 
-def _images_folder(store_root: Path, eval_folder: Path) -> Path | None:
+def images_folder(store_root: Path, eval_folder: Path) -> Path | None:
     """Where the images of an evaluation lie: in its data stage's output, or under the root of outside data."""
-    spec = _read_json(eval_folder / "spec.json")
+    spec = read_json(eval_folder / "spec.json")
     location = (spec.get("settings") or {}).get("location") or {"root": None, "source": spec["spec"]["source"]}
     if location and location["root"] is not None:
         return Path(location["root"]) / location["source"].get("images", "")
@@ -260,7 +267,7 @@ def _image_path(folder: Path | None, image: str | None) -> Path | None:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -274,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL file, none where there is no file; a last line still being written (no line end) is left out."""
     if not path.exists():
         return

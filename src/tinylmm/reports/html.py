@@ -6,6 +6,7 @@ content security policy forbids scripts and all loading besides, should anything
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -13,26 +14,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tinylmm import __version__
+from tinylmm.reports.compare import Pair
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Evaluation, Example, Report, RunRecord, Score, ScoreRow, StageRecord
 from tinylmm.reports.tables import compare_grid, row_label
-from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
-from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, verdict, words
+from tinylmm.reports.thumbnails import ThumbnailError, find_image, thumbnail
+from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
 
 CURVE_KINDS = ("parts", "train")
+FLIPS_A_SIDE = 30
 
 
 def render_html(report: Report) -> str:
     """Return the page."""
-    environment = Environment(
-        loader=PackageLoader("tinylmm.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "duration": duration, "moment": moment, "words": words, "points": points}
+    environment = _environment()
     single = len(report.runs) == 1
     header, rows = compare_grid(report)
     return environment.get_template("report.html.j2").render(
@@ -42,6 +38,43 @@ def render_html(report: Report) -> str:
         runs=[_run(run, f"run{index}") for index, run in enumerate(report.runs)],
         version=__version__,
     )
+
+
+def render_comparison_html(report: Report, pairs: Sequence[Pair]) -> str:
+    """Return the page of a comparison; of each run's wins the first FLIPS_A_SIDE are shown with their images."""
+    return (
+        _environment()
+        .get_template("compare.html.j2")
+        .render(
+            names=[run.name for run in report.runs],
+            pairs=[{"record": pair, "sides": [_side(pair, 1), _side(pair, 0)]} for pair in pairs],
+            version=__version__,
+        )
+    )
+
+
+def _side(pair: Pair, winner: int) -> tuple[str, list[dict[str, Any]], int]:
+    """Title, cards and number of the questions that one run answered better."""
+    flips = [flip for flip in pair.flips if flip.winner == winner]
+    cards = []
+    for flip in flips[:FLIPS_A_SIDE]:
+        try:
+            cards.append({"flip": flip, "image": thumbnail(find_image(flip.image)), "missing": ""})
+        except ThumbnailError as reason:
+            cards.append({"flip": flip, "image": None, "missing": str(reason)})
+    return f"The {'second' if winner else 'first'} answered better", cards, len(flips)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("tinylmm.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "duration": duration, "moment": moment, "words": words, "points": points}
+    return environment
 
 
 def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
@@ -106,7 +139,7 @@ def _scores(run: RunRecord) -> dict[str, Any]:
     stages = run.scored_stages
     rows = run.score_rows()
     shares = all(row.last.is_share for row in rows)
-    top = 100.0 if shares else max([score.value for row in rows for score in row.by_stage.values()] + [1.0])
+    top = {row.benchmark: _top(rows, row.benchmark) for row in rows}
     return {
         "stages": stages,
         "blind": any(score.blind is not None for row in rows for score in row.by_stage.values()),
@@ -118,15 +151,22 @@ def _scores(run: RunRecord) -> dict[str, Any]:
                 "by_stage": [row.by_stage.get(stage) for stage in stages],
                 "gain": _gain(row.by_stage, stages),
                 "last": row.last,
-                "bars": _bars(row.by_stage, stages, top),
-                "chance_at": _place(row.last.chance, top),
-                "interval": [_place(end, top) for end in row.last.interval() or ()],
+                "bars": _bars(row.by_stage, stages, top[row.benchmark]),
+                "chance_at": _place(row.last.chance, top[row.benchmark]),
+                "low_high": span(row.last.interval()),
+                "interval": [_place(end, top[row.benchmark]) for end in row.last.interval() or ()],
             }
             for row in rows
         ],
         "protocols": [evaluation for evaluation in _last_evaluations(run) if evaluation.protocol],
         "shares": shares,
     }
+
+
+def _top(rows: Sequence[ScoreRow], benchmark: str) -> float:
+    """The end of a benchmark's scale: 100, or its largest value where that is more (MME's points)."""
+    values = [score.value for row in rows if row.benchmark == benchmark for score in row.by_stage.values()]
+    return max([*values, 100.0])
 
 
 def _label(run: RunRecord, row: ScoreRow) -> str:

@@ -27,6 +27,8 @@ class Score:
     chance: float | None
     """A uniform guess among each question's options."""
     count: int
+    bounds: tuple[float, float] | None = None
+    """95 % interval as the evaluation found it, by resampling images."""
 
     @property
     def overall(self) -> bool:
@@ -44,12 +46,12 @@ class Score:
         return self.metric.partition("/")[0] == "accuracy" and self.count > 0
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % Wilson score interval in %, or None where the metric is no share of right answers.
+        """95 % interval in the metric's unit: the evaluation's own, else Wilson's for a share of right answers, else None.
 
         Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
         """
-        if not self.is_share:
-            return None
+        if self.bounds is not None or not self.is_share:
+            return self.bounds
         share, square = self.value / 100, Z_95**2 / self.count
         middle = (share + square / 2) / (1 + square)
         half = Z_95 / (1 + square) * sqrt(share * (1 - share) / self.count + square / (4 * self.count))

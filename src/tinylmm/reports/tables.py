@@ -14,14 +14,14 @@ from rich.text import Text
 
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunRecord, ScoreRow
-from tinylmm.reports.wording import ABSENT, duration, facts, number, verdict, words
+from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
 
 MAX_COMPARED_CATEGORIES = 8
 """With more, a comparison shows scores over all questions only: the table would not fit a terminal."""
 
 
 def result_rows(report: Report) -> list[dict[str, Any]]:
-    """Every score of every run as one tidy row: run, training stage, benchmark, metric, value, blind, chance, count."""
+    """Every score of every run as one tidy row, with the evaluated training stage and the 95 % interval."""
     return [
         {
             "run": run.name,
@@ -32,6 +32,7 @@ def result_rows(report: Report) -> list[dict[str, Any]]:
             "blind": score.blind,
             "chance": score.chance,
             "count": score.count,
+            "interval": score.interval(),
         }
         for run in report.runs
         for evaluation in run.evaluations
@@ -40,15 +41,15 @@ def result_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def score_grid(run: RunRecord) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of one run's scores: metric, after each stage, blind, chance, n. Blind is the last stage's."""
+    """Header and cells of one run's scores: metric, after each stage, the last one's 95 % interval, blind and chance, n."""
     stages = run.scored_stages
-    header = ["metric", *(f"after {stage}" for stage in stages), "blind", "chance", "n"]
+    header = ["metric", *(f"after {stage}" for stage in stages), "95 %", "blind", "chance", "n"]
     rows = []
     for row in run.score_rows():
         values = [number(row.by_stage[stage].value) if stage in row.by_stage else ABSENT for stage in stages]
-        rows.append(
-            [row_label(run, row), *values, number(row.last.blind), number(row.last.chance), f"{row.last.count:,}"]
-        )
+        last = row.last
+        sure = [span(last.interval()), number(last.blind), number(last.chance), f"{last.count:,}"]
+        rows.append([row_label(run, row), *values, *sure])
     return header, rows
 
 
@@ -82,7 +83,9 @@ def render_scores(report: Report) -> Table:
     """The table that ends a run in the terminal."""
     single = len(report.runs) == 1
     header, rows = score_grid(report.runs[0]) if single else compare_grid(report)
-    title = f"{report.runs[0].name}: scores in %" if single else f"{len(report.runs)} runs: last scores in %"
+    percent = all(score.value <= 100 for run in report.runs for e in run.evaluations for score in e.scores)
+    unit = " in %" if percent else ""  # MME counts points
+    title = f"{report.runs[0].name}: scores{unit}" if single else f"{len(report.runs)} runs: last scores{unit}"
     # Text objects, not strings: a category named "[red]" is a name, not rich markup
     table = Table(title=Text(title), caption=Text(verdict(report.runs[0])) if single else None, title_justify="left")
     table.caption_justify = "left"
@@ -108,7 +111,8 @@ def render_markdown(report: Report) -> str:
         if run.evaluations:
             blocks.append(markdown_table(*score_grid(run)))
             blocks.append(
-                "In %; blind: the last model asked without the image; chance: a uniform guess among the options."
+                "In % (MME: points). 95 %: the last model's interval; blind: the last model asked without the image; "
+                "chance: a uniform guess among the options."
             )
         header, rows = published_grid(run)
         if rows:

@@ -6,8 +6,11 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+
+from tinylmm.errors import DataError
 
 SMALL_SIDE = 128
 """Up to this many pixels an image is kept pixel for pixel, and shown enlarged without blur."""
@@ -31,7 +34,25 @@ class Thumbnail:
     """Whether to enlarge it with hard pixel edges."""
 
 
-def load_image(path: Path | None) -> Image.Image:
+def find_image(record: dict[str, Any] | None) -> Path | Image.Image | None:
+    """The image that a generation names: a file, or a cell of a parquet file, decoded.
+
+    Raises:
+        ThumbnailError: the cell cannot be read.
+    """
+    if record is None:
+        return None
+    if record.get("row") is None:
+        return Path(record["path"])
+    from tinylmm.evaluation.benchmarks.base import ImageRef
+
+    try:
+        return ImageRef(Path(record["path"]), record["row"], record["column"]).open()
+    except DataError as error:
+        raise ThumbnailError("image unreadable") from error
+
+
+def load_image(path: Path | Image.Image | None) -> Image.Image:
     """Open an image as RGB, with no side above `LARGE_SIDE`.
 
     Raises:
@@ -39,6 +60,9 @@ def load_image(path: Path | None) -> Image.Image:
     """
     if path is None:
         raise ThumbnailError("no image")
+    if isinstance(path, Image.Image):
+        path.thumbnail((LARGE_SIDE, LARGE_SIDE))
+        return path
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -52,7 +76,7 @@ def load_image(path: Path | None) -> Image.Image:
     return picture
 
 
-def thumbnail(path: Path | None) -> Thumbnail:
+def thumbnail(path: Path | Image.Image | None) -> Thumbnail:
     """Encode an image for a page: PNG for small ones (no loss), JPEG for photographs (a tenth of the size).
 
     Raises:

@@ -21,6 +21,11 @@ def points(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
+def span(interval: tuple[float, float] | None) -> str:
+    """An interval's two ends, or a dash where there is none."""
+    return ABSENT if interval is None else f"{interval[0]:.1f}–{interval[1]:.1f}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in the largest two units that say something: `0.4 s`, `42 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds is None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tinylmm.errors import UserError
 from tinylmm.reports.collect import collect_report
-from tinylmm.reports.html import render_html
+from tinylmm.reports.compare import Pair, comparison_json
+from tinylmm.reports.html import render_comparison_html, render_html
 from tinylmm.reports.records import Report
 from tinylmm.reports.tables import render_markdown, result_rows
 
@@ -58,6 +59,23 @@ def write_files(report: Report, out: Path | None = None) -> ReportPaths:
         paths.results, (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
     return paths
+
+
+def write_comparison(report: Report, pairs: Sequence[Pair], out: Path | None = None) -> tuple[Path, Path]:
+    """Write compare.html and compare.json, by default to `store/reports/compare-<names>`; returns both paths.
+
+    Raises:
+        UserError: `out` is a file.
+    """
+    folder = report.store / "reports" / f"compare-{_folder_name(report)}" if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; a comparison is a folder with two files. Name another place.")
+    folder.mkdir(parents=True, exist_ok=True)
+    page, record = folder / "compare.html", folder / "compare.json"
+    write_atomically(page, render_comparison_html(report, pairs).encode())
+    text = json.dumps(comparison_json(report, pairs), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(record, f"{text}\n".encode())
+    return page, record
 
 
 def write_atomically(path: Path, content: bytes) -> None:

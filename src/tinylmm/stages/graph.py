@@ -21,7 +21,7 @@ from tinylmm.config.spec import (
     StageSpec,
 )
 
-STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 1}
+STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
 """Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""
 
 TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
@@ -141,11 +141,19 @@ class _Builder:
 
     def _evaluation(self, benchmark: str, spec: EvalSpec, model: Stage) -> None:
         template = self.run.llm.template if spec.template == "auto" else spec.template
-        fields = _dump(spec, exclude={"data", "source", "after", "template"})
+        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge"})
         fields["template"] = template
-        fields["source"] = self._source(spec.data, spec.source)
-        parents = {"model": model.digest} | self._data_parent(spec.data)
-        self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": _location(spec.data, spec.source)})
+        fields["judge"] = spec.judge.model
+        parents = {"model": model.digest}
+        if spec.data is not None and spec.source is not None:
+            fields["source"] = self._source(spec.data, spec.source)
+            parents |= self._data_parent(spec.data)
+            location = _location(spec.data, spec.source)
+        else:
+            fields["content"] = self.fingerprint("benchmark", spec)
+            location = {"root": spec.root, "source": {"images": ""}}
+        location["judge_url"] = spec.judge.base_url
+        self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": location})
 
     def _mix(
         self,

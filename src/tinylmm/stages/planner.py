@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.config.hub import unknown_numbers
-from tinylmm.config.spec import DataSpec, RunSpec
+from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.data.fingerprint import checkpoint_fingerprint, model_fingerprint, source_fingerprint
 from tinylmm.errors import DataError
 from tinylmm.stages.graph import Stage, StageGraph, build_graph
@@ -131,7 +131,27 @@ class _Files:
     def _read(self, kind: str, thing: Any) -> dict[str, Any]:
         if kind == "source":
             return self._source(*thing)
+        if kind == "benchmark":
+            return self._benchmark(thing)
         return model_fingerprint(thing, self.cache) if kind == "model" else checkpoint_fingerprint(thing)
+
+    def _benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+        # imported here: benchmarks need Pillow, and most plans need no benchmark
+        from tinylmm.stages.benchmark_files import benchmark_fingerprint
+
+        assert spec.root is not None  # EvalSpec's validator holds this
+        root = Path(spec.root).absolute()
+        try:
+            found = benchmark_fingerprint(spec.benchmark, root, spec.layout, spec.limit, self.cache, spec.options)
+        except DataError as error:
+            self.missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
+            return {"missing": spec.benchmark}
+        if found["num_missing"]:
+            shown = ", ".join(found["missing"][:3]) + (", ..." if found["num_missing"] > 3 else "")
+            what = f"{found['num_missing']:,} of {found['num_images']:,} images of benchmark {spec.benchmark} ({shown})"
+            how = f"put them there, or name the folder that has them: eval.{spec.benchmark}.root=FOLDER"
+            self.missing.append(Missing(what, str(root), how))
+        return {"items": found["items"], "images": found["images"]}
 
     def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
         assert data.root is not None  # sources of built data are identified by their stage

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import datasets
 import numpy as np
@@ -21,8 +20,7 @@ from tinylmm.data.chat import get_template
 from tinylmm.data.collate import Collator
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import ConfigError
-from tinylmm.evaluation.generate import answer_questions, image_features
-from tinylmm.evaluation.questions import Question
+from tinylmm.evaluation.generate import Engine, end_tokens, make_prompt
 from tinylmm.models.anyres import TiledConnector, with_tiles
 from tinylmm.models.checkpoint import load_model, save_model
 from tinylmm.models.connectors import IdentityConnector, MLPConnector
@@ -182,15 +180,27 @@ def test_a_saved_model_brings_its_newline_back(tmp_path: Path) -> None:
 
 def test_answers_do_not_depend_on_the_other_images_of_the_batch(images: dict[str, Path]) -> None:
     model, tokenizer = tiled_lmm().eval(), tiny_loaded().tokenizer
-    transform = ImageTransform(**ANYRES)
-    features = image_features(model, list(images), lambda name: transform(open_image(images[name])))
-    assert {name: len(tiles) for name, tiles in features.items()} == {"wide.png": 4, "high.png": 4, "square.png": 5}
+    transform, template = ImageTransform(**ANYRES), get_template("llama")
     sizes = {name: image_size(path) for name, path in images.items()}
-    questions = [Question(name, name, "what is it?", "", "", 2) for name in images]
-    ask: Any = lambda some, batch: answer_questions(  # noqa: E731
-        model, tokenizer, get_template("llama"), some, features, max_new_tokens=4, batch=batch, sizes=sizes
-    )
-    assert ask(questions, 3) == [ask([one], 1)[0] for one in questions]
+    prompts = [
+        make_prompt(f"{name}{n}", f"what is it? {n}", [name], template, tokenizer, [model.tokens_of(*sizes[name])])
+        for name in images
+        for n in range(3)
+    ]
+
+    def answers(rows: int) -> dict[str, list[int]]:
+        ends = end_tokens(template, tokenizer)
+        engine = Engine(
+            model, lambda name: transform(open_image(images[name])), ends, max_new_tokens=4, rows=rows, sizes=sizes
+        )
+        return {reply.item_id: reply.ids for batch in engine.replies(prompts) for reply in batch}
+
+    expected = {}
+    for prompt in prompts:
+        tiles, shape = transform(open_image(images[prompt.images[0]])), sizes[prompt.images[0]]
+        (ids,) = model.generate([list(prompt.ids)], model.tower_features(tiles), 4, 1, 3, torch.tensor([shape]))
+        expected[prompt.item_id] = ids
+    assert answers(64) == answers(1) == expected
 
 
 def test_a_connector_without_a_grid_cannot_be_tiled() -> None:

@@ -31,8 +31,8 @@ def terminal(report: Report) -> str:
 def test_grid_shows_every_stage_beside_blind_and_chance(store: StoreBuilder) -> None:
     store.whole()
     header, rows = score_grid(collect_report(store.root).runs[0])
-    assert header == ["metric", "after pretrain", "after finetune", "blind", "chance", "n"]
-    assert rows[0] == ["accuracy", "30.0", "80.0", "20.0", "10.0", "40"]
+    assert header == ["metric", "after pretrain", "after finetune", "95 %", "blind", "chance", "n"]
+    assert rows[0] == ["accuracy", "30.0", "80.0", "65.2–89.5", "20.0", "10.0", "40"]
     assert [row[0] for row in rows[1:]] == ["digit", "colour", "count", "multiple choice"]
 
 
@@ -41,7 +41,12 @@ def test_what_was_not_measured_is_a_dash(store: StoreBuilder) -> None:
     folder = store.evaluation("finetune", 5)
     store.scores(folder, [{"metric": "accuracy", "value": 50.0, "blind": None, "chance": None, "count": 1500}])
     store.run("bare")
-    assert score_grid(collect_report(store.root).runs[0])[1] == [["accuracy", "50.0", "–", "–", "1,500"]]
+    assert score_grid(collect_report(store.root).runs[0])[1] == [["accuracy", "50.0", "47.5–52.5", "–", "–", "1,500"]]
+    metric = {"metric": "points", "value": 1400.0, "blind": None, "chance": None, "count": 9, "interval": [1300, 1500]}
+    store.scores(folder, [metric])
+    report = collect_report(store.root)
+    assert score_grid(report.runs[0])[1] == [["points", "1400.0", "1300.0–1500.0", "–", "–", "9"]]
+    assert "scores in %" not in terminal(report)
 
 
 def test_terminal_shows_a_bracketed_category_as_it_is(store: StoreBuilder) -> None:
@@ -72,14 +77,23 @@ def test_results_are_tidy_rows_of_the_scores_files(store: StoreBuilder) -> None:
     rows = result_rows(collect_report(store.root))
     assert len(rows) == 10
     names = {"run": "nano-base", "stage": "pretrain", "benchmark": "digits", "metric": "accuracy"}
-    assert rows[0] == {**names, "value": 30.0, "blind": 20.0, "chance": 10.0, "count": 40}
+    assert rows[0] == {
+        **names,
+        "value": 30.0,
+        "blind": 20.0,
+        "chance": 10.0,
+        "count": 40,
+        "interval": rows[0]["interval"],
+    }
+    low, high = rows[0]["interval"]
+    assert low == pytest.approx(18.07, abs=0.01) and high == pytest.approx(45.43, abs=0.01)
 
 
 def test_markdown_has_verdict_scores_stages_and_command(store: StoreBuilder) -> None:
     store.whole()
     text = render_markdown(collect_report(store.root))
     assert text.startswith("# nano-base\n\n80.0 % of 40 held-out questions (digits) are answered right after finetune")
-    assert "| accuracy | 30.0 | 80.0 | 20.0 | 10.0 | 40 |" in text
+    assert "| accuracy | 30.0 | 80.0 | 65.2–89.5 | 20.0 | 10.0 | 40 |" in text
     assert "| llm/nano | parts |" in text
     assert "tinylmm-train llm=nano recipe=base" in text
 

@@ -30,7 +30,8 @@ def test_results_hold_format_and_rows(store: StoreBuilder) -> None:
     store.whole()
     results = json.loads(write_report(store.root).results.read_text())
     assert results["format"] == 1
-    assert set(results["rows"][0]) == {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count"}
+    columns = {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count", "interval"}
+    assert set(results["rows"][0]) == columns
 
 
 def test_writing_again_changes_no_byte(store: StoreBuilder) -> None:

@@ -1,0 +1,195 @@
+"""How much faster the generation engine answers a POPE-like set than asking one question at a time, in one run.
+
+    python -m benchmarks.eval                                        # 200 images, 20 yes-or-no questions each
+    python -m benchmarks.eval --images 10 --baseline 20              # a minute
+
+The model is random and of middle size (a tower of 576 image tokens, a Llama): speed does not depend on the weights, answers
+do, so they are cut after --new-tokens (a "Yes" and its end are two). One at a time means what evaluation scripts usually do:
+open the image, run the tower, generate with transformers, for every question anew. As every question
+costs it the same, it is timed on --baseline of them, half before and half after the engine, which answers all. Both must say
+the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+
+from tinylmm.data.chat import get_template
+from tinylmm.data.images import ImageTransform
+from tinylmm.evaluation.benchmarks.base import Item
+from tinylmm.evaluation.digits import Digits
+from tinylmm.evaluation.generate import Engine, Prompt, end_tokens, make_prompt
+from tinylmm.models.connectors import MLPConnector
+from tinylmm.models.lmm import LMM
+from tinylmm.models.vision import HFVisionTower
+
+RESULT = Path(__file__).parent / "results" / "eval.json"
+OBJECTS = ("person", "car", "dog", "chair", "bottle", "cup", "traffic light", "dining table", "ball", "cell phone")
+SUFFIX = "\nAnswer the question using a single word or phrase."
+VOCAB = 32000
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Make the set and the model, measure, write the result."""
+    options = _options(words)
+    torch.manual_seed(0)
+    model, tokenizer = _model(options), _tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        items = _write_set(Path(folder), options)
+        record = _measure(options, model, tokenizer, items)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(
+        f"one at a time {record['one_at_a_time_per_s']:.2f} questions/s, engine {record['engine_per_s']:.2f}: "
+        f"{record['ratio']:.1f} times as fast, answers {'equal' if record['answers_equal'] else 'DIFFERENT'}\n"
+    )
+    return 0 if record["answers_equal"] else 1
+
+
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=20, help="questions an image")
+    parser.add_argument("--baseline", type=int, default=120, help="questions asked one at a time")
+    parser.add_argument("--new-tokens", type=int, default=3)
+    parser.add_argument("--width", type=int, default=384, help="of the language model")
+    parser.add_argument("--layers", type=int, default=6, help="of the language model")
+    parser.add_argument("--size", type=int, default=336, help="of the tower's input, in pixels")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--note", default="", help="kept with the result, e.g. what else the machine was doing")
+    return parser.parse_args(words)
+
+
+def _model(options: argparse.Namespace) -> LMM:
+    width = options.width
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=options.layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            max_position_embeddings=2048,
+        )
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=width * 3 // 4,
+        intermediate_size=width * 3,
+        num_hidden_layers=options.layers + 2,
+        num_attention_heads=width * 3 // 128,
+        image_size=options.size,
+        patch_size=14,
+    )
+    tower = HFVisionTower(SiglipVisionModel(vision), -2, "patch", False)
+    return LMM(llm, tower, MLPConnector(tower.hidden_size, width), "llama").eval()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<unk>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [get_template("llama").system, SUFFIX, *(f"Is there a {name} in the image?" for name in OBJECTS)] * 4
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def _write_set(folder: Path, options: argparse.Namespace) -> list[Item]:
+    """Write images and a question file, and read them back as a benchmark's items."""
+    draw = random.Random(0)
+    (folder / "images").mkdir()
+    rows = []
+    for number in range(options.images):
+        image = Image.new("RGB", (320, 240), tuple(draw.randrange(256) for _ in range(3)))
+        for _ in range(6):
+            patch = Image.new("RGB", (draw.randrange(20, 120),) * 2, tuple(draw.randrange(256) for _ in range(3)))
+            image.paste(patch, (draw.randrange(300), draw.randrange(220)))
+        image.save(folder / "images" / f"{number}.jpg")
+        for question in range(options.questions):
+            text = f"Is there a {draw.choice(OBJECTS)} in the image?{SUFFIX}"
+            row = {"question_id": f"{number}-{question}", "image": f"{number}.jpg", "text": text}
+            rows.append({**row, "category": "adversarial", "answer": draw.choice(["yes", "no"]), "options": 2})
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Digits().load(folder)
+
+
+def _measure(
+    options: argparse.Namespace, model: LMM, tokenizer: PreTrainedTokenizerFast, items: list[Item]
+) -> dict[str, Any]:
+    template = get_template("llama")
+    refs = {item.images[0].key: item.images[0] for item in items}
+    transform = ImageTransform(options.size, (0.5,) * 3, (0.5,) * 3, "squash")
+    prompts = [
+        make_prompt(item.item_id, item.prompt, [item.images[0].key], template, tokenizer, [model.image_tokens])
+        for item in items
+    ]
+
+    def load(key: str) -> torch.Tensor:
+        return transform(refs[key].open())
+
+    def alone(prompt: Prompt) -> list[int]:
+        with torch.no_grad():
+            features = model.tower_features(load(prompt.images[0])[None])
+        return model.generate([list(prompt.ids)], features, options.new_tokens, 1, 3)[0]
+
+    chosen = random.Random(1).sample(prompts, min(options.baseline, len(prompts)))
+    halves = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+    alone(prompts[0])  # the first call of anything is slow
+    said: dict[str, list[int]] = {}
+    slow = _timed(lambda: said.update({prompt.item_id: alone(prompt) for prompt in halves[0]}))
+    engine = Engine(model, load, end_tokens(template, tokenizer), options.new_tokens)
+    found: dict[str, list[int]] = {}
+    fast = _timed(lambda: found.update({r.item_id: r.ids for batch in engine.replies(prompts) for r in batch}))
+    slow += _timed(lambda: said.update({prompt.item_id: alone(prompt) for prompt in halves[1]}))
+    per_s = {"one_at_a_time_per_s": len(chosen) / slow, "engine_per_s": len(prompts) / fast}
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "note": options.note,
+        "images": options.images,
+        "questions": len(prompts),
+        "baseline_questions": len(chosen),
+        "prompt_tokens": max(len(prompt.ids) for prompt in prompts),
+        "image_tokens": model.image_tokens,
+        "new_tokens": options.new_tokens,
+        "llm_parameters": sum(p.numel() for p in model.llm.parameters()),
+        "tower_parameters": sum(p.numel() for p in model.vision_tower.parameters()),
+        **{name: round(value, 3) for name, value in per_s.items()},
+        "one_at_a_time_s": round(slow, 2),
+        "engine_s": round(fast, 2),
+        "ratio": round(per_s["engine_per_s"] / per_s["one_at_a_time_per_s"], 2),
+        "answers_equal": all(found[item_id] == ids for item_id, ids in said.items()),
+        "near_ties": engine.near_ties,
+        "images_encoded": engine.images_encoded,
+    }
+
+
+def _timed(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""A finished model under lmms-eval (extra `lmms`), for the benchmarks that are not built in.
+
+    lmms-eval --model tinylmm --model_args pretrained=store/stages/train-0123/output/model --tasks mme
+
+lmms-eval finds the model by the entry point `lmms_eval.models` of this package. Its tasks keep their own prompts and scorers,
+so its numbers are protocol `lmms` (see the benchmarks' variants), not the papers'. Answers are greedy, whatever a task says
+of sampling, and come from the same engine as ours. One process; images only, no video.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from torch import Tensor
+
+from tinylmm.data.chat import IMAGE_SLOT, IMAGE_TOKEN_ID, Turn, get_template
+from tinylmm.data.images import ImageTransform
+from tinylmm.errors import DataError, UserError
+from tinylmm.evaluation.generate import Engine, Prompt, end_tokens, make_prompt
+from tinylmm.models.checkpoint import load_model
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 128
+"""Where a task names no `max_new_tokens`; LLaVA's scripts use as many."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def manifest() -> ModelManifest:
+    """What the entry point gives to lmms-eval's registry."""
+    return ModelManifest("tinylmm", simple_class_path=f"{__name__}.TinyLMM")
+
+
+class TinyLMM(lmms):
+    """A model folder that `tinylmm-train` has written, as lmms-eval's "simple" kind of model.
+
+    Args:
+        pretrained: the folder (a train stage's output/model).
+        device: `cpu`, `cuda` or `cuda:N`; by default the GPU where there is one.
+        precision: of the weights, fp32, bf16 or fp16.
+        batch_size: most prompts at once; lmms-eval's own default of 1 is as good, as answers do not depend on it.
+        template: chat template; by default the one that the model was trained with.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        precision: str = "fp32",
+        batch_size: int | str = 64,
+        tokens: int | str = 32768,
+        template: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise UserError(
+                f"tinylmm models take pretrained, device, precision, batch_size, tokens and template; "
+                f"found {', '.join(unknown)} too. Remove it from --model_args."
+            )
+        if precision not in DTYPES:
+            raise UserError(f"precision={precision} is none of {', '.join(DTYPES)}; correct --model_args.")
+        loaded = load_model(Path(pretrained), [])
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = loaded.model.to(self._device, DTYPES[precision]).eval()
+        self.tokenizer = loaded.tokenizer
+        self.template = get_template(template or loaded.description["template"])
+        self.rows, self.tokens = int(batch_size), int(tokens)
+        self._transform = ImageTransform(**loaded.description["image"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        """Most prompts at once."""
+        return self.rows
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Answer greedily, in the order of the requests; an answer ends before the first of the task's `until` texts."""
+        images: dict[str, Image.Image] = {}
+        prompts: dict[int, list[Prompt]] = {}
+        for index, request in enumerate(requests):
+            context, options, *where = request.args
+            keys = self._register(self._visuals(*where), images)
+            counts = [self.model.image_tokens] * len(keys)
+            prompt = make_prompt(str(index), context, keys, self.template, self.tokenizer, counts)
+            prompts.setdefault(int(options.get("max_new_tokens", DEFAULT_NEW_TOKENS)), []).append(prompt)
+            if options.get("do_sample") and options.get("temperature", 1):
+                log.warning("task %s asks for sampling; it is answered greedily", request.task_name)
+        answers: dict[int, str] = {}
+        for limit, asked in prompts.items():
+            engine = self._engine(images, limit)
+            for reply in (reply for batch in engine.replies(asked) for reply in batch):
+                answers[int(reply.item_id)] = str(self.tokenizer.decode(reply.ids, skip_special_tokens=True))
+        return [_cut(answers[index], request.args[1].get("until")) for index, request in enumerate(requests)]
+
+    @torch.no_grad()
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Of each continuation as the model's answer: summed log-probability (nats), and whether it is the greedy one."""
+        found = []
+        for request in requests:
+            context, continuation, *where = request.args
+            visuals = self._visuals(*where)
+            user = f"{IMAGE_SLOT}\n" * len(visuals) + context.replace(IMAGE_SLOT, "").strip()
+            rendered = self.template.render([Turn(user, str(continuation).strip())], self.tokenizer)
+            ids, targets = [], []
+            for token, label in zip(rendered.input_ids, rendered.labels, strict=True):
+                count = self.model.image_tokens if token == IMAGE_TOKEN_ID else 1
+                ids += [token] * count
+                targets += [label] * count
+            if self.template.eos is not None:  # the end of the answer is no part of the continuation
+                ids, targets = ids[:-1], targets[:-1]
+            features = self.model.tower_features(torch.stack([self._pixels(v) for v in visuals])) if visuals else None
+            embeddings, _ = self.model.embed(torch.tensor([ids], device=self._device), None, features)
+            logits: Tensor = self.model.llm(inputs_embeds=embeddings).logits[0, :-1].float()
+            wanted = torch.tensor(targets[1:], device=self._device)
+            spoken = wanted != -100
+            chosen, wanted = logits[spoken].log_softmax(-1), wanted[spoken]
+            total = chosen.gather(1, wanted[:, None]).sum()
+            found.append((float(total), bool((chosen.argmax(-1) == wanted).all())))
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Not offered: no multi-round task shows its later images through this interface."""
+        raise UserError("tinylmm models answer single-round tasks only; choose another task.")
+
+    def _visuals(self, doc_to_visual: Any, doc_id: Any, task: str, split: str) -> list[Image.Image]:
+        """The images of a document, in order.
+
+        Raises:
+            DataError: it has a video or anything else that is no image.
+        """
+        found = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual is not None else []
+        visuals = [visual for visual in found or [] if visual is not None]
+        for visual in visuals:
+            if not isinstance(visual, Image.Image):
+                raise DataError(
+                    f"task {task}, document {doc_id}: holds a {type(visual).__name__}; tinylmm models take images only."
+                )
+        return visuals
+
+    def _register(self, visuals: Sequence[Image.Image], images: dict[str, Image.Image]) -> list[str]:
+        """Keys by content: questions about one image share its computation, wherever each has its copy from."""
+        keys = []
+        for visual in visuals:
+            picture = visual.convert("RGB")
+            key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+            images.setdefault(key, picture)
+            keys.append(key)
+        return keys
+
+    def _pixels(self, visual: Image.Image) -> Tensor:
+        return self._transform(visual.convert("RGB"))
+
+    def _engine(self, images: dict[str, Image.Image], max_new_tokens: int) -> Engine:
+        ends = end_tokens(self.template, self.tokenizer)
+        return Engine(self.model, lambda key: self._pixels(images[key]), ends, max_new_tokens, self.rows, self.tokens)
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    """The text before the first of the stop texts, stripped."""
+    stops = [until] if isinstance(until, str) else list(until or [])
+    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)].strip() if ends else text.strip()

@@ -1,0 +1,222 @@
+"""The eval stage: answers survive kills, ranks share the work, scores say how sure they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import tiny_loaded
+from tests.integration.project import environment, write_images
+from tinylmm.errors import IntegrityError, StoppedError, UserError
+from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
+from tinylmm.evaluation.digits import Digits
+from tinylmm.launch.torchrun import run_ranks
+from tinylmm.models.checkpoint import save_model
+from tinylmm.stages import evaluate
+from tinylmm.stages.job import StageJob
+
+QUESTIONS_AN_IMAGE = 5
+LAUNCH = {
+    "device": "cpu",
+    "attention": "auto",
+    "eval_batch": 8,
+    "eval_tokens": 100_000,
+    "nproc": 1,
+    "start_timeout_s": 60,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random model; the `output` folder of a train stage."""
+    output = tmp_path_factory.mktemp("train-0123") / "output"
+    output.mkdir()
+    save_model(tiny_loaded(), output / "model", None, {})
+    return output
+
+
+def write_questions(root: Path) -> int:
+    names = write_images(root / "images")
+    rows = [
+        {
+            "question_id": f"{name}-{n}",
+            "image": name,
+            "text": f"what is it? {'please ' * n}",
+            "category": "odd" if n % 2 else "even",
+            "answer": "a red 3",
+            "options": 4,
+        }
+        for n in range(QUESTIONS_AN_IMAGE)
+        for name in names
+    ]
+    (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)
+
+
+def make_job(folder: Path, model: Path, launch: dict[str, Any] | None = None, **spec: Any) -> StageJob:
+    root = folder / "data"
+    if not root.exists():
+        root.mkdir(parents=True)
+        write_questions(root)
+    fields = {"benchmark": "digits", "layout": "llava", "variant": None, "limit": None, "blind": True, "judge": None}
+    fields |= {"options": {}}
+    fields |= {"max_new_tokens": 4, "template": "llama", "precision": "fp32"}
+    settings = {"launch": LAUNCH | (launch or {}), "trust": []}
+    settings["location"] = {"root": str(root), "source": {"images": ""}, "judge_url": None}
+    job = StageJob("eval", "digits@finetune", "0" * 64, fields | spec, {"model": model}, settings, folder / "work")
+    job.output.mkdir(parents=True, exist_ok=True)
+    return job
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[StageJob, dict[str, Any]]:
+    job = make_job(tmp_path_factory.mktemp("plain"), model)
+    return job, evaluate.run(job)
+
+
+def texts(job: StageJob) -> dict[str, tuple[str, str | None]]:
+    return {row["item_id"]: (row["text"], row["blind_text"]) for row in lines(job.output / "generations.jsonl")}
+
+
+def test_every_question_is_answered_in_the_files_order_with_what_it_took(
+    plain: tuple[StageJob, dict[str, Any]],
+) -> None:
+    job, summary = plain
+    asked = [row["question_id"] for row in lines(Path(job.settings["location"]["root"]) / "test.jsonl")]
+    rows = lines(job.output / "generations.jsonl")
+    assert [row["question_id"] for row in rows] == asked
+    assert all(row["latency_s"] > 0 and row["prompt_tokens"] > 20 and 1 <= row["new_tokens"] <= 4 for row in rows)
+    assert {row["batch"] for row in rows} <= set(range(1, 9)) and max(row["batch"] for row in rows) > 1
+    assert summary["images_encoded"] == summary["images"] == 12  # each image through the tower once
+    assert summary["batch_independent"] is True and summary["asked"] == 2 * len(asked)
+
+
+def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJob, dict[str, Any]]) -> None:
+    job, summary = plain
+    record = json.loads((job.output / "scores.json").read_text())
+    assert record["metrics"] == summary["metrics"]
+    assert (record["benchmark"], record["variant"], record["protocol"]) == (
+        "digits",
+        "exact-match-v1",
+        "digits-exact-match-v1",
+    )
+    assert list(record["aggregate"]) == ["accuracy", "accuracy/even", "accuracy/odd"]
+    assert [row["id"] for row in record["per_item"]] == [
+        row["item_id"] for row in lines(job.output / "generations.jsonl")
+    ]
+    assert record["counts"]["scored"] == 60 and record["counts"]["missing"] == 0
+    for row in record["metrics"]:
+        assert row["interval"][0] <= row["value"] <= row["interval"][1]
+        assert row["chance"] == 25.0 and row["blind"] is not None
+
+
+def test_batches_of_one_give_the_same_answers(
+    plain: tuple[StageJob, dict[str, Any]], tmp_path: Path, model: Path
+) -> None:
+    job = make_job(tmp_path, model, {"eval_batch": 1})
+    evaluate.run(job)
+    assert texts(job) == texts(plain[0])
+
+
+def test_a_rank_killed_while_generating_loses_nothing_and_asks_nothing_twice(
+    plain: tuple[StageJob, dict[str, Any]], tmp_path: Path, model: Path
+) -> None:
+    job = make_job(tmp_path, model, {"eval_batch": 1})
+    job.write()
+    path = job.folder / "answers/rank0.jsonl"
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tinylmm.launch.worker", str(job.folder)], env=environment(), stderr=subprocess.DEVNULL
+    )
+    while worker.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.002)
+    os.kill(worker.pid, signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL, "it ended before it was killed"
+    kept = path.read_bytes()
+    whole = kept[: kept.rfind(b"\n") + 1]
+    assert 5 <= whole.count(b"\n") < 120
+    with path.open("ab") as file:
+        file.write(b'{"mode": "image", "id": "0-red.png-0", "te')  # what a kill inside a write leaves
+    summary = evaluate.run(job)
+    assert path.read_bytes().startswith(whole)
+    ids = Counter((row["mode"], row["id"]) for row in lines(path))
+    assert len(ids) == 120 and set(ids.values()) == {1}
+    assert summary["kept"] == whole.count(b"\n") and summary["asked"] == 120 - summary["kept"]
+    assert texts(job) == texts(plain[0])
+
+
+def test_a_stop_keeps_the_answers_and_the_next_try_goes_on(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinylmm.evaluation import generate
+
+    job = make_job(tmp_path, model, blind=False)
+    calls: list[int] = []
+    monkeypatch.setattr(generate, "stop_requested", lambda: calls.append(1) or len(calls) > 12)
+    with pytest.raises(StoppedError) as stopped:
+        evaluate.run(job)
+    assert stopped.value.exit_code == 75
+    kept = len(read_answers(job.folder / "answers"))
+    monkeypatch.setattr(generate, "stop_requested", lambda: False)
+    assert 0 < kept < 60 and evaluate.run(job)["asked"] == 60 - kept
+
+
+def test_without_its_judge_a_benchmark_stops_with_its_answers_kept(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "judged", True)
+    job = make_job(tmp_path, model, blind=False, limit=7)
+    with pytest.raises(UserError, match=r"scored by a judge, and none is set.*eval\.digits\.judge\.base_url"):
+        evaluate.run(job)
+    rows = lines(job.output / "generations.jsonl")
+    assert len(rows) == 7 and all(row["score"] is None for row in rows)
+    monkeypatch.setattr(Digits, "judged", False)
+    assert evaluate.run(job)["asked"] == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_images_and_give_the_same_answers(
+    plain: tuple[StageJob, dict[str, Any]], tmp_path: Path, model: Path
+) -> None:
+    job = make_job(tmp_path, model, {"nproc": 2})
+    job.write()
+    summary = run_ranks(job)
+    assert summary["world_size"] == 2 and summary["images_encoded"] == 12 and summary["asked"] == 120
+    assert all(len(lines(job.folder / f"answers/rank{rank}.jsonl")) == 60 for rank in (0, 1))
+    assert texts(job) == texts(plain[0])
+
+
+def test_shards_hold_every_entry_once_and_keep_an_image_together() -> None:
+    groups = ["a", "b", "a", "c", "b", "d", "a"]
+    shards = [shard(groups, rank, 3) for rank in range(3)]
+    assert sorted(i for part in shards for i in part) == list(range(7))
+    assert shards == [[0, 2, 5, 6], [1, 4], [3]]
+
+
+def test_answers_from_several_files_are_one_and_a_broken_line_is_named(tmp_path: Path) -> None:
+    for number in range(2):
+        with AnswerFile(tmp_path / f"rank{number}.jsonl") as file:
+            file.append([{"mode": "image", "id": f"{number}", "text": "é\u2028"}])
+    (tmp_path / "rank0.jsonl").open("a").write('{"half')
+    assert {key: row["text"] for key, row in read_answers(tmp_path).items()} == {
+        ("image", "0"): "é\u2028",
+        ("image", "1"): "é\u2028",
+    }
+    with AnswerFile(tmp_path / "rank0.jsonl") as file:  # the half line is gone before the next is written
+        file.append([{"mode": "image", "id": "2", "text": ""}])
+    assert ("image", "2") in read_answers(tmp_path)
+    (tmp_path / "rank1.jsonl").write_text("{}\n")
+    with pytest.raises(IntegrityError, match=r"rank1\.jsonl, line 1"):
+        read_answers(tmp_path)
