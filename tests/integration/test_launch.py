@@ -29,7 +29,7 @@ def weights(project: Project) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     project = tiny_project(tmp_path_factory.mktemp("local"))
-    done = project.train(*ONE_STEP_EACH)
+    done = project.train_here(*ONE_STEP_EACH)
     assert done.returncode == 0, done.stderr
     return weights(project)
 

@@ -170,13 +170,13 @@ def test_two_processes_on_one_run_do_each_stage_once(project: Project) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "delete"])
 def test_a_damaged_stage_is_named_and_made_again(damage: str, project: Project) -> None:
-    assert project.train().returncode == 0
+    assert project.train_here().returncode == 0
     path = project.model("pretrain") / "connector/model.safetensors"
     before = path.read_bytes()
     path.unlink()
     if damage == "flip":
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    done = project.train()
+    done = project.train_here()
     assert done.returncode == 0, done.stderr
     newest = max(project.store.glob("runs/*/log.txt"), key=lambda path: path.stat().st_mtime)
     assert "output/model/connector/model.safetensors" in newest.read_text()
