@@ -19,8 +19,6 @@ _BLOCKS = ("encoder.layers", "encoder.layer", "model.layer", "layers", "layer")
 _PRE_NORMS = ("pre_layrnorm", "pre_layernorm")
 """CLIP's own spelling, and the right one."""
 _CLS = ("class_embedding", "cls_token")
-_UNUSED_IN_STEM = ("mask_token",)
-"""Stands for hidden patches in self-supervised pretraining; nothing reads it here."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +100,6 @@ def run_blocks(encoder: nn.Module, anatomy: Anatomy, pixel_values: Tensor) -> Te
     for block in get_blocks(encoder, anatomy):
         hidden = block(hidden, **options)
     return hidden
-
-
-def unreached(encoder: nn.Module, anatomy: Anatomy) -> list[nn.Parameter]:
-    """Parameters that no loss can reach: the tail, and what of the stem only pretraining uses."""
-    reached = ("embeddings", anatomy.blocks, *([anatomy.pre_norm] if anatomy.pre_norm else []))
-    return [
-        parameter
-        for name, parameter in encoder.named_parameters()
-        if not name.startswith(tuple(f"{part}." for part in reached)) or name.rsplit(".", 1)[-1] in _UNUSED_IN_STEM
-    ]
 
 
 def _get(module: nn.Module, path: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PreTrainedConfig, PreTrainedModel
 
-from tinylmm.models.encoders import find_anatomy, get_blocks, renormalise, run_blocks, unreached
+from tinylmm.models.encoders import find_anatomy, get_blocks, renormalise, run_blocks
 from tinylmm.models.vision import HFVisionTower, checked_size, cut_behind, whole_state
 
 ENCODERS = ("clip", "dinov2")
@@ -169,10 +169,6 @@ class MoFTower(HFVisionTower):
             hidden = run_blocks(getattr(self.encoder, name), anatomy, pixels)
             features.append(hidden[:, anatomy.num_prefix + int(self.drop_first_token) :])
         return torch.stack(features, dim=2).flatten(1, 2)
-
-    def unreached_parameters(self) -> list[nn.Parameter]:
-        """Parameters of either encoder that no loss can reach."""
-        return [p for name, anatomy in self._parts for p in unreached(getattr(self.encoder, name), anatomy)]
 
     def whole_encoder_state(self) -> dict[str, Tensor]:
         """Return both encoders' tensors with the blocks that are not run back in their places."""

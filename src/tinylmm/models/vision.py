@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylmm.errors import ConfigError, Fault
-from tinylmm.models.encoders import Anatomy, find_anatomy, get_blocks, run_blocks, set_blocks, unreached
+from tinylmm.models.encoders import Anatomy, find_anatomy, get_blocks, run_blocks, set_blocks
 
 
 class HFVisionTower(nn.Module):
@@ -109,10 +109,6 @@ class HFVisionTower(nn.Module):
         if self._still is not None:
             self._still.eval()
         return self
-
-    def unreached_parameters(self) -> list[nn.Parameter]:
-        """Parameters that no loss can reach; trained, they would have no gradient and DDP would wait for it for ever."""
-        return unreached(self.encoder, self._anatomy)
 
     def whole_encoder_state(self) -> dict[str, Tensor]:
         """Return the encoder's state dict with the blocks that are not run back in their places."""

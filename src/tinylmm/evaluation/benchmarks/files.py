@@ -60,7 +60,7 @@ class Place:
         """The error of a missing file."""
         if not self.root.is_dir():
             return DataError(
-                f"{self.root}: no such folder. It should be the {self.folder} folder or the one around it."
+                f"{self.root}: no such folder. It should be the {self.folder} folder or the one around it. {self.get}"
             )
         places = ", ".join(str(path) for path in looked_for)
         return DataError(f"{what} not found; looked for {places}. {self.get}")
