@@ -84,6 +84,14 @@ def test_every_study_composes_all_its_runs(path: Path, monkeypatch: pytest.Monke
     assert compose_all([f"+experiments={path.with_suffix('').as_posix()}"], multirun=True)
 
 
+def test_a_folder_beside_the_user_is_no_config_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("store", "seed", "name", "experiments"):
+        (tmp_path / name).mkdir()
+    spec = compose_run([f"store={tmp_path / 'elsewhere'}", "seed=3", "name=mine"])
+    assert (spec.store, spec.seed, spec.name) == (tmp_path / "elsewhere", 3, "mine")
+
+
 def test_the_default_is_the_embedded_experiment() -> None:
     spec = compose_run([])
     assert run_name(spec) == "nano-nano-mlp-base"

@@ -51,10 +51,13 @@ def experiment_folders() -> list[Path]:
 
 def search_path() -> str:
     """Return the override that adds the user's folders behind the shipped one, which they can extend but not shadow."""
-    folders = [Path(), *(folder.parent for folder in experiment_folders() if folder.is_absolute())]
+    from tinylmm.config import studies  # Hydra, which `--help` does without
+
+    studies.register()
+    folders = [("studies", folder.parent) for folder in experiment_folders()]
     user = user_conf()
-    folders += [user] if user is not None else []
-    quoted = ("file://" + str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
+    folders += [("file", user)] if user is not None else []
+    quoted = (f"{scheme}://" + str(path).replace("\\", "\\\\").replace("'", "\\'") for scheme, path in folders)
     return "hydra.searchpath=[" + ",".join(f"'{path}'" for path in quoted) + "]"
 
 

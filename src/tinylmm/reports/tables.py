@@ -7,7 +7,7 @@ Several runs: a row a run, as in a paper's ablation table.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -72,6 +72,10 @@ def compare_grid(report: Report) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+MAX_LABEL_WIDTH = 24
+"""Characters of a column that a narrow terminal leaves whole."""
+
+
 def row_label(run: RunRecord, row: ScoreRow) -> str:
     """What a score row is called; the benchmark is named where the run has several."""
     label = words(row.last.label)
@@ -90,8 +94,10 @@ def render_scores(report: Report) -> Table:
     table = Table(title=Text(title), caption=Text(verdict(report.runs[0])) if single else None, title_justify="left")
     table.caption_justify = "left"
     text_columns = 1 if single else 2
-    for index, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if index < text_columns else "right", no_wrap=index > 0)
+    for index, name in enumerate(header):  # a narrow terminal folds the words of headers, never a figure
+        width = max([len(cells[index]) for cells in rows], default=0)
+        justify: Literal["left", "right"] = "left" if index < text_columns else "right"
+        table.add_column(Text(name), justify=justify, min_width=min(width, MAX_LABEL_WIDTH))
     metrics = [row.metric for row in report.runs[0].score_rows()] if single else []
     for index, cells in enumerate(rows):
         overall = single and "/" not in metrics[index]

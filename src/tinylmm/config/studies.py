@@ -1,0 +1,53 @@
+"""Hydra's view of a folder with studies: `experiments/` in it is a config group, and nothing else is.
+
+Hydra's own `file://.` makes a group of every folder that lies there. A `store` beside the user, which each run leaves, would
+then turn `store=PATH` into the choice of a group that has none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+
+from tinylmm.config.groups import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from hydra.core.object_type import ObjectType
+
+
+class StudiesSource(FileConfigSource):
+    """A folder of which only `experiments/` can be seen."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Of its entries in `hydra.searchpath`: `studies://FOLDER`."""
+        return "studies"
+
+    def available(self) -> bool:
+        """Whether there are studies."""
+        return self.is_group(EXPERIMENTS)
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether a path is `experiments/` or a folder in it."""
+        return not config_path or (_is_study(config_path) and super().is_group(config_path))
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether a path is a file in `experiments/`."""
+        return _is_study(config_path) and super().is_config(config_path)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Names in a folder."""
+        if config_path:
+            return list(super().list(config_path, results_filter)) if _is_study(config_path) else []
+        return [EXPERIMENTS]
+
+
+def register() -> None:
+    """Make Hydra know the scheme; any number of times."""
+    SourcesRegistry.instance().register(StudiesSource)
+
+
+def _is_study(config_path: str) -> bool:
+    return config_path.split("/", 1)[0] == EXPERIMENTS
