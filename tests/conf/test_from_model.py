@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tinylmm.config.compose import compose_run
-from tinylmm.config.spec import RunSpec, TuneHow
+from tinylmm.config.recipe import TuneHow
+from tinylmm.config.spec import RunSpec
 from tinylmm.errors import ConfigError
 from tinylmm.stages.graph import build_graph
 from tinylmm.stages.planner import plan_run

@@ -13,9 +13,9 @@ from functools import cache
 from typing import Any
 
 from tinylmm.config.faults import show
+from tinylmm.config.fields import PARTS
 from tinylmm.config.fit import check_fit
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
-from tinylmm.config.spec import PARTS
 from tinylmm.config.targets import Role, check_target, check_trust, package_folder
 from tinylmm.errors import Fault, suggestion
 

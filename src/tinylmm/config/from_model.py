@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from tinylmm.config.spec import PARTS
+from tinylmm.config.fields import PARTS
 from tinylmm.errors import Fault
 
 KEY = "recipe.from_model"

@@ -9,19 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-PARTS = ("llm", "vision_tower", "connector")
-PartName = Literal["llm", "vision_tower", "connector"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Frozen(BaseModel):
-    """Base of every spec model: immutable, no unknown keys, dumps and loads by the YAML's own key names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
-
+from tinylmm.config.fields import Fraction, Frozen, Positive
+from tinylmm.config.recipe import RecipeSpec
 
 # ---------------------------------------------------------------------------------------------------- data
 
@@ -56,7 +47,7 @@ class DataBuildSpec(Frozen):
 
     target: str = Field(alias="_target_")
     seed: int = 0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class DataSpec(Frozen):
@@ -91,7 +82,7 @@ class PartBuildSpec(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_length: Positive = 128
     seed: int = 0
-    text_tower: dict[str, Any] = {}
+    text_tower: dict[str, Any] = Field(default_factory=dict)
     """Contrastive pretraining only: architecture of the text encoder that is thrown away afterwards."""
 
 
@@ -143,7 +134,7 @@ class LLMSpec(PretrainedPart):
     """Chat template of finetuning and evaluation (`data/chat.py`)."""
     scale_image_features: bool = False
     """Multiply image features by the square root of the LLM's width, as Gemma multiplies its own embeddings."""
-    scale: dict[str, dict[str, Any]] = {}
+    scale: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Hyperparameters that this LLM needs in place of the published ones; recipes read them through `oc.select`."""
 
 
@@ -198,7 +189,7 @@ class TowerSpec(PretrainedPart):
     """`patch` drops the CLS and register tokens where the encoder has them; `all` keeps them."""
     drop_first_token: bool = False
     """Drop the first patch too, as published TinyLLaVA Factory checkpoints with SigLIP do (728 tokens, not 729)."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the tower's class."""
 
 
@@ -207,140 +198,8 @@ class ConnectorSpec(Frozen):
 
     target: str = Field(alias="_target_")
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class besides the two widths."""
-
-
-# ---------------------------------------------------------------------------------------------------- recipe
-
-
-class LoraSpec(Frozen):
-    """Low-rank adapters on linear layers (arXiv 2106.09685), by default with TinyLLaVA Factory's numbers."""
-
-    r: Positive = 128
-    alpha: Annotated[float, Field(gt=0)] = 256.0
-    """The adapter's output is scaled by alpha / r, or alpha / sqrt(r) with `rslora`."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get an adapter, by the end of their name (q_proj); all-linear leaves out the LLM's output head."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases that are trained too: all of the part, or those of layers with an adapter."""
-    rslora: bool = False
-
-
-class QLoraSpec(LoraSpec):
-    """Adapters on linear layers whose own weights are held in 4 or 8 bits (arXiv 2305.14314)."""
-
-    bits: Literal[4, 8] = 4
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """Of 4-bit weights."""
-    double_quant: bool = True
-    """Of 4-bit weights: hold their scales in 8 bits too."""
-
-
-class TuneHow(Frozen):
-    """How a part is trained, where one word does not say it: exactly one of the keys."""
-
-    from_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Train the blocks from this one on: an index, or a fraction of the depth (share: 12 of 24, the upper half)."""
-    lora: LoraSpec | None = None
-    qlora: QLoraSpec | None = None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> TuneHow:
-        given = [name for name in TuneHow.model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"names {' and '.join(given) or 'none'} of from_layer, lora and qlora; it must name one "
-                "(set the other to null, where the recipe brings it)"
-            )
-        return self
-
-    @model_serializer
-    def _what_is_given(self) -> dict[str, Any]:
-        given = ((name, getattr(self, name)) for name in TuneHow.model_fields)
-        return {k: v.model_dump(mode="json") if isinstance(v, Frozen) else v for k, v in given if v is not None}
-
-
-Tune = Literal["frozen", "full", "lora", "qlora"] | TuneHow
-
-
-class TuneSpec(Frozen):
-    """What of each part is trained."""
-
-    llm: Tune = "frozen"
-    vision_tower: Tune = "frozen"
-    connector: Tune = "full"
-
-    @field_validator("llm", "vision_tower", "connector", mode="after")
-    @classmethod
-    def _adapters_in_numbers(cls, tune: Tune) -> Tune:
-        """`lora` means its default numbers: written out, so that a spec says what was done, and both are one stage."""
-        written_out = {"lora": TuneHow(lora=LoraSpec()), "qlora": TuneHow(qlora=QLoraSpec())}
-        return written_out.get(tune, tune) if isinstance(tune, str) else tune
-
-
-class StageSpec(Frozen):
-    """One training stage. Its optimiser steps are defined by samples, so batch layout and world size do not change them."""
-
-    start: str = Field(alias="from")
-    """`parts`, `model` (the recipe's `from_model`), or the name of an earlier stage whose model is trained on."""
-    data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    """Key of `data.sources`, or a mixture `{key: weight}`: how often an epoch has each sample of the source (1 once, 2 twice,
-    0.5 every other one, the others in the next epoch)."""
-    tune: TuneSpec
-    lr: Annotated[float, Field(gt=0)] | dict[PartName, Annotated[float, Field(gt=0)]]
-    """Peak learning rate: one for all, or one a part."""
-    global_batch: Positive
-    """Samples an optimiser step, over all ranks and accumulation."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Positive | None = None
-    """Stop after so many optimiser steps whatever `epochs` says."""
-    max_length: Positive
-    """Tokens a sample may have, image tokens counted in; a longer one is cut and counted."""
-    warmup_ratio: Fraction = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    template: str
-    """Chat template; `auto` is the LLM's own."""
-
-    @property
-    def mixture(self) -> dict[str, float]:
-        """Source -> weight, also where `data` names one source."""
-        return {self.data: 1.0} if isinstance(self.data, str) else dict(self.data)
-
-
-class RecipeSpec(Frozen):
-    """A training recipe: named stages in the order in which they run."""
-
-    name: str
-    published_data: str
-    """The data set that the recipe was published with; `data=auto` means it."""
-    from_model: str | None = None
-    """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
-    stages: Annotated[dict[str, StageSpec], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _stages_start_from_earlier_ones(self) -> RecipeSpec:
-        starts = {stage.start for stage in self.stages.values()}
-        if self.from_model is None and "model" in starts:
-            raise ValueError("starts from a model, so set recipe.from_model to a model's folder or the name of a run")
-        seen = ["parts" if self.from_model is None else "model"]
-        if self.from_model is not None and "model" not in starts:
-            raise ValueError(
-                "has from_model, but no stage starts from it; use recipe=custom_finetune or set from: model"
-            )
-        if {"parts", "model"} & self.stages.keys():
-            raise ValueError("a stage may not be called parts or model: `from` means something else by these words")
-        for name, stage in self.stages.items():
-            if stage.start not in seen:
-                raise ValueError(f"stage '{name}' starts from '{stage.start}', which is none of the earlier {seen}")
-            seen.append(name)
-        return self
 
 
 # ---------------------------------------------------------------------------------------------------- eval, launch, tracking
@@ -371,7 +230,7 @@ class EvalSpec(Frozen):
     root: str | None = None
     layout: Literal["llava", "hf"] = "llava"
     """Question files of LLaVA's eval.zip beside the official annotations, or Hugging Face parquet files."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Of the benchmark's class: which `split`, TextVQA's `ocr`."""
     data: DataSpec | None = None
     source: str | None = None
@@ -466,10 +325,10 @@ class RunSpec(Frozen):
     connector: ConnectorSpec
     recipe: RecipeSpec
     data: DataSpec
-    eval: dict[str, EvalSpec] = {}
+    eval: dict[str, EvalSpec] = Field(default_factory=dict)
     launch: LaunchSpec = LaunchSpec()
     tracking: TrackingSpec = TrackingSpec()
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers.TrainingArguments."""
     trust: tuple[str, ...] = ()
     """Packages besides tinylmm, torch and transformers that `_target_` may name."""

@@ -11,15 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinylmm.config.identity import digest
-from tinylmm.config.spec import (
-    DataSpec,
-    EvalSpec,
-    LLMSpec,
-    PretrainedPart,
-    RunSpec,
-    SourceSpec,
-    StageSpec,
-)
+from tinylmm.config.recipe import StageSpec
+from tinylmm.config.spec import DataSpec, EvalSpec, LLMSpec, PretrainedPart, RunSpec, SourceSpec
 
 STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
 """Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""

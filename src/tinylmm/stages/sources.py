@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from tinylmm.config.spec import RunSpec, StageSpec
+from tinylmm.config.recipe import StageSpec
+from tinylmm.config.spec import RunSpec
 from tinylmm.data.chat import ChatTemplate, get_template
 from tinylmm.data.check import Renderer, SourceFiles
 from tinylmm.data.fingerprint import checkpoint_fingerprint

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
-from tinylmm.config.spec import LaunchSpec, RecipeSpec, RunSpec, SourceSpec, StageSpec, TokenizerSpec, TuneHow, TuneSpec
+from tinylmm.config.recipe import RecipeSpec, StageSpec, TuneHow, TuneSpec
+from tinylmm.config.spec import LaunchSpec, RunSpec, SourceSpec, TokenizerSpec
 
 STAGE: dict[str, Any] = {
     "from": "parts",
