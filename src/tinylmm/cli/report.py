@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tinylmm.cli.store import StoreOption
+
 if TYPE_CHECKING:
     from tinylmm.reports.records import Report
 
@@ -17,7 +19,7 @@ OVERLAPS_SHOWN = 10
 
 def report(
     runs: Annotated[list[str] | None, typer.Argument(help="Run names; default: the newest finished run.")] = None,
-    store: Annotated[Path, typer.Option(help="The store that has the runs.")] = Path("store"),
+    store: StoreOption = Path("store"),
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: STORE/reports/RUN.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores and paths as JSON instead of a table.")] = False,
     picture: Annotated[

@@ -99,11 +99,15 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
     if as_json:
         typer.echo(json.dumps(rows, indent=1, default=str))
         return
-    table = Table(_whole("run"), "status", "created", "stages", "remarks", title=f"{len(rows)} runs in {store}")
-    for run in rows:
+    remarks = [escape(_remarks(run)) for run in rows]
+    table = Table(_whole("run"), _whole("status"), "created", _whole("stages"), title=f"{len(rows)} runs in {store}")
+    if any(remarks):
+        table.add_column("remarks")
+    for run, remark in zip(rows, remarks, strict=True):
         done = sum(stage.get("status") in ("run", "reused") for stage in run["stages"])
         progress = f"{done}/{len(run['stages'])}"
-        table.add_row(run["name"], _coloured(run["status"]), _minute(run["created"]), progress, escape(_remarks(run)))
+        cells = [run["name"], _coloured(run["status"]), _minute(run["created"]), progress]
+        table.add_row(*cells, *([remark] if any(remarks) else []))
     _console().print(table)
 
 

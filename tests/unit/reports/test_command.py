@@ -27,6 +27,12 @@ def test_command_prints_scores_and_where_the_files_are(store: StoreBuilder) -> N
     assert str(store.root / "reports" / "nano-base" / "report.html") in result.stdout
 
 
+def test_the_store_may_be_named_by_the_environment(store: StoreBuilder) -> None:
+    store.whole()
+    result = CliRunner().invoke(APP, [], env={"TINYLMM_STORE": str(store.root)})
+    assert result.exit_code == 0 and str(store.root / "reports") in result.stdout
+
+
 def test_json_is_all_that_is_printed_with_json(store: StoreBuilder, tmp_path: Path) -> None:
     store.whole()
     arguments = ["nano-base", "--store", str(store.root), "--json", "--picture", str(tmp_path / "results.png")]
