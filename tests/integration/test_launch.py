@@ -49,3 +49,45 @@ def test_two_ranks_make_the_same_step_as_one(launch: str, tmp_path: Path, one_pr
     assert found.keys() == expected.keys() and len(found) > 40
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+ADAPTERS = {
+    "lora": (
+        "recipe=lora",
+        "recipe.stages.finetune.tune.llm.lora.r=4",
+        "recipe.stages.finetune.tune.llm.lora.dropout=0",
+    ),
+    "qlora": (
+        "recipe=qlora",
+        "recipe.stages.finetune.tune.llm.qlora.r=4",
+        "recipe.stages.finetune.tune.llm.qlora.dropout=0",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def adapters(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """A recipe, and what one process makes of it in one step."""
+    project = tiny_project(tmp_path_factory.mktemp("adapters"))
+    done = project.train_here(*ADAPTERS[request.param], *ONE_STEP_EACH)
+    assert done.returncode == 0, done.stderr
+    return request.param, weights(project)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torchrun", "zero2", "zero3"])
+def test_two_ranks_train_the_same_adapter_as_one(
+    launch: str, tmp_path: Path, adapters: tuple[str, dict[str, torch.Tensor]]
+) -> None:
+    recipe, expected = adapters
+    if (recipe, launch) == ("qlora", "zero3"):
+        return  # refused before anything starts: tests/conf/test_from_model.py
+    project = tiny_project(tmp_path)
+    done = project.train(*ADAPTERS[recipe], f"launch={launch}", "launch.nproc=2", *ONE_STEP_EACH)
+    assert done.returncode == 0, done.stderr
+    found = weights(project)
+    assert found.keys() == expected.keys() and sum("lora_" in name for name in found) == 28
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
