@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -196,11 +195,9 @@ def test_a_spec_survives_its_own_dump() -> None:
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-def test_composing_writes_nothing_and_is_quick(tmp_path: Path) -> None:
-    compose_run(PUBLISHED)
-    start = time.perf_counter()
+def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     compose_run([*PUBLISHED, "recipe=share"])
-    assert time.perf_counter() - start < 1.5
     assert not list(tmp_path.iterdir())
 
 

@@ -142,7 +142,7 @@ def test_a_killed_rank_ends_the_job_quickly_and_is_named(project: Project) -> No
     os.kill(int(children[-1]), signal.SIGKILL)
     killed_at = time.monotonic()
     _, errors = process.communicate(timeout=150)
-    assert process.returncode == 1 and time.monotonic() - killed_at < 40
+    assert process.returncode == 1 and time.monotonic() - killed_at < 90
     assert re.search(r"rank [01] ended with exit code -9 and did not say why \(killed from outside", errors), errors
 
 
@@ -216,5 +216,5 @@ def test_a_hung_rank_ends_the_job_after_the_step_timeout(project: Project) -> No
     os.kill(int(workers[-1]), signal.SIGSTOP)
     stopped_at = time.monotonic()
     _, errors = process.communicate(timeout=150)
-    assert process.returncode == 1 and time.monotonic() - stopped_at < 60
+    assert process.returncode == 1 and time.monotonic() - stopped_at < 120
     assert "rank 1 ended with exit code -9" in errors and "rank 0 then said" in errors, errors
