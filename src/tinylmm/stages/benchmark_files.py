@@ -14,10 +14,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.spec import EvalSpec
 from tinylmm.data.fingerprint import MISSING_SHOWN
 from tinylmm.errors import ConfigError, Fault
 from tinylmm.evaluation.benchmarks.base import Benchmark, Item
 from tinylmm.evaluation.benchmarks.registry import get_benchmark
+from tinylmm.evaluation.benchmarks.scoring import pick_variant
 from tinylmm.evaluation.digits import Digits
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".avi", ".webm", ".mkv"}
@@ -35,6 +37,19 @@ def find_benchmark(name: str, options: Mapping[str, Any]) -> Benchmark:
     except TypeError as error:
         what = f"do not fit benchmark {name}: {str(error).partition(' ')[2]}."
         raise ConfigError([Fault(f"eval.{name}.options", what)]) from error
+
+
+def check_variant(key: str, spec: EvalSpec) -> None:
+    """Refuse a scoring variant that the benchmark lacks: before a run starts, not when its answers are to be scored.
+
+    Raises:
+        ConfigError: names `eval.<key>.variant`, with the variants that there are.
+    """
+    try:
+        pick_variant(find_benchmark(spec.benchmark, spec.options), spec.variant)
+    except ConfigError as error:
+        faults = [Fault(f"eval.{key}.variant", f.what, f.fix) if f.where == "variant" else f for f in error.faults]
+        raise ConfigError(faults) from error
 
 
 def load_items(benchmark: Benchmark, root: Path, layout: Any, limit: int | None) -> list[Item]:

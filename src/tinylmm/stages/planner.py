@@ -46,7 +46,14 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
 
     Raises:
         DataError: an annotation file is there but unreadable.
+        ConfigError: a benchmark has no such scoring variant.
     """
+    for key, evaluation in run.eval.items():
+        if evaluation.variant is not None:
+            # imported here: benchmarks need Pillow, and most plans need no benchmark
+            from tinylmm.stages.benchmark_files import check_variant
+
+            check_variant(key, evaluation)
     files = _Files(run.store / "cache" / "fingerprints")
     graph = build_graph(run, files.identity)
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))

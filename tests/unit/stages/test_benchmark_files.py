@@ -100,3 +100,9 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> None:
+    run = compose_run(["eval=gqa", "eval.gqa.variant=oficial", f"store={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"eval\.gqa\.variant: 'oficial' is unknown\. Did you mean 'official'\?"):
+        plan_run(run, "run")
