@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from tinylmm.data.image_names import is_embedded
-from tinylmm.data.images import FORMATS, check_image, safe_path
+from tinylmm.data.images import DECODE_ERRORS, FORMATS, check_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.data.segments import IGNORE_INDEX, Rendered
 from tinylmm.errors import DataError
@@ -169,7 +169,7 @@ def _facts(name: str, folder: Path, data: bytes | None, quick: bool) -> _ImageFa
             size, kind = image.size, str(image.format)
     except DataError as error:
         return _ImageFacts(fault=str(error) if not is_embedded(name) else _without_place(str(error), name))
-    except Exception as error:  # only with `quick`: whatever a damaged header makes Pillow raise
+    except DECODE_ERRORS as error:  # only with `quick`: a damaged header
         return _ImageFacts(fault=f"image '{name[:60]}': not readable ({type(error).__name__})")
     return _ImageFacts(size, kind, None if quick or data is None else hashlib.sha256(data).hexdigest())
 

@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000
 
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError, *_BOMBS)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError, *_BOMBS)
 """What Pillow's readers raise on damaged files of FORMATS."""
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -71,7 +71,7 @@ def open_image(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
     with _open_header(path, data) as image:
         try:
             return image.convert("RGB")
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise _damaged(path, error) from error
 
 
@@ -82,7 +82,7 @@ def check_image(path: Path | BinaryIO) -> None:
             if image.format == "JPEG":
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.convert("RGB")
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise _damaged(path, error) from error
 
 
@@ -104,7 +104,7 @@ def _open_header(path: Path | BinaryIO, data: bytes | None = None) -> Image.Imag
         raise DataError(
             f"{path}: image is too large ({error}); at most {MAX_PIXELS:,} pixels. Scale it down."
         ) from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise DataError(
             f"{path}: not a readable {', '.join(FORMATS)} image ({type(error).__name__}). Fetch or convert it again."
         ) from error
