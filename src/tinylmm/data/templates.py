@@ -6,6 +6,7 @@ that Qwen, Gemma, Phi-3 and Llama-3 publish; see tests/golden/test_chat_template
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChatTemplate:
+class ChatTemplate(ABC):
     """A layout of conversations; subclasses say in `segments` what stands where.
 
     Attributes:
@@ -96,9 +97,9 @@ class ChatTemplate:
         found = [token_id(tokenizer, self.fitted(tokenizer).eos), tokenizer.eos_token_id]
         return list(dict.fromkeys(token for token in found if isinstance(token, int)))
 
+    @abstractmethod
     def segments(self, turns: Sequence[Turn], system: str) -> list[Segment]:
         """Lay a conversation out. A turn without an answer ends where the answer would begin."""
-        raise NotImplementedError
 
     def _encode(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, system: str | None) -> Rendered:
         template = self.fitted(tokenizer) if tokenizer.is_fast else self  # a slow one has its own message
