@@ -32,8 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.evaluation.benchmarks.base import Item
-from tinylmm.evaluation.digits import Digits
-from tinylmm.evaluation.generate import Engine, Prompt, end_tokens, make_prompt
+from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.generation.engine import Engine, Prompt, end_tokens, make_prompt
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower

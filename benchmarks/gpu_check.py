@@ -22,7 +22,7 @@ from tinylmm.data.collate import Collator
 from tinylmm.models.build import build_lmm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
-from tinylmm.stages.graph import build_graph
+from tinylmm.planning.graph import build_graph
 from tinylmm.training.arguments import peak_learning_rates
 
 RESULT = Path(__file__).parent / "results" / "gpu_check.json"

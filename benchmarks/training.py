@@ -26,7 +26,7 @@ from tinylmm.config.compose import compose_run
 from tinylmm.data.collate import Collator
 from tinylmm.models.build import build_lmm
 from tinylmm.models.lmm import LMM
-from tinylmm.stages.graph import build_graph
+from tinylmm.planning.graph import build_graph
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 WORDS = [

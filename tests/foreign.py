@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.builders import LLAMA, VISION, WIDTH, tiny_tokenizer
-from tinylmm.importing.run import ImportReport, import_checkpoint
+from tinylmm.convert.importer import ImportReport, import_checkpoint
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.lmm import IMAGE_TOKEN_ID
 

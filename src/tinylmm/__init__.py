@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tinylmm.inference.session import ChatModel
+    from tinylmm.generation.session import ChatModel
 
 __version__ = "0.1.0"
 
@@ -17,8 +17,8 @@ def load(where: str | Path, **options: Any) -> ChatModel:
 
     Args:
         where: a model folder, a stage or run folder of the store, or the name of a run.
-        options: device, dtype, trust, store; see `tinylmm.inference.session.load`.
+        options: device, dtype, trust, store; see `tinylmm.generation.session.load`.
     """
-    from tinylmm.inference.session import load as load_chat_model  # here, as it loads torch
+    from tinylmm.generation.session import load as load_chat_model  # here, as it loads torch
 
     return load_chat_model(where, **options)

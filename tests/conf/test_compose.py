@@ -13,7 +13,7 @@ from tinylmm.config.compose import compose_all, compose_config, compose_run, exp
 from tinylmm.config.groups import DEFAULT_GROUPS, conf_folder
 from tinylmm.config.spec import RunSpec
 from tinylmm.errors import ConfigError
-from tinylmm.stages.planner import plan_run
+from tinylmm.planning.planner import plan_run
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted(path.relative_to(conf_folder()) for path in conf_folder().rglob("*/*.yaml"))

@@ -10,8 +10,8 @@ from tinylmm.config.compose import compose_run
 from tinylmm.config.recipe import TuneHow
 from tinylmm.config.spec import RunSpec
 from tinylmm.errors import ConfigError
-from tinylmm.stages.graph import build_graph
-from tinylmm.stages.planner import plan_run
+from tinylmm.planning.graph import build_graph
+from tinylmm.planning.planner import plan_run
 
 PARTS = ("llm", "vision_tower")
 DATA = ("data.root=/data", "data.sources.finetune.annotations=mine.json")

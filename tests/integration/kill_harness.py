@@ -34,7 +34,7 @@ from tinylmm.cli.errors import guarded
 from tinylmm.cli.train import run
 from tinylmm.errors import StageFailedError
 from tinylmm.launch import worker
-from tinylmm.launch.torchrun import RESULT_FILE, _outcome
+from tinylmm.launch.backends.torchrun import RESULT_FILE, _outcome
 from tinylmm.stages.job import StageJob
 
 MAX_ATTEMPTS = 4

@@ -84,7 +84,7 @@ def test_imports_follow_the_direction(path: Path) -> None:
         "tinylmm.cli.main",
         "tinylmm.cli.train",
         "tinylmm.config.compose",
-        "tinylmm.stages.planner",
+        "tinylmm.planning.planner",
     ],
 )
 def test_the_fast_side_loads_nothing_heavy(module: str) -> None:

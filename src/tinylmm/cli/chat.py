@@ -13,7 +13,7 @@ from rich.markup import escape
 from tinylmm.errors import TinyLMMError
 
 if TYPE_CHECKING:
-    from tinylmm.inference.session import Conversation
+    from tinylmm.generation.session import Conversation
 
 HELP = "/image FILE shows another image, /new forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer."
 
@@ -35,7 +35,7 @@ def chat(
     # imported here, as torch would slow down every other command's start
     from transformers.utils import logging as transformers_logging
 
-    from tinylmm.inference.session import load
+    from tinylmm.generation.session import load
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

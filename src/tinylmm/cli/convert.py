@@ -16,7 +16,7 @@ NAMES_SHOWN = 5
 
 
 class Layout(StrEnum):
-    """What can be imported; `importing/run.py` has a reader for each."""
+    """What can be imported; `convert/importer.py` has a reader for each."""
 
     AUTO = "auto"
     FACTORY_FOLDERS = "factory-folders"
@@ -64,7 +64,7 @@ def import_(
     No code of the checkpoint is run, and every tensor in it is used exactly once or named.
     """
     _quiet()
-    from tinylmm.importing.run import import_checkpoint
+    from tinylmm.convert.importer import import_checkpoint
 
     report = import_checkpoint(source, destination, str(layout), llm, tower, template)
     console = Console(highlight=False)
@@ -94,7 +94,7 @@ def export(
 ) -> None:
     """Write a model for other tools: hf for transformers alone, with equal logits, or a layout of TinyLLaVA Factory's."""
     _quiet()
-    from tinylmm.export.run import export_checkpoint
+    from tinylmm.convert.exporter import export_checkpoint
 
     report = export_checkpoint(checkpoint, destination, str(format_), str(dtype), llm, tower, store, trust or [])
     console = Console(highlight=False)

@@ -34,9 +34,9 @@ def check(
     run = compose_run(overrides or [])
     # imported here, as torch and Pillow would slow down every other command's start
     from tinylmm.reports.data_pages import render_check_page
+    from tinylmm.reports.data_preview import RunData
     from tinylmm.reports.data_text import render_check
     from tinylmm.reports.write import write_atomically
-    from tinylmm.stages.sources import RunData
 
     data = RunData(run)
     console = Console()
@@ -78,9 +78,9 @@ def show(
         what = f"is '{stage}', which recipe={run.recipe.name} does not have."
         raise ConfigError([Fault("--stage", what, f"{suggestion(stage, stages)} Stages: {', '.join(stages)}.".strip())])
     from tinylmm.reports.data_pages import render_sample_page
+    from tinylmm.reports.data_preview import RunData
     from tinylmm.reports.data_text import render_sample
     from tinylmm.reports.write import write_atomically
-    from tinylmm.stages.sources import RunData
 
     data = RunData(run)
     named = source or next(iter(stages[stage or list(stages)[-1]].mixture))

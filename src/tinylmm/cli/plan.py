@@ -18,7 +18,7 @@ def plan(
 ) -> None:
     """Show which stages a run or a sweep would run, and which it would reuse."""
     from tinylmm.config.compose import compose_all, run_name
-    from tinylmm.stages.planner import plan_record, plan_run
+    from tinylmm.planning.planner import plan_record, plan_run
 
     plans = [plan_run(spec, run_name(spec), words) for words, spec in compose_all(overrides or [], multirun)]
     record = plan_record(plans)

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
-from tinylmm.stages.claims import held
-from tinylmm.stages.housekeeping import folders
-from tinylmm.stages.runs import read_runs, used_digests
-from tinylmm.stages.store import Store
+from tinylmm.store.claims import held
+from tinylmm.store.gc import folders
+from tinylmm.store.runs import read_runs, used_digests
+from tinylmm.store.store import Store
 
 app = typer.Typer(help="Look after the store of finished stages.", no_args_is_help=True)
 

@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _execute(spec: RunSpec, overrides: Sequence[str], console: Console) -> RunOutcome:
     from tinylmm.config.compose import run_name
-    from tinylmm.stages.planner import plan_run, require_files
+    from tinylmm.planning.planner import plan_run, require_files
 
     plan = plan_run(spec, run_name(spec), overrides)
     require_files(plan)  # before anything heavy is imported

@@ -14,10 +14,10 @@ from typing import Any
 
 from tinylmm.config.faults import show
 from tinylmm.config.fields import PARTS
-from tinylmm.config.fit import check_fit
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.targets import Role, check_target, check_trust, package_folder
 from tinylmm.errors import Fault, suggestion
+from tinylmm.sizing.compatibility import check_fit
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NAME_WORDS = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 100"

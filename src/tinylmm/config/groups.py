@@ -51,9 +51,9 @@ def experiment_folders() -> list[Path]:
 
 def search_path() -> str:
     """Return the override that adds the user's folders behind the shipped one, which they can extend but not shadow."""
-    from tinylmm.config import studies  # Hydra, which `--help` does without
+    from tinylmm.config import experiments  # Hydra, which `--help` does without
 
-    studies.register()
+    experiments.register()
     folders = [("studies", folder.parent) for folder in experiment_folders()]
     user = user_conf()
     folders += [("file", user)] if user is not None else []

@@ -1,7 +1,7 @@
 """The run spec: everything a run needs to know, frozen and validated, with no torch behind it.
 
 Every model forbids unknown keys. `config/compose.py` builds a `RunSpec` from Hydra's output and turns pydantic's findings
-into one message that lists every fault. Which of these fields decide a result is said in `stages/graph.py`, not here.
+into one message that lists every fault. Which of these fields decide a result is said in `planning/graph.py`, not here.
 """
 
 from __future__ import annotations

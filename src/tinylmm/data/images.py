@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tinylmm.config.tiling import Tiling
 from tinylmm.errors import DataError
+from tinylmm.sizing.tiling import Tiling
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """GIF because OCR-VQA in LLaVA's mix has some; of an animation, the first frame counts."""
@@ -130,7 +130,7 @@ class ImageTransform:
         mode: `squash` resizes to size x size (SigLIP); `center_crop` resizes the short edge and cuts the rest (CLIP, DINOv2);
             `pad` first squares the image with the colour int(255 * mean), image centred (LLaVA's expand2square); `square`
             is whichever the argument `square` says; `anyres` gives the whole image, squashed, and tiles of it
-            (`config/tiling.py`).
+            (`sizing/tiling.py`).
         resample: `bicubic` or `bilinear`.
         square: the tower's own mode, `squash` or `center_crop`.
         short_edge: what `center_crop` resizes the short edge to before it cuts out `size`; by default `size`.

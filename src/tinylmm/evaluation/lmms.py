@@ -25,7 +25,7 @@ from torch import Tensor
 from tinylmm.data.chat import IMAGE_SLOT, IMAGE_TOKEN_ID, Turn, get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.errors import DataError, UserError
-from tinylmm.evaluation.generate import Engine, Prompt, end_tokens, make_prompt
+from tinylmm.generation.engine import Engine, Prompt, end_tokens, make_prompt
 from tinylmm.models.checkpoint import load_model
 
 log = logging.getLogger(__name__)

@@ -17,18 +17,18 @@ from rich.markup import escape
 
 from tinylmm.config.compose import run_name
 from tinylmm.errors import EXIT_DONE, IntegrityError, StageFailedError, StoppedError, TinyLMMError
+from tinylmm.launch.backends.torchrun import LOG_FILE, run_ranks
 from tinylmm.launch.progress import StageProgress
-from tinylmm.launch.torchrun import LOG_FILE, run_ranks
 from tinylmm.launch.worker import RESULT_FILE, run_stage
-from tinylmm.stages.claims import Claim
-from tinylmm.stages.graph import Stage
-from tinylmm.stages.housekeeping import remove
+from tinylmm.planning.graph import Stage
+from tinylmm.planning.planner import RunPlan, require_files
 from tinylmm.stages.job import JOB_FILE, METRICS_FILE, StageJob
-from tinylmm.stages.planner import RunPlan, require_files
-from tinylmm.stages.provenance import now
-from tinylmm.stages.runs import create_run, write_run
-from tinylmm.stages.store import Store
 from tinylmm.stop import STOP_FILE, watch_for_stop
+from tinylmm.store.claims import Claim
+from tinylmm.store.gc import remove
+from tinylmm.store.provenance import now
+from tinylmm.store.runs import create_run, write_run
+from tinylmm.store.store import Store
 
 log = logging.getLogger(__name__)
 

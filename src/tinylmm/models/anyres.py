@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinylmm.config.tiling import Tiling
 from tinylmm.errors import ConfigError, Fault
 from tinylmm.models.connectors import Connector
+from tinylmm.sizing.tiling import Tiling
 
 
 class TiledConnector(Connector):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylmm.errors import UserError
-from tinylmm.evaluation.intervals import bootstrap_mean, mcnemar, paired_p_value, wilson
+from tinylmm.evaluation.statistics import bootstrap_mean, mcnemar, paired_p_value, wilson
 from tinylmm.reports.collect import images_folder, read_jsonl, row_id
 from tinylmm.reports.records import Evaluation, Report, RunRecord, Score
 from tinylmm.reports.wording import number, points

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylmm.data.check import SourceCheck, doubling_bins, short_sides
-from tinylmm.stages.sources import SeenImage, SeenSample
+from tinylmm.reports.data_preview import SeenImage, SeenSample
 
 FAULTS_SHOWN = 50
 GROUPS_SHOWN = 5

@@ -23,13 +23,13 @@ from tinylmm.data.images import ImageTransform
 from tinylmm.errors import ConfigError, DataError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, ImageRef, Item, Scores
-from tinylmm.evaluation.digits import Digits
-from tinylmm.evaluation.figures import figure_rows
-from tinylmm.evaluation.generate import Engine, Prompt, Reply, end_tokens, make_prompt
+from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.evaluation.images import cluster_of, content_keys, first_refs
+from tinylmm.evaluation.score_rows import figure_rows
+from tinylmm.generation.engine import Engine, Prompt, Reply, end_tokens, make_prompt
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.stages.benchmark_files import find_benchmark, load_items
-from tinylmm.stages.devices import choose_device
+from tinylmm.models.devices import choose_device
+from tinylmm.planning.benchmark_files import find_benchmark, load_items
 from tinylmm.stages.job import StageJob
 from tinylmm.training.ranks import barrier, from_rank_zero, gather, rank, set_timeout, world_size
 

@@ -25,7 +25,7 @@ from tinylmm.models.build import PART_FILE
 from tinylmm.models.pretraining import ContrastivePair, Vocabulary
 from tinylmm.models.tokenizer import train_tokenizer
 from tinylmm.stages.job import StageJob
-from tinylmm.stages.part_loop import LoopSettings, train_loop
+from tinylmm.training.part_loop import LoopSettings, train_loop
 
 log = logging.getLogger(__name__)
 

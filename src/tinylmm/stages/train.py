@@ -16,8 +16,8 @@ from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model, save_part
+from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
-from tinylmm.stages.devices import choose_device
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
 from tinylmm.training.arguments import peak_learning_rates, training_arguments

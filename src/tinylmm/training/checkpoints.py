@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tinylmm import integrity
+from tinylmm.store import integrity
 
 log = logging.getLogger(__name__)
 

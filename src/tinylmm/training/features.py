@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinylmm import integrity
 from tinylmm.models.vision import HFVisionTower, encode_images
+from tinylmm.store import integrity
 from tinylmm.training.ranks import barrier, rank, world_size
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from tests.integration.project import Project, tiny_project
 from tinylmm.cli.main import app
 from tinylmm.config.compose import compose_run
 from tinylmm.errors import ConfigError, DataError, UserError
-from tinylmm.stages.graph import build_graph
-from tinylmm.stages.store import Store
+from tinylmm.planning.graph import build_graph
+from tinylmm.store.store import Store
 
 BROKEN = b"\x89PNG\r\n\x1a\n but no image"
 

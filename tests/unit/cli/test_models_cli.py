@@ -14,10 +14,10 @@ from tests.builders import tiny_loaded
 from tests.foreign import foreign, write_factory_folders
 from tinylmm.cli.convert import Format, Layout
 from tinylmm.cli.main import app
+from tinylmm.convert.exporter import FORMATS
+from tinylmm.convert.importer import READERS
 from tinylmm.errors import UserError
-from tinylmm.export.run import FORMATS
-from tinylmm.importing.run import READERS
-from tinylmm.inference.session import load
+from tinylmm.generation.session import load
 from tinylmm.models.checkpoint import save_model
 
 SHORT = ["--max-new-tokens", "6"]
@@ -65,7 +65,7 @@ def test_ctrl_c_stops_an_answer_first_and_leaves_at_the_prompt(folder: Path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Console, "input", typed)
-    monkeypatch.setattr("tinylmm.inference.session.Conversation.stream", interrupted)
+    monkeypatch.setattr("tinylmm.generation.session.Conversation.stream", interrupted)
     assert "half (stopped)" in run("chat", folder / "model")
 
 

@@ -12,12 +12,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tinylmm.cli.store import app, runs
-from tinylmm.config.identity import digest
 from tinylmm.errors import UserError
-from tinylmm.stages.claims import claim
-from tinylmm.stages.graph import STAGE_VERSIONS, Stage
-from tinylmm.stages.runs import create_run
-from tinylmm.stages.store import Store
+from tinylmm.planning.graph import STAGE_VERSIONS, Stage
+from tinylmm.store.claims import claim
+from tinylmm.store.runs import create_run
+from tinylmm.store.stage import digest
+from tinylmm.store.store import Store
 
 RUNS_APP = typer.Typer()
 RUNS_APP.command("runs")(runs)

@@ -11,7 +11,7 @@ from tinylmm.cli.plan import plan
 from tinylmm.config.compose import compose_run
 from tinylmm.config.hub import known_architecture, unknown_numbers
 from tinylmm.errors import ConfigError
-from tinylmm.stages.planner import plan_record, plan_run
+from tinylmm.planning.planner import plan_record, plan_run
 
 
 def words(pretrained: str | Path, tmp_path: Path) -> list[str]:

@@ -19,9 +19,9 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from tinylmm.config.tiling import Tiling
 from tinylmm.data.images import ImageTransform, check_image, image_size, open_image, safe_path
 from tinylmm.errors import DataError
+from tinylmm.sizing.tiling import Tiling
 
 Check = Callable[[Path], object]
 

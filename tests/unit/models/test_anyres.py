@@ -15,17 +15,17 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 from tests.builders import IMAGE, IMAGE_SIZE, WIDTH, record, tiny_lmm, tiny_loaded
-from tinylmm.config.tiling import Tiling
 from tinylmm.data.chat import get_template
 from tinylmm.data.collate import Collator
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import ConfigError
-from tinylmm.evaluation.generate import Engine, end_tokens, make_prompt
+from tinylmm.generation.engine import Engine, end_tokens, make_prompt
 from tinylmm.models.anyres import TiledConnector, with_tiles
 from tinylmm.models.checkpoint import load_model, save_model
 from tinylmm.models.connectors import IdentityConnector, MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.query_connectors import PerceiverConnector
+from tinylmm.sizing.tiling import Tiling
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import open_features
 

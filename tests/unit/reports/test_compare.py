@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tinylmm.cli.report import report as command
 from tinylmm.errors import UserError
-from tinylmm.evaluation.intervals import mcnemar
+from tinylmm.evaluation.statistics import mcnemar
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.compare import compare_runs
 from tinylmm.reports.write import write_comparison

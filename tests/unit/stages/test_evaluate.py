@@ -18,8 +18,8 @@ from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
 from tinylmm.errors import IntegrityError, StoppedError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
-from tinylmm.evaluation.digits import Digits
-from tinylmm.launch.torchrun import run_ranks
+from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.launch.backends.torchrun import run_ranks
 from tinylmm.models.checkpoint import save_model
 from tinylmm.stages import evaluate
 from tinylmm.stages.job import StageJob
@@ -160,7 +160,7 @@ def test_a_rank_killed_while_generating_loses_nothing_and_asks_nothing_twice(
 def test_a_stop_keeps_the_answers_and_the_next_try_goes_on(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinylmm.evaluation import generate
+    from tinylmm.generation import engine as generate
 
     job = make_job(tmp_path, model, blind=False)
     calls: list[int] = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
-from tinylmm.evaluation.benchmarks.joining import unique_ids
+from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 

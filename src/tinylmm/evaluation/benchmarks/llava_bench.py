@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.files import Place, image_file, read_jsonl, read_parquet
-from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.lookup import place_of
 from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tinylmm.evaluation.benchmarks.choice import (
     listing,
 )
 from tinylmm.evaluation.benchmarks.files import read_parquet
-from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.lookup import place_of
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, write_sheet
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.files import Place, image_file, read_parquet, read_text
-from tinylmm.evaluation.benchmarks.joining import join_by_prompt, unique_ids
+from tinylmm.evaluation.benchmarks.pairing import join_by_prompt, unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
 from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
 

@@ -19,7 +19,7 @@ from tinylmm.evaluation.benchmarks.files import (
     read_parquet,
     require,
 )
-from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.lookup import place_of
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered, listing, parse_leading
 from tinylmm.evaluation.benchmarks.files import Place, read_json, read_parquet, require
-from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.lookup import place_of
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.files import Place, image_file, read_jsonl, read_parquet
-from tinylmm.evaluation.benchmarks.joining import unique_ids
+from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
 from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
 

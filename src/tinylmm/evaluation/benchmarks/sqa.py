@@ -11,7 +11,7 @@ from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, infer_vlmeval, lettered, listing
 from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
-from tinylmm.evaluation.benchmarks.places import place_of
+from tinylmm.evaluation.benchmarks.lookup import place_of
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, Scores
 from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import FreeTextReference, answer_texts, m4c_rule, score_free_text
-from tinylmm.evaluation.benchmarks.joining import join_by_prompt, unique_ids
+from tinylmm.evaluation.benchmarks.pairing import join_by_prompt, unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
 from tinylmm.evaluation.benchmarks.scoring import pick_variant
 

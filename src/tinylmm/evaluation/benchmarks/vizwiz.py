@@ -21,7 +21,7 @@ from tinylmm.evaluation.benchmarks.free_text import (
     score_free_text,
     uploaded_rule,
 )
-from tinylmm.evaluation.benchmarks.joining import unique_ids
+from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
 from tinylmm.evaluation.benchmarks.scoring import pick_variant
 from tinylmm.evaluation.benchmarks.vqa_text import m4c_text

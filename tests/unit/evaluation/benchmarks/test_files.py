@@ -20,7 +20,7 @@ from tinylmm.evaluation.benchmarks.files import (
     read_jsonl,
     read_parquet,
 )
-from tinylmm.evaluation.benchmarks.joining import join_by_prompt, unique_ids
+from tinylmm.evaluation.benchmarks.pairing import join_by_prompt, unique_ids
 from tinylmm.evaluation.benchmarks.prompts import question_in
 from tinylmm.evaluation.benchmarks.registry import BENCHMARKS, get_benchmark
 

@@ -1,0 +1,88 @@
+"""The embedded digits benchmark: exact match, per question type. Pure: texts in, figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.digit_questions import read_questions
+from tinylmm.evaluation.benchmarks.files import image_file
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+
+if TYPE_CHECKING:
+    from tinylmm.evaluation.judge import Judge
+
+QUESTIONS, IMAGES = "test.jsonl", "images"
+
+
+def normalise(text: str) -> str:
+    """Lower case, no surrounding space, no full stop at the end: `" 3."` is `"3"`."""
+    return text.strip().rstrip(".").strip().lower()
+
+
+def is_correct(text: str, truth: str) -> bool:
+    """Exact match after `normalise`; an empty answer is wrong."""
+    return normalise(text) == normalise(truth) != ""
+
+
+class Digits(Benchmark):
+    """Short answers to questions about scenes; any question file of the same fields can be asked like this."""
+
+    name: ClassVar[str] = "digits"
+    variants: ClassVar[tuple[str, ...]] = ("exact-match-v1",)
+    headline: ClassVar[str] = "accuracy"
+    max_new_tokens: ClassVar[int] = 8
+
+    def load(self, root: Path, layout: Format = "llava") -> list[Item]:
+        return self._items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
+
+    def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
+        """Read items from a question file and the folder that its images lie in; loads torch with `data/images.py`.
+
+        Raises:
+            DataError: the file or an image is missing, a line is broken, or an image lies outside the folder.
+        """
+        from tinylmm.data.images import safe_path
+
+        return self._items(questions, lambda name: ImageRef(safe_path(images, name)), limit)
+
+    def _items(self, questions: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
+        return [
+            Item(
+                item_id=str(question.question_id),
+                question_id=question.question_id,
+                prompt=question.text,
+                images=(image(question.image),),
+                category=question.category,
+                reference=question.answer,
+                options=question.options,
+            )
+            for question in read_questions(questions, limit)
+        ]
+
+    def score(
+        self,
+        items: Sequence[Item],
+        answers: Mapping[str, Answer],
+        variant: str | None = None,
+        judge: Judge | None = None,
+    ) -> Scores:
+        """Accuracy in percent: overall first, then `accuracy/<category>` in alphabetical order; no items, no figures."""
+        per_item = []
+        for item in items:
+            answer = answers.get(item.item_id)
+            right = answer is not None and is_correct(answer.text, item.reference)
+            per_item.append(ItemScore(item.item_id, float(right), (normalise(answer.text) or None) if answer else None))
+        scored = list(zip(items, per_item, strict=True))
+        groups = {"accuracy": [row.score or 0.0 for row in per_item]} if items else {}
+        for category in sorted({item.category for item in items}):
+            groups[f"accuracy/{category}"] = [row.score or 0.0 for item, row in scored if item.category == category]
+        return Scores(
+            benchmark=self.name,
+            variant=pick_variant(self, variant),
+            aggregate={name: percent(values, 4) for name, values in groups.items()},
+            per_item=tuple(per_item),
+            counts=count_items(items, answers, per_item),
+        )

@@ -1,0 +1,252 @@
+"""The stage graph of a run: which stages there are, what each depends on, and what decides its result.
+
+A stage's digest is the SHA-256 of {kind, code version, the fields that decide its result, digests of its parents}. What is
+left out (names, paths, launch, tracking) is recorded but never decides. No torch here: a laptop can plan any run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinylmm.config.recipe import StageSpec
+from tinylmm.config.spec import DataSpec, EvalSpec, LLMSpec, PretrainedPart, RunSpec, SourceSpec
+from tinylmm.store.stage import digest
+
+STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
+"""Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""
+
+TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
+"""How a tower's output is read: decides training, not the tower's own weights."""
+
+LOCAL_FOLDER = "(local folder)"
+"""Stands for the path in the identity of a checkpoint folder; the path itself is in settings["folders"]."""
+
+Fingerprint = Callable[[str, Any], dict[str, Any]]
+"""(kind, thing) -> content identity of files outside the store; `planning/fingerprints.py` has the real one."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of the graph. Two stages with equal digests are the same stage."""
+
+    kind: str
+    name: str
+    digest: str
+    spec: dict[str, Any]
+    parents: dict[str, str]
+    """Role -> digest of the parent."""
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Folder name in the store."""
+        return f"{self.kind}-{self.digest[:16]}"
+
+
+class StageGraph:
+    """Stages in an order in which each comes after its parents; a digest occurs once."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Stage] = {}
+
+    def add(
+        self, kind: str, name: str, spec: dict[str, Any], parents: dict[str, str], settings: dict[str, Any]
+    ) -> Stage:
+        """Add a stage, or return the one with the same digest that is there already."""
+        identity = {"kind": kind, "version": STAGE_VERSIONS[kind], "spec": spec, "parents": parents}
+        stage = Stage(kind, name, digest(identity), spec, parents, settings)
+        return self._stages.setdefault(stage.digest, stage)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self._stages.values())
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    def __getitem__(self, stage_digest: str) -> Stage:
+        return self._stages[stage_digest]
+
+    def __contains__(self, stage_digest: str) -> bool:
+        return stage_digest in self._stages
+
+
+def build_graph(run: RunSpec, fingerprint: Fingerprint) -> StageGraph:
+    """Return the stages that `run` asks for, parents first.
+
+    Args:
+        run: a validated spec.
+        fingerprint: identity of annotation files with their images, and of local checkpoint folders.
+    """
+    return _Builder(run, fingerprint).build()
+
+
+class _Builder:
+    """Walks one run spec and adds its stages in order."""
+
+    def __init__(self, run: RunSpec, fingerprint: Fingerprint) -> None:
+        self.run = run
+        self.fingerprint = fingerprint
+        self.graph = StageGraph()
+        self.settings = {
+            "launch": run.launch.model_dump(mode="json"),
+            "tracking": run.tracking.model_dump(mode="json"),
+            "trust": list(run.trust),
+        }
+        self.folders: dict[str, str] = {}
+
+    def build(self) -> StageGraph:
+        llm = self._part("llm", self.run.llm)
+        tokenizer = self._tokenizer(self.run.llm)
+        tower = self._part("vision_tower", self.run.vision_tower)
+        trained: dict[str, Stage] = {}
+        for name, stage in self.run.recipe.stages.items():
+            if stage.start == "parts":
+                spec: dict[str, Any] = {
+                    "connector": _dump(self.run.connector, exclude={"name"}),
+                    "tower_output": _dump(self.run.vision_tower, include=TOWER_OUTPUT),
+                    "chat_template": self.run.llm.template,
+                }
+                if self.run.llm.scale_image_features:  # only where it is set, so that it is in no other digest
+                    spec["scale_image_features"] = True
+                parents: dict[str, str] = {}
+                for role, part in (("llm", llm), ("tokenizer", tokenizer), ("vision_tower", tower)):
+                    self._attach(spec, parents, role, part)
+            elif stage.start == "model":
+                assert self.run.recipe.from_model is not None  # RecipeSpec's validator holds this
+                self.folders["from"] = self.run.recipe.from_model
+                spec, parents = {"model": {"content": self.fingerprint("model", self.run.recipe.from_model)}}, {}
+            else:
+                spec, parents = {}, {"from": trained[stage.start].digest}
+            fields = _dump(stage, exclude={"start", "data", "template"})
+            spec |= {**fields, "seed": self.run.seed, "trainer": dict(self.run.trainer)}
+            places = self._mix(name, stage, tokenizer, spec, parents)
+            trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), places)
+        self._evaluations(trained)
+        return self.graph
+
+    def _evaluations(self, trained: dict[str, Stage]) -> None:
+        names = list(trained)
+        for benchmark, spec in self.run.eval.items():
+            for name in names if spec.after == "every" else names[-1:]:
+                self._evaluation(benchmark, spec, trained[name])
+
+    def _evaluation(self, benchmark: str, spec: EvalSpec, model: Stage) -> None:
+        template = self.run.llm.template if spec.template == "auto" else spec.template
+        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge"})
+        fields["template"] = template
+        fields["judge"] = spec.judge.model
+        parents = {"model": model.digest}
+        if spec.data is not None and spec.source is not None:
+            fields["source"] = self._source(spec.data, spec.source)
+            parents |= self._data_parent(spec.data)
+            location = _location(spec.data, spec.source)
+        else:
+            fields["content"] = self.fingerprint("benchmark", spec)
+            location = {"root": spec.root, "source": {"images": ""}}
+        location["judge_url"] = spec.judge.base_url
+        self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": location})
+
+    def _mix(
+        self,
+        name: str,
+        stage: StageSpec,
+        tokenizer: Stage | dict[str, Any],
+        spec: dict[str, Any],
+        parents: dict[str, str],
+    ) -> dict[str, Any]:
+        """Add the stage's prepare stages to its `parents` and weights to its `spec`; return where the images lie.
+
+        A mixture is in the order of its parts' digests: names of sources decide nothing.
+        """
+        mixture = stage.mixture
+        if list(mixture.values()) == [1.0]:
+            (source,) = mixture
+            parents["prepared"] = self._prepare(name, source, stage, tokenizer).digest
+            return {"location": _location(self.run.data, source)}
+        found = {source: self._prepare(f"{name}/{source}", source, stage, tokenizer) for source in mixture}
+        order = sorted(mixture, key=lambda source: (found[source].digest, mixture[source]))
+        parents |= {f"prepared.{number}": found[source].digest for number, source in enumerate(order)}
+        spec["mixture"] = [mixture[source] for source in order]
+        return {"locations": [_location(self.run.data, source) for source in order]}
+
+    def _prepare(self, name: str, source: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
+        template = self.run.llm.template if stage.template == "auto" else stage.template
+        spec: dict[str, Any] = {"template": template}
+        spec["source"] = self._source(self.run.data, source)
+        parents = self._data_parent(self.run.data)
+        self._attach(spec, parents, "tokenizer", tokenizer)
+        return self._add("prepare", f"prepare[{name}]", spec, parents, {"location": _location(self.run.data, source)})
+
+    def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
+        """The fields of a source that decide what is read; for files outside the store, their content."""
+        source: SourceSpec = data.sources[name]
+        if data.build is not None:
+            return {"file": source.annotations} | _dump(source, exclude={"annotations", "how_to_get"})
+        fields = _dump(source, exclude={"annotations", "images", "how_to_get"})
+        return fields | {"content": self.fingerprint("source", (data, name))}
+
+    def _data_parent(self, data: DataSpec) -> dict[str, str]:
+        if data.build is None:
+            return {}
+        return {"data": self._add("data", data.name, {"build": _dump(data.build)}, {}).digest}
+
+    def _part(self, role: str, part: PretrainedPart) -> Stage | dict[str, Any]:
+        """A part-building stage, or the identity of a published or random part (which needs no stage)."""
+        identity = _dump(
+            part, exclude={"name", "build", "tokenizer", "template", "scale", "scale_image_features", *TOWER_OUTPUT}
+        )
+        if part.init == "random":
+            return {**identity, "pretrained": None, "revision": None}
+        if part.init == "pretrained":
+            return self._published(role, identity)
+        assert part.build is not None  # PretrainedPart's validator holds this
+        spec = identity | {"role": role, "build": _dump(part.build, exclude={"data", "source"})}
+        spec["source"] = self._source(part.build.data, part.build.source)
+        parents = self._data_parent(part.build.data)
+        if isinstance(part, LLMSpec):
+            self._attach(spec, parents, "tokenizer", self._tokenizer(self.run.llm))
+        return self._add("parts", f"{role}/{part.name}", spec, parents)
+
+    def _tokenizer(self, llm: LLMSpec) -> Stage | dict[str, Any]:
+        if llm.tokenizer.vocab_size is None:
+            return self._published("tokenizer", _dump(llm.tokenizer))
+        assert llm.build is not None, "compose.py refuses a trained tokenizer without llm.build"
+        spec = {"role": "tokenizer", "vocab_size": llm.tokenizer.vocab_size, "pad_token": llm.tokenizer.pad_token}
+        spec["source"] = self._source(llm.build.data, llm.build.source)
+        return self._add("parts", f"tokenizer/{llm.name}", spec, self._data_parent(llm.build.data))
+
+    def _published(self, role: str, identity: dict[str, Any]) -> dict[str, Any]:
+        """A hub repository is identified by its id and revision, a local folder by its content wherever it lies."""
+        content = self.fingerprint("checkpoint", identity["pretrained"])
+        if not content:
+            return identity
+        self.folders[role] = identity["pretrained"]
+        return {**identity, "pretrained": LOCAL_FOLDER, "content": content}
+
+    def _attach(self, spec: dict[str, Any], parents: dict[str, str], role: str, part: Stage | dict[str, Any]) -> None:
+        if isinstance(part, Stage):
+            parents[role] = part.digest
+        else:
+            spec[role] = part
+
+    def _add(
+        self,
+        kind: str,
+        name: str,
+        spec: dict[str, Any],
+        parents: dict[str, str],
+        places: dict[str, Any] | None = None,
+    ) -> Stage:
+        settings = self.settings | {"folders": dict(self.folders)} | (places or {})
+        return self.graph.add(kind, name, spec, parents, settings)
+
+
+def _location(data: DataSpec, source: str) -> dict[str, Any]:
+    """Where to read a source: paths are settings, content is identity. A `root` of None is the data stage's output."""
+    return {"root": data.root, "source": _dump(data.sources[source])}
+
+
+def _dump(model: Any, exclude: set[str] | None = None, include: set[str] | None = None) -> dict[str, Any]:
+    return model.model_dump(mode="json", exclude=exclude, include=include)

@@ -1,0 +1,178 @@
+"""What a run will do before it does it: stages with their status, files that are missing, totals over a sweep. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinylmm.config.hub import unknown_numbers
+from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
+from tinylmm.errors import DataError
+from tinylmm.planning.fingerprints import checkpoint_fingerprint, model_fingerprint, source_fingerprint
+from tinylmm.planning.graph import Stage, StageGraph, build_graph
+from tinylmm.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A file that a run needs and that is not there."""
+
+    what: str
+    looked_at: str
+    how_to_get: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run's graph against the store."""
+
+    name: str
+    overrides: list[str]
+    run: RunSpec
+    graph: StageGraph
+    missing: list[Missing] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    """What cannot be known before the run starts, a sentence each."""
+
+
+def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
+    """Build the run's graph; files that are missing are listed, not raised.
+
+    Raises:
+        DataError: an annotation file is there but unreadable.
+        ConfigError: a benchmark has no such scoring variant.
+    """
+    for key, evaluation in run.eval.items():
+        if evaluation.variant is not None:
+            # imported here: benchmarks need Pillow, and most plans need no benchmark
+            from tinylmm.planning.benchmark_files import check_variant
+
+            check_variant(key, evaluation)
+    files = _Files(run.store / "cache" / "fingerprints")
+    graph = build_graph(run, files.identity)
+    parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
+    unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
+    return RunPlan(name, list(overrides), run, graph, files.missing, unknown)
+
+
+def require_files(plan: RunPlan) -> None:
+    """Stop before anything starts if files are missing.
+
+    Raises:
+        DataError: one screen with each missing file, where it was looked for and how to get it.
+    """
+    if not plan.missing:
+        return
+    number = "1 thing" if len(plan.missing) == 1 else f"{len(plan.missing)} things"
+    lines = [f"{number} needed by this run cannot be found; nothing was started."]
+    for item in plan.missing:
+        lines += [f"  {item.what}", f"    looked at:  {item.looked_at}", f"    how to get: {item.how_to_get}"]
+    root = plan.run.data.root
+    if root is not None:
+        lines.append(
+            f"Data is looked for under data.root={root} (environment variable TINYLMM_DATA, or data.root=FOLDER)."
+        )
+    raise DataError("\n".join(lines))
+
+
+def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
+    """The plan of one run or a sweep as plain JSON (`tinylmm plan --json`)."""
+    distinct: dict[str, Stage] = {}
+    runs = []
+    asked: Counter[str] = Counter()
+    for plan in plans:
+        for stage in plan.graph:
+            asked[stage.kind] += 1
+            distinct.setdefault(stage.digest, stage)
+        runs.append({"name": plan.name, "overrides": plan.overrides, "stages": [stage.digest for stage in plan.graph]})
+    stages = [
+        {
+            "digest": stage.digest,
+            "kind": stage.kind,
+            "name": stage.name,
+            "parents": sorted(set(stage.parents.values())),
+            "status": stage_status(plans[0].run.store, stage),
+        }
+        for stage in distinct.values()
+    ]
+    totals = {"runs": len(runs), "asked": dict(asked), "distinct": dict(Counter(s.kind for s in distinct.values()))}
+    missing = {(m.what, m.looked_at, m.how_to_get): m for plan in plans for m in plan.missing}
+    return {
+        "runs": runs,
+        "stages": stages,
+        "totals": totals,
+        "unknown": list(dict.fromkeys(sentence for plan in plans for sentence in plan.unknown)),
+        "missing": [{"what": m.what, "looked_at": m.looked_at, "how_to_get": m.how_to_get} for m in missing.values()],
+    }
+
+
+def stage_status(store_root: Path, stage: Stage) -> str:
+    """`complete` or `todo`; looks, touches nothing."""
+    return Store(store_root).status(stage)
+
+
+class _Files:
+    """Identities of files outside the store, each read once; notes what is missing on the way."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.missing: list[Missing] = []
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def identity(self, kind: str, thing: Any) -> dict[str, Any]:
+        """See `graph.Fingerprint`."""
+        key = (
+            kind,
+            f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing),
+        )
+        if key not in self._known:
+            self._known[key] = self._read(kind, thing)
+        return self._known[key]
+
+    def _read(self, kind: str, thing: Any) -> dict[str, Any]:
+        if kind == "source":
+            return self._source(*thing)
+        if kind == "benchmark":
+            return self._benchmark(thing)
+        return model_fingerprint(thing, self.cache) if kind == "model" else checkpoint_fingerprint(thing)
+
+    def _benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+        # imported here: benchmarks need Pillow, and most plans need no benchmark
+        from tinylmm.planning.benchmark_files import benchmark_fingerprint
+
+        assert spec.root is not None  # EvalSpec's validator holds this
+        root = Path(spec.root).absolute()
+        try:
+            found = benchmark_fingerprint(spec.benchmark, root, spec.layout, spec.limit, self.cache, spec.options)
+        except DataError as error:
+            self.missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
+            return {"missing": spec.benchmark}
+        if found["num_missing"]:
+            shown = ", ".join(found["missing"][:3]) + (", ..." if found["num_missing"] > 3 else "")
+            what = f"{found['num_missing']:,} of {found['num_images']:,} images of benchmark {spec.benchmark} ({shown})"
+            how = f"put them there, or name the folder that has them: eval.{spec.benchmark}.root=FOLDER"
+            self.missing.append(Missing(what, str(root), how))
+        return {"items": found["items"], "images": found["images"]}
+
+    def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
+        assert data.root is not None  # sources of built data are identified by their stage
+        source, root = data.sources[name], Path(data.root).absolute()
+        annotations = root / source.annotations
+        how = source.how_to_get or f"set data.sources.{name}.annotations to the file you have"
+        if not annotations.exists():
+            self.missing.append(Missing(f"annotations of {data.name}/{name}", str(annotations), how))
+            return {"missing": source.annotations}
+        found = source_fingerprint(root, source, self.cache)
+        if found["num_missing"] > (source.max_bad if source.on_bad == "skip" else 0):
+            shown = ", ".join(found["missing"][:3])
+            more = ", ..." if found["num_missing"] > 3 else ""
+            counts = f"{found['num_missing']:,} of {found['num_images']:,}"
+            what = f"{counts} images of {data.name}/{name} ({shown}{more})"
+            self.missing.append(Missing(what, str(root / source.images), how))
+        return {"annotations": found["annotations"], "images": found["images"]}

@@ -1,0 +1,167 @@
+"""A folder written with `--format hf` is read by transformers alone, and answers as our model does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoProcessor,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.builders import LLAMA, VISION, WIDTH, tiny_loaded, tiny_tower
+from tests.foreign import PHI
+from tinylmm.convert.chat_template import jinja_template, messages
+from tinylmm.convert.hf_writer import export_hf, obstacles
+from tinylmm.convert.importer import import_checkpoint
+from tinylmm.data.chat import IMAGE_TOKEN_ID, TEMPLATES, Turn
+from tinylmm.data.images import ImageTransform
+from tinylmm.errors import UserError
+from tinylmm.models.checkpoint import LoadedModel, load_model
+from tinylmm.models.connectors import LinearConnector, MLPConnector
+from tinylmm.models.lmm import LMM
+
+CLIP = {"select_layer": -1, "select": "patch", "drop_first_token": False}
+
+
+def loaded_with(
+    llm: nn.Module, kind: str = "siglip", mode: str = "squash", connector: Any = None, **tower: Any
+) -> LoadedModel:
+    """tiny_loaded with other parts; its tower's output and its image mode may be changed."""
+    loaded = tiny_loaded()
+    output = {"select_layer": -2, "select": "patch", "drop_first_token": False} | tower
+    vision = tiny_tower(kind, output["select_layer"], output["select"], output["drop_first_token"])
+    connector = connector or MLPConnector(VISION["hidden_size"], WIDTH)
+    encoder = {"siglip": "transformers.SiglipVisionModel", "clip": "transformers.CLIPVisionModel"}[kind]
+    loaded.description["llm"]["_target_"] = f"transformers.{type(llm).__name__}"
+    loaded.description["vision_tower"] |= {"encoder": encoder, **output}
+    loaded.description["image"] = {**loaded.description["image"], "mode": mode}
+    loaded.model = LMM(llm, vision, connector, "llama")
+    return loaded
+
+
+def qwen(**more: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(3)
+    return Qwen2ForCausalLM(Qwen2Config(**LLAMA, **more))
+
+
+def ours_and_theirs(
+    loaded: LoadedModel, folder: Path, turns: list[Turn], image: Image.Image
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the whole way from words and an image: our code on one side, transformers' alone on the other."""
+    model = loaded.model.eval()
+    ids = TEMPLATES[model.template].render_prompt(turns, loaded.tokenizer)
+    row = torch.tensor([[t for i in ids for t in ([i] * model.image_tokens if i == IMAGE_TOKEN_ID else [i])]])
+    pixels = ImageTransform(**loaded.description["image"])(image)[None]
+    processor = AutoProcessor.from_pretrained(folder)
+    exported = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    with torch.no_grad():
+        return model.llm(inputs_embeds=model.embed(row, pixels, None)[0]).logits, exported(**inputs).logits
+
+
+@pytest.mark.parametrize(
+    ("llm", "kind", "mode", "tower"),
+    [
+        (lambda: tiny_loaded().model.llm, "siglip", "squash", {}),
+        (lambda: qwen(tie_word_embeddings=True), "siglip", "pad", {"drop_first_token": True}),
+        (lambda: qwen(), "clip", "center_crop", {"select_layer": 1}),
+        (lambda: tiny_loaded().model.llm, "clip", "center_crop", {"select": "all", "select_layer": -1}),
+    ],
+    ids=["llama-siglip", "tied-qwen-728", "qwen-clip", "llama-clip-cls"],
+)
+def test_transformers_alone_gives_the_same_logits_from_words_and_image(
+    tmp_path: Path, llm: Any, kind: str, mode: str, tower: dict[str, Any]
+) -> None:
+    loaded = loaded_with(llm(), kind, mode, **tower)
+    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    assert report.difference is not None and report.difference < 1e-5 and report.notes == []
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]
+    ours, theirs = ours_and_theirs(loaded, tmp_path / "hf", turns, Image.fromarray(pixels))
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    again = load_model(tmp_path / "again", [])
+    before, after = loaded.model.state_dict(), again.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert again.description["image"] == loaded.description["image"] and again.model.template == "llama"
+    assert again.model.image_tokens == loaded.model.image_tokens
+
+
+def test_a_full_vocabulary_gets_rows_for_the_image_token_and_loses_them_again(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    rows = len(loaded.tokenizer)
+    loaded.model.llm.resize_token_embeddings(rows, mean_resizing=False)
+    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["image_token_index"] == rows and config["text_config"]["vocab_size"] % 64 == 0
+    assert any("rows of zeros" in note for note in report.notes)
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["suppress_tokens"] == [rows]
+    import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    assert torch.equal(load_model(tmp_path / "again", []).model.llm.lm_head.weight, loaded.model.llm.lm_head.weight)
+
+
+def test_a_narrow_dtype_is_written_and_still_compared(tmp_path: Path) -> None:
+    report = export_hf(tiny_loaded(), tmp_path / "hf", torch.bfloat16)
+    assert report.difference is not None and report.difference < 1e-5
+    assert (tmp_path / "hf/model.safetensors").stat().st_size < 150_000  # fp32 takes 260 kB
+
+
+def test_what_the_class_cannot_hold_is_refused_with_every_reason(tmp_path: Path) -> None:
+    phi = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4))
+    nn.init.ones_(phi.lm_head.bias)
+    loaded = loaded_with(phi, "clip", connector=LinearConnector(24, WIDTH), drop_first_token=True)
+    with pytest.raises(UserError) as raised:
+        export_hf(loaded, tmp_path / "hf", torch.float32)
+    text = str(raised.value)
+    assert "this connector is LinearConnector" in text and "drops two" in text
+    assert "output layer has no bias, and that of PhiForCausalLM has one" in text
+    assert not list(tmp_path.iterdir())
+    three = loaded_with(phi, connector=MLPConnector(24, WIDTH, depth=3)).model
+    assert any("MLPConnector of 3 linear layers" in reason for reason in obstacles(three))
+    gemma = Gemma2ForCausalLM(Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.5)).eval()
+    assert any("final_logit_softcapping is 0.5" in reason for reason in obstacles(loaded_with(gemma).model))
+
+
+def test_a_phi_whose_bias_is_zero_fits(tmp_path: Path) -> None:
+    phi = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4))
+    nn.init.zeros_(phi.lm_head.bias)
+    report = export_hf(loaded_with(phi), tmp_path / "hf", torch.float32)
+    assert report.difference is not None and report.difference < 1e-5
+
+
+def test_jinja_renders_what_the_template_renders_and_captions_have_none() -> None:
+    for name, template in TEMPLATES.items():
+        if name == "native":  # the tokenizer's own; below
+            continue
+        source = jinja_template(template)
+        assert (source is None) == (name in ("pretrain", "plain")), name
+
+
+def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    loaded.tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    loaded.model.template = loaded.description["template"] = "native"
+    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]
+    text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
+    assert text == TEMPLATES["native"].fitted(loaded.tokenizer).text(turns) and report.difference is not None

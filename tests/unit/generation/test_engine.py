@@ -1,0 +1,244 @@
+"""The engine's promises: the same tokens in any batch, with and without shared prefixes; each image encoded once."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+
+from tests.builders import IMAGE_SIZE, LLAMA, VOCAB, WIDTH, tiny_lmm, tiny_tower
+from tinylmm.data.chat import IMAGE_TOKEN_ID
+from tinylmm.errors import StoppedError
+from tinylmm.generation import decode
+from tinylmm.generation import engine as generate
+from tinylmm.generation.decode import cache_kind, decode_alone
+from tinylmm.generation.engine import Engine, Prompt, Reply
+from tinylmm.models.connectors import MLPConnector
+from tinylmm.models.lmm import LMM
+from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+
+ENDS = frozenset({1})
+NEW = 7
+SYSTEM = (5, 6, 7, 8, 9)
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+OPENELM = {"vocab_size": VOCAB, "model_dim": WIDTH, "num_transformer_layers": 2, "head_dim": 8, "ffn_dim_divisor": 8}
+OPENELM |= {"num_gqa_groups": 2, "qkv_multipliers": [0.5, 1.0], "ffn_multipliers": [0.5, 4.0]}  # type: ignore[dict-item]
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: tiny_lmm().llm,  # type: ignore[return-value, dict-item]
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=8)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**LLAMA)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**LLAMA, head_dim=8)),
+    "gemma3 with a sliding window": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**LLAMA, head_dim=8, **SLIDING)),
+    "openelm": lambda: OpenELMForCausalLM(OpenELMConfig(**OPENELM)),  # type: ignore[arg-type]
+    "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**LLAMA)),
+}
+
+
+def model_of(llm: PreTrainedModel) -> LMM:
+    tower = tiny_tower()
+    with torch.no_grad():
+        for parameter in llm.parameters():  # wide enough that answers differ and some end early
+            parameter.mul_(3)
+    return LMM(llm, tower, MLPConnector(tower.hidden_size, WIDTH), "llama").eval()
+
+
+def pixels(key: str) -> Tensor:
+    return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(int(key)))
+
+
+def ask(model: LMM, seed: int = 0) -> list[Prompt]:
+    """Questions of many lengths about four images, about two images at once, and about none."""
+    draw = random.Random(seed)
+
+    def words(most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(10, VOCAB) for _ in range(draw.randint(1, most)))
+
+    slot = (IMAGE_TOKEN_ID,) * model.image_tokens
+    prompts = [Prompt(f"one-{n}", SYSTEM + slot + words(12), (str(n % 4),)) for n in range(13)]
+    prompts += [Prompt(f"two-{n}", SYSTEM + slot + slot + words(5), ("2", str(n))) for n in (1, 3)]
+    prompts += [Prompt(f"none-{n}", SYSTEM + words(9)) for n in range(5)]
+    return [*prompts, Prompt("bare", slot, ("0",))]
+
+
+def answers(engine: Engine, prompts: list[Prompt]) -> dict[str, list[int]]:
+    found = [reply for batch in engine.replies(prompts) for reply in batch]
+    assert Counter(reply.item_id for reply in found) == Counter(prompt.item_id for prompt in prompts)
+    return {reply.item_id: reply.ids for reply in found}
+
+
+def reference(model: LMM, prompt: Prompt) -> list[int]:
+    """What transformers' own greedy generation says to one prompt, alone."""
+    features = model.tower_features(torch.stack([pixels(key) for key in prompt.images])) if prompt.images else None
+    return model.generate([list(prompt.ids)], features, NEW, 1, 3)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_plain_generation_in_any_batch_with_and_without_sharing(family: str) -> None:
+    torch.manual_seed(1)
+    model = model_of(FAMILIES[family]())
+    prompts = ask(model)
+    expected = {prompt.item_id: reference(model, prompt) for prompt in prompts}
+    assert len({tuple(ids) for ids in expected.values()}) > 5  # the model does say different things
+    for rows, tokens, share in (
+        (1, 10**6, True),
+        (3, 10**6, True),
+        (64, 10**6, True),
+        (64, 60, True),
+        (8, 10**6, False),
+    ):
+        engine = Engine(model, pixels, ENDS, NEW, rows=rows, tokens=tokens, share=share)
+        assert answers(engine, prompts) == expected, (rows, tokens, share)
+        assert engine.images_encoded == 4
+
+
+def test_an_order_of_prompts_does_not_change_answers() -> None:
+    model = model_of(FAMILIES["llama"]())
+    prompts = ask(model)
+    first = answers(Engine(model, pixels, ENDS, NEW), prompts)
+    assert answers(Engine(model, pixels, ENDS, NEW), prompts[::-1]) == first
+
+
+def test_near_ties_are_settled_by_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FAMILIES["llama"]())
+    prompts = ask(model)
+    expected = answers(Engine(model, pixels, ENDS, NEW), prompts)
+    plain = decode_batch_calls(monkeypatch)
+    monkeypatch.setitem(decode.TIE, torch.float32, 10.0)  # every lead is now a near-tie
+    engine = Engine(model, pixels, ENDS, NEW)
+    replies: list[Reply] = [reply for batch in engine.replies(prompts) for reply in batch]
+    assert plain  # batches were tried first
+    assert engine.near_ties == len(prompts) and all(reply.alone for reply in replies)
+    assert {reply.item_id: reply.ids for reply in replies} == expected
+
+
+def decode_batch_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the rows of every batch."""
+    rows: list[int] = []
+    real = generate.decode_batch
+
+    def recorded(llm, cache, past, embeddings, *more):  # type: ignore[no-untyped-def]
+        rows.append(len(embeddings))
+        return real(llm, cache, past, embeddings, *more)
+
+    monkeypatch.setattr(generate, "decode_batch", recorded)
+    return rows
+
+
+def test_rounding_in_a_batch_stays_far_below_what_counts_as_a_near_tie() -> None:
+    """The promise rests on this: the same row, alone and between padded others over a shared prefix, differs by rounding."""
+    torch.manual_seed(3)
+    model = model_of(FAMILIES["llama"]())
+    rows = [torch.randn(1, 20 + n, WIDTH) for n in range(6)]
+    past = rows[0][:, :12]
+    with torch.no_grad():
+        alone = [model.llm(inputs_embeds=torch.cat([past, row], 1)).logits[0, -1] for row in rows]
+        cache = decode.select_rows(decode.prefill(model.llm, past), torch.zeros(6, dtype=torch.long))
+        width = max(row.shape[1] for row in rows)
+        padded = torch.stack([torch.cat([torch.zeros(width - row.shape[1], WIDTH), row[0]]) for row in rows])
+        pads = torch.tensor([width - row.shape[1] for row in rows])[:, None]
+        mask = torch.cat([torch.ones(6, 12), (torch.arange(width) >= pads).float()], 1).long()
+        positions = 12 + (torch.arange(width) - pads).clamp(min=0)
+        together = decode._next_logits(model.llm, {"inputs_embeds": padded}, mask, positions, cache)
+    largest = torch.stack(alone).abs().amax(-1, keepdim=True)
+    assert float(((together - torch.stack(alone)).abs() / largest).max()) < decode.TIE[torch.float32] / 10
+
+
+def test_batches_keep_to_both_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FAMILIES["llama"]())
+    prompts = ask(model)
+    sizes = decode_batch_calls(monkeypatch)
+    answers(Engine(model, pixels, ENDS, NEW, rows=5, tokens=10**6), prompts)
+    assert max(sizes) == 5
+    sizes.clear()
+    longest = max(len(prompt.ids) for prompt in prompts) + NEW
+    replies = list(Engine(model, pixels, ENDS, NEW, rows=64, tokens=3 * longest).replies(prompts))
+    assert max(sizes) > 1
+    for batch in replies:
+        assert len(batch) * max(reply.prompt_tokens + NEW for reply in batch) <= 3 * longest
+
+
+def test_only_models_whose_cache_can_be_shared_share_it(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(FAMILIES["llama"]())
+    prompts = ask(model)
+    expected = answers(Engine(model, pixels, ENDS, NEW), prompts)
+    engine = Engine(model, pixels, ENDS, NEW)
+    engine.kind = replace(engine.kind, shareable=False, why="the cache has layers of kind Odd")
+    assert answers(engine, prompts) == expected
+    assert "one by one: the cache has layers of kind Odd" in caplog.text
+    sliding = cache_kind(FAMILIES["gemma3 with a sliding window"]())
+    assert sliding.shareable and sliding.window == 8 and sliding.pads(7) and not sliding.pads(8)
+
+
+def test_prompts_beyond_a_length_dependent_rotary_embedding_are_answered_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    stretched = model_of(LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=rope)))
+    assert cache_kind(stretched.llm).long_from == 16
+    prompts = ask(stretched)
+    engine = Engine(stretched, pixels, ENDS, NEW)
+    found = answers(engine, prompts[:4])
+    assert "rotary embedding changes with the length" in caplog.text and engine.exact
+    assert found == {prompt.item_id: reference(stretched, prompt) for prompt in prompts[:4]}
+
+
+def test_a_narrow_type_promises_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(FAMILIES["llama"]()).to(torch.bfloat16)  # type: ignore[arg-type]
+    prompts = ask(model)
+    engine = Engine(model, lambda key: pixels(key).bfloat16(), ENDS, NEW)
+    assert not engine.exact
+    assert set(answers(engine, prompts)) == {prompt.item_id for prompt in prompts}
+    assert "bfloat16: answers may differ" in caplog.text
+
+
+def test_a_stop_ends_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FAMILIES["llama"]())
+    done = 0
+    with pytest.raises(StoppedError, match="continues with the questions not answered"):
+        for batch in Engine(model, pixels, ENDS, NEW, rows=2).replies(ask(model)):
+            done += len(batch)
+            monkeypatch.setattr(generate, "stop_requested", lambda: True)
+    assert done == 2
+
+
+def test_damaged_weights_are_an_error_and_no_answer() -> None:
+    model = model_of(FAMILIES["llama"]())
+    with torch.no_grad():
+        model.llm.get_output_embeddings().weight[4] = float("nan")  # type: ignore[operator]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        answers(Engine(model, pixels, ENDS, NEW), ask(model))
+    with pytest.raises(FloatingPointError):
+        decode_alone(model.llm, torch.zeros(1, 3, WIDTH), ENDS, NEW)
+
+
+def test_a_rotary_embedding_with_a_memory_promises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 16}, rope_parameters=rope)  # type: ignore[arg-type]
+    model = model_of(LlamaForCausalLM(config))
+    engine = Engine(model, pixels, ENDS, NEW)
+    answers(engine, ask(model)[:2])
+    assert not engine.exact and "depends on what was asked before" in caplog.text

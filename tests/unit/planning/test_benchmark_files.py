@@ -1,0 +1,108 @@
+"""A benchmark's files decide an evaluation's identity by content; what is missing stops a run before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.project import write_images
+from tinylmm.config.compose import compose_run
+from tinylmm.errors import ConfigError, DataError
+from tinylmm.planning.benchmark_files import benchmark_fingerprint
+from tinylmm.planning.planner import RunPlan, plan_run, require_files
+
+ROW = {"question_id": "1", "text": "what?", "category": "digit", "answer": "3", "options": 10}
+
+
+def write_benchmark(root: Path) -> Path:
+    names = write_images(root / "images")
+    (root / "test.jsonl").write_text("".join(json.dumps({**ROW, "image": name}) + "\n" for name in names))
+    return root
+
+
+def identity(root: Path, cache: Path, limit: int | None = None) -> tuple[str, str]:
+    found = benchmark_fingerprint("digits", root, "llava", limit, cache)
+    assert found["num_missing"] == 0
+    return found["items"], found["images"]
+
+
+def test_the_same_questions_anywhere_are_the_same_and_any_change_is_another(tmp_path: Path) -> None:
+    here, cache = write_benchmark(tmp_path / "a"), tmp_path / "cache"
+    first = identity(here, cache)
+    assert identity(here, cache) == first  # from the cache this time
+    there = Path(shutil.copytree(here, tmp_path / "b"))
+    assert identity(there, tmp_path / "other") == first
+    assert identity(here, cache, limit=3)[0] != first[0]
+    questions = here / "test.jsonl"
+    questions.write_text(questions.read_text().replace('"answer": "3"', '"answer": "4"', 1))
+    os.utime(questions, ns=(1, 1))
+    assert identity(here, cache)[0] != first[0]
+    (there / "images/0-red.png").write_bytes(b"longer than it was before" * 50)
+    assert identity(there, tmp_path / "other")[0] == first[0] and identity(there, tmp_path / "other")[1] != first[1]
+
+
+def test_an_unknown_benchmark_is_refused_with_those_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gqa"):
+        benchmark_fingerprint("gqaa", tmp_path, "llava", None, tmp_path)
+    for options in ({"split": "val"}, {"ocr": False}):
+        with pytest.raises(ConfigError, match=r"split|options: do not fit benchmark digits.*ocr"):
+            benchmark_fingerprint("digits", tmp_path, "llava", None, tmp_path, options)
+
+
+def plan(tmp_path: Path, root: Path, *words: str) -> RunPlan:
+    named = ("eval=gqa", "eval.gqa.benchmark=digits", f"eval.gqa.root={root}", f"store={tmp_path / 'store'}")
+    return plan_run(compose_run([*named, *words]), "run")
+
+
+def digest(planned: RunPlan) -> str:
+    return next(stage.digest for stage in planned.graph if stage.kind == "eval")
+
+
+def test_the_digest_holds_content_and_protocol_but_no_place(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "a")
+    planned = plan(tmp_path, root)
+    require_files(planned)
+    (stage,) = [stage for stage in planned.graph if stage.kind == "eval"]
+    assert stage.name == "gqa@finetune" and set(stage.parents) == {"model"}
+    assert str(tmp_path) not in json.dumps(stage.spec)
+    assert stage.settings["location"]["root"] == str(root)
+    moved = root.rename(tmp_path / "b")
+    assert digest(plan(tmp_path, moved)) == stage.digest
+    judge = ("eval.gqa.judge.model=m", "eval.gqa.judge.base_url=http://localhost:1/v1")
+    same = plan(tmp_path, moved, "launch.eval_batch=1", "launch.eval_tokens=9")
+    assert digest(same) == stage.digest
+    changes = (["eval.gqa.limit=3"], list(judge))
+    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 3
+
+
+def test_missing_files_stop_a_run_before_it_starts_naming_each(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "a")
+    (root / "images/1-green.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 12 images of benchmark digits \(images/1-green\.png\)"):
+        require_files(plan(tmp_path, root))
+    with pytest.raises(DataError, match=r"questions of benchmark digits(.|\n)*nowhere(.|\n)*does not exist"):
+        require_files(plan(tmp_path, tmp_path / "nowhere"))
+
+
+def test_reading_a_benchmark_loads_no_torch(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "a")
+    code = f"""
+import sys, pathlib
+from tinylmm.planning.benchmark_files import benchmark_fingerprint
+benchmark_fingerprint("digits", pathlib.Path({str(root)!r}), "llava", None, pathlib.Path({str(tmp_path)!r}))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> None:
+    run = compose_run(["eval=gqa", "eval.gqa.variant=oficial", f"store={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"eval\.gqa\.variant: 'oficial' is unknown\. Did you mean 'official'\?"):
+        plan_run(run, "run")

@@ -1,0 +1,144 @@
+"""What decides a stage's digest, and what does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinylmm.config.compose import compose_run
+from tinylmm.planning.graph import build_graph
+
+EVERYTHING = {
+    "digits",
+    "tokenizer/nano",
+    "llm/nano",
+    "vision_tower/nano",
+    "prepare[pretrain]",
+    "pretrain",
+    "prepare[finetune]",
+    "finetune",
+    "digits@pretrain",
+    "digits@finetune",
+}
+TRAINED = {"pretrain", "finetune", "digits@pretrain", "digits@finetune"}
+
+
+def digests(*words: str) -> dict[str, str]:
+    return {stage.name: stage.digest for stage in build_graph(compose_run(list(words)), lambda kind, thing: {})}
+
+
+def changed(*words: str) -> set[str]:
+    """Names of the default run's stages whose digest is another with these words."""
+    before, after = digests(), digests(*words)
+    return {name for name in before if after.get(name) != before[name]}
+
+
+def test_the_default_run_has_these_stages() -> None:
+    assert set(digests()) == EVERYTHING
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "launch=torchrun",
+        "launch=zero3",
+        "launch.num_workers=4",
+        "launch.micro_batch=3",
+        "launch.packing=false",
+        "launch.cache_features=false",
+        "launch.save_steps=7",
+        "tracking.tensorboard=false",
+        "tracking.wandb.enabled=true",
+        "name=other",
+        "store=elsewhere",
+        "eval=none",
+    ],
+)
+def test_how_a_run_is_done_and_recorded_changes_no_digest(word: str) -> None:
+    before, after = digests(), digests(word)
+    assert after.items() <= before.items()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=1"], TRAINED),
+        (["recipe.stages.finetune.lr=1e-5"], {"finetune", "digits@finetune"}),
+        (["recipe.stages.pretrain.lr=1e-5"], TRAINED),
+        (["recipe.stages.finetune.max_length=128"], {"finetune", "digits@finetune"}),
+        (["recipe.stages.pretrain.template=plain"], TRAINED | {"prepare[pretrain]"}),
+        (["connector=linear"], TRAINED),
+        (["trainer.label_smoothing_factor=0.1"], TRAINED),
+        (["vision_tower.select_layer=-1"], TRAINED),
+        (["vision_tower.build.steps=3"], TRAINED | {"vision_tower/nano"}),
+        (["llm.build.steps=3"], TRAINED | {"llm/nano"}),
+        (["data.build.options.finetune=9"], EVERYTHING - {"tokenizer/nano", "llm/nano", "vision_tower/nano"}),
+        (["eval.digits.max_new_tokens=3"], {"digits@pretrain", "digits@finetune"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_change_reruns_just_what_depends_on_it(words: list[str], expected: set[str]) -> None:
+    if "data.build" in words[0]:  # the benchmark and the parts keep their own data
+        expected = TRAINED | {"prepare[pretrain]", "prepare[finetune]"}
+    assert changed(*words) - {"digits"} == expected
+
+
+def test_the_share_recipes_first_stage_is_the_base_recipes_pretraining() -> None:
+    base, share = digests(), digests("recipe=share")
+    assert base["pretrain"] == share["pretrain"] and base["prepare[pretrain]"] == share["prepare[pretrain]"]
+    assert base["finetune"] != share["finetune"]
+
+
+def test_share_shares_with_base_at_full_size_too() -> None:
+    words = ("llm=phi2", "vt=siglip", "eval=none")
+    base, share = digests(*words), digests(*words, "recipe=share")
+    assert base["pretrain"] == share["pretrain"]
+
+
+def test_a_local_folder_is_identified_by_content_not_by_path() -> None:
+    def train(path: str, content: str) -> str:
+        run = compose_run(["llm=phi2", "vt=siglip", "eval=none", f"llm.pretrained={path}"])
+        graph = build_graph(run, lambda kind, thing: {"files": content} if thing == path else {})
+        return next(stage.digest for stage in graph if stage.name == "pretrain")
+
+    assert train("/a/phi", "same") == train("/b/phi", "same") != train("/b/phi", "other")
+
+
+def test_parents_come_before_their_children() -> None:
+    seen: set[str] = set()
+    for stage in build_graph(compose_run(["recipe=share"]), lambda kind, thing: {}):
+        assert set(stage.parents.values()) <= seen
+        seen.add(stage.digest)
+
+
+MIXED = "recipe.stages.finetune.data={finetune: 1.0, share_pretrain: 0.5}"
+
+
+def test_a_mixture_prepares_every_source_and_depends_on_each_and_on_weights() -> None:
+    stages = {stage.name: stage for stage in build_graph(compose_run([MIXED]), lambda kind, thing: {})}
+    parts = {stages[f"prepare[finetune/{source}]"].digest for source in ("finetune", "share_pretrain")}
+    assert {digest for role, digest in stages["finetune"].parents.items() if role.startswith("prepared")} == parts
+    assert sorted(stages["finetune"].spec["mixture"]) == [0.5, 1.0]
+    assert len(stages["finetune"].settings["locations"]) == 2
+    assert stages["prepare[finetune/finetune]"].digest == digests()["prepare[finetune]"]
+    assert digests(MIXED.replace("0.5", "0.6"))["finetune"] != stages["finetune"].digest
+
+
+def test_a_mixtures_order_in_the_spec_and_one_of_a_single_source_decide_nothing() -> None:
+    turned = "recipe.stages.finetune.data={share_pretrain: 0.5, finetune: 1.0}"
+    assert digests(MIXED)["finetune"] == digests(turned)["finetune"]
+    assert digests("recipe.stages.finetune.data={finetune: 1}") == digests()
+
+
+def test_a_single_source_has_no_trace_of_mixtures_or_formats_in_its_identity() -> None:
+    stages = {stage.name: stage for stage in build_graph(compose_run([]), lambda kind, thing: {})}
+    assert set(stages["finetune"].parents) == {"from", "prepared", "data"}
+    assert "mixture" not in stages["finetune"].spec and "data" not in stages["finetune"].spec
+    source = {
+        "file": "finetune.json",
+        "images": "images",
+        "format": "llava",
+        "limit": None,
+        "on_bad": "fail",
+        "max_bad": 0,
+    }
+    assert stages["prepare[finetune]"].spec["source"] == source

@@ -1,0 +1,182 @@
+"""Runs never share a folder, a live run's name is refused, and what a record says about a dead process is corrected."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylmm.errors import IntegrityError, UserError
+from tinylmm.store.provenance import this_process
+from tinylmm.store.runs import check_name, create_run, read_runs, used_digests, write_run
+
+CREATE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tinylmm.store.runs import create_run
+name = sys.argv[2] or None
+sys.stdin.readline()
+with ThreadPoolExecutor(25) as pool:
+    folders = list(pool.map(lambda _: create_run(Path(sys.argv[1]), "base", {"name": name}), range(25)))
+print(*(folder.name for folder in folders), flush=True)
+sys.stdin.readline()
+"""
+
+
+def start(root: Path, name: str = "") -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CREATE, str(root), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return process
+
+
+@pytest.fixture
+def live_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process whose runs `mine`, `mine-2` ... `mine-25` are running."""
+    process = start(tmp_path, "mine")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("mine")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def finish(folder: Path, **changes: Any) -> None:
+    write_run(folder, {**json.loads((folder / "run.json").read_text()), "status": "done", **changes})
+
+
+@pytest.mark.parametrize("name", [None, "ablation"], ids=["dated", "named"])
+def test_50_threads_get_50_folders(tmp_path: Path, name: str | None) -> None:
+    with ThreadPoolExecutor(50) as pool:
+        folders = list(pool.map(lambda _: create_run(tmp_path, "base", {"name": name}), range(50)))
+    assert len(set(folders)) == 50
+    assert set((tmp_path / "runs").iterdir()) == set(folders)
+    assert all(json.loads((folder / "run.json").read_text())["name"] == folder.name for folder in folders)
+
+
+def test_two_processes_with_25_threads_each_get_50_folders(tmp_path: Path) -> None:
+    names = " ".join(process.communicate("\n")[0] for process in [start(tmp_path), start(tmp_path)]).split()
+    assert len(set(names)) == 50
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == set(names)
+
+
+def test_a_run_without_a_name_gets_a_dated_one(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, "nano-share", {"name": None})
+    assert re.fullmatch(r"nano-share-\d{8}-\d{6}-[0-9a-f]{4}", folder.name)
+    assert folder.parent == tmp_path / "runs"
+
+
+def test_the_record_is_kept_and_names_its_process(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, "base", {"overrides": ["llm=phi2"], "created": "2026-01-31T00:00:00+00:00"})
+    record = json.loads((folder / "run.json").read_text())
+    assert record["overrides"] == ["llm=phi2"]
+    assert record["created"] == "2026-01-31T00:00:00+00:00"
+    assert {name: record[name] for name in this_process()} == this_process()
+    assert record["status"] == "running"
+    assert set(record["versions"]) == {"tinylmm", "git", "python", "torch", "transformers"}
+
+
+def test_a_name_that_is_taken_by_a_finished_run_gets_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for expected in ("mine", "mine-2", "mine-3"):
+        folder = create_run(tmp_path, "base", {"name": "mine"})
+        assert folder.name == expected
+        finish(folder)
+    assert "a run named mine exists; this one is mine-3" in caplog.text
+
+
+def test_a_name_that_a_live_process_runs_under_is_refused_with_pid_and_host(
+    tmp_path: Path, live_run: subprocess.Popen[str]
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"'mine' is still running, as process {live_run.pid} on {this_process()['host']}"
+    ):
+        create_run(tmp_path, "base", {"name": "mine"})
+    assert len(list((tmp_path / "runs").iterdir())) == 25
+
+
+def test_a_run_of_a_killed_process_reads_as_stopped_and_frees_its_name(
+    tmp_path: Path, live_run: subprocess.Popen[str]
+) -> None:
+    assert {run["status"] for run in read_runs(tmp_path)} == {"running"}
+    live_run.kill()
+    live_run.wait()
+    assert {run["status"] for run in read_runs(tmp_path)} == {"stopped"}
+    assert create_run(tmp_path, "base", {"name": "mine"}).name == "mine-26"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [({}, "running"), ({"process_start": 1.0}, "stopped"), ({"host": "elsewhere"}, "running")],
+    ids=["this process", "pid reused", "other host"],
+)
+def test_running_is_judged_by_process_where_it_can_be_seen(
+    tmp_path: Path, changes: dict[str, Any], status: str
+) -> None:
+    finish(create_run(tmp_path, "base", {}), status="running", **changes)
+    assert read_runs(tmp_path)[0]["status"] == status
+
+
+@pytest.mark.parametrize("name", ["a", "Phi2_share-1.5", "-", "_x", "0", "a" * 200])
+def test_plain_names_are_allowed(name: str) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../a", "a b", "é", "a\n", "a" * 201, "a*"])
+def test_other_names_are_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a run folder"):
+        create_run(tmp_path / "store", "base", {"name": name})
+    assert not (tmp_path / "store").exists()
+
+
+def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
+    for day in (2, 3, 1):
+        create_run(tmp_path, "base", {"name": f"day{day}", "created": f"2026-01-0{day}T00:00:00+00:00"})
+    assert [run["name"] for run in read_runs(tmp_path)] == ["day3", "day2", "day1"]
+
+
+def test_a_store_without_runs_lists_none(tmp_path: Path) -> None:
+    assert read_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "[]", "{}", '{"name":"a","status":"done","created":"x","stages":[{}]}', '{"name":1,"created":1}'],
+    ids=["missing", "empty", "cut", "list", "no fields", "no digest", "wrong types"],
+)
+def test_an_unreadable_record_is_listed_and_stops_the_search_for_unused_stages(
+    tmp_path: Path, text: str | None
+) -> None:
+    create_run(tmp_path, "base", {"name": "good"})
+    (tmp_path / "runs/bad").mkdir()
+    if text is not None:
+        (tmp_path / "runs/bad/run.json").write_text(text)
+    assert sorted((run["name"], run["status"]) for run in read_runs(tmp_path)) == [
+        ("bad", "unreadable"),
+        ("good", "running"),
+    ]
+    with pytest.raises(IntegrityError, match=r"bad/run\.json cannot be read"):
+        used_digests(tmp_path)
+
+
+def test_used_digests_are_those_of_all_runs(tmp_path: Path) -> None:
+    create_run(tmp_path, "base", {"stages": [{"digest": "a"}, {"digest": "b"}]})
+    create_run(tmp_path, "base", {"stages": [{"digest": "b"}, {"digest": "c"}]})
+    assert used_digests(tmp_path) == {"a", "b", "c"}
+
+
+def test_write_run_leaves_out_the_folder_that_read_runs_adds(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, "base", {"name": "mine"})
+    write_run(folder, {**read_runs(tmp_path)[0], "status": "done"})
+    assert "folder" not in json.loads((folder / "run.json").read_text())
+    assert read_runs(tmp_path)[0]["status"] == "done"
