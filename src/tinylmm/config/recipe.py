@@ -75,7 +75,7 @@ class TuneSpec(Frozen):
         return written_out.get(tune, tune) if isinstance(tune, str) else tune
 
 
-class StageSpec(Frozen):
+class RecipeStage(Frozen):
     """One training stage. Its optimiser steps are defined by samples, so batch layout and world size do not change them."""
 
     start: str = Field(alias="from")
@@ -117,7 +117,7 @@ class RecipeSpec(Frozen):
     """The data set that the recipe was published with; `data=auto` means it."""
     from_model: str | None = None
     """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
-    stages: Annotated[dict[str, StageSpec], Field(min_length=1)]
+    stages: Annotated[dict[str, RecipeStage], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _stages_start_from_earlier_ones(self) -> RecipeSpec:

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinylmm.errors import IntegrityError
-from tinylmm.planning.graph import STAGE_VERSIONS, Stage
-from tinylmm.stages.job import JOB_FILE
 from tinylmm.store.claims import held
 from tinylmm.store.gc import SPEC_FILE, collect_garbage, discard, list_stages, remove
 from tinylmm.store.integrity import (
@@ -43,12 +41,10 @@ from tinylmm.store.integrity import (
     write_atomic,
     write_manifest,
 )
+from tinylmm.store.layout import CHECKPOINT_FOLDER, ERROR_FILE, JOB_FILE, LOG_FILE
 from tinylmm.store.provenance import iso, peak_rss_mib, software_versions
-from tinylmm.store.stage import canonical_json, difference
+from tinylmm.store.stage import Stage, difference
 
-ERROR_FILE = "error.txt"
-LOG_FILE = "log.txt"
-CHECKPOINT_FOLDER = "checkpoints"
 NOT_PUBLISHED = (CHECKPOINT_FOLDER, JOB_FILE, ERROR_FILE)
 NOT_IN_MANIFEST = (*NOT_PUBLISHED, LOG_FILE)
 """log.txt is published but not proven: lines are still written to it while the stage is being published."""
@@ -109,10 +105,11 @@ class Store:
         path = self.folder(stage) / SPEC_FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            stored = {key: stored.get(key) for key in _identity(stage)}
+            asked = stage.identity
+            stored = {key: stored.get(key) for key in asked}
         except (OSError, ValueError, AttributeError) as error:
             raise IntegrityError(f"{path} cannot be read ({error}).") from error
-        if lines := difference(stored, _identity(stage)):
+        if lines := difference(stored, asked):
             raise IntegrityError(
                 f"{path} is not what this run asks for, although the digest is the same (stored -> asked):\n  "
                 + "\n  ".join(lines)
@@ -182,7 +179,7 @@ class Store:
         work = self.work_folder(stage)
         (work / OUTPUT_FOLDER).mkdir(parents=True, exist_ok=True)
         (work / MANIFEST_FILE).unlink(missing_ok=True)  # what it describes is about to change
-        spec = {**_identity(stage), "digest": stage.digest, "settings": stage.settings}
+        spec = {**stage.identity, "digest": stage.digest, "settings": stage.settings}
         write_atomic(work / SPEC_FILE, json.dumps(spec, indent=1, ensure_ascii=False))
         return work
 
@@ -272,13 +269,6 @@ class Store:
     def gc(self, keep: set[str], dry_run: bool = True) -> list[dict[str, Any]]:
         """Delete what no run uses, and return what that is; see `housekeeping.collect_garbage`."""
         return collect_garbage(self.root, keep, dry_run)
-
-
-def _identity(stage: Stage) -> dict[str, Any]:
-    """What the digest is made of, as it reads back from JSON."""
-    fields = {"kind": stage.kind, "version": STAGE_VERSIONS[stage.kind], "spec": stage.spec, "parents": stage.parents}
-    identity: dict[str, Any] = json.loads(canonical_json(fields))
-    return identity
 
 
 def _digest_problems(folder: Path, stage: Stage) -> list[str]:
