@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
 from tinylmm.config.recipe import TuneHow
 from tinylmm.config.spec import RunSpec
@@ -126,7 +127,7 @@ def test_the_stage_is_identified_by_the_models_bytes_not_by_its_place(tmp_path: 
 def test_every_recipe_begins_with_the_pretraining_of_base(parts: list[str]) -> None:
     digests = {}
     for recipe in ("base", "share", "share_factory", "full", "lora", "qlora"):
-        graph = build_graph(compose_run([*parts, f"recipe={recipe}"]), lambda kind, thing: {})
+        graph = build_graph(compose_run([*parts, f"recipe={recipe}"]), NoFiles())
         digests[recipe] = {stage.name: stage.digest for stage in graph}
     assert len({stages["pretrain"] for stages in digests.values()}) == 1
     assert len({stages["finetune"] for stages in digests.values()}) == len(digests)

@@ -111,12 +111,14 @@ def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger
         ledger.mark(stage, "running")
         began, clock = time.time(), time.monotonic()
         job, kind = _job(stage, plan, store), KINDS[stage.kind]
-        with (
-            _kept_failures(store, stage, title),
-            _log_to(job.folder / LOG_FILE),
-            StageProgress(ledger.console, escape(title), job.folder),
-        ):
-            summary = _run_to_end(make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust), job)
+        backend = make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust)
+        watched = StageProgress(ledger.console, escape(title), job.folder)
+        with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
+            backend.start(job)
+            while (summary := backend.poll()) is None:
+                if stop_requested():
+                    backend.stop()
+                time.sleep(POLL_SECONDS)
         for name in (*SCRATCH, *kind.scratch):
             remove(job.folder / name)
         (job.folder / METRICS_FILE).touch()
@@ -152,15 +154,11 @@ def _job(stage: Stage, plan: RunPlan, store: Store) -> StageJob[Any]:
     return job
 
 
-def _run_to_end(backend: LaunchBackend, job: StageJob[Any]) -> dict[str, Any]:
-    """Run a job, hand on the wish to stop, and return its summary; nothing of it is left running."""
+@contextmanager
+def _ended(backend: LaunchBackend) -> Iterator[None]:
+    """Leave nothing of a stage running behind the block."""
     try:
-        backend.start(job)
-        while (summary := backend.poll()) is None:
-            if stop_requested():
-                backend.stop()
-            time.sleep(POLL_SECONDS)
-        return summary
+        yield
     finally:
         backend.stop(now=True)
 
