@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src/tinylmm"
+from docs.architecture import PICTURE, draw, imports, modules, rooms
+
 HEAVY = (
     "torch",
     "transformers",
@@ -58,37 +55,6 @@ BELOW: dict[str, set[str]] = {
 """Room -> rooms that it may import."""
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name below `tinylmm` -> file."""
-    found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-@cache
-def imports(name: str) -> frozenset[str]:
-    """Modules of ours that a module imports anywhere in it, also inside functions; not those for type checkers alone."""
-    known = modules()
-    found: set[str] = set()
-    for node in _nodes(ast.parse(known[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tinylmm":
-            base = node.module.removeprefix("tinylmm").removeprefix(".")
-            inner = {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
-            found |= {one if one in known else base for one in inner}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("tinylmm.") for alias in node.names if alias.name.startswith("tinylmm.")}
-    return frozenset(found - {name})
-
-
-def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
-            yield node
-            yield from _nodes(node)
-
-
 @pytest.mark.parametrize("name", sorted(set(modules()) - {""}))
 def test_a_module_imports_only_rooms_below_its_own(name: str) -> None:
     room = name.partition(".")[0]
@@ -106,8 +72,11 @@ def test_no_circle_of_imports_exists_anywhere() -> None:
 
 def test_the_rooms_themselves_form_no_circle() -> None:
     TopologicalSorter(BELOW).prepare()
-    rooms = {name.partition(".")[0] for name, path in modules().items() if path.parent != SOURCE}
-    assert rooms == set(BELOW)
+    assert set(rooms()) == set(BELOW)
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run `make docs`"
 
 
 @pytest.mark.parametrize(
