@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tinylmm.data.chat import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, UserError
-from tinylmm.planning.specs import StageSettings
+from tinylmm.planning.specs import PrepareStage, StageSettings
 from tinylmm.stages import prepare
 from tinylmm.stages.job import StageJob, make_job
 
@@ -217,10 +217,10 @@ def test_file_without_a_usable_record_is_refused(root: Path, tokenizer: Path) ->
 
 def test_built_data_is_read_from_the_data_stage(root: Path, tokenizer: Path) -> None:
     job = job_of(root, tokenizer, [record("1")])
-    job.spec["source"] |= {"file": "a.json", "images": "images"}
-    del job.settings["location"]
-    job.parents["data"] = root
-    assert prepare.run(job)["samples"] == 1
+    source = {"file": "a.json", "images": "images", "format": "llava", "limit": None, "on_bad": "fail", "max_bad": 0}
+    spec = PrepareStage.model_validate({"template": "phi", "source": source})
+    built = replace(job, spec=spec, settings=StageSettings(), parents=job.parents | {"data": root})
+    assert prepare.run(built)["samples"] == 1
 
 
 def test_unknown_template_is_refused(root: Path, tokenizer: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_process_killed_by_sigkill_leaves_a_checkpoint_to_continue_from(
     tmp_path: Path, uninterrupted: list[Tensor]
 ) -> None:
     script = (
-        "import os, signal, sys, pathlib, tests.unit.stages.test_part_loop as t\n"
+        "import os, signal, sys, pathlib, tests.unit.training.test_part_loop as t\n"
         "toy = t.Toy(); loss = toy.loss\n"
         "toy.loss = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else loss(step)\n"
         "toy.train(pathlib.Path(sys.argv[1]))\n"
