@@ -17,9 +17,11 @@ from tests.integration.project import Project, tiny_project
 from tests.unit.evaluation.benchmarks import qa_folders
 from tests.unit.reports.conftest import StoreBuilder
 from tinylmm.config.compose import compose_run
+from tinylmm.config.spec import DataSpec, EvalSpec
 from tinylmm.config.targets import resolve_target
-from tinylmm.stages.graph import Stage, build_graph
-from tinylmm.stages.planner import plan_run
+from tinylmm.planning.graph import build_graph
+from tinylmm.planning.planner import plan_run
+from tinylmm.store.stage import Stage
 
 __all__ = ["Project", "Stage", "StoreBuilder", "compose_run", "qa_folders", "resolve_target", "tiny_project"]
 
@@ -28,7 +30,7 @@ COMMAND = (sys.executable, "-m", "tinylmm.cli.main")
 
 def stages(words: list[str]) -> list[Stage]:
     """The stages of the run that these words ask for, in order, where every file outside the store is a made-up one."""
-    return list(build_graph(compose_run(words), fingerprint))
+    return list(build_graph(compose_run(words), _MadeUp()))
 
 
 def planned(words: list[str]) -> list[Stage]:
@@ -37,24 +39,27 @@ def planned(words: list[str]) -> list[Stage]:
     return list(plan.graph)
 
 
-def fingerprint(kind: str, thing: Any) -> dict[str, Any]:
+class _MadeUp:
     """Stands for files' content: in the form of the real ones, made of names alone."""
-    if kind == "source":
-        data, name = thing
+
+    def source(self, data: DataSpec, name: str) -> dict[str, Any]:
         source = data.sources[name]
         return {"annotations": _hash(source.annotations), "images": _hash(f"images of {source.images}")}
-    if kind == "benchmark":
-        about = [thing.benchmark, thing.layout, thing.limit, thing.options]
-        return {"items": _hash(json.dumps(about, sort_keys=True)), "images": _hash(f"images of {thing.benchmark}")}
-    if kind == "model":
+
+    def benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+        about = [spec.benchmark, spec.layout, spec.limit, spec.options]
+        return {"items": _hash(json.dumps(about, sort_keys=True)), "images": _hash(f"images of {spec.benchmark}")}
+
+    def model(self, folder: str) -> dict[str, Any]:
         return {"files": {"config.json": _hash("model"), "llm/model.safetensors": _hash("weights")}}
-    assert kind == "checkpoint", kind
-    parts = [_folder(part) for part in thing.split("+")]
-    if not any(parts):
-        return {}
-    if len(parts) == 1:
-        return parts[0]
-    return {"parts": [found or {"id": part} for found, part in zip(parts, thing.split("+"), strict=True)]}
+
+    def checkpoint(self, path_or_id: str) -> dict[str, Any]:
+        parts = [_folder(part) for part in path_or_id.split("+")]
+        if not any(parts):
+            return {}
+        if len(parts) == 1:
+            return parts[0]
+        return {"parts": [found or {"id": part} for found, part in zip(parts, path_or_id.split("+"), strict=True)]}
 
 
 def _folder(path: str) -> dict[str, Any]:
@@ -92,12 +97,12 @@ def save_tiny(folder: Path) -> None:
 
 def save_small(words: list[str], folder: Path) -> None:
     """Build the model that these words begin with, of random parts, and save it as the first training stage would."""
-    from tinylmm.models.build import build_lmm
+    from tests.builders import build
     from tinylmm.models.checkpoint import LoadedModel, describe, save_model
 
     spec = next(stage.spec for stage in stages(words) if stage.kind == "train")
     scaled = spec.get("scale_image_features", False)
-    model = build_lmm(spec, {}, {}, spec["chat_template"], 0, [])
+    model = build(spec)
     description = describe(spec, spec["tower_output"], spec["connector"], spec["chat_template"], scaled)
     save_model(LoadedModel(model, tiny_tokenizer(), description, None), folder, None, {})
 
