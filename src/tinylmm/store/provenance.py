@@ -23,6 +23,8 @@ from tinylmm.version import __version__
 
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 PID_NAMESPACE_LINK = Path("/proc/self/ns/pid")
+PROCESS_FIELDS = ("pid", "host", "boot_id", "pid_namespace", "process_start")
+"""What `this_process` says."""
 START_TOLERANCE_SECONDS = 2.0
 """The kernel's boot time, from which a start time is counted, wavers by a second when the clock is adjusted."""
 

@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 
 from tinylmm.cli.store import app, runs
 from tinylmm.errors import UserError
-from tinylmm.planning.graph import STAGE_VERSIONS, Stage
 from tinylmm.store.claims import claim
 from tinylmm.store.runs import create_run
-from tinylmm.store.stage import digest
+from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 RUNS_APP = typer.Typer()
@@ -24,8 +23,7 @@ RUNS_APP.command("runs")(runs)
 
 
 def publish(store: Store, name: str) -> Stage:
-    identity = {"kind": "prepare", "version": STAGE_VERSIONS["prepare"], "spec": {"name": name}, "parents": {}}
-    stage = Stage("prepare", name, digest(identity), {"name": name}, {})
+    stage = Stage.of("prepare", name, 1, {"name": name}, {}, {})
     (store.begin(stage) / "output/a.bin").write_bytes(bytes(1000))
     store.publish(stage, {}, time.time())
     return stage

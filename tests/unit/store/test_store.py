@@ -10,17 +10,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tinylmm.errors import IntegrityError
-from tinylmm.planning.graph import STAGE_VERSIONS, Stage
 from tinylmm.store.claims import claim
 from tinylmm.store.provenance import software_versions
 from tinylmm.store.runs import create_run
-from tinylmm.store.stage import digest
+from tinylmm.store.stage import Stage, digest
 from tinylmm.store.store import Store
 
 PUBLISHED = ["COMPLETE", "log.txt", "manifest.json", "metrics.jsonl", "output/deep/b.bin", "output/a.txt", "spec.json"]
@@ -31,8 +31,7 @@ DISK_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.sca
 def make_stage(number: int = 0, kind: str = "train", parents: dict[str, Stage] | None = None, **spec: Any) -> Stage:
     digests = {role: parent.digest for role, parent in (parents or {}).items()}
     fields = {"number": number, "lr": 1e-3, **spec}
-    identity = {"kind": kind, "version": STAGE_VERSIONS[kind], "spec": fields, "parents": digests}
-    return Stage(kind, f"{kind}[{number}]", digest(identity), fields, digests, {"launch": {"backend": "local"}})
+    return Stage.of(kind, f"{kind}[{number}]", 1, fields, digests, {"launch": {"backend": "local"}})
 
 
 def work_on(store: Store, stage: Stage) -> None:
@@ -231,7 +230,7 @@ def test_a_different_spec_under_the_same_digest_stops_with_the_differences(store
     stage = make_stage(lr=1e-3)
     finish(store, stage)
     store.check_spec(stage)
-    same_digest = Stage(stage.kind, stage.name, stage.digest, {**stage.spec, "lr": 2e-3}, stage.parents)
+    same_digest = replace(stage, spec={**stage.spec, "lr": 2e-3})
     with pytest.raises(IntegrityError, match=r"spec\.lr: 0\.001 -> 0\.002"):
         store.open_output(same_digest)
 
@@ -315,7 +314,7 @@ def test_a_link_in_the_output_is_refused_and_the_work_kept(store: Store) -> None
     assert (store.work_folder(stage) / "checkpoints").exists()
 
 
-# ------------------------------------------------------------------------------------------------ housekeeping
+# ------------------------------------------------------------------------------------------- listing, deleting
 
 
 def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
@@ -323,7 +322,8 @@ def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
     size = sum(path.stat().st_size for path in finish(store, whole).rglob("*") if path.is_file())
     (finish(store, unmarked) / "COMPLETE").unlink()
     (finish(store, damaged) / "output/a.txt").unlink()
-    create_run(store.root, "base", {"name": "mine", "stages": [{"digest": whole.digest}, {"digest": whole.digest}]})
+    row = {"kind": whole.kind, "name": whole.name, "digest": whole.digest, "key": whole.key}
+    create_run(store.root, "base", {"name": "mine", "stages": [row, row]})
     rows = {row["key"]: row for row in store.ls()}
     assert {"kind": "train", "name": "train[0]", "size": size, "status": "complete", "runs": ["mine"]}.items() <= rows[
         whole.key
