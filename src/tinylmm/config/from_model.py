@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tinylmm.config.fields import PARTS
-from tinylmm.errors import Fault
+from tinylmm.errors import Fault, IntegrityError, UserError
+from tinylmm.store.find_model import find_model
 
 KEY = "recipe.from_model"
 _NOT_ARCHITECTURE = {
@@ -24,7 +25,6 @@ _NOT_ARCHITECTURE = {
 """Keys of a saved config.json that say how it was saved or run, not what the network looks like."""
 _OF_THE_RUN = (["name"], ["template"], ["scale"])
 """Keys of a group that say nothing about the part itself."""
-_RUNS_SHOWN = 5
 
 
 def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
@@ -34,12 +34,11 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
         cfg: composed config with a `recipe.from_model`: a model's folder, the folder of a training stage, or a run's name.
         words: the user's words, to tell a group that was chosen from a default.
     """
-    given, store = str(cfg.recipe.from_model), Path(str(cfg.store))
-    folder = model_folder(given, store)
-    if folder is None:
-        what = f"is '{given}', which is neither the folder of a saved model nor a run in {store / 'runs'} that trained one."
-        runs = sorted(path.parent.name for path in store.glob("runs/*/run.json"))
-        return [Fault(KEY, what, f"Runs: {', '.join(runs[-_RUNS_SHOWN:]) or 'none'}.")]
+    given = str(cfg.recipe.from_model)
+    try:
+        folder = find_model(given, Path(str(cfg.store))).resolve()
+    except (UserError, IntegrityError) as error:
+        return [Fault(KEY, f"names no model: {error}")]
     try:
         parts = _parts(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -61,28 +60,6 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
     with open_dict(cfg):
         cfg.recipe.from_model = str(folder)
     return faults
-
-
-def model_folder(given: str, store: Path) -> Path | None:
-    """Return the folder that is meant: a model's, one in a training stage's, or that of a run's last trained stage."""
-    path = Path(given).expanduser()
-    for candidate in (path, path / "model", path / "output" / "model"):
-        if _is_model(candidate):
-            return candidate.resolve()
-    try:
-        run = json.loads((store / "runs" / given / "run.json").read_text(encoding="utf-8"))
-        keys = [stage["key"] for stage in run["stages"] if stage["kind"] == "train"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    folders = [store / "stages" / key / "output" / "model" for key in reversed(keys)]
-    return folders[0].resolve() if folders and _is_model(folders[0]) else None
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        return bool(_read(folder / "config.json").get("model_type") == "tinylmm")
-    except (OSError, ValueError):
-        return False
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tinylmm import __version__
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
 from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
@@ -39,6 +38,7 @@ from tinylmm.models.llm import choose_attention, load_llm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.quantize import Quantization
 from tinylmm.models.vision import make_tower
+from tinylmm.version import __version__
 
 WEIGHTS = "model.safetensors"
 ADAPTERS = "adapters"

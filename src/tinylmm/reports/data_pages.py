@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from tinylmm import __version__
 from tinylmm.data.check import SourceCheck
 from tinylmm.reports.data_preview import SeenSample
 from tinylmm.reports.data_text import figures, histograms, image_caption, repetitions, verdict, visible
+from tinylmm.version import __version__
 
 FAULTS_IN_PAGE = 20_000
 GROUPS_IN_PAGE = 200

@@ -13,7 +13,6 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tinylmm import __version__
 from tinylmm.reports.compare import Pair
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
@@ -21,6 +20,7 @@ from tinylmm.reports.records import Evaluation, Example, Report, RunRecord, Scor
 from tinylmm.reports.tables import compare_grid, row_label
 from tinylmm.reports.thumbnails import ThumbnailError, find_image, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
+from tinylmm.version import __version__
 
 CURVE_KINDS = ("parts", "train")
 FLIPS_A_SIDE = 30

@@ -12,6 +12,7 @@ from tinylmm.reports.records import Example, Report, RunRecord, ScoreRow
 from tinylmm.reports.tables import row_label
 from tinylmm.reports.thumbnails import SMALL_SIDE, ThumbnailError, load_image
 from tinylmm.reports.wording import words
+from tinylmm.store.integrity import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +64,6 @@ def results_picture(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from tinylmm.reports.write import write_atomically
-
     with rc_context({"font.family": ["DejaVu Sans"], "font.size": 11, "text.parse_math": False}):
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
@@ -73,7 +72,7 @@ def results_picture(report: Report, path: Path) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def _picked(run: RunRecord) -> list[Example]:

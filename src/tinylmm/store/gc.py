@@ -1,4 +1,4 @@
-"""Looking after a store: list its stages, delete what no run uses. No torch here."""
+"""What a store holds and who uses it; deleting what nobody does. No torch here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import Claim, describe, held
-from tinylmm.store.integrity import MARKER_FILE, check_files, check_folder, read_manifest
+from tinylmm.store.integrity import check_files, check_folder, read_manifest
+from tinylmm.store.layout import DAMAGED_FOLDER, KEY_DIGITS, MARKER_FILE, SPEC_FILE, WORK_FOLDER, StoreLayout
 from tinylmm.store.runs import read_runs
-
-SPEC_FILE = "spec.json"
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +26,9 @@ def list_stages(root: Path) -> list[dict[str, Any]]:
     """
     users: dict[str, list[str]] = {}
     for run in read_runs(root):
-        for digest in {stage["digest"] for stage in run["stages"]}:
-            users.setdefault(digest, []).append(run["name"])
-    rows = [_row(folder, users) for folder in folders(root / "stages")]
+        for digest in {stage.digest for stage in run.stages}:
+            users.setdefault(digest, []).append(run.name)
+    rows = [_row(folder, users) for folder in folders(StoreLayout(root).stages)]
     return sorted(rows, key=lambda row: (row["finished"] or "", row["key"]))
 
 
@@ -50,21 +49,22 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[di
     Raises:
         IntegrityError: spec.json of a kept stage cannot be read, so its parents are unknown.
     """
-    candidates = [*folders(root / "stages"), *folders(root / "work")]
+    layout = StoreLayout(root)
+    candidates = [*folders(layout.stages), *folders(layout.work)]
     live = {folder.name for folder in candidates if held(root, folder.name)}
-    kept = _with_ancestors({digest[:16] for digest in keep} | set(map(_short_digest, live)), candidates)
+    kept = _with_ancestors({digest[:KEY_DIGITS] for digest in keep} | set(map(_short_digest, live)), candidates)
     unused = [folder for folder in candidates if _short_digest(folder.name) not in kept]
-    rows = [_unused_row(root, folder) for folder in (*unused, *folders(root / "damaged"))]
+    rows = [_unused_row(root, folder) for folder in (*unused, *folders(layout.damaged))]
     if dry_run:
         return rows
     deleted = [row for row in rows if _delete(root, root / row["folder"], row["key"])]
-    remove(root / "trash")  # also what a killed deletion left there
+    remove(layout.trash)  # also what a killed deletion left there
     return deleted
 
 
 def discard(root: Path, folder: Path) -> None:
     """Delete a folder so that nobody ever meets half of it under its own name."""
-    trash = root / "trash"
+    trash = StoreLayout(root).trash
     trash.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder.rename(trash / f"{folder.name}-{secrets.token_hex(4)}"))
 
@@ -110,7 +110,7 @@ def _row(folder: Path, users: dict[str, list[str]]) -> dict[str, Any]:
 
 def _unused_row(root: Path, folder: Path) -> dict[str, Any]:
     where = folder.relative_to(root)
-    key = folder.name.rpartition("-")[0] if where.parts[0] == "damaged" else folder.name
+    key = folder.name.rpartition("-")[0] if where.parts[0] == DAMAGED_FOLDER else folder.name
     return {"folder": where.as_posix(), "key": key, "size": _size(folder)}
 
 
@@ -131,10 +131,10 @@ def _with_ancestors(wanted: set[str], folders: list[Path]) -> set[str]:
 
 def _parents(folder: Path) -> set[str]:
     path = folder / SPEC_FILE
-    if folder.parent.name == "work" and not path.exists():
+    if folder.parent.name == WORK_FOLDER and not path.exists():
         return set()  # begun this moment: its run's record names the parents
     try:
-        return {digest[:16] for digest in json.loads(path.read_text(encoding="utf-8"))["parents"].values()}
+        return {digest[:KEY_DIGITS] for digest in json.loads(path.read_text(encoding="utf-8"))["parents"].values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise IntegrityError(
             f"{path} cannot be read ({type(error).__name__}: {error}), so what this stage was made from is unknown and "

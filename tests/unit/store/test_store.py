@@ -314,7 +314,7 @@ def test_a_link_in_the_output_is_refused_and_the_work_kept(store: Store) -> None
     assert (store.work_folder(stage) / "checkpoints").exists()
 
 
-# ------------------------------------------------------------------------------------------------ housekeeping
+# ------------------------------------------------------------------------------------------- listing, deleting
 
 
 def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
@@ -322,7 +322,8 @@ def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
     size = sum(path.stat().st_size for path in finish(store, whole).rglob("*") if path.is_file())
     (finish(store, unmarked) / "COMPLETE").unlink()
     (finish(store, damaged) / "output/a.txt").unlink()
-    create_run(store.root, "base", {"name": "mine", "stages": [{"digest": whole.digest}, {"digest": whole.digest}]})
+    row = {"kind": whole.kind, "name": whole.name, "digest": whole.digest, "key": whole.key}
+    create_run(store.root, "base", {"name": "mine", "stages": [row, row]})
     rows = {row["key"]: row for row in store.ls()}
     assert {"kind": "train", "name": "train[0]", "size": size, "status": "complete", "runs": ["mine"]}.items() <= rows[
         whole.key
