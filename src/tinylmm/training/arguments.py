@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from tinylmm.config.fields import PARTS
 from tinylmm.config.spec import LaunchSpec, TrackingSpec
 from tinylmm.planning.specs import TrainStage
+from tinylmm.store.layout import CHECKPOINT_FOLDER
 
 
 def peak_learning_rates(lr: float | dict[Any, float]) -> dict[str, float]:
@@ -36,7 +37,7 @@ def training_arguments(
         use_cpu: train on the CPU.
     """
     fields: dict[str, Any] = dict(  # noqa: C408 (reads as the call it becomes)
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / CHECKPOINT_FOLDER),
         max_steps=steps,
         per_device_train_batch_size=_micro_batch(launch, spec, accumulation),
         gradient_accumulation_steps=accumulation,
