@@ -17,7 +17,7 @@ from tinylmm.config.fields import PARTS
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.targets import Role, check_target, check_trust, package_folder
 from tinylmm.errors import Fault, suggestion
-from tinylmm.sizing.compatibility import check_fit
+from tinylmm.sizing.compatibility import check_compatibility
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NAME_WORDS = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 100"
@@ -80,7 +80,7 @@ def check_all(raw: Mapping[str, Any]) -> list[Fault]:
         *_check_evaluations(raw),
         *_check_templates(raw),
         *_check_tokenizer(raw),
-        *check_fit(_mapping(raw, "vision_tower"), _mapping(raw, "connector")),
+        *check_compatibility(_mapping(raw, "vision_tower"), _mapping(raw, "connector")),
         *check_trainer(_mapping(raw, "trainer")),
     ]
 
