@@ -107,7 +107,11 @@ def _check_options(where: str, part: Mapping[str, Any], role: str) -> list[Fault
     if names is None:
         return []
     allowed = [name for name in names if name not in _NOT_OPTIONS[role]]
-    return [unknown_key(f"{where}.options.{name}", str(name), allowed) for name in options if name not in allowed]
+    return [
+        unknown_key(f"{where}.options.{name}", str(name), allowed)
+        for name in options
+        if name not in allowed and not str(name).startswith("_")
+    ]
 
 
 def _model_type(part: Mapping[str, Any]) -> Any:
