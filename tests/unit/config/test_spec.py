@@ -1,14 +1,16 @@
 """Claims about the spec models: frozen, closed, dumped by the YAML's own names, faults told in plain words."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
+from tinylmm.config.fields import TemplateName
 from tinylmm.config.recipe import RecipeSpec, RecipeStage, TuneHow, TuneSpec
 from tinylmm.config.spec import LaunchSpec, RunSpec, SourceSpec, TokenizerSpec
+from tinylmm.data.chat import TEMPLATES
 
 STAGE: dict[str, Any] = {
     "from": "parts",
@@ -118,3 +120,7 @@ def test_every_key_can_be_described_and_found_by_its_last_segment() -> None:
     assert all(describe(field.annotation) for field in keys_of(LaunchSpec).values())
     paths = list(paths_by_leaf(RunSpec))
     assert ("lr", "recipe.stages.<name>.lr") in paths and ("_target_", "llm._target_") in paths
+
+
+def test_the_templates_that_a_spec_may_name_are_those_that_have_a_layout() -> None:
+    assert get_args(TemplateName) == tuple(TEMPLATES)
