@@ -283,3 +283,8 @@ def test_a_wrong_mixture_is_answered_with_what_it_may_be(value: str, where: str,
 def test_a_stage_cannot_train_on_a_question_file() -> None:
     found = faults("data.sources.finetune.format=questions")
     assert "holds questions for evaluation" in found["recipe.stages.finetune.data"]
+
+
+def test_cycles_of_a_cosine_need_a_cosine_in_every_stage() -> None:
+    found = faults("trainer.lr_scheduler_kwargs={num_cycles: 2}", "recipe.stages.finetune.schedule=linear")
+    assert "stage finetune has linear" in found["trainer.lr_scheduler_kwargs"]

@@ -169,7 +169,7 @@ def _definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
 @cache
 def _imports(module: str) -> dict[str, str]:
     """Name -> dotted origin of what a module imports from others."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ImportFrom):
             above = module.split(".")[: -node.level] if node.level else []
