@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(train_help())
         return 0
     if any(word.startswith("--") and word not in MULTIRUN for word in arguments):
-        return _hydras_own(arguments)  # --cfg job, --info, --config-dir ...
+        return _run_hydra_flags(arguments)  # --cfg job, --info, --config-dir ...
     from tinylmm.config.compose import compose_all
 
     multirun = bool(MULTIRUN & set(arguments))
@@ -66,7 +66,8 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from tinylmm.config.compose import compose_config, rewrite_words, search_path
+    from tinylmm.config.compose import compose_config, rewrite_words
+    from tinylmm.config.experiments import search_path
     from tinylmm.errors import EXIT_STOPPED, TinyLMMError
     from tinylmm.launch.runner import execute, failed_before_start
 
@@ -117,11 +118,12 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
     return next((code for code in (75, 1, 2) if code in codes), 0)
 
 
-def _hydras_own(arguments: Sequence[str]) -> int:
+def _run_hydra_flags(arguments: Sequence[str]) -> int:
     import hydra
     from omegaconf import DictConfig
 
-    from tinylmm.config.compose import rewrite_words, search_path
+    from tinylmm.config.compose import rewrite_words
+    from tinylmm.config.experiments import search_path
 
     flags = [word for word in arguments if word.startswith("-")]
     words = [word for word in arguments if not word.startswith("-")]

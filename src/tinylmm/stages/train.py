@@ -114,7 +114,14 @@ def build_trainer(
         mixture.epoch,
     )
     arguments = training_arguments(
-        spec, launch, job.settings.tracking, job.folder, steps, sampler.accumulation, use_cpu=device.type == "cpu"
+        spec,
+        launch,
+        job.settings.tracking,
+        job.settings.trainer,
+        job.folder,
+        steps,
+        sampler.accumulation,
+        use_cpu=device.type == "cpu",
     )
     loaded.model.touch_vision_always = world_size() > 1
     if launch.gradient_checkpointing:

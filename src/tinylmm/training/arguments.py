@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from tinylmm.config.fields import PARTS
 from tinylmm.config.spec import LaunchSpec, TrackingSpec
+from tinylmm.config.trainer import TrainerSpec
 from tinylmm.planning.specs import TrainStage
 from tinylmm.store.layout import CHECKPOINT_FOLDER
 
@@ -23,6 +24,7 @@ def training_arguments(
     spec: TrainStage,
     launch: LaunchSpec,
     tracking: TrackingSpec,
+    trainer: TrainerSpec,
     folder: Path,
     steps: int,
     accumulation: int,
@@ -71,7 +73,7 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         ddp_timeout=launch.step_timeout_s,
     )
-    return TrainingArguments(**(fields | spec.trainer))
+    return TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer))
 
 
 def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:
