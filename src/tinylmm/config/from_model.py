@@ -52,14 +52,40 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
             fix = f"Leave {part} out: a recipe with from_model takes its parts from the model."
             faults.append(Fault(part, f"is not that of the model at {folder}: {differs}.", fix))
             continue
+        faults += _unread_fields(part, parts[part]["architecture"] if part != "connector" else None, keys, folder)
         found = parts[part] if differs else {**composed, **parts[part], "name": composed["name"]}
         if f"{part}.template" in keys:
             found["template"] = composed["template"]
+        if differs and part == "llm":
+            found = {**found, **_given_scale(composed, keys)}
         with open_dict(cfg):
             cfg[part] = found
     with open_dict(cfg):
         cfg.recipe.from_model = str(folder)
     return faults
+
+
+def _unread_fields(part: str, saved: Mapping[str, Any] | None, keys: set[str], folder: Path) -> list[Fault]:
+    """Refuse fields of an architecture that the user set and the model's own does not name: nothing would read them."""
+    prefix = f"{part}.architecture."
+    unread = [
+        key for key in sorted(keys) if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in (saved or {})
+    ]
+    what = f"is set, but the model at {folder} was saved without it."
+    return [
+        Fault(key, what, "Leave it out: a recipe with from_model takes its parts from the model.") for key in unread
+    ]
+
+
+def _given_scale(composed: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    """What the user set of `llm.scale`, without the numbers of the LLM that the model's takes the place of."""
+    scale: dict[str, Any] = {}
+    for role, numbers in (composed.get("scale") or {}).items():
+        whole = {"llm.scale", f"llm.scale.{role}"} & keys
+        given = numbers if whole else {name: n for name, n in numbers.items() if f"llm.scale.{role}.{name}" in keys}
+        if given:
+            scale[role] = given
+    return {"scale": scale} if scale else {}
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ Models are written with the fields that were given and no others, so that a fiel
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -41,7 +42,11 @@ class PartIdentity(Recorded):
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
         """Read the identity that a part-building stage left beside its weights."""
-        record = json.loads((folder / PART_FILE).read_text(encoding="utf-8"))
+        return cls.of_record(json.loads((folder / PART_FILE).read_text(encoding="utf-8")))
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return the identity in a record that says more about the part."""
         names = {field.alias or name for name, field in cls.model_fields.items()}
         return cls.model_validate({key: value for key, value in record.items() if key in names})
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tinylmm.store.claims import Claim
 from tinylmm.store.gc import remove
 from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.provenance import now
-from tinylmm.store.runs import create_run, write_run
+from tinylmm.store.runs import RunStatus, StageRow, StageStatus, create_run, read_run, write_run
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
@@ -87,10 +86,7 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
 
 def _create_run(plan: RunPlan) -> Path:
     """Make the run's folder, with every stage to do in its record."""
-    rows = [
-        {"kind": s.kind, "name": s.name, "digest": s.digest, "key": s.key, "status": "todo", "seconds": None}
-        for s in plan.graph
-    ]
+    rows = [dict(vars(StageRow(stage.kind, stage.name, stage.digest, stage.key))) for stage in plan.graph]
     record: dict[str, Any] = {"overrides": plan.overrides, "spec": plan.run.model_dump(mode="json"), "stages": rows}
     if plan.run.name is not None:
         record["name"] = plan.run.name
@@ -111,12 +107,14 @@ def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger
         ledger.mark(stage, "running")
         began, clock = time.time(), time.monotonic()
         job, kind = _job(stage, plan, store), KINDS[stage.kind]
-        with (
-            _kept_failures(store, stage, title),
-            _log_to(job.folder / LOG_FILE),
-            StageProgress(ledger.console, escape(title), job.folder),
-        ):
-            summary = _run_to_end(make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust), job)
+        backend = make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust)
+        watched = StageProgress(ledger.console, escape(title), job.folder)
+        with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
+            backend.start(job)
+            while (summary := backend.poll()) is None:
+                if stop_requested():
+                    backend.stop()
+                time.sleep(POLL_SECONDS)
         for name in (*SCRATCH, *kind.scratch):
             remove(job.folder / name)
         (job.folder / METRICS_FILE).touch()
@@ -152,15 +150,11 @@ def _job(stage: Stage, plan: RunPlan, store: Store) -> StageJob[Any]:
     return job
 
 
-def _run_to_end(backend: LaunchBackend, job: StageJob[Any]) -> dict[str, Any]:
-    """Run a job, hand on the wish to stop, and return its summary; nothing of it is left running."""
+@contextmanager
+def _ended(backend: LaunchBackend) -> Iterator[None]:
+    """Leave nothing of a stage running behind the block."""
     try:
-        backend.start(job)
-        while (summary := backend.poll()) is None:
-            if stop_requested():
-                backend.stop()
-            time.sleep(POLL_SECONDS)
-        return summary
+        yield
     finally:
         backend.stop(now=True)
 
@@ -193,18 +187,17 @@ class _Ledger:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
         self.console = console
-        self.record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        self.rows = {row["digest"]: row for row in self.record["stages"]}
+        self._run = read_run(folder)
+        self._rows = {row.digest: row for row in self._run.stages}
 
-    def mark(self, stage: Stage, status: str, seconds: float | None = None) -> None:
-        row = self.rows[stage.digest]
-        row["status"] = status
-        row["seconds"] = None if seconds is None else round(seconds, 2)
-        write_run(self.folder, self.record)
-        if status in ("run", "reused"):
-            took = "reused" if seconds is None else f"{seconds:.1f} s"
+    def mark(self, stage: Stage, status: StageStatus, seconds: float | None = None) -> None:
+        took = None if seconds is None else round(seconds, 2)
+        self._rows[stage.digest] = row = replace(self._rows[stage.digest], status=status, seconds=took)
+        self._write()
+        if row.finished:
             self.console.print(
-                f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  {took}",
+                f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  "
+                + ("reused" if seconds is None else f"{seconds:.1f} s"),
                 highlight=False,
             )
 
@@ -217,10 +210,13 @@ class _Ledger:
 
         return tell
 
-    def finish(self, status: str) -> None:
-        self.record["status"] = status
-        self.record["finished"] = now()
-        write_run(self.folder, self.record)
+    def finish(self, status: RunStatus) -> None:
+        self._run = replace(self._run, status=status, finished=now())
+        self._write()
+
+    def _write(self) -> None:
+        self._run = replace(self._run, stages=tuple(self._rows.values()))
+        write_run(self.folder, self._run)
 
 
 @contextmanager

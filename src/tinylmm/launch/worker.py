@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tinylmm.errors import TinyLMMError
+from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob, read_job
 from tinylmm.stop import watch_for_stop
 
@@ -61,7 +62,8 @@ def main() -> NoReturn:
         try:
             _join_ranks(job)
             quiet_libraries()
-            result = {"summary": job.run()}
+            run = import_body(job.kind)
+            result = {"summary": run(job)}
         except TinyLMMError as error:
             code = error.exit_code
             result = {"error": str(error), "type": type(error).__name__, "exit_code": code, "rank": rank}

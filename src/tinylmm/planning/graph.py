@@ -90,6 +90,8 @@ class _Builder:
             "tracking": _dump(run.tracking),
             "trust": list(run.trust),
         }
+        if run.trainer.as_arguments():
+            self.settings["trainer"] = run.trainer.as_arguments()
         self.folders: dict[str, str] = {}
 
     def build(self) -> StageGraph:
@@ -106,7 +108,7 @@ class _Builder:
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
             spec |= _dump(stage, exclude={"start", "data", "template"})
-            spec |= {"seed": self.run.seed, "trainer": dict(self.run.trainer)}
+            spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
             located = self._mix(name, stage, tokenizer, spec, parents)
             trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
         self._evaluations(trained)

@@ -19,7 +19,7 @@ class Kind:
         spec: what decides a stage's result.
         version: raised by hand when a change of code changes what a stage of this kind produces; older results are then
             not reused.
-        body: module with `run(job)`, imported where a stage is run, since most of them load torch.
+        body: module with `run(job)`; `import_body` loads it where a stage is run, since most of them load torch.
         uses_ranks: whether it runs on every rank of the launch; others run in the command's own process.
         scratch: names in the work folder, besides checkpoints, that are deleted when the stage is done.
         curve: what a report calls the curve in metrics.jsonl; None where there is none to draw.

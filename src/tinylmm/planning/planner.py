@@ -15,6 +15,7 @@ from tinylmm.errors import DataError
 from tinylmm.planning.fingerprints import checkpoint_fingerprint, model_fingerprint, source_fingerprint
 from tinylmm.planning.graph import StageGraph, build_graph
 from tinylmm.planning.specs import Content
+from tinylmm.store.layout import StoreLayout
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
@@ -56,7 +57,7 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
             from tinylmm.planning.benchmark_files import check_variant
 
             check_variant(key, evaluation)
-    files = _Files(run.store / "cache" / "fingerprints")
+    files = _Files(StoreLayout(run.store).cache / "fingerprints")
     graph = build_graph(run, files)
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]

@@ -21,6 +21,7 @@ from tinylmm.config.identities import (
 )
 from tinylmm.config.recipe import TuneSpec
 from tinylmm.config.spec import ImageSpec, LaunchSpec, TrackingSpec
+from tinylmm.config.trainer import TrainerSpec
 
 Content = dict[str, Any]
 """Identity by content of files outside the store, from `planning/fingerprints.py`; compared, never read."""
@@ -178,6 +179,8 @@ class StageSettings(Recorded):
 
     launch: LaunchSpec = LaunchSpec()
     tracking: TrackingSpec = TrackingSpec()
+    trainer: TrainerSpec = TrainerSpec()
+    """Every field that is set; those that decide a result stand in the stage's own `trainer` too."""
     trust: tuple[str, ...] = ()
     folders: dict[str, str] = Field(default_factory=dict)
     """Role -> local folder of published weights; `from` is the model that a recipe starts from."""

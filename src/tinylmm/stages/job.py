@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -66,10 +65,6 @@ class StageJob(Generic[Spec]):
     def root_of(self, location: Location) -> Path:
         """The folder that a location's paths are below: its own, or the data stage's output."""
         return self.parents["data"] if location.root is None else Path(location.root)
-
-    def run(self) -> dict[str, Any]:
-        """Do the stage's work in this process and return its summary; its body is imported now, since most load torch."""
-        return dict(import_module(KINDS[self.kind].body).run(self))
 
     def write(self) -> None:
         """Write `job.json` into the work folder."""

@@ -24,7 +24,7 @@ from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
-from tinylmm.store.layout import FEATURES_FOLDER, MODEL_FOLDER, STAGES_FOLDER
+from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder
@@ -114,7 +114,14 @@ def build_trainer(
         mixture.epoch,
     )
     arguments = training_arguments(
-        spec, launch, job.settings.tracking, job.folder, steps, sampler.accumulation, use_cpu=device.type == "cpu"
+        spec,
+        launch,
+        job.settings.tracking,
+        job.settings.trainer,
+        job.folder,
+        steps,
+        sampler.accumulation,
+        use_cpu=device.type == "cpu",
     )
     loaded.model.touch_vision_always = world_size() > 1
     if launch.gradient_checkpointing:
@@ -137,7 +144,7 @@ def build_trainer(
         dataset=samples,
         sampler=sampler,
         collate=_WithFeatures(collator, cache) if cache is not None else collator,
-        checkpoints=CheckpointFolder(job.folder / "checkpoints", launch.keep_checkpoints, identity),
+        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, identity),
         learning_rates=peak_learning_rates(spec.lr),
         schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
         step_timeout_s=launch.step_timeout_s,
@@ -229,7 +236,7 @@ def _own_copy(job: StageJob[TrainStage], folder: Path) -> Path:
 
     That holds for a stage's output in the store; a folder of the user's is copied.
     """
-    if folder.is_relative_to(job.store / STAGES_FOLDER):
+    if folder.is_relative_to(StoreLayout(job.store).stages):
         return folder
     copy = job.folder / KEPT / "model"
     if rank() == 0:
@@ -267,7 +274,7 @@ def _open_cache(
         )
         return None
     description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
-    root = job.store / FEATURES_FOLDER
+    root = StoreLayout(job.store).features
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinylmm.store.layout import stage_key
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -51,7 +53,7 @@ class Stage:
     @property
     def key(self) -> str:
         """Folder name in the store."""
-        return f"{self.kind}-{self.digest[:16]}"
+        return stage_key(self.kind, self.digest)
 
 
 def _identity(kind: str, version: int, spec: dict[str, Any], parents: dict[str, str]) -> dict[str, Any]:

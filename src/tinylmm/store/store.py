@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import held
-from tinylmm.store.gc import SPEC_FILE, collect_garbage, discard, list_stages, remove
+from tinylmm.store.gc import collect_garbage, discard, list_stages, remove
 from tinylmm.store.integrity import (
     MANIFEST_FILE,
     MARKER_FILE,
@@ -41,7 +41,7 @@ from tinylmm.store.integrity import (
     write_atomic,
     write_manifest,
 )
-from tinylmm.store.layout import CHECKPOINT_FOLDER, ERROR_FILE, JOB_FILE, LOG_FILE
+from tinylmm.store.layout import CHECKPOINT_FOLDER, ERROR_FILE, JOB_FILE, LOG_FILE, SPEC_FILE, StoreLayout
 from tinylmm.store.provenance import iso, peak_rss_mib, software_versions
 from tinylmm.store.stage import Stage, difference
 
@@ -60,15 +60,16 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
+        self.layout = StoreLayout(self.root)
         self._verified: set[str] = set()
 
     def folder(self, stage: Stage) -> Path:
         """Where the finished stage lies, or will lie."""
-        return self.root / "stages" / stage.key
+        return self.layout.stage(stage.key)
 
     def work_folder(self, stage: Stage) -> Path:
         """Where the stage is worked on."""
-        return self.root / "work" / stage.key
+        return self.layout.work_on(stage.key)
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -253,7 +254,7 @@ class Store:
 
     def _set_aside(self, folder: Path) -> None:
         for number in count(1):
-            target = self.root / "damaged" / f"{folder.name}-{number}"
+            target = self.layout.damaged / f"{folder.name}-{number}"
             if not target.exists():
                 break
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,9 @@ from transformers import TrainingArguments
 
 from tinylmm.config.fields import PARTS
 from tinylmm.config.spec import LaunchSpec, TrackingSpec
+from tinylmm.config.trainer import TrainerSpec
 from tinylmm.planning.specs import TrainStage
+from tinylmm.store.layout import CHECKPOINT_FOLDER
 
 
 def peak_learning_rates(lr: float | dict[Any, float]) -> dict[str, float]:
@@ -22,6 +24,7 @@ def training_arguments(
     spec: TrainStage,
     launch: LaunchSpec,
     tracking: TrackingSpec,
+    trainer: TrainerSpec,
     folder: Path,
     steps: int,
     accumulation: int,
@@ -36,7 +39,7 @@ def training_arguments(
         use_cpu: train on the CPU.
     """
     fields: dict[str, Any] = dict(  # noqa: C408 (reads as the call it becomes)
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / CHECKPOINT_FOLDER),
         max_steps=steps,
         per_device_train_batch_size=_micro_batch(launch, spec, accumulation),
         gradient_accumulation_steps=accumulation,
@@ -70,7 +73,7 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         ddp_timeout=launch.step_timeout_s,
     )
-    return TrainingArguments(**(fields | spec.trainer))
+    return TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer))
 
 
 def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +21,13 @@ from torch import Tensor, nn
 
 from tinylmm.errors import NonFiniteError, StoppedError
 from tinylmm.stop import stop_requested
+from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import CHECKPOINT_FOLDER
 from tinylmm.training.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_FILE = "checkpoints/latest.pt"
+CHECKPOINT_FILE = f"{CHECKPOINT_FOLDER}/latest.pt"
 SAVE_EVERY_S = 20.0
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
@@ -157,17 +158,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     payload = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomic(path, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tinylmm.config.spec import LaunchSpec
 from tinylmm.launch.worker import quiet_libraries
+from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob
 
 
@@ -18,7 +19,8 @@ class Backend:
     def start(self, job: StageJob[Any]) -> None:
         """Run the stage's body."""
         quiet_libraries()
-        self._summary = job.run()
+        run = import_body(job.kind)
+        self._summary = run(job)
 
     def poll(self) -> dict[str, Any] | None:
         """Return the summary."""
