@@ -91,7 +91,10 @@ def test_a_template_of_ones_own_wins(phi: Path) -> None:
     ("recipe", "message"),
     [
         (["recipe=custom_finetune", *DATA], "recipe: starts from a model, so set recipe.from_model"),
-        (words("nowhere"), "recipe.from_model: names no model: nowhere is neither .* name of a run .* Runs there: none"),
+        (
+            words("nowhere"),
+            "recipe.from_model: names no model: nowhere is neither .* name of a run .* Runs there: none",
+        ),
         (
             ["recipe=base", "recipe.from_model={phi}", "data=digits"],
             "recipe: has from_model, but no stage starts from it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,16 +32,14 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
     """List finished stages: what they are, how large, which runs use them."""
     rows = _open(store).ls()
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(json.dumps([vars(row) for row in rows], indent=1))
         return
     table = Table(
         _uncut_column("stage"), "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}"
     )
     for row in rows:
-        status = _coloured(row["status"])
-        table.add_row(
-            row["key"], escape(row["name"]), decimal(row["size"]), _minute(row["finished"]), status, _users(row["runs"])
-        )
+        status = _coloured(row.status)
+        table.add_row(row.key, escape(row.name), decimal(row.size), _minute(row.finished), status, _users(row.runs))
     _console().print(table)
 
 
@@ -87,9 +86,9 @@ def collect_garbage(
         return
     table = Table(_uncut_column("folder"), "size", title="deleted" if yes else "would be deleted")
     for row in rows:
-        table.add_row(row["folder"], decimal(row["size"]))
+        table.add_row(row.folder, decimal(row.size))
     _console().print(table)
-    total = decimal(sum(row["size"] for row in rows))
+    total = decimal(sum(row.size for row in rows))
     _console().print(f"{total} freed." if yes else f"{total} would be freed. Nothing was deleted; add --yes to do so.")
 
 
@@ -155,7 +154,7 @@ def _remarks(run: RunRecord) -> str:
     return ", ".join(f"{stage.name} failed" for stage in run.stages if stage.status == "failed")
 
 
-def _users(names: list[str]) -> str:
+def _users(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

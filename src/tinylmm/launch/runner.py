@@ -86,11 +86,9 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
 
 def _create_run(plan: RunPlan) -> Path:
     """Make the run's folder, with every stage to do in its record."""
-    rows = [dict(vars(StageRow(stage.kind, stage.name, stage.digest, stage.key))) for stage in plan.graph]
-    record: dict[str, Any] = {"overrides": plan.overrides, "spec": plan.run.model_dump(mode="json"), "stages": rows}
-    if plan.run.name is not None:
-        record["name"] = plan.run.name
-    return create_run(plan.run.store, run_name(plan.run), record)
+    run = plan.run
+    rows = [StageRow(stage.kind, stage.name, stage.digest, stage.key) for stage in plan.graph]
+    return create_run(run.store, run_name(run), run.name, plan.overrides, run.model_dump(mode="json"), rows)
 
 
 def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger) -> float | None:

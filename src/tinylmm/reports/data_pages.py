@@ -12,7 +12,7 @@ from PIL import Image
 
 from tinylmm.data.check import SourceCheck
 from tinylmm.reports.data_preview import SeenSample
-from tinylmm.reports.data_text import figures, histograms, image_caption, repetitions, verdict, visible
+from tinylmm.reports.data_text import histograms, image_caption, repetitions, source_counts, verdict, visible
 from tinylmm.version import __version__
 
 FAULTS_IN_PAGE = 20_000
@@ -67,7 +67,7 @@ def _source(check: SourceCheck) -> dict[str, Any]:
     return {
         "check": check,
         "verdict": verdict(check),
-        "figures": figures(check),
+        "counts": source_counts(check),
         "charts": charts,
         "repetitions": [
             {"what": what, "count": count, "groups": groups[:GROUPS_IN_PAGE]}

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -170,23 +170,28 @@ def _parsed_row(content: Mapping[str, Any]) -> StageRow:
     return StageRow(**names, status=cast(StageStatus, status), seconds=content.get("seconds"))
 
 
-def create_run(store_root: Path, base_name: str, record: dict[str, Any]) -> Path:
+def create_run(
+    store_root: Path,
+    base_name: str,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    stages: Sequence[StageRow] = (),
+) -> Path:
     """Make the folder of a new run with its run.json in it, and return it. Never an existing folder.
 
     Args:
         store_root: the store.
         base_name: what the run is made of; names the folder (with date and random suffix) if the user named no other.
-        record: plain JSON for run.json. A `name` in it is the user's and is taken as it is (`name-2`, `name-3` and
-            so on if there are such runs already). status, created, finished, stages and versions are filled in where
-            they are missing, and always what identifies this process.
+        name: the user's, taken as it is; `name-2`, `name-3` and so on if there are such runs already.
+        overrides, spec, stages: as in `RunRecord`.
 
     Raises:
         UserError: the name has other characters than letters, digits, `.`, `_` and `-`, or belongs to a live run; or the
             store cannot be written.
     """
     runs = StoreLayout(Path(store_root)).runs
-    explicit = record.get("name")
-    check_name(explicit if explicit is not None else base_name)
+    check_name(base_name if name is None else name)
     # Filled before it gets its name, so nobody ever meets a run folder without a record.
     draft = runs / f".{secrets.token_hex(8)}.tmp"
     try:
@@ -196,22 +201,24 @@ def create_run(store_root: Path, base_name: str, record: dict[str, Any]) -> Path
             f"store: nothing can be written to {runs.parent.absolute()} ({error.strerror}). "
             "Name a folder that you may write to with store=PATH or the environment variable TINYLMM_STORE."
         ) from error
+    record = RunRecord(
+        draft,
+        "running",
+        now(),
+        stages=tuple(stages),
+        versions=software_versions(),
+        overrides=tuple(overrides),
+        spec=spec or {},
+        process=this_process(),
+    )
     try:
-        for name in _series(runs, explicit) if explicit is not None else _dated(base_name):
-            filled = {
-                "format": RUN_FORMAT,
-                "name": name,
-                "status": "running",
-                "created": now(),
-                "finished": None,
-                "stages": [],
-            }
-            versions = {"versions": software_versions()}
-            write_run(draft, {**filled, **versions, **record, **this_process(), "name": name})
-            if _took_name(draft, runs / name):
-                if name != explicit and explicit is not None:
-                    log.warning("a run named %s exists; this one is %s", explicit, name)
-                return runs / name
+        for candidate in _dated(base_name) if name is None else _series(runs, name):
+            folder = runs / candidate
+            write_run(draft, replace(record, folder=folder))
+            if _took_name(draft, folder):
+                if name not in (None, candidate):
+                    log.warning("a run named %s exists; this one is %s", name, candidate)
+                return folder
     finally:
         if draft.exists():
             shutil.rmtree(draft)
@@ -231,10 +238,9 @@ def check_name(name: str) -> None:
         )
 
 
-def write_run(folder: Path, record: RunRecord | Mapping[str, Any]) -> None:
-    """Write run.json atomically."""
-    content = record.as_json() if isinstance(record, RunRecord) else record
-    write_atomic(folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False))
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Write run.json into a folder, atomically."""
+    write_atomic(folder / RUN_FILE, json.dumps(record.as_json(), indent=1, ensure_ascii=False))
 
 
 def read_runs(store_root: Path) -> list[RunRecord]:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import held
-from tinylmm.store.gc import collect_garbage, discard, list_stages, remove
+from tinylmm.store.gc import StoredStage, UnusedFolder, collect_garbage, discard, list_stages, remove
 from tinylmm.store.integrity import (
     MANIFEST_FILE,
     MARKER_FILE,
@@ -261,14 +261,14 @@ class Store:
         folder.rename(target)
         log.warning("%s was damaged and is set aside in %s; it is made anew", folder.name, target)
 
-    # ------------------------------------------------------------------------------------------- housekeeping
+    # ------------------------------------------------------------------------------------------- listing, deleting
 
-    def ls(self) -> list[dict[str, Any]]:
-        """Return one row for each stage; see `housekeeping.list_stages`."""
+    def ls(self) -> list[StoredStage]:
+        """Return one row for each stage; see `store/gc.py`."""
         return list_stages(self.root)
 
-    def gc(self, keep: set[str], dry_run: bool = True) -> list[dict[str, Any]]:
-        """Delete what no run uses, and return what that is; see `housekeeping.collect_garbage`."""
+    def gc(self, keep: set[str], dry_run: bool = True) -> list[UnusedFolder]:
+        """Delete what no run uses, and return what that is; see `gc.collect_garbage`."""
         return collect_garbage(self.root, keep, dry_run)
 
 

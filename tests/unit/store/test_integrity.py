@@ -230,7 +230,6 @@ LEFT_TO_THEIR_OWNERS = {
     "evaluation/judge.py",
     "planning/benchmark_files.py",
     "planning/fingerprints.py",
-    "training/part_loop.py",
 }
 """Modules that still write beside and rename by themselves."""
 

@@ -19,7 +19,7 @@ import pytest
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import claim
 from tinylmm.store.provenance import software_versions
-from tinylmm.store.runs import create_run
+from tinylmm.store.runs import StageRow, create_run
 from tinylmm.store.stage import Stage, digest
 from tinylmm.store.store import Store
 
@@ -322,14 +322,14 @@ def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
     size = sum(path.stat().st_size for path in finish(store, whole).rglob("*") if path.is_file())
     (finish(store, unmarked) / "COMPLETE").unlink()
     (finish(store, damaged) / "output/a.txt").unlink()
-    row = {"kind": whole.kind, "name": whole.name, "digest": whole.digest, "key": whole.key}
-    create_run(store.root, "base", {"name": "mine", "stages": [row, row]})
-    rows = {row["key"]: row for row in store.ls()}
-    assert {"kind": "train", "name": "train[0]", "size": size, "status": "complete", "runs": ["mine"]}.items() <= rows[
-        whole.key
-    ].items()
-    assert (rows[unmarked.key]["status"], rows[damaged.key]["status"]) == ("unfinished", "damaged")
-    assert rows[damaged.key]["runs"] == []
+    row = StageRow(whole.kind, whole.name, whole.digest, whole.key)
+    create_run(store.root, "base", "mine", stages=[row, row])
+    rows = {row.key: row for row in store.ls()}
+    found = rows[whole.key]
+    assert (found.kind, found.name, found.size, found.status) == ("train", "train[0]", size, "complete")
+    assert (found.digest, found.runs) == (whole.digest, ("mine",))
+    assert (rows[unmarked.key].status, rows[damaged.key].status) == ("unfinished", "damaged")
+    assert rows[damaged.key].runs == ()
 
 
 def test_gc_deletes_what_no_run_uses_and_keeps_all_ancestors(store: Store) -> None:
@@ -342,9 +342,9 @@ def test_gc_deletes_what_no_run_uses_and_keeps_all_ancestors(store: Store) -> No
         finish(store, stage)
     work_on(store, abandoned)
     expected = [f"stages/{unused.key}", f"work/{abandoned.key}"]
-    assert [row["folder"] for row in store.gc({model.digest})] == expected
+    assert [row.folder for row in store.gc({model.digest})] == expected
     assert store.is_complete(unused)
-    assert [row["folder"] for row in store.gc({model.digest}, dry_run=False)] == expected
+    assert [row.folder for row in store.gc({model.digest}, dry_run=False)] == expected
     assert [store.status(stage) for stage in (data, prepared, model, unused)] == ["complete"] * 3 + ["todo"]
     assert not store.work_folder(abandoned).exists()
     assert not (store.root / "trash").exists()
@@ -373,7 +373,7 @@ def test_gc_deletes_what_was_set_aside_and_what_a_killed_gc_left(store: Store) -
     (finish(store, stage) / "output/a.txt").unlink()
     finish(store, stage)
     (store.root / "trash/half").mkdir(parents=True)
-    assert [row["folder"] for row in store.gc({stage.digest}, dry_run=False)] == [f"damaged/{stage.key}-1"]
+    assert [row.folder for row in store.gc({stage.digest}, dry_run=False)] == [f"damaged/{stage.key}-1"]
     assert not (store.root / "trash").exists()
     assert store.is_complete(stage)
 
