@@ -10,13 +10,12 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from tinylmm.constants import MAX_PIXELS
 from tinylmm.errors import DataError
 
 SMALL_SIDE = 128
 """Up to this many pixels an image is kept pixel for pixel, and shown enlarged without blur."""
 LARGE_SIDE = 360
-MAX_PIXELS = 64_000_000
-"""Above, an image is not decoded: a small file can unpack into all memory."""
 
 
 class ThumbnailError(Exception):
