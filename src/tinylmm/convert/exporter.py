@@ -9,8 +9,8 @@ from tinylmm.convert.factory_writer import export_factory
 from tinylmm.convert.hf_writer import export_hf
 from tinylmm.convert.report import ExportReport
 from tinylmm.errors import UserError
-from tinylmm.generation.session import DTYPES
 from tinylmm.models.checkpoint import load_model
+from tinylmm.models.devices import DTYPES
 from tinylmm.store.find_model import find_model
 
 FORMATS = ("hf", "factory", "factory-folders")
