@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.frozen import product
 from tests.frozen.combinations import COMBINATIONS, NEVER_VARY, SPECIMENS
+from tests.frozen.small_models import SMALL_MODELS
 
 FOLDER = Path(__file__).parent
+PARTS = ("llm", "vision_tower", "connector")
+WEIGHTS = "model.safetensors"
+FILL = 0.25
 VERSIONS = ("transformers_version", "tinylmm_version", "peft_version")
 OPAQUE = {"architecture", "options", "trainer", "text_tower", "content", "lr", "mixture"}
 """Fields of an identity whose keys are not the spec's own."""
@@ -113,5 +120,90 @@ def specs() -> dict[str, dict[str, Any]]:
     return found
 
 
-RECORDS: dict[str, Callable[[Path], Any]] = {"digests": lambda folder: digests(), "specs": lambda folder: specs()}
+# -------------------------------------------------------------------------------------------------- models
+
+
+def targets() -> dict[str, list[str]]:
+    """Role -> dotted paths that the shipped YAMLs name: they are in the digests and in saved models."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((FOLDER.parents[1] / "conf").glob("*/*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        group = path.parent.name
+        if "_target_" in content:
+            found.setdefault(group, set()).add(content["_target_"])
+        if "encoder" in content:
+            found.setdefault("encoder", set()).add(content["encoder"])
+        if group == "data" and "build" in content:
+            found.setdefault("data", set()).add(content["build"]["_target_"])
+    return {role: sorted(paths) for role, paths in sorted(found.items())}
+
+
+def tree(folder: Path) -> list[str]:
+    """Paths of all files in `folder`."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def without_versions(value: Any) -> Any:
+    """The value without the versions of the libraries that wrote it."""
+    if isinstance(value, dict):
+        return {key: without_versions(item) for key, item in value.items() if key not in VERSIONS}
+    return [without_versions(item) for item in value] if isinstance(value, list) else value
+
+
+def configs(folder: Path) -> dict[str, Any]:
+    """Every config.json of a model's folder, and what else describes its parts."""
+    names = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", "part.json")
+    paths = [name for name in tree(folder) if name.rsplit("/")[-1] in names]
+    return {name: without_versions(json.loads((folder / name).read_text(encoding="utf-8"))) for name in paths}
+
+
+def tiny_model(folder: Path) -> dict[str, Any]:
+    """The tests' tiny model as it is saved: files, configs, and the very text of its config.json but for the version."""
+    product.save_tiny(folder / "model")
+    text = (folder / "model/config.json").read_text(encoding="utf-8")
+    text = re.sub(r'("tinylmm_version": )"[^"]+"', r'\1"VERSION"', text)
+    return {"tree": tree(folder / "model"), "text": text.split("\n"), "configs": configs(folder / "model")}
+
+
+def small_model(name: str, folder: Path) -> dict[str, Any]:
+    """One of SMALL_MODELS as it is saved: its configs, and the names and shapes of its tensors."""
+    from safetensors import safe_open
+
+    product.save_small(SMALL_MODELS[name], folder / "model")
+    tensors: dict[str, dict[str, str]] = {}
+    for part in PARTS:
+        with safe_open(folder / "model" / part / WEIGHTS, "pt") as file:
+            tensors[part] = {key: " ".join(map(str, file.get_slice(key).get_shape())) for key in sorted(file.keys())}
+    described = {key: value for key, value in configs(folder / "model").items() if not key.startswith("tokenizer")}
+    return {"configs": described, "tensors": tensors}
+
+
+def small_models(folder: Path) -> dict[str, Any]:
+    """All of SMALL_MODELS."""
+    return {name: small_model(name, folder / name) for name in SMALL_MODELS}
+
+
+def write_small_model(name: str, folder: Path) -> None:
+    """Write the folder of a small model from what is frozen of it: no class is asked how. Every weight is FILL."""
+    import torch
+    from safetensors.torch import save_file
+
+    saved = frozen("small_models")[name]
+    for path, content in saved["configs"].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content), encoding="utf-8")
+    for part, shapes in saved["tensors"].items():
+        (folder / part).mkdir(exist_ok=True)
+        weights = {key: torch.full([int(n) for n in shape.split()], FILL) for key, shape in shapes.items()}
+        save_file(weights, folder / part / WEIGHTS, {"format": "pt"})
+    product.save_tokenizer(folder / "tokenizer")
+
+
+RECORDS: dict[str, Callable[[Path], Any]] = {
+    "digests": lambda folder: digests(),
+    "specs": lambda folder: specs(),
+    "targets": lambda folder: targets(),
+    "tiny_model": tiny_model,
+    "small_models": small_models,
+}
 """File name -> what is in it, made in an empty working folder."""
