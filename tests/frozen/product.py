@@ -17,8 +17,8 @@ from tests.integration.project import Project, tiny_project
 from tests.unit.evaluation.benchmarks import qa_folders
 from tests.unit.reports.conftest import StoreBuilder
 from tinylmm.config.compose import compose_run
-from tinylmm.config.spec import DataSpec, EvalSpec
 from tinylmm.config.targets import resolve_target
+from tinylmm.config.spec import DataSpec, EvalSpec
 from tinylmm.planning.graph import build_graph
 from tinylmm.planning.planner import plan_run
 from tinylmm.store.stage import Stage
@@ -70,6 +70,18 @@ def _folder(path: str) -> dict[str, Any]:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def train(project: Project) -> None:
+    """Carry out the project's run in this process."""
+    done = project.train_here()
+    assert done.returncode == 0, done.stderr
+
+
+def failing(project: Project) -> None:
+    """Carry out the project's run in this process, which stops at a stage that fails."""
+    done = project.train_here()
+    assert done.returncode != 0, done.stdout
 
 
 def printed_plan(folder: Path, words: list[str]) -> dict[str, Any]:
