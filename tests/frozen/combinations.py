@@ -84,7 +84,7 @@ COMBINATIONS: dict[str, list[str]] = {
     ],
     # fields of training
     "seed": [*LLAVA, "seed=3"],
-    "trainer": [*LLAVA, "trainer.optim=adafactor", "trainer.label_smoothing_factor=0.1"],
+    "trainer": [*LLAVA, "trainer.optim=adafactor"],
     "stage numbers": [
         *LLAVA,
         f"{FINETUNE}.lr=3e-5",
