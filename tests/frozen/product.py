@@ -17,8 +17,8 @@ from tests.integration.project import Project, tiny_project
 from tests.unit.evaluation.benchmarks import qa_folders
 from tests.unit.reports.conftest import StoreBuilder
 from tinylmm.config.compose import compose_run
-from tinylmm.config.targets import resolve_target
 from tinylmm.config.spec import DataSpec, EvalSpec
+from tinylmm.config.targets import resolve_target
 from tinylmm.planning.graph import build_graph
 from tinylmm.planning.planner import plan_run
 from tinylmm.store.stage import Stage
