@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from tests.builders import tiny_loaded
 from tests.foreign import foreign, write_factory_folders
-from tinylmm.convert.factory_writer import export_factory
-from tinylmm.convert.importer import import_checkpoint
+from tinylmm.convert.conversion import import_model, write_model
 from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import load_model
 
@@ -22,8 +21,10 @@ NAMES = ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "google/siglip-so400m-patch14-384
 @pytest.mark.parametrize("folders", [False, True], ids=["merged", "folders"])
 def test_a_model_goes_to_the_factory_and_comes_back_equal(tmp_path: Path, folders: bool) -> None:
     loaded = tiny_loaded()
-    report = export_factory(loaded, tmp_path / "factory", torch.float32, folders, *NAMES)
-    imported = import_checkpoint(tmp_path / "factory", tmp_path / "again")
+    report = write_model(
+        loaded, tmp_path / "factory", "factory-folders" if folders else "factory", torch.float32, *NAMES
+    )
+    imported = import_model(tmp_path / "factory", tmp_path / "again")
     assert imported.layout == ("factory-folders" if folders else "factory") and not imported.ignored
     again = load_model(tmp_path / "again", [])
     before = loaded.model.state_dict() | loaded.model.vision_tower.whole_encoder_state()
@@ -37,7 +38,7 @@ def test_a_model_goes_to_the_factory_and_comes_back_equal(tmp_path: Path, folder
 
 
 def test_the_merged_save_has_the_factorys_names(tmp_path: Path) -> None:
-    export_factory(tiny_loaded(), tmp_path / "factory", torch.float16, False, *NAMES)
+    write_model(tiny_loaded(), tmp_path / "factory", "factory", torch.float16, *NAMES)
     tensors = load_file(tmp_path / "factory/model.safetensors")
     assert {
         "language_model.model.layers.0.mlp.up_proj.weight",
@@ -55,9 +56,9 @@ def test_the_merged_save_has_the_factorys_names(tmp_path: Path) -> None:
 
 def test_names_are_asked_for_unless_the_model_was_imported_with_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --llm and --tower"):
-        export_factory(tiny_loaded(), tmp_path / "a", torch.float32, False, None, None)
+        write_model(tiny_loaded(), tmp_path / "a", "factory", torch.float32)
     write_factory_folders(tmp_path / "source", foreign())
-    import_checkpoint(tmp_path / "source", tmp_path / "model")
-    export_factory(load_model(tmp_path / "model", []), tmp_path / "b", torch.float32, False, None, None)
+    import_model(tmp_path / "source", tmp_path / "model")
+    write_model(load_model(tmp_path / "model", []), tmp_path / "b", "factory", torch.float32)
     config = json.loads((tmp_path / "b/config.json").read_text())
     assert config["llm_model_name_or_path"] == NAMES[0] and config["vision_feature_select_strategy"] == "patch"
