@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.builders import LLAMA, VISION, WIDTH, tiny_loaded, tiny_tower
+from tests.builders import LLAMA, VISION, VOCAB, WIDTH, tiny_loaded, tiny_tower
 from tests.foreign import PHI
 from tinylmm.convert.chat_template import jinja_template, messages
 from tinylmm.convert.conversion import ExportReport, import_model, write_model
@@ -34,6 +34,7 @@ from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.connectors import LinearConnector, MLPConnector
 from tinylmm.models.lmm import LMM
+from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
 
 
 def export_hf(loaded: LoadedModel, folder: Path, dtype: torch.dtype = torch.float32) -> ExportReport:
@@ -126,6 +127,44 @@ def test_a_narrow_dtype_is_written_and_still_compared(tmp_path: Path) -> None:
     report = export_hf(tiny_loaded(), tmp_path / "hf", torch.bfloat16)
     assert report.difference is not None and report.difference < 1e-5
     assert (tmp_path / "hf/model.safetensors").stat().st_size < 150_000  # fp32 takes 260 kB
+
+
+def test_rounding_weights_leaves_rotary_frequencies_as_transformers_computes_them(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    with torch.no_grad():  # sharp attention, so that positions matter
+        for layer in loaded.model.llm.model.layers:
+            layer.self_attn.q_proj.weight *= 30
+            layer.self_attn.k_proj.weight *= 30
+    frequencies = loaded.model.llm.model.rotary_emb.inv_freq.clone()
+    report = export_hf(loaded, tmp_path / "hf", torch.bfloat16)
+    assert report.difference is not None and report.difference < 1e-5
+    assert torch.equal(loaded.model.llm.model.rotary_emb.inv_freq, frequencies)
+
+
+def test_an_llm_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
+    shape = {"model_dim": WIDTH, "num_transformer_layers": 2, "head_dim": 8, "vocab_size": VOCAB, "ffn_dim_divisor": 8}
+    loaded = loaded_with(OpenELMForCausalLM(OpenELMConfig(**shape)))
+    with pytest.raises(UserError, match=r"AutoModel builds from its config, and OpenELMForCausalLM is none"):
+        export_hf(loaded, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vision_feature_select_strategy", "mean", "vision_feature_select_strategy=mean; importable are one layer"),
+        ("vision_feature_layer", [-2, -5], r"vision_feature_layer=\[-2, -5\]"),
+        ("projector_hidden_act", "silu", "projector_hidden_act=silu"),
+        ("image_token_index", "many", "config.json is no LlavaConfig"),
+    ],
+)
+def test_settings_that_cannot_be_kept_are_refused_by_name(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    export_hf(tiny_loaded(), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | {field: value}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        import_model(tmp_path / "hf", tmp_path / "model")
 
 
 def test_what_the_class_cannot_hold_is_refused_with_every_reason(tmp_path: Path) -> None:

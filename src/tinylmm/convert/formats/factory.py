@@ -17,7 +17,7 @@ from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.images import USUAL_IMAGES, mode_of
 from tinylmm.convert.lora import merge_run, plain_name, read_adapter
 from tinylmm.convert.parts import Parts
-from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any, write_json
+from tinylmm.convert.source import CONFIG, Source, read_json, write_json
 from tinylmm.convert.tensors import PICKLE, SAFETENSORS, Ledger, Tensors, has_weights, read_weights
 from tinylmm.convert.tower import dropped_tokens, layer_read, selection_of
 from tinylmm.errors import UserError
@@ -175,10 +175,10 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
 
 def _part_config(source: Source, files: PartFiles) -> dict[str, Any] | None:
     """The part's own config.json where there is one, else what stands for it in the model's."""
-    fields = read_json_if_any(source.folder / files.folder / CONFIG)
-    if fields:
-        return fields
-    fields = source.config.get(files.config)
+    own = source.folder / files.folder / CONFIG
+    if own.is_file():
+        return read_json(own)
+    fields = source.config.get(str(files.config))
     return fields if isinstance(fields, dict) and "model_type" in fields else None
 
 

@@ -51,7 +51,10 @@ LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
 """The family's names of the projector's two layers -> transformers'."""
 ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
 """Class -> `projector_hidden_act`, which is our connector's `activation`, too."""
+_READ = {"vision_feature_layer": -2, "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
+"""Fields of LlavaConfig of which not every value can be imported, and their defaults."""
 TOLERANCE = 1e-5
+"""Largest difference of logits, relative to the largest of ours above 1, that counts as rounding (fp32)."""
 VOCAB_MULTIPLE = 64
 """Rows added for the image token bring the vocabulary to a multiple of this, as in bczhou/tiny-llava-v1-hf."""
 
@@ -103,10 +106,6 @@ def _read_config(source: Source) -> Any:
         return LlavaConfig.from_dict(fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"{source.folder}: config.json is no LlavaConfig: {' '.join(str(error).split())}") from error
-
-
-_READ = {"vision_feature_layer": -2, "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
-"""Fields of LlavaConfig of which not every value can be imported, and their defaults."""
 
 
 def _sorted(source: Source, base: str) -> tuple[Tensors, Tensors, Tensors]:
@@ -338,10 +337,17 @@ def _difference(model: LMM, exported: Any, image_id: int, rows: int) -> float:
     return difference
 
 
+_PROBES = (
+    [Turn(f"{IMAGE_SLOT}\nWhat is it?", None)],
+    [Turn(f"{IMAGE_SLOT}\n", None)],
+    [Turn(f"{IMAGE_SLOT}\nA?", "b"), Turn("Why?", None)],
+)
+
+
 def _same_ids(processor: Any, loaded: LoadedModel) -> list[str]:
-    """Compare the processor's ids of two prompts with ours; a difference is a note, not an error."""
+    """Compare the processor's ids of some prompts with ours; a difference is a note, not an error."""
     template, slots = get_template(loaded.model.template).fitted(loaded.tokenizer), loaded.model.image_tokens
-    for turns in ([Turn(f"{IMAGE_SLOT}\nWhat is it?", None)], [Turn(f"{IMAGE_SLOT}\nA?", "b"), Turn("Why?", None)]):
+    for turns in _PROBES:
         ours = template.render_prompt(turns, loaded.tokenizer)
         text = template.text(turns).replace(IMAGE_SLOT, IMAGE_SLOT * slots)
         has_bos = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
