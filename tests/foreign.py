@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from tests.builders import LLAMA, VISION, WIDTH, tiny_tokenizer
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.conversion import ImportReport, import_model
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.lmm import IMAGE_TOKEN_ID
 
 Tensors = dict[str, Tensor]
 TYPES = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}

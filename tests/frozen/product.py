@@ -72,6 +72,18 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def train(project: Project) -> None:
+    """Carry out the project's run in this process."""
+    done = project.train_here()
+    assert done.returncode == 0, done.stderr
+
+
+def failing(project: Project) -> None:
+    """Carry out the project's run in this process, which stops at a stage that fails."""
+    done = project.train_here()
+    assert done.returncode != 0, done.stdout
+
+
 def printed_plan(folder: Path, words: list[str]) -> dict[str, Any]:
     """What `tinylmm plan --json` prints in `folder`."""
     done = subprocess.run([*COMMAND, "plan", "--json", *words], cwd=folder, capture_output=True, text=True, timeout=60)

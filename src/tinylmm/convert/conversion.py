@@ -17,8 +17,8 @@ from tinylmm.convert.format import Export, all_formats, detect_layout
 from tinylmm.convert.parts import assemble
 from tinylmm.convert.source import open_source
 from tinylmm.errors import UserError, suggestion
-from tinylmm.generation.session import DTYPES
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
+from tinylmm.models.devices import DTYPES
 from tinylmm.models.lmm import LMM
 from tinylmm.store.find_model import find_model
 

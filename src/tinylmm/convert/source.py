@@ -1,4 +1,4 @@
-"""What an importer is given: the checkpoint's folder, base parts, and what the user says about it."""
+"""What a reader is given: the checkpoint's folder, base parts, and what the user says about it."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ from tinylmm.convert.source import open_source
 from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import load_model, save_model
 
-PAGE = (Path(__file__).parents[3] / "docs/checkpoints.md").read_text(encoding="utf-8")
-MINE = re.findall(r"^```python title=my_package/my_format\.py\n(.*?)^```", PAGE, re.M | re.S)[0]
+PAGE = (Path(__file__).parents[3] / "docs/extending.md").read_text(encoding="utf-8")
+MINE = re.findall(r"^```python title=my_lab/my_format\.py\n(.*?)^```", PAGE, re.M | re.S)[0]
 """The format that the documentation shows."""
-ENTRY = re.findall(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)[0]
+ENTRY = re.findall(r"^```toml\n(.*?tinylmm\.formats.*?)^```", PAGE, re.M | re.S)[0]
 """The lines by which a package names it."""
 
 
@@ -34,7 +34,7 @@ def forget() -> Iterator[None]:
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("my_package", "my_package.my_format", f"{formats.__name__}.mine", f"{formats.__name__}.other"):
+        if name in ("my_lab", "my_lab.my_format", f"{formats.__name__}.mine", f"{formats.__name__}.other"):
             del sys.modules[name]
 
 
@@ -75,15 +75,15 @@ def test_an_installed_package_brings_a_format_by_an_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None
 ) -> None:
     site = tmp_path / "site"
-    info = site / "my_package-1.0.dist-info"
+    info = site / "my_lab-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_lab\nVersion: 1.0\n")
     points = tomllib.loads(ENTRY)["project"]["entry-points"]
     lines = [f"[{group}]\n{name} = {module}\n" for group, named in points.items() for name, module in named.items()]
     (info / "entry_points.txt").write_text("".join(lines))
-    (site / "my_package").mkdir()
-    (site / "my_package/__init__.py").touch()
-    (site / "my_package/my_format.py").write_text(MINE)
+    (site / "my_lab").mkdir()
+    (site / "my_lab/__init__.py").touch()
+    (site / "my_lab/my_format.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(site))
     assert find_names("writers")[-1] == "mine"
     there_and_back(tmp_path)

@@ -21,14 +21,16 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.builders import LLAMA, VISION, VOCAB, WIDTH, tiny_loaded, tiny_tower
 from tests.foreign import PHI
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.chat_template import jinja_template, messages
 from tinylmm.convert.conversion import ExportReport, import_model, write_model
 from tinylmm.convert.format import Export
 from tinylmm.convert.formats.hf import obstacles
-from tinylmm.data.chat import IMAGE_TOKEN_ID, TEMPLATES, Turn
+from tinylmm.data.chat import TEMPLATES, Turn
 from tinylmm.data.images import ImageTransform
 from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
@@ -198,6 +200,15 @@ def test_jinja_renders_what_the_template_renders_and_captions_have_none() -> Non
             continue
         source = jinja_template(template)
         assert (source is None) == (name in ("pretrain", "plain")), name
+
+
+def test_the_jinja_of_a_question_that_is_only_an_image_has_no_newline_behind_it() -> None:
+    source = jinja_template(TEMPLATES["llama"])
+    for user in ("<image>", "<image>\n\n", "\n<image>"):
+        turns = [Turn(user, "Two ducks."), Turn(user, None)]
+        (text,), _ = render_jinja_template([messages(turns)], chat_template=source, add_generation_prompt=True)
+        assert text == TEMPLATES["llama"].text(turns)
+        assert text.endswith(" USER: <image> ASSISTANT: Two ducks.</s>USER: <image> ASSISTANT:")
 
 
 def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -> None:

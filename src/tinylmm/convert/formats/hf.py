@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tinylmm.constants import IMAGE_SLOT, IMAGE_TOKEN_ID
 from tinylmm.convert.chat_template import jinja_template
 from tinylmm.convert.configs import make_config
 from tinylmm.convert.connectors import MLP, from_ours
@@ -32,11 +33,12 @@ from tinylmm.convert.parts import Parts, causal_class
 from tinylmm.convert.source import Source, read_json_if_any, write_json
 from tinylmm.convert.tensors import Ledger, Tensors, listed, read_weights
 from tinylmm.convert.tower import dropped_tokens, layer_read, selection_of
-from tinylmm.data.chat import IMAGE_SLOT, Turn, get_template
+from tinylmm.data.chat import Turn, get_template
+from tinylmm.data.slots import expand, positions_of
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.connectors import MLPConnector
-from tinylmm.models.lmm import IMAGE_TOKEN_ID, LMM
+from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower
 
 OURS_FILE = "tinylmm.json"
@@ -339,7 +341,7 @@ def _difference(model: LMM, exported: Any, image_id: int, rows: int) -> float:
 
 _PROBES = (
     [Turn(f"{IMAGE_SLOT}\nWhat is it?", None)],
-    [Turn(f"{IMAGE_SLOT}\n", None)],
+    [Turn(IMAGE_SLOT, None)],
     [Turn(f"{IMAGE_SLOT}\nA?", "b"), Turn("Why?", None)],
 )
 
@@ -352,8 +354,8 @@ def _same_ids(processor: Any, loaded: LoadedModel) -> list[str]:
         text = template.text(turns).replace(IMAGE_SLOT, IMAGE_SLOT * slots)
         has_bos = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
         theirs = processor.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]  # as apply_chat_template does
-        expanded = [t for i in ours for t in ([processor.image_token_id] * slots if i == IMAGE_TOKEN_ID else [i])]
-        if theirs != expanded:
+        expanded = expand(ours, positions_of(ours, [slots] * ours.count(IMAGE_TOKEN_ID)))
+        if theirs != [processor.image_token_id if token == IMAGE_TOKEN_ID else token for token in expanded]:
             return [
                 "the tokenizer, given the whole prompt as text, splits it into other tokens than the model was trained on"
             ]
