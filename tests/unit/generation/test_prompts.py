@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from tinylmm.convert.formats.hf import _set_generation
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from tests.builders import IMAGE, VOCAB, tiny_loaded, tiny_tokenizer
 from tests.unit.data.test_chat_formats import CHATML, GEMMA
 from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.convert.formats.hf import _set_generation
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
