@@ -28,7 +28,7 @@ from transformers import (
 
 from tests.builders import LLAMA, VISION, WIDTH, tiny_tokenizer
 from tinylmm.constants import IMAGE_TOKEN_ID
-from tinylmm.convert.importer import ImportReport, import_checkpoint
+from tinylmm.convert.conversion import ImportReport, import_model
 from tinylmm.models.checkpoint import LoadedModel, load_model
 
 Tensors = dict[str, Tensor]
@@ -216,7 +216,7 @@ def lora_pair(targets: list[str], shapes: Tensors, rank: int = 4) -> Tensors:
 
 
 def load_imported(source: Path, target: Path, **options: Any) -> tuple[LoadedModel, ImportReport]:
-    report = import_checkpoint(source, target, **options)
+    report = import_model(source, target, **options)
     loaded = load_model(target, [])
     loaded.model.eval()
     return loaded, report

@@ -2,6 +2,7 @@
 
 Every block has its own number of heads and its own feed-forward width ("layer-wise scaling"); keys and values are shared
 by groups of heads, queries and keys are normalised a head at a time, and the head is the embedding table.
+Importing this module registers it with transformers' AutoConfig and AutoModelForCausalLM; nothing else treats it apart.
 Tensors are named as in Apple's released safetensors (`transformer.layers.0.attn.qkv_proj.weight`), which load as they are.
 
 Shapes: B rows, L new tokens, T tokens seen so far and new, D width, H and K query and key heads of a block, E width of a head.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -408,3 +409,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+
+AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
+AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.builders import IMAGE, VOCAB, tiny_loaded, tiny_tokenizer
 from tests.unit.data.test_chat_formats import CHATML, GEMMA
 from tinylmm.constants import IMAGE_TOKEN_ID
-from tinylmm.convert.hf_writer import _set_generation
+from tinylmm.convert.formats.hf import _set_generation
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
