@@ -121,15 +121,7 @@ class OpenELMConfig(PreTrainedConfig):
         self.rope_max_length = rope_max_length
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-
-        qkv = per_layer(qkv_multipliers, num_transformer_layers, "qkv_multipliers")
-        heads = [make_divisible(model_dim * value, head_dim * num_gqa_groups) // head_dim for value in qkv]
-        given = kwargs.pop("num_query_heads", None)
-        if isinstance(given, list) and given != heads:
-            raise ValueError(f"num_query_heads is {given}, but qkv_multipliers {qkv_multipliers} give {heads}")
-        self.num_query_heads = heads
-        self.num_kv_heads = [count // num_gqa_groups for count in heads]
-        self.ffn_multipliers = per_layer(ffn_multipliers, num_transformer_layers, "ffn_multipliers")
+        self._set_layers(qkv_multipliers, ffn_multipliers, kwargs.pop("num_query_heads", None))
         for derived in ("num_kv_heads", "tie_word_embeddings", "auto_map"):  # auto_map names Apple's code; we run none
             kwargs.pop(derived, None)
         super().__init__(
@@ -138,6 +130,19 @@ class OpenELMConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+
+    def _set_layers(
+        self, qkv_multipliers: float | Sequence[float], ffn_multipliers: float | Sequence[float], given_heads: Any
+    ) -> None:
+        """Derive what differs from layer to layer; `given_heads` is a checkpoint's own list of query heads, if any."""
+        depth, group = self.num_transformer_layers, self.num_gqa_groups
+        qkv = per_layer(qkv_multipliers, depth, "qkv_multipliers")
+        heads = [make_divisible(self.model_dim * value, self.head_dim * group) // self.head_dim for value in qkv]
+        if isinstance(given_heads, list) and given_heads != heads:
+            raise ValueError(f"num_query_heads is {given_heads}, but qkv_multipliers {qkv_multipliers} give {heads}")
+        self.num_query_heads = heads
+        self.num_kv_heads = [count // group for count in heads]
+        self.ffn_multipliers = per_layer(ffn_multipliers, depth, "ffn_multipliers")
 
     def ffn_width(self, layer: int) -> int:
         """Return the width between the two projections of a layer's feed-forward part."""
