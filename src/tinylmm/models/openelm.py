@@ -55,7 +55,15 @@ def per_layer(multipliers: float | Sequence[float], layers: int, what: str) -> l
 
 
 class OpenELMConfig(PreTrainedConfig):
-    """Fields of Apple's config.json, under Apple's names."""
+    """Fields of Apple's config.json, under Apple's names.
+
+    Args:
+        qkv_multipliers: width of a layer's queries / `model_dim`: for all layers, or of the first and last one.
+        num_gqa_groups: query heads that share one key head.
+        ffn_multipliers: feed-forward width / `model_dim`: for all layers, of the first and last one, or of each.
+        ffn_dim_divisor: feed-forward widths are multiples of it.
+        rope_max_length: kept for Apple's config.json alone; rotary angles are computed for any position.
+    """
 
     model_type = "openelm"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
@@ -89,13 +97,6 @@ class OpenELMConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         """Derive heads and feed-forward widths of every layer.
-
-        Args:
-            qkv_multipliers: width of a layer's queries / `model_dim`: for all layers, or of the first and last one.
-            num_gqa_groups: query heads that share one key head.
-            ffn_multipliers: feed-forward width / `model_dim`: for all layers, of the first and last one, or of each.
-            ffn_dim_divisor: feed-forward widths are multiples of it.
-            rope_max_length: kept for Apple's config.json alone; rotary angles are computed for any position.
 
         Raises:
             ValueError: the multipliers do not fit the layers, or a checkpoint's own lists of heads contradict them.
