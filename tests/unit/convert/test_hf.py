@@ -36,7 +36,8 @@ from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.connectors import LinearConnector, MLPConnector
 from tinylmm.models.lmm import LMM
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig
 
 
 def export_hf(loaded: LoadedModel, folder: Path, dtype: torch.dtype = torch.float32) -> ExportReport:

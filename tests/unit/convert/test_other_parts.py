@@ -15,7 +15,8 @@ from tests.foreign import Foreign, factory_config, factory_tensors, foreign, loa
 from tinylmm.convert.connectors import QFORMER, RESAMPLER, from_ours
 from tinylmm.convert.conversion import import_model, write_model
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig
 from tinylmm.models.query_connectors import PerceiverConnector, QFormerConnector
 
 BEFORE, AFTER = [5, 6, 7], [8, 9, 10, 11]

@@ -41,7 +41,8 @@ from tinylmm.generation.engine import Engine, Reply
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig
 
 ENDS = frozenset({1})
 NEW = 7

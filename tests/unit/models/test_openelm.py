@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.unit.models.llms import VOCAB, tiny_llm
 from tinylmm.models.llm import HubCausalLM, load_llm
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM, make_divisible
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig, make_divisible
 
 OPENELM_270M = {  # of Apple's config.json
     "num_query_heads": [12, 12, 12, 12, 12, 16, 16, 16, 16, 16, 16, 16, 20, 20, 20, 20],
