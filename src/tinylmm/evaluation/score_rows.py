@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Item, Scores
 from tinylmm.evaluation.images import cluster_of, content_keys
 from tinylmm.evaluation.statistics import bootstrap_mean, half_samples
 

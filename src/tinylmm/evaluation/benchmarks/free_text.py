@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent
 from tinylmm.evaluation.benchmarks.vqa_text import clean, m4c_text, official_text, soft_accuracy
 
