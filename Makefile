@@ -50,8 +50,9 @@ gpu-check: $(STAMP)  ## Train a few steps at Phi-2 + SigLIP shapes on one GPU (s
 picture: $(STAMP)  ## Draw the README's picture from the newest finished run in STORE
 	$(BIN)/tinylmm report --store $(STORE) --picture docs/quickstart.png
 
-docs: $(STAMP)  ## Write docs/components.md from the files in conf/
+docs: $(STAMP)  ## Write docs/components.md from conf/, and the picture of the rooms from the code
 	$(BIN)/python docs/components.py
+	$(BIN)/python docs/architecture.py
 
 clean:  ## Remove caches and build products (not .venv, not the store)
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.flops import sample_flops
+from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
 from tinylmm.data.collate import Collator
-from tinylmm.models.build import build_lmm
+from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.planning.graph import build_graph
+from tinylmm.planning.specs import TrainStage
+from tinylmm.sizing.flops import sample_flops
 from tinylmm.training.arguments import peak_learning_rates
 
 RESULT = Path(__file__).parent / "results" / "gpu_check.json"
@@ -42,10 +44,14 @@ def main() -> int:
         sys.stdout.write(f"gpu-check skipped: no CUDA GPU was found (torch {torch.__version__})\n")
         return 0
     run = compose_run(WORDS)
-    train = [stage for stage in build_graph(run, lambda kind, thing: {}) if stage.kind == "train"]
+    found = [stage for stage in build_graph(run, NoFiles()) if stage.kind == "train"]
+    train = {stage.name: TrainStage.model_validate(stage.spec) for stage in found}
+    first = next(iter(train.values()))
+    assert first.llm and first.vision_tower and first.connector and first.tower_output  # it starts from parts
     with torch.device("cuda"):
-        model = build_lmm(train[0].spec, {}, {}, run.llm.template, 0, [], "auto")
-    rows = [measure(model, stage.name, stage.spec) for stage in train]
+        parts = (PartSource(first.llm), PartSource(first.vision_tower), first.connector, first.tower_output)
+        model = build_lmm(*parts, template=run.llm.template, seed=0, trust=[])
+    rows = [measure(model, name, spec) for name, spec in train.items()]
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "stages": rows}
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for row in rows:
@@ -56,13 +62,13 @@ def main() -> int:
     return 0
 
 
-def measure(model: LMM, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+def measure(model: LMM, name: str, spec: TrainStage) -> dict[str, Any]:
     """Time steps of one stage on random samples of its typical length."""
     shape = STAGES[name]
-    apply_tuning(model, spec["tune"])
+    apply_tuning(model, spec.tune)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
-    rates = peak_learning_rates(spec["lr"])
+    rates = peak_learning_rates(spec.lr)
     groups = [
         {"params": [p for p in getattr(model, part).parameters() if p.requires_grad], "lr": rates[part]}
         for part in rates
@@ -79,7 +85,7 @@ def measure(model: LMM, name: str, spec: dict[str, Any]) -> dict[str, Any]:
             output = model(**batch)
         loss = output.loss_sum / output.num_supervised
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], spec["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], spec.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     torch.cuda.synchronize()
@@ -91,7 +97,7 @@ def measure(model: LMM, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         shape["text_tokens"] + model.image_tokens,
         model.image_tokens,
         shape["supervised"],
-        spec["tune"]["llm"] != "frozen",
+        spec.tune.llm != "frozen",
     )
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), float("nan"))
     return {

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
 from tinylmm.data.collate import Collator
-from tinylmm.models.build import build_lmm
+from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.lmm import LMM
 from tinylmm.planning.graph import build_graph
+from tinylmm.planning.specs import TrainStage
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 WORDS = [
@@ -41,8 +43,10 @@ BATCH, ROUNDS = 32, 15
 def main() -> int:
     """Measure each pair and write the results."""
     run = compose_run([*WORDS, "data=digits", "eval=none"])
-    spec = next(s.spec for s in build_graph(run, lambda kind, thing: {}) if s.kind == "train")
-    model = build_lmm(spec, {}, {}, "llama", 0, []).train()
+    spec = next(TrainStage.model_validate(s.spec) for s in build_graph(run, NoFiles()) if s.kind == "train")
+    assert spec.llm and spec.vision_tower and spec.connector and spec.tower_output  # the first stage starts from parts
+    parts = (PartSource(spec.llm), PartSource(spec.vision_tower), spec.connector, spec.tower_output)
+    model = build_lmm(*parts, template="llama", seed=0, trust=[]).train()
     draw = random.Random(0)
     samples = [_sample(draw, number) for number in range(BATCH)]
     size = model.vision_tower.image_size

@@ -17,9 +17,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tinylmm.config.identities import ConnectorIdentity, PartIdentity, TowerIdentity, TowerOutput
+from tinylmm.config.recipe import TuneSpec
+from tinylmm.config.spec import DataSpec, EvalSpec
+from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.checkpoint import LoadedModel, describe
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
+from tinylmm.models.tuning import PartTuning, apply_tuning
 from tinylmm.models.vision import HFVisionTower
 
 WIDTH, VOCAB, IMAGE_SIZE, PATCH = 32, 320, 16, 8
@@ -90,6 +95,43 @@ def tiny_loaded(seed: int = 0) -> LoadedModel:
     connector = {"_target_": "tinylmm.models.connectors.MLPConnector", "options": {}}
     tower_output = {"select_layer": -2, "select": "patch", "drop_first_token": False}
     return LoadedModel(tiny_lmm(seed), tiny_tokenizer(), describe(identities, tower_output, connector, "llama"), None)
+
+
+def build(spec: dict[str, Any], llm_folder: Path | None = None) -> LMM:
+    """Put a model together from identities as the YAMLs have them; the LLM's weights may lie in a folder."""
+    return build_lmm(
+        PartSource(PartIdentity.of_record(spec["llm"]), local=None if llm_folder is None else str(llm_folder)),
+        PartSource(TowerIdentity.of_record(spec["vision_tower"])),
+        ConnectorIdentity(
+            **{"_target_": spec["connector"]["_target_"], "options": spec["connector"].get("options", {})}
+        ),
+        TowerOutput(**spec["tower_output"]),
+        "llama",
+        seed=0,
+        trust=[],
+        scale_image_features=bool(spec.get("scale_image_features")),
+    )
+
+
+def tuning(model: LMM, tune: dict[str, Any], **options: Any) -> dict[str, PartTuning]:
+    """`apply_tuning` with the recipe's words."""
+    return apply_tuning(model, TuneSpec.model_validate(tune), **options)
+
+
+class NoFiles:
+    """Fingerprints of files that nothing here depends on."""
+
+    def source(self, data: DataSpec, name: str) -> dict[str, Any]:
+        return {}
+
+    def benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+        return {}
+
+    def checkpoint(self, path_or_id: str) -> dict[str, Any]:
+        return {}
+
+    def model(self, folder: str) -> dict[str, Any]:
+        return {}
 
 
 def record(sample_id: str, ids: list[int], supervised: int, images: tuple[str, ...] = ()) -> dict[str, Any]:

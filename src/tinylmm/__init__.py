@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tinylmm.version import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tinylmm.generation.session import ChatModel
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 
 def load(where: str | Path, **options: Any) -> ChatModel:

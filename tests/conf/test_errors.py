@@ -88,9 +88,9 @@ WRONG = [
     ("recipe.stages.pretrain.start=parts", "recipe.stages.pretrain.start", "Allowed: from"),
     ("recipe.stages.finetune.from=later", "recipe", "none of the earlier"),
     ("recipe.stages.finetune.data=x", "recipe.stages.finetune.data", "Sources: pretrain, finetune"),
-    ("recipe.stages.finetune.template=x", "recipe.stages.finetune.template", "no chat template"),
+    ("recipe.stages.finetune.template=x", "recipe.stages.finetune.template", "one of phi, llama"),
     ("recipe.published_data=x data=auto", "recipe.published_data", "'x' is not a choice of data"),
-    ("llm.template=x", "llm.template", "no chat"),
+    ("llm.template=x", "llm.template", "one of phi, llama"),
     ("llm.init=built", "llm", "`build`"),
     ("llm.pretrained=null", "llm", "hub id"),
     ("llm={a: b}", "llm", "not a choice"),
@@ -100,6 +100,16 @@ WRONG = [
     ("llm._target_=os.system", "llm._target_", "not allowed"),
     ("vt.encoder=torch.load", "vision_tower.encoder", "encoder's class"),
     ("connector.options._target_=x", "connector.options._target_", "may not stand here"),
+    ("trainer.label_smoothing_factor=0.5", "trainer.label_smoothing_factor", "our loss does not use it"),
+    ("trainer.dataloader_prefetch_factor=4", "trainer.dataloader_prefetch_factor", "set launch.num_workers"),
+    ("trainer.optim_args='momentum=0.9'", "trainer", "optim=adamw_torch does not read"),
+    ("llm.scale.tunning.lr=1e-3", "llm.scale.tunning", "Did you mean 'tuning'?"),
+    ("llm.scale.tuning.learning_rate=1e-3", "llm.scale.tuning.learning_rate", "Allowed: lr, global_batch"),
+    ("llm.scale.lora.alfa=1", "llm.scale.lora.alfa", "Did you mean 'alpha'?"),
+    ("llm.architecture.hiden_size=32", "llm.architecture.hiden_size", "Did you mean 'hidden_size'?"),
+    ("vt.architecture.pach_size=8", "vision_tower.architecture.pach_size", "Did you mean 'patch_size'?"),
+    ("connector.options.dept=3", "connector.options.dept", "Did you mean 'depth'?"),
+    ("vt.options.refrence=true", "vision_tower.options.refrence", "there is no key"),
     ("trainer.learning_rate=1", "trainer.learning_rate", "Set recipe.stages.<stage>.lr"),
     ("trainer.output_dir=x", "trainer.output_dir", "Set store"),
     ("trainer.nope=1", "trainer.nope", "no field of transformers.TrainingArguments"),
@@ -273,3 +283,8 @@ def test_a_wrong_mixture_is_answered_with_what_it_may_be(value: str, where: str,
 def test_a_stage_cannot_train_on_a_question_file() -> None:
     found = faults("data.sources.finetune.format=questions")
     assert "holds questions for evaluation" in found["recipe.stages.finetune.data"]
+
+
+def test_cycles_of_a_cosine_need_a_cosine_in_every_stage() -> None:
+    found = faults("trainer.lr_scheduler_kwargs={num_cycles: 2}", "recipe.stages.finetune.schedule=linear")
+    assert "stage finetune has linear" in found["trainer.lr_scheduler_kwargs"]

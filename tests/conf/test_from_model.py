@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
 from tinylmm.config.recipe import TuneHow
 from tinylmm.config.spec import RunSpec
@@ -90,7 +91,10 @@ def test_a_template_of_ones_own_wins(phi: Path) -> None:
     ("recipe", "message"),
     [
         (["recipe=custom_finetune", *DATA], "recipe: starts from a model, so set recipe.from_model"),
-        (words("nowhere"), "recipe.from_model: is 'nowhere', which is neither .* nor a run .* Runs: none"),
+        (
+            words("nowhere"),
+            "recipe.from_model: names no model: nowhere is neither .* name of a run .* Runs there: none",
+        ),
         (
             ["recipe=base", "recipe.from_model={phi}", "data=digits"],
             "recipe: has from_model, but no stage starts from it",
@@ -126,7 +130,7 @@ def test_the_stage_is_identified_by_the_models_bytes_not_by_its_place(tmp_path: 
 def test_every_recipe_begins_with_the_pretraining_of_base(parts: list[str]) -> None:
     digests = {}
     for recipe in ("base", "share", "share_factory", "full", "lora", "qlora"):
-        graph = build_graph(compose_run([*parts, f"recipe={recipe}"]), lambda kind, thing: {})
+        graph = build_graph(compose_run([*parts, f"recipe={recipe}"]), NoFiles())
         digests[recipe] = {stage.name: stage.digest for stage in graph}
     assert len({stages["pretrain"] for stages in digests.values()}) == 1
     assert len({stages["finetune"] for stages in digests.values()}) == len(digests)
@@ -151,3 +155,16 @@ def test_share_factory_is_share_but_for_the_tower() -> None:
     whole = {name: stage.model_dump() for name, stage in share.items()}
     whole["share_pretrain"]["tune"]["vision_tower"] = "frozen"
     assert {name: stage.model_dump() for name, stage in factory.items()} == whole
+
+
+def test_a_scale_that_was_asked_for_holds_for_a_model_of_another_kind(phi: Path) -> None:
+    stage = compose_run(words(phi, "llm.scale.lora.lr=0.5")).recipe.stages["finetune"]
+    assert stage.lr == 0.5 and stage.global_batch == 128, "the rest is the recipe's own, not nano's"
+
+
+def test_a_field_that_the_model_was_saved_without_is_refused(tmp_path: Path) -> None:
+    nano = write_model(tmp_path / "nano", compose_run([]))
+    with pytest.raises(
+        ConfigError, match=r"llm\.architecture\.hiden_size: is set, but the model at .* was saved without it"
+    ):
+        compose_run(words(nano, "llm.architecture.hiden_size=32"))

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import tinylmm.launch.runner as runner
 import tinylmm.stages.evaluate
 import tinylmm.stages.prepare
 import tinylmm.stages.train  # noqa: F401  (imported before the forks)
 from tests.integration.project import Project, tiny_project
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.train import run
+from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError
 from tinylmm.launch import worker
-from tinylmm.launch.backends.torchrun import RESULT_FILE, _outcome
+from tinylmm.launch.backends import torchrun
 from tinylmm.stages.job import StageJob
 
 MAX_ATTEMPTS = 4
@@ -93,38 +93,47 @@ def kill_inside_save(store: Path, skip: int, victim: Callable[[int], int], hits:
     return kill
 
 
-def forked_ranks(job: StageJob) -> dict[str, Any]:
+class ForkedRanks:
     """Stand-in for torchrun: two forks that enter the worker as its ranks do."""
-    for stale in [job.folder / RESULT_FILE, *job.folder.glob("result-rank*.json")]:
-        stale.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            sys.argv = ["worker", str(job.folder)]
-            worker.main()
-        ranks.append(pid)
-    (job.folder / "ranks.part").write_text(" ".join(map(str, ranks)))
-    (job.folder / "ranks.part").rename(job.folder / "ranks")  # never read half: half a pid is somebody else's
-    codes: dict[int, int] = {}
-    while len(codes) < 2:
-        for pid in set(ranks) - set(codes):
+
+    def __init__(self, launch: LaunchSpec) -> None:
+        self.running: list[int] = []
+
+    def start(self, job: StageJob[Any]) -> None:
+        self.job = job
+        for stale in [job.folder / worker.RESULT_FILE, *job.folder.glob(worker.RANK_RESULTS)]:
+            stale.unlink(missing_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                sys.argv = ["worker", str(job.folder)]
+                worker.main()
+            self.running.append(pid)
+        (job.folder / "ranks.part").write_text(" ".join(map(str, self.running)))
+        (job.folder / "ranks.part").rename(job.folder / "ranks")  # never read half: half a pid is somebody else's
+
+    def poll(self) -> dict[str, Any] | None:
+        for pid in list(self.running):
             if os.waitpid(pid, os.WNOHANG)[0]:
-                codes[pid] = 1
-                if not (job.folder / RESULT_FILE).exists():  # what torchrun does when a rank is gone
-                    for other in set(ranks) - set(codes):
+                self.running.remove(pid)
+                if not (self.job.folder / worker.RESULT_FILE).exists():  # what torchrun does when a rank is gone
+                    for other in self.running:
                         os.kill(other, signal.SIGKILL)
-        time.sleep(0.005)
-    (job.folder / "ranks").unlink()
-    (job.folder / "log.txt").touch()
-    if not (job.folder / RESULT_FILE).exists():
-        raise StageFailedError("a rank was killed")
-    return _outcome(job, 0)
+        if self.running:
+            return None
+        (self.job.folder / "ranks").unlink()
+        (self.job.folder / "log.txt").touch()
+        if not (self.job.folder / worker.RESULT_FILE).exists():
+            raise StageFailedError("a rank was killed")
+        return torchrun._outcome(self.job, 0)
+
+    def stop(self, now: bool = False) -> None:
+        """The harness kills, and asks nobody to stop."""
 
 
 def a_rank(store: Path, draw: random.Random) -> Callable[[int], int]:
@@ -152,7 +161,7 @@ def main() -> None:
     project, draw = tiny_project(folder), random.Random(seed)
     words = ["launch=torchrun", "launch.nproc=2"] if ranks == 2 else []
     if ranks == 2:
-        runner.run_ranks = forked_ranks
+        torchrun.Backend = ForkedRanks  # type: ignore[misc]
     reference_store = folder / "reference"
     started = time.monotonic()
     assert attempt(project, reference_store, None, words) == 0, (project.root / "attempts.log").read_text()

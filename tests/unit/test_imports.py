@@ -1,15 +1,15 @@
-"""The fast side stays fast, and modules import only in the direction of the architecture."""
+"""The house: modules import only downwards, in no circle, and the fast side stays fast."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src/tinylmm"
+from docs.architecture import PICTURE, draw, imports, modules, rooms
+
 HEAVY = (
     "torch",
     "transformers",
@@ -22,58 +22,61 @@ HEAVY = (
     "sklearn",
     "wandb",
 )
-ALLOWED = {
-    "errors": set(),
-    "integrity": {"errors"},
-    "stop": {"errors"},
-    "config": {"errors"},
-    "data": {"config", "errors"},
-    "models": {"config", "errors"},
-    "training": {"models", "data", "config", "errors", "integrity", "stop"},
-    "evaluation": {"models", "data", "config", "errors", "stop"},
-    "stages": {"training", "evaluation", "models", "data", "config", "errors", "integrity", "stop"},
-    "importing": {"models", "data", "config", "errors"},
-    "export": {"importing", "inference", "models", "data", "config", "errors"},
-    "inference": {"models", "data", "config", "errors", "integrity", "stages"},
-    "launch": {"stages", "config", "errors", "stop", "integrity"},
-    "reports": {"evaluation", "stages", "data", "config", "errors", "integrity"},
+
+GROUND = {"errors", "constants", "version", "stop"}
+"""Modules that every room may use; among themselves in this order."""
+BELOW: dict[str, set[str]] = {
+    "sizing": set(),
+    "store": set(),
+    "config": {"sizing", "store"},
+    "data": {"config", "sizing", "store"},
+    "models": {"config", "sizing", "store"},
+    "generation": {"models", "data", "config", "store"},
+    "evaluation": {"generation", "models", "data", "config", "sizing", "store"},
+    "planning": {"evaluation", "data", "config", "sizing", "store"},
+    "training": {"planning", "models", "data", "config", "sizing", "store"},
+    "convert": {"generation", "models", "data", "config", "sizing", "store"},
+    "reports": {"planning", "evaluation", "models", "data", "config", "sizing", "store"},
+    "stages": {"training", "planning", "evaluation", "generation", "models", "data", "config", "sizing", "store"},
+    "launch": {"stages", "planning", "config", "store"},
     "cli": {
         "launch",
         "stages",
-        "evaluation",
         "reports",
-        "importing",
-        "export",
-        "inference",
+        "convert",
+        "planning",
+        "evaluation",
+        "generation",
         "data",
         "config",
-        "errors",
+        "store",
     },
 }
-EXCEPTIONS = {("config/checks.py", "data")}
-"""`checks.py` reads the table of template names from data/chat.py, which loads nothing."""
+"""Room -> rooms that it may import."""
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level folders of tinylmm that a module imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tinylmm":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("tinylmm.")}
-    return found - {"__version__"}
+@pytest.mark.parametrize("name", sorted(set(modules()) - {""}))
+def test_a_module_imports_only_rooms_below_its_own(name: str) -> None:
+    room = name.partition(".")[0]
+    allowed = {room} | GROUND | BELOW.get(room, set())
+    assert {other.partition(".")[0] for other in imports(name)} - allowed - {""} == set()
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: p.relative_to(SOURCE).as_posix())
-def test_imports_follow_the_direction(path: Path) -> None:
-    relative = path.relative_to(SOURCE)
-    layer = relative.parts[0].removesuffix(".py")
-    if layer == "__init__":
-        return
-    wrong = imported(path) - ALLOWED[layer] - {layer}
-    assert not {name for name in wrong if (relative.as_posix(), name) not in EXCEPTIONS}
+def test_no_circle_of_imports_exists_anywhere() -> None:
+    graph = {name: imports(name) for name in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_rooms_themselves_form_no_circle() -> None:
+    TopologicalSorter(BELOW).prepare()
+    assert set(rooms()) == set(BELOW)
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run `make docs`"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,7 @@ def test_imports_follow_the_direction(path: Path) -> None:
         "tinylmm.cli.train",
         "tinylmm.config.compose",
         "tinylmm.planning.planner",
+        "tinylmm.store.store",
     ],
 )
 def test_the_fast_side_loads_nothing_heavy(module: str) -> None:

@@ -1,0 +1,1 @@
+"""The commands, thin: words in, a message and an exit code out."""

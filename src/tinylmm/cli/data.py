@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from tinylmm.errors import EXIT_USER, ConfigError, Fault, UserError, suggestion
+from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import StoreLayout
 
 if TYPE_CHECKING:
     from tinylmm.data.check import SourceCheck
@@ -36,7 +38,6 @@ def check(
     from tinylmm.reports.data_pages import render_check_page
     from tinylmm.reports.data_preview import RunData
     from tinylmm.reports.data_text import render_check
-    from tinylmm.reports.write import write_atomically
 
     data = RunData(run)
     console = Console()
@@ -44,9 +45,9 @@ def check(
     for files in data.files(source or []):
         render = data.renderer(data.stage_of(files.name))[1] if tokens else None
         checks.append(_checked(files, render, quick, Console(stderr=True)))
-    page = html or run.store / "reports" / f"data-{run.data.name}.html"
+    page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(page, render_check_page(run.data.name, checks).encode())
+    write_atomic(page, render_check_page(run.data.name, checks))
     if as_json:
         typer.echo(json.dumps({"format": 1, "page": str(page), "sources": list(map(_record, checks))}, indent=1))
     else:
@@ -80,7 +81,6 @@ def show(
     from tinylmm.reports.data_pages import render_sample_page
     from tinylmm.reports.data_preview import RunData
     from tinylmm.reports.data_text import render_sample
-    from tinylmm.reports.write import write_atomically
 
     data = RunData(run)
     named = source or next(iter(stages[stage or list(stages)[-1]].mixture))
@@ -91,7 +91,7 @@ def show(
     console.print(render_sample(seen, colour=console.color_system is not None))
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(html, render_sample_page(seen).encode())
+        write_atomic(html, render_sample_page(seen))
         console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
 
 

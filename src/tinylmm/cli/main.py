@@ -6,13 +6,13 @@ import sys
 
 import typer
 
-from tinylmm import __version__
 from tinylmm.cli import convert, data, store
 from tinylmm.cli.chat import chat
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
 from tinylmm.cli.score import score
+from tinylmm.version import __version__
 
 app = typer.Typer(
     help="Plan, look at and keep experiments with small large-multimodal models. To train: tinylmm-train.",

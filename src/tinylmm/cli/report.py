@@ -79,12 +79,12 @@ def _compare(collected: Report, out: Path | None, as_json: bool) -> None:
 def _overlap(collected: Report, as_json: bool) -> None:
     from tinylmm.reports.overlap import find_overlaps
 
-    found = [row for run in collected.runs for row in find_overlaps(collected.store, run)]
+    found = [overlap for run in collected.runs for overlap in find_overlaps(collected.store, run)]
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps([overlap.as_json() for overlap in found], indent=1, ensure_ascii=False))
         return
-    for row in found:
-        what = f"{row['benchmark']}: {row['overlapping']:,} of {row['asked']:,} images were trained on"
-        typer.echo(f"{row['run']}  {what} ({row['trained']:,} training images)")
-        for asked, trained in row["pairs"][:OVERLAPS_SHOWN]:
+    for overlap in found:
+        what = f"{overlap.benchmark}: {len(overlap.pairs):,} of {overlap.asked:,} images were trained on"
+        typer.echo(f"{overlap.run}  {what} ({overlap.trained:,} training images)")
+        for asked, trained in overlap.pairs[:OVERLAPS_SHOWN]:
             typer.echo(f"    {asked} is {trained}")

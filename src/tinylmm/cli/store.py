@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ from rich.table import Column, Table
 from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
 from tinylmm.store.claims import held
 from tinylmm.store.gc import folders
-from tinylmm.store.runs import read_runs, used_digests
+from tinylmm.store.layout import StoreLayout
+from tinylmm.store.runs import RunRecord, read_runs, used_digests
 from tinylmm.store.store import Store
 
 app = typer.Typer(help="Look after the store of finished stages.", no_args_is_help=True)
@@ -30,16 +32,14 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
     """List finished stages: what they are, how large, which runs use them."""
     rows = _open(store).ls()
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(json.dumps([vars(row) for row in rows], indent=1))
         return
     table = Table(
-        _whole("stage"), "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}"
+        _uncut_column("stage"), "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}"
     )
     for row in rows:
-        status = _coloured(row["status"])
-        table.add_row(
-            row["key"], escape(row["name"]), decimal(row["size"]), _minute(row["finished"]), status, _users(row["runs"])
-        )
+        status = _coloured(row.status)
+        table.add_row(row.key, escape(row.name), decimal(row.size), _minute(row.finished), status, _users(row.runs))
     _console().print(table)
 
 
@@ -84,11 +84,11 @@ def collect_garbage(
             "Nothing to delete: every stage is used by a run (delete a folder under runs/ to give a run up)."
         )
         return
-    table = Table(_whole("folder"), "size", title="deleted" if yes else "would be deleted")
+    table = Table(_uncut_column("folder"), "size", title="deleted" if yes else "would be deleted")
     for row in rows:
-        table.add_row(row["folder"], decimal(row["size"]))
+        table.add_row(row.folder, decimal(row.size))
     _console().print(table)
-    total = decimal(sum(row["size"] for row in rows))
+    total = decimal(sum(row.size for row in rows))
     _console().print(f"{total} freed." if yes else f"{total} would be freed. Nothing was deleted; add --yes to do so.")
 
 
@@ -97,16 +97,21 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
     opened = _open(store)
     rows = read_runs(opened.root)
     if as_json:
-        typer.echo(json.dumps(rows, indent=1, default=str))
+        typer.echo(json.dumps([_as_json(run) for run in rows], indent=1))
         return
     remarks = [escape(_remarks(run)) for run in rows]
-    table = Table(_whole("run"), _whole("status"), "created", _whole("stages"), title=f"{len(rows)} runs in {store}")
+    table = Table(
+        _uncut_column("run"),
+        _uncut_column("status"),
+        "created",
+        _uncut_column("stages"),
+        title=f"{len(rows)} runs in {store}",
+    )
     if any(remarks):
         table.add_column("remarks")
     for run, remark in zip(rows, remarks, strict=True):
-        done = sum(stage.get("status") in ("run", "reused") for stage in run["stages"])
-        progress = f"{done}/{len(run['stages'])}"
-        cells = [run["name"], _coloured(run["status"]), _minute(run["created"]), progress]
+        progress = f"{sum(stage.finished for stage in run.stages)}/{len(run.stages)}"
+        cells = [run.name, _coloured(run.status), _minute(run.created), progress]
         table.add_row(*cells, *([remark] if any(remarks) else []))
     _console().print(table)
 
@@ -121,7 +126,7 @@ def _open(store: Path) -> Store:
 
 
 def _chosen(store: Store, keys: list[str]) -> list[Path]:
-    stages = {folder.name: folder for folder in folders(store.root / "stages")}
+    stages = {folder.name: folder for folder in folders(StoreLayout(store.root).stages)}
     for key in keys:
         if key not in stages:
             raise UserError(
@@ -131,16 +136,25 @@ def _chosen(store: Store, keys: list[str]) -> list[Path]:
     return [stages[key] for key in keys] if keys else list(stages.values())
 
 
-def _remarks(run: dict[str, Any]) -> str:
-    if run["status"] == "unreadable":
-        return str(run["problem"])
-    if run["status"] == "running":
-        active = [stage["name"] for stage in run["stages"] if stage.get("status") == "running"]
-        return f"process {run.get('pid')} on {run.get('host')}" + (f": {', '.join(active)}" if active else "")
-    return ", ".join(f"{stage['name']} failed" for stage in run["stages"] if stage.get("status") == "failed")
+def _as_json(run: RunRecord) -> dict[str, Any]:
+    """The content of run.json and where it lies, or why it cannot be read."""
+    if run.status == "unreadable":
+        content = {"name": run.name, "status": run.status, "created": run.created, "problem": run.problem, "stages": []}
+    else:
+        content = run.as_json()
+    return {**content, "folder": str(run.folder)}
 
 
-def _users(names: list[str]) -> str:
+def _remarks(run: RunRecord) -> str:
+    if run.status == "unreadable":
+        return run.problem
+    if run.status == "running":
+        active = [stage.name for stage in run.stages if stage.status == "running"]
+        return f"process {run.process.get('pid')} on {run.host}" + (f": {', '.join(active)}" if active else "")
+    return ", ".join(f"{stage.name} failed" for stage in run.stages if stage.status == "failed")
+
+
+def _users(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -154,7 +168,7 @@ def _coloured(status: str) -> str:
     return f"[{colour}]{status}[/{colour}]"
 
 
-def _whole(title: str) -> Column:
+def _uncut_column(title: str) -> Column:
     """A column of names that people copy: other columns give way first, and nothing is cut off."""
     return Column(title, no_wrap=True, overflow="fold")
 

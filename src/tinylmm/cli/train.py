@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from tinylmm.config.spec import RunSpec
     from tinylmm.launch.runner import RunOutcome
+    from tinylmm.planning.planner import RunPlan
 
 HELP = {"-h", "--help"}
 MULTIRUN = {"-m", "--multirun"}
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(train_help())
         return 0
     if any(word.startswith("--") and word not in MULTIRUN for word in arguments):
-        return _hydras_own(arguments)  # --cfg job, --info, --config-dir ...
+        return _run_hydra_flags(arguments)  # --cfg job, --info, --config-dir ...
     from tinylmm.config.compose import compose_all
 
     multirun = bool(MULTIRUN & set(arguments))
@@ -41,22 +42,22 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     console = Console()
-    words, spec = runs[0]
-    return _finish(
-        _sweep(overrides, [words for words, _ in runs], console) if len(runs) > 1 else [_execute(spec, words, console)],
-        console,
-    )
+    if len(runs) > 1:
+        return _finish(_sweep(overrides, [words for words, _ in runs], console), console)
+    plan = _plan(*runs[0])
+    from tinylmm.launch.runner import execute
+
+    return _finish([execute(plan, console)], console)
 
 
-def _execute(spec: RunSpec, overrides: Sequence[str], console: Console) -> RunOutcome:
+def _plan(overrides: Sequence[str], spec: RunSpec) -> RunPlan:
+    """Plan one run; what is missing stops it before anything heavy is imported."""
     from tinylmm.config.compose import run_name
     from tinylmm.planning.planner import plan_run, require_files
 
     plan = plan_run(spec, run_name(spec), overrides)
-    require_files(plan)  # before anything heavy is imported
-    from tinylmm.launch.runner import execute
-
-    return execute(plan, console)
+    require_files(plan)
+    return plan
 
 
 def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> list[RunOutcome]:
@@ -65,9 +66,10 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from tinylmm.config.compose import compose_config, rewrite_words, search_path
+    from tinylmm.config.compose import compose_config, rewrite_words
+    from tinylmm.config.experiments import search_path
     from tinylmm.errors import EXIT_STOPPED, TinyLMMError
-    from tinylmm.launch.runner import failed_before_start
+    from tinylmm.launch.runner import execute, failed_before_start
 
     outcomes: list[RunOutcome] = []
     common = set.intersection(*(set(words) for words in runs))
@@ -77,7 +79,7 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
         varied = " ".join(word for word in words if word not in common)
         console.rule(f"run {len(outcomes) + 1} of {len(runs)}: {varied}", align="left")
         try:
-            outcome = _execute(compose_config(cfg, words), words, console)
+            outcome = execute(_plan(words, compose_config(cfg, words)), console)
         except TinyLMMError as error:
             outcome = failed_before_start(words, error)
         outcomes.append(outcome)
@@ -116,11 +118,12 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
     return next((code for code in (75, 1, 2) if code in codes), 0)
 
 
-def _hydras_own(arguments: Sequence[str]) -> int:
+def _run_hydra_flags(arguments: Sequence[str]) -> int:
     import hydra
     from omegaconf import DictConfig
 
-    from tinylmm.config.compose import rewrite_words, search_path
+    from tinylmm.config.compose import rewrite_words
+    from tinylmm.config.experiments import search_path
 
     flags = [word for word in arguments if word.startswith("-")]
     words = [word for word in arguments if not word.startswith("-")]

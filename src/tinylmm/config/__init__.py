@@ -1,0 +1,1 @@
+"""Words and YAML to one checked, frozen run spec; every fault at once. No torch."""

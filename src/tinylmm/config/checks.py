@@ -5,19 +5,20 @@ They read the plain data, not the validated models, so that they report beside p
 
 from __future__ import annotations
 
-import ast
 import math
 import re
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 from tinylmm.config.faults import show
 from tinylmm.config.fields import PARTS
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
-from tinylmm.config.targets import Role, check_target, check_trust, package_folder
+from tinylmm.config.part_checks import check_parts
+from tinylmm.config.plain import mapping_at, walk
+from tinylmm.config.targets import Role, check_target, check_trust
+from tinylmm.config.trainer import TrainerSpec, refused_field
 from tinylmm.errors import Fault, suggestion
-from tinylmm.sizing.compatibility import check_fit
+from tinylmm.sizing.compatibility import check_compatibility
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NAME_WORDS = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 100"
@@ -37,38 +38,6 @@ _CODE_KEYS = {
 }  # fmt: skip
 """Fields of a Hugging Face config that make transformers fetch or choose code."""
 
-_STAGE = "recipe.stages.<stage>."
-OWNED_TRAINER_KEYS = {
-    "output_dir": "store", "logging_dir": "store", "run_name": "name", "project": "tracking.wandb.project",
-    "seed": "seed", "data_seed": "seed", "full_determinism": "seed",
-    "learning_rate": _STAGE + "lr", "weight_decay": _STAGE + "weight_decay",
-    "adam_beta1": _STAGE + "adam_betas", "adam_beta2": _STAGE + "adam_betas",
-    "adam_epsilon": _STAGE + "adam_epsilon", "max_grad_norm": _STAGE + "max_grad_norm",
-    "num_train_epochs": _STAGE + "epochs", "max_steps": _STAGE + "max_steps", "lr_scheduler_type": _STAGE + "schedule",
-    "warmup_steps": _STAGE + "warmup_ratio", "warmup_ratio": _STAGE + "warmup_ratio",
-    "bf16": _STAGE + "precision", "fp16": _STAGE + "precision",
-    "gradient_accumulation_steps": _STAGE + "global_batch", "train_batch_size": _STAGE + "global_batch",
-    "per_device_train_batch_size": "launch.micro_batch", "auto_find_batch_size": "launch.micro_batch",
-    "per_device_eval_batch_size": "launch.eval_batch", "gradient_checkpointing": "launch.gradient_checkpointing",
-    "activation_checkpointing": "launch.gradient_checkpointing", "dataloader_num_workers": "launch.num_workers",
-    "save_steps": "launch.save_steps", "save_strategy": "launch.save_steps",
-    "save_total_limit": "launch.keep_checkpoints", "save_only_model": "launch.save_steps",
-    "save_on_each_node": "launch.save_steps", "enable_jit_checkpoint": "launch.save_steps",
-    "use_cpu": "launch.device", "no_cuda": "launch.device", "ddp_timeout": "launch.step_timeout_s",
-    "ddp_backend": "launch", "local_rank": "launch", "deepspeed": "launch=zero2 or launch=zero3", "fsdp": "launch",
-    "fsdp_config": "launch", "parallelism_config": "launch", "accelerator_config": "launch",
-    "logging_steps": "tracking.log_steps", "logging_strategy": "tracking.log_steps", "report_to": "tracking",
-    "logging_first_step": "tracking.log_steps", "ddp_find_unused_parameters": "", "ddp_broadcast_buffers": "",
-    "eval_strategy": "eval", "evaluation_strategy": "eval", "eval_steps": "eval", "do_eval": "eval",
-    "do_predict": "eval", "eval_on_start": "eval", "load_best_model_at_end": "eval", "metric_for_best_model": "eval",
-    "do_train": "recipe", "train_sampling_strategy": "recipe", "group_by_length": "recipe", "ignore_data_skip": "",
-    "resume_from_checkpoint": "", "overwrite_output_dir": "", "remove_unused_columns": "", "label_names": "",
-    "logging_nan_inf_filter": "", "average_tokens_across_devices": "", "dataloader_drop_last": "",
-    "push_to_hub": "", "hub_model_id": "", "hub_strategy": "", "hub_always_push": "",
-    "hub_private_repo": "", "hub_revision": "",
-}  # fmt: skip
-"""TrainingArguments that tinylmm sets itself -> the key to set instead; empty where there is nothing to set."""
-
 
 def check_all(raw: Mapping[str, Any]) -> list[Fault]:
     """Return every fault in `raw`, the composed spec as plain data, that models alone do not see."""
@@ -78,17 +47,17 @@ def check_all(raw: Mapping[str, Any]) -> list[Fault]:
         *_check_stages(raw),
         *_check_sharding(raw),
         *_check_evaluations(raw),
-        *_check_templates(raw),
         *_check_tokenizer(raw),
-        *check_fit(_mapping(raw, "vision_tower"), _mapping(raw, "connector")),
-        *check_trainer(_mapping(raw, "trainer")),
+        *check_compatibility(mapping_at(raw, "vision_tower"), mapping_at(raw, "connector")),
+        *check_parts(raw),
+        *_check_trainer(raw),
     ]
 
 
 def check_leaves(raw: Mapping[str, Any]) -> list[Fault]:
     """Return faults of single values wherever they stand: secrets, and numbers that JSON cannot carry."""
     faults = []
-    for path, value in _walk(raw):
+    for path, value in walk(raw):
         if looks_secret(path) or (isinstance(value, str) and holds_secret(value)):
             faults.append(secret_fault(path))
         elif isinstance(value, float) and not math.isfinite(value):
@@ -106,7 +75,7 @@ def check_targets(raw: Mapping[str, Any]) -> list[Fault]:
         else []
     )
     faults = [Fault("trust", wrong) for wrong in map(check_trust, trust) if wrong]
-    for path, value in _walk(raw):
+    for path, value in walk(raw):
         key = path.rsplit(".", 1)[-1]
         role = next((role for pattern, role in _ROLES if pattern.fullmatch(path)), None)
         if role is not None:
@@ -121,41 +90,27 @@ def check_targets(raw: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
-def check_trainer(trainer: Mapping[str, Any]) -> list[Fault]:
-    """Judge the keys of `trainer` against the fields of transformers.TrainingArguments, read from its source."""
-    if not trainer:
-        return []
-    faults = []
-    fields = training_arguments()
-    for key in map(str, trainer):
-        where = f"trainer.{key}"
-        if key in OWNED_TRAINER_KEYS:
-            instead = OWNED_TRAINER_KEYS[key]
-            faults.append(Fault(where, "is set by tinylmm.", f"Set {instead} instead." if instead else "Remove it."))
-        elif key not in fields:
-            owned = suggestion(key.lower(), OWNED_TRAINER_KEYS) if not suggestion(key.lower(), fields) else ""
-            faults.append(
-                Fault(where, "is no field of transformers.TrainingArguments.", suggestion(key.lower(), fields) or owned)
-            )
+def _check_trainer(raw: Mapping[str, Any]) -> list[Fault]:
+    """Refuse what TrainerSpec does not have, each with its reason, and numbers of a schedule that a stage does not have."""
+    trainer = mapping_at(raw, "trainer")
+    faults = [refused_field(str(name)) for name in trainer if name not in TrainerSpec.model_fields]
+    schedules = {
+        name: mapping_at(raw, "recipe", "stages", name).get("schedule") for name in mapping_at(raw, "recipe", "stages")
+    }
+    others = [f"{name} has {schedule}" for name, schedule in schedules.items() if schedule in ("linear", "constant")]
+    if trainer.get("lr_scheduler_kwargs") is not None and others:
+        what = f"is for schedule=cosine alone, but stage {' and stage '.join(others)}."
+        faults.append(
+            Fault("trainer.lr_scheduler_kwargs", what, "Remove it, or set recipe.stages.<stage>.schedule=cosine.")
+        )
     return faults
-
-
-@cache
-def training_arguments() -> frozenset[str]:
-    """Names of the fields of TrainingArguments. Reading the source takes 20 ms, importing it seconds."""
-    root = package_folder("transformers")
-    assert root is not None, "transformers is a dependency of tinylmm"
-    tree = ast.parse((root / "training_args.py").read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    names = (node.target for node in body if isinstance(node, ast.AnnAssign))
-    return frozenset(name.id for name in names if isinstance(name, ast.Name))
 
 
 def check_strays(raw: Mapping[str, Any]) -> list[Fault]:
     """A misspelt stage or benchmark makes an entry that holds hardly anything: one fault, not one a missing field."""
     kinds = (
-        ("recipe.stages", _mapping(raw, "recipe", "stages"), {"from", "data", "tune"}, "stage of this recipe"),
-        ("eval", _mapping(raw, "eval"), {"benchmark", "data", "source"}, "chosen benchmark"),
+        ("recipe.stages", mapping_at(raw, "recipe", "stages"), {"from", "data", "tune"}, "stage of this recipe"),
+        ("eval", mapping_at(raw, "eval"), {"benchmark", "data", "source"}, "chosen benchmark"),
     )
     faults = []
     for where, entries, needed, kind in kinds:
@@ -169,9 +124,9 @@ def check_strays(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_names(raw: Mapping[str, Any]) -> list[Fault]:
     names = {"name": raw.get("name")}
-    names |= {f"{group}.name": _mapping(raw, group).get("name") for group in (*PARTS, "recipe", "data")}
-    names |= {f"recipe.stages.{stage}": stage for stage in _mapping(raw, "recipe", "stages")}
-    names |= {f"eval.{benchmark}": benchmark for benchmark in _mapping(raw, "eval")}
+    names |= {f"{group}.name": mapping_at(raw, group).get("name") for group in (*PARTS, "recipe", "data")}
+    names |= {f"recipe.stages.{stage}": stage for stage in mapping_at(raw, "recipe", "stages")}
+    names |= {f"eval.{benchmark}": benchmark for benchmark in mapping_at(raw, "eval")}
     return [
         Fault(where, f"is {show(where, name)}, which cannot be a name: {_NAME_WORDS}.")
         for where, name in names.items()
@@ -181,7 +136,7 @@ def _check_names(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_stages(raw: Mapping[str, Any]) -> list[Fault]:
     faults = []
-    for name, stage in _mapping(raw, "recipe", "stages").items():
+    for name, stage in mapping_at(raw, "recipe", "stages").items():
         where = f"recipe.stages.{name}"
         if not isinstance(stage, Mapping):
             continue
@@ -194,16 +149,16 @@ def _check_stages(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_source(where: str, source: Any, raw: Mapping[str, Any]) -> list[Fault]:
     """Whether the data set has a source that a stage trains on, and whether it can be trained on."""
-    sources = _mapping(raw, "data", "sources")
+    sources = mapping_at(raw, "data", "sources")
     if not isinstance(source, str) or not sources:
         return []
     if source not in sources:
-        what = f"is '{source}', which data={_mapping(raw, 'data').get('name')} does not have."
+        what = f"is '{source}', which data={mapping_at(raw, 'data').get('name')} does not have."
         fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
         if source == "share_pretrain":
             fix += " The share recipe needs data=sharegpt4v, or digits."
         return [Fault(f"{where}.data", what, fix)]
-    if _mapping(sources, source).get("format") == "questions":
+    if mapping_at(sources, source).get("format") == "questions":
         return [Fault(f"{where}.data", f"is '{source}', which holds questions for evaluation, not conversations.")]
     return []
 
@@ -233,12 +188,12 @@ def _check_tune(where: str, stage: Mapping[str, Any]) -> list[Fault]:
 
 
 def _check_sharding(raw: Mapping[str, Any]) -> list[Fault]:
-    if _mapping(raw, "launch").get("deepspeed_stage") != 3:
+    if mapping_at(raw, "launch").get("deepspeed_stage") != 3:
         return []
     return [
         Fault(f"recipe.stages.{name}.tune.{part}", "is qlora, whose 4- or 8-bit weights ZeRO-3 cannot share out.", fix)
-        for name in _mapping(raw, "recipe", "stages")
-        for part, tune in _mapping(raw, "recipe", "stages", name, "tune").items()
+        for name in mapping_at(raw, "recipe", "stages")
+        for part, tune in mapping_at(raw, "recipe", "stages", name, "tune").items()
         if tune == "qlora" or (isinstance(tune, Mapping) and tune.get("qlora") is not None)
         for fix in ["Use launch=zero2 or torchrun, or lora instead."]
     ]
@@ -246,41 +201,21 @@ def _check_sharding(raw: Mapping[str, Any]) -> list[Fault]:
 
 def _check_evaluations(raw: Mapping[str, Any]) -> list[Fault]:
     faults = []
-    places = [(f"eval.{name}", spec) for name, spec in _mapping(raw, "eval").items()]
-    places += [(f"{group}.build", _mapping(raw, group, "build")) for group in ("llm", "vision_tower")]
+    places = [(f"eval.{name}", spec) for name, spec in mapping_at(raw, "eval").items()]
+    places += [(f"{group}.build", mapping_at(raw, group, "build")) for group in ("llm", "vision_tower")]
     for where, spec in places:
         if not isinstance(spec, Mapping):
             continue
-        source, sources = spec.get("source"), _mapping(spec, "data", "sources")
+        source, sources = spec.get("source"), mapping_at(spec, "data", "sources")
         if isinstance(source, str) and sources and source not in sources:
             fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
             faults.append(Fault(f"{where}.source", f"is '{source}', which {where}.data does not have.", fix))
     return faults
 
 
-def _check_templates(raw: Mapping[str, Any]) -> list[Fault]:
-    from tinylmm.data.chat import TEMPLATES  # needs no torch; at use, as the data package is no concern of other checks
-
-    places = {"llm.template": (_mapping(raw, "llm").get("template"), list(TEMPLATES))}
-    for group, key in (("recipe.stages", "stages"), ("eval", "")):
-        specs = _mapping(raw, "recipe", "stages") if key else _mapping(raw, "eval")
-        for name, spec in specs.items():
-            if isinstance(spec, Mapping):
-                places[f"{group}.{name}.template"] = (spec.get("template"), ["auto", *TEMPLATES])
-    return [
-        Fault(
-            where,
-            f"is '{name}', which is no chat template.",
-            f"{suggestion(name, allowed)} Allowed: {', '.join(allowed)}.".strip(),
-        )
-        for where, (name, allowed) in places.items()
-        if isinstance(name, str) and name not in allowed
-    ]
-
-
 def _check_tokenizer(raw: Mapping[str, Any]) -> list[Fault]:
-    llm = _mapping(raw, "llm")
-    tokenizer = _mapping(llm, "tokenizer")
+    llm = mapping_at(raw, "llm")
+    tokenizer = mapping_at(llm, "tokenizer")
     origins = (llm.get("pretrained"), tokenizer.get("pretrained"), tokenizer.get("vocab_size"))
     if llm.get("init") == "pretrained" and tokenizer and origins == (None, None, None):
         fix = "Set it to a hub id or a local folder: llm.pretrained=ORG/NAME."
@@ -289,24 +224,3 @@ def _check_tokenizer(raw: Mapping[str, Any]) -> list[Fault]:
         return []
     what = "is set, so the tokenizer is trained here, but llm.build names no data to train it on."
     return [Fault("llm.tokenizer.vocab_size", what, "Add llm.build, or set llm.tokenizer.pretrained instead.")]
-
-
-def _mapping(raw: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """The mapping at `path`, or an empty one where there is none: a wrong type there is pydantic's to report."""
-    found: Any = raw
-    for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
-
-
-def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of every key and list item, parents first."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            below = f"{path}.{key}" if path else str(key)
-            yield below, item
-            yield from _walk(item, below)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield f"{path}[{index}]", item
-            yield from _walk(item, f"{path}[{index}]")

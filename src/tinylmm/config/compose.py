@@ -27,16 +27,17 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from tinylmm.config.checks import check_all, check_leaves, check_strays
+from tinylmm.config.experiments import search_path
 from tinylmm.config.faults import faults_of, paths_by_leaf
 from tinylmm.config.from_model import take_parts
-from tinylmm.config.groups import DEFAULT_GROUPS, EXPERIMENTS, group_choices, screen_user_files, search_path
+from tinylmm.config.groups import DEFAULT_GROUPS, EXPERIMENTS, group_choices, screen_user_files
 from tinylmm.config.overrides import Vocabulary, Words, check_words, choice_fault, is_sweep, redacted
 from tinylmm.config.spec import PretrainedPart, RunSpec
 from tinylmm.errors import ConfigError, Fault
 
 log = logging.getLogger(__name__)
 
-_HYDRAS_OWN = ("hydra._internal.core_plugins.", "tinylmm.")
+_HYDRA_PACKAGES = ("hydra._internal.core_plugins.", "tinylmm.")
 _ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError)
 """What Hydra and OmegaConf raise over files and words; `_translated` makes faults of them."""
 
@@ -196,7 +197,7 @@ def _finish(words: list[str], faults: list[Fault], vocabulary: Vocabulary, cfg: 
         what = "the file's keys are put below its own name, where nothing reads them."
         found.append(Fault(EXPERIMENTS, what, "Let its first line be `# @package _global_`."))
     leaves = check_leaves(_unresolved(cfg))
-    leaves += _untold(found, leaves)
+    leaves += _not_reported(found, leaves)
     spec, found = _validated(plain, leaves)
     faults = [*faults, *leaves, *found]
     if faults or spec is None:
@@ -249,7 +250,7 @@ def _without_sweeps(words: Words, loader: ConfigLoader) -> Words:
 
 
 def _validated(plain: dict[str, Any], known: list[Fault]) -> tuple[RunSpec | None, list[Fault]]:
-    """Validate; faults at keys that are `known` to be wrong are not told again."""
+    """Validate; faults at keys that are `known` to be wrong are not reported again."""
     strays = check_strays(plain)
     faults = [*strays, *check_all(plain)]
     try:
@@ -260,13 +261,13 @@ def _validated(plain: dict[str, Any], known: list[Fault]) -> tuple[RunSpec | Non
         # strict: `seed=true` or `epochs="3"` is a slip, not a number; JSON: lists stand for tuples, text for paths
         return RunSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), faults
     except ValidationError as error:
-        return None, [*faults, *_untold(faults_of(error, RunSpec, plain), [*known, *faults], strays)]
+        return None, [*faults, *_not_reported(faults_of(error, RunSpec, plain), [*known, *faults], strays)]
 
 
-def _untold(faults: list[Fault], told: list[Fault], whole: Sequence[Fault] = ()) -> list[Fault]:
-    """Those of `faults` at keys that have not been told of, nor stand below one that is wrong as a `whole`."""
-    keys = {fault.where for fault in told}
-    above = tuple(f"{fault.where}." for fault in whole)
+def _not_reported(faults: list[Fault], reported: list[Fault], entries: Sequence[Fault] = ()) -> list[Fault]:
+    """Those of `faults` whose key is not among the `reported`, nor lies below one of the reported `entries`."""
+    keys = {fault.where for fault in reported}
+    above = tuple(f"{fault.where}." for fault in entries)
     return [fault for fault in faults if fault.where not in keys and not fault.where.startswith(above)]
 
 
@@ -311,7 +312,7 @@ def _check_hydra(cfg: DictConfig) -> list[Fault]:
     ]
     for part in ("launcher", "sweeper"):
         target = str((node.get(part) or {}).get("_target_", ""))
-        if not target.startswith(_HYDRAS_OWN):
+        if not target.startswith(_HYDRA_PACKAGES):
             faults.append(Fault(f"hydra.{part}._target_", f"is '{target}', which is not allowed."))
     for part in ("job_logging", "hydra_logging"):
         settings = repr(OmegaConf.to_container(node[part], resolve=False))

@@ -37,11 +37,11 @@ def faults_of(error: ValidationError, model: type[BaseModel], raw: Mapping[str, 
         path, annotation = place
         where = ".".join([*([prefix] if prefix else []), *map(str, path)])
         faults.setdefault(where, _fault(where, path, annotation, entry, raw))
-    return [fault for fault in faults.values() if not _is_other_side(fault, faults.values())]
+    return [fault for fault in faults.values() if not _is_misspelt(fault, faults.values())]
 
 
-def _is_other_side(fault: Fault, others: Iterable[Fault]) -> bool:
-    """Whether a key is only missing because it stands there misspelt, which is told already."""
+def _is_misspelt(fault: Fault, others: Iterable[Fault]) -> bool:
+    """Whether a key is missing only because it is there misspelt, which has a fault of its own."""
     parent, _, key = fault.where.rpartition(".")
     hint = f"Did you mean '{key}'?"
     return fault.what == _MISSING and any(hint in o.fix and o.where.rpartition(".")[0] == parent for o in others)
@@ -154,7 +154,7 @@ def _locate(model: type[BaseModel], loc: Sequence[Any], raw: Any) -> tuple[list[
         base = _plain(branches[0])[0]
         value = _lookup(raw, path)
         if isinstance(segment, int) and isinstance(value, list) and segment >= len(value):
-            return path, annotation  # a list that is too short: told of the list
+            return path, annotation  # a list that is too short: the fault is the list's
         if segment == "[key]":
             return path, parent
         parent, path = base, [*path, segment]

@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tinylmm.config.fields import PARTS
-from tinylmm.errors import Fault
+from tinylmm.errors import Fault, IntegrityError, UserError
+from tinylmm.store.find_model import find_model
 
 KEY = "recipe.from_model"
 _NOT_ARCHITECTURE = {
@@ -24,7 +25,6 @@ _NOT_ARCHITECTURE = {
 """Keys of a saved config.json that say how it was saved or run, not what the network looks like."""
 _OF_THE_RUN = (["name"], ["template"], ["scale"])
 """Keys of a group that say nothing about the part itself."""
-_RUNS_SHOWN = 5
 
 
 def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
@@ -34,12 +34,11 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
         cfg: composed config with a `recipe.from_model`: a model's folder, the folder of a training stage, or a run's name.
         words: the user's words, to tell a group that was chosen from a default.
     """
-    given, store = str(cfg.recipe.from_model), Path(str(cfg.store))
-    folder = model_folder(given, store)
-    if folder is None:
-        what = f"is '{given}', which is neither the folder of a saved model nor a run in {store / 'runs'} that trained one."
-        runs = sorted(path.parent.name for path in store.glob("runs/*/run.json"))
-        return [Fault(KEY, what, f"Runs: {', '.join(runs[-_RUNS_SHOWN:]) or 'none'}.")]
+    given = str(cfg.recipe.from_model)
+    try:
+        folder = find_model(given, Path(str(cfg.store))).resolve()
+    except (UserError, IntegrityError) as error:
+        return [Fault(KEY, f"names no model: {error}")]
     try:
         parts = _parts(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -53,9 +52,12 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
             fix = f"Leave {part} out: a recipe with from_model takes its parts from the model."
             faults.append(Fault(part, f"is not that of the model at {folder}: {differs}.", fix))
             continue
+        faults += _unread_fields(part, parts[part]["architecture"] if part != "connector" else None, keys, folder)
         found = parts[part] if differs else {**composed, **parts[part], "name": composed["name"]}
         if f"{part}.template" in keys:
             found["template"] = composed["template"]
+        if differs and part == "llm":
+            found = {**found, **_given_scale(composed, keys)}
         with open_dict(cfg):
             cfg[part] = found
     with open_dict(cfg):
@@ -63,26 +65,27 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
     return faults
 
 
-def model_folder(given: str, store: Path) -> Path | None:
-    """Return the folder that is meant: a model's, one in a training stage's, or that of a run's last trained stage."""
-    path = Path(given).expanduser()
-    for candidate in (path, path / "model", path / "output" / "model"):
-        if _is_model(candidate):
-            return candidate.resolve()
-    try:
-        run = json.loads((store / "runs" / given / "run.json").read_text(encoding="utf-8"))
-        keys = [stage["key"] for stage in run["stages"] if stage["kind"] == "train"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    folders = [store / "stages" / key / "output" / "model" for key in reversed(keys)]
-    return folders[0].resolve() if folders and _is_model(folders[0]) else None
+def _unread_fields(part: str, saved: Mapping[str, Any] | None, keys: set[str], folder: Path) -> list[Fault]:
+    """Refuse fields of an architecture that the user set and the model's own does not name: nothing would read them."""
+    prefix = f"{part}.architecture."
+    unread = [
+        key for key in sorted(keys) if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in (saved or {})
+    ]
+    what = f"is set, but the model at {folder} was saved without it."
+    return [
+        Fault(key, what, "Leave it out: a recipe with from_model takes its parts from the model.") for key in unread
+    ]
 
 
-def _is_model(folder: Path) -> bool:
-    try:
-        return bool(_read(folder / "config.json").get("model_type") == "tinylmm")
-    except (OSError, ValueError):
-        return False
+def _given_scale(composed: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    """What the user set of `llm.scale`, without the numbers of the LLM that the model's takes the place of."""
+    scale: dict[str, Any] = {}
+    for role, numbers in (composed.get("scale") or {}).items():
+        whole = {"llm.scale", f"llm.scale.{role}"} & keys
+        given = numbers if whole else {name: n for name, n in numbers.items() if f"llm.scale.{role}.{name}" in keys}
+        if given:
+            scale[role] = given
+    return {"scale": scale} if scale else {}
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:

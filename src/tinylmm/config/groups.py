@@ -49,22 +49,10 @@ def experiment_folders() -> list[Path]:
     return folders
 
 
-def search_path() -> str:
-    """Return the override that adds the user's folders behind the shipped one, which they can extend but not shadow."""
-    from tinylmm.config import experiments  # Hydra, which `--help` does without
-
-    experiments.register()
-    folders = [("studies", folder.parent) for folder in experiment_folders()]
-    user = user_conf()
-    folders += [("file", user)] if user is not None else []
-    quoted = (f"{scheme}://" + str(path).replace("\\", "\\\\").replace("'", "\\'") for scheme, path in folders)
-    return "hydra.searchpath=[" + ",".join(f"'{path}'" for path in quoted) + "]"
-
-
 def group_choices(loader: ConfigLoader) -> dict[str, tuple[str, ...]]:
     """Return every group with its choices in alphabetical order.
 
-    A study in a folder of its own (`experiments/name/name.yaml`) is the choice `name/name`.
+    An experiment in a folder of its own (`experiments/name/name.yaml`) is the choice `name/name`.
     """
     names = {*DEFAULT_GROUPS}
     user = user_conf()
@@ -78,10 +66,10 @@ def group_choices(loader: ConfigLoader) -> dict[str, tuple[str, ...]]:
                 _warn_of_shadow(path)
             found.add(path.stem)
         groups[group] = tuple(sorted(found))
-    studies: set[str] = set()
+    experiments: set[str] = set()
     for folder in experiment_folders():
-        studies |= {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
-    groups[EXPERIMENTS] = tuple(sorted(studies))
+        experiments |= {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    groups[EXPERIMENTS] = tuple(sorted(experiments))
     return groups
 
 

@@ -20,17 +20,24 @@ def known_architecture(part: PretrainedPart) -> dict[str, Any] | None:
     """
     if part.architecture or part.pretrained is None:
         return part.architecture
-    path = _config_file(part.pretrained, part.revision)
+    return read_config(part.pretrained, part.revision)
+
+
+def read_config(pretrained: str, revision: str | None) -> dict[str, Any] | None:
+    """Return a checkpoint's config.json from a local folder or the hub's cache; None where there is no copy.
+
+    Raises:
+        ConfigError: it is there but holds no mapping.
+    """
+    path = _config_file(pretrained, revision)
     if path is None:
         return None
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            [Fault("pretrained", f"is '{part.pretrained}', but {path} cannot be read: {error}.")]
-        ) from error
+        raise ConfigError([Fault("pretrained", f"is '{pretrained}', but {path} cannot be read: {error}.")]) from error
     if not isinstance(fields, dict):
-        raise ConfigError([Fault("pretrained", f"is '{part.pretrained}', but {path} holds no mapping.")])
+        raise ConfigError([Fault("pretrained", f"is '{pretrained}', but {path} holds no mapping.")])
     return cast(dict[str, Any], fields)
 
 

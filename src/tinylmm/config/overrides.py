@@ -120,7 +120,7 @@ def check_words(words: Iterable[str], vocabulary: Vocabulary, loader: ConfigLoad
             faults.append(_malformed(given, vocabulary))
             continue
         if override.key_or_group == EXPERIMENTS and not override.is_delete():
-            word = _study(word, vocabulary)
+            word = _with_folder(word, vocabulary)
             override = parser.parse_overrides([word])[0]
         found = _judge(override, vocabulary)
         faults += found
@@ -134,8 +134,8 @@ def is_sweep(word: str, loader: ConfigLoader | None = None) -> bool:
     return bool(OverridesParser.create(config_loader=loader).parse_overrides([word])[0].is_sweep_override())
 
 
-def _study(word: str, vocabulary: Vocabulary) -> str:
-    """`experiments=name` with `name/name` written out, for studies that have a folder of their own."""
+def _with_folder(word: str, vocabulary: Vocabulary) -> str:
+    """`experiments=name` with `name/name` written out, for experiments that have a folder of their own."""
     key, _, values = word.partition("=")
     choices = vocabulary.groups.get(EXPERIMENTS, ())
     names = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tinylmm.config.fields import Fraction, Frozen, PartName, Positive
+from tinylmm.config.fields import Fraction, Frozen, PartName, Positive, Sparse, TemplateName
 
 
 class LoraSpec(Frozen):
@@ -33,7 +33,7 @@ class QLoraSpec(LoraSpec):
     """Of 4-bit weights: hold their scales in 8 bits too."""
 
 
-class TuneHow(Frozen):
+class TuneHow(Sparse):
     """How a part is trained, where one word does not say it: exactly one of the keys."""
 
     from_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -50,11 +50,6 @@ class TuneHow(Frozen):
                 "(set the other to null, where the recipe brings it)"
             )
         return self
-
-    @model_serializer
-    def _what_is_given(self) -> dict[str, Any]:
-        given = ((name, getattr(self, name)) for name in TuneHow.model_fields)
-        return {k: v.model_dump(mode="json") if isinstance(v, Frozen) else v for k, v in given if v is not None}
 
 
 Tune = Literal["frozen", "full", "lora", "qlora"] | TuneHow
@@ -75,7 +70,7 @@ class TuneSpec(Frozen):
         return written_out.get(tune, tune) if isinstance(tune, str) else tune
 
 
-class StageSpec(Frozen):
+class RecipeStage(Frozen):
     """One training stage. Its optimiser steps are defined by samples, so batch layout and world size do not change them."""
 
     start: str = Field(alias="from")
@@ -100,13 +95,58 @@ class StageSpec(Frozen):
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    template: str
+    template: Literal["auto"] | TemplateName
     """Chat template; `auto` is the LLM's own."""
 
     @property
     def mixture(self) -> dict[str, float]:
         """Source -> weight, also where `data` names one source."""
         return {self.data: 1.0} if isinstance(self.data, str) else dict(self.data)
+
+
+class StageScale(Sparse):
+    """What one LLM needs in a recipe's stage in place of the published numbers; see `RecipeStage`."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    global_batch: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_length: Positive | None = None
+    warmup_ratio: Fraction | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+class ShareScale(StageScale):
+    """Of the share recipe's second pretraining."""
+
+    from_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | None = None
+    """First block of the tower that is trained."""
+
+
+class FullScale(Sparse):
+    """Of a finetuning that trains all three parts."""
+
+    tower_lr: Annotated[float, Field(gt=0)] | None = None
+
+
+class LoraScale(Sparse):
+    """Of adapters; see `LoraSpec`."""
+
+    r: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+
+
+class ScaleSpec(Sparse):
+    """Hyperparameters that an LLM needs in place of the published ones, by role; recipes read them through `oc.select`."""
+
+    alignment: StageScale | None = None
+    """The first pretraining, which aligns the connector."""
+    share: ShareScale | None = None
+    tuning: StageScale | None = None
+    """The finetuning."""
+    full: FullScale | None = None
+    lora: LoraScale | None = None
 
 
 class RecipeSpec(Frozen):
@@ -117,7 +157,7 @@ class RecipeSpec(Frozen):
     """The data set that the recipe was published with; `data=auto` means it."""
     from_model: str | None = None
     """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
-    stages: Annotated[dict[str, StageSpec], Field(min_length=1)]
+    stages: Annotated[dict[str, RecipeStage], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _stages_start_from_earlier_ones(self) -> RecipeSpec:

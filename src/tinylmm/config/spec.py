@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from tinylmm.config.fields import Fraction, Frozen, Positive
-from tinylmm.config.recipe import RecipeSpec
+from tinylmm.config.fields import Fraction, Frozen, Positive, Sparse, TemplateName
+from tinylmm.config.recipe import RecipeSpec, ScaleSpec
+from tinylmm.config.trainer import TrainerSpec
 
 # ---------------------------------------------------------------------------------------------------- data
 
@@ -70,6 +71,14 @@ class DataSpec(Frozen):
 # ---------------------------------------------------------------------------------------------------- parts
 
 
+class TextTowerSpec(Sparse):
+    """Size of a text encoder; see `models/pretraining.py` for what it is where nothing is set."""
+
+    width: Positive | None = None
+    layers: Positive | None = None
+    heads: Positive | None = None
+
+
 class PartBuildSpec(Frozen):
     """How a `parts` stage trains a part from nothing: on which data, for how long."""
 
@@ -82,8 +91,8 @@ class PartBuildSpec(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_length: Positive = 128
     seed: int = 0
-    text_tower: dict[str, Any] = Field(default_factory=dict)
-    """Contrastive pretraining only: architecture of the text encoder that is thrown away afterwards."""
+    text_tower: TextTowerSpec = TextTowerSpec()
+    """Contrastive pretraining only: the text encoder that is thrown away afterwards."""
 
 
 class TokenizerSpec(Frozen):
@@ -130,12 +139,11 @@ class LLMSpec(PretrainedPart):
     """A causal language model of transformers, or of tinylmm where transformers has none."""
 
     tokenizer: TokenizerSpec
-    template: str
+    template: TemplateName
     """Chat template of finetuning and evaluation (`data/chat.py`)."""
     scale_image_features: bool = False
     """Multiply image features by the square root of the LLM's width, as Gemma multiplies its own embeddings."""
-    scale: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Hyperparameters that this LLM needs in place of the published ones; recipes read them through `oc.select`."""
+    scale: ScaleSpec = ScaleSpec()
 
 
 class ImageSpec(Frozen):
@@ -243,7 +251,7 @@ class EvalSpec(Frozen):
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""
     max_new_tokens: Positive
-    template: str = "auto"
+    template: Literal["auto"] | TemplateName = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the weights. In fp32 answers are the same in any batch; bf16 and fp16 take half the memory and promise less."""
 
@@ -328,7 +336,6 @@ class RunSpec(Frozen):
     eval: dict[str, EvalSpec] = Field(default_factory=dict)
     launch: LaunchSpec = LaunchSpec()
     tracking: TrackingSpec = TrackingSpec()
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of transformers.TrainingArguments."""
+    trainer: TrainerSpec = TrainerSpec()
     trust: tuple[str, ...] = ()
     """Packages besides tinylmm, torch and transformers that `_target_` may name."""

@@ -1,0 +1,1 @@
+"""Other programs' checkpoint formats, a module each."""

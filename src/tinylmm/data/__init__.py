@@ -1,0 +1,1 @@
+"""Records, chat templates, images and batches."""

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
@@ -51,7 +51,17 @@ IMAGE_TOKEN = "<image>"
 CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
 
 
-def build_digits(output: Path, seed: int, **options: int) -> dict[str, Any]:
+class SceneCounts(TypedDict, total=False):
+    """Records in each file."""
+
+    pretrain: int
+    share: int
+    finetune: int
+    text: int
+    test: int
+
+
+def build_digits(output: Path, seed: int, **options: Unpack[SceneCounts]) -> dict[str, Any]:
     """Write the data set; the same seed and options always give the same files.
 
     Args:
@@ -86,7 +96,7 @@ def build_digits(output: Path, seed: int, **options: int) -> dict[str, Any]:
     return {"records": written, "images": sum(counts[split] for split in counts if split != "text")}
 
 
-def _counts(options: dict[str, int]) -> dict[str, int]:
+def _counts(options: Mapping[str, Any]) -> dict[str, int]:
     faults = []
     for name, value in options.items():
         where = f"data.build.options.{name}"

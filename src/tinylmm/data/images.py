@@ -10,14 +10,16 @@ import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image
 
 from tinylmm.errors import DataError
 from tinylmm.sizing.tiling import Tiling
+
+if TYPE_CHECKING:
+    import torch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """GIF because OCR-VQA in LLaVA's mix has some; of an animation, the first frame counts."""
@@ -174,6 +176,8 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB image of any size."""
         if self.tiling is not None:
+            import torch  # here, as reports open images without it
+
             return torch.stack([self.one_view(image), *map(self._normalised, self._tiles(image, self.tiling))])
         return self.one_view(image)
 
@@ -189,6 +193,8 @@ class ImageTransform:
 
     def _normalised(self, image: Image.Image) -> torch.Tensor:
         pixels = (np.asarray(image).astype(np.float64) / 255).astype(np.float32)  # (H, W, 3)
+        import torch
+
         return torch.from_numpy(((pixels - self._mean) / self._std).transpose(2, 0, 1).copy())
 
     def _tiles(self, image: Image.Image, tiling: Tiling) -> list[Image.Image]:

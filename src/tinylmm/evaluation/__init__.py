@@ -1,0 +1,1 @@
+"""Benchmarks with their scorers, the judge, answer files, statistics."""

@@ -1,0 +1,1 @@
+"""One engine that answers: prompts, end tokens, caches, decoding, chat."""

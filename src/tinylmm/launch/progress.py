@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
-from tinylmm.stages.job import METRICS_FILE
+from tinylmm.store.layout import METRICS_FILE
 
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 15.0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,27 @@ from rich.markup import escape
 
 from tinylmm.config.compose import run_name
 from tinylmm.errors import EXIT_DONE, IntegrityError, StageFailedError, StoppedError, TinyLMMError
-from tinylmm.launch.backends.torchrun import LOG_FILE, run_ranks
+from tinylmm.launch.backends import LaunchBackend, make_backend
 from tinylmm.launch.progress import StageProgress
-from tinylmm.launch.worker import RESULT_FILE, run_stage
-from tinylmm.planning.graph import Stage
+from tinylmm.launch.scheduler import in_order
+from tinylmm.launch.worker import RESULT_FILE
+from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files
-from tinylmm.stages.job import JOB_FILE, METRICS_FILE, StageJob
-from tinylmm.stop import STOP_FILE, watch_for_stop
+from tinylmm.stages.job import StageJob, make_job
+from tinylmm.stop import STOP_FILE, stop_requested, watch_for_stop
 from tinylmm.store.claims import Claim
 from tinylmm.store.gc import remove
+from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.provenance import now
-from tinylmm.store.runs import create_run, write_run
+from tinylmm.store.runs import RunStatus, StageRow, StageStatus, create_run, read_run, write_run
+from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 log = logging.getLogger(__name__)
 
-MULTI_RANK_KINDS = {"train", "eval"}
-"""Stage kinds that use every rank of the launch; the others are short and run in this process."""
-SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, "features.part", "answers")
+POLL_SECONDS = 0.1
+SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE)
+"""Names in a work folder that are deleted when the stage is done, besides those of its kind."""
 
 
 @dataclass
@@ -59,63 +61,68 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
         DataError: files are missing; nothing was started or written.
     """
     require_files(plan)
-    run = plan.run
-    store = Store(run.store)
-    record: dict[str, Any] = {
-        "overrides": plan.overrides,
-        "spec": run.model_dump(mode="json"),
-        "stages": [
-            {"kind": s.kind, "name": s.name, "digest": s.digest, "key": s.key, "status": "todo", "seconds": None}
-            for s in plan.graph
-        ],
-    }
-    if run.name is not None:
-        record["name"] = run.name
-    folder = create_run(run.store, run_name(run), record)
-    ledger = _Ledger(folder, console)
-    console.print(f"run [bold]{folder.name}[/bold]", highlight=False)
-    with _log_to(folder / LOG_FILE), watch_for_stop():
-        error = _run_stages(plan, store, ledger)
-    code = EXIT_DONE if error is None else getattr(error, "exit_code", 1)
+    store = Store(plan.run.store)
+    ledger = _Ledger(_create_run(plan), console)
+    console.print(f"run [bold]{ledger.folder.name}[/bold]", highlight=False)
+    error: TinyLMMError | None = None
+    with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
+        for title, stage in in_order(plan.graph):
+            try:
+                seconds = _make(title, stage, plan, store, ledger)
+            except KeyboardInterrupt:
+                ledger.mark(stage, "failed")
+                doing = f"{stage.kind} {stage.name}"
+                error = StoppedError(f"interrupted during {doing}; the same command continues from its last checkpoint")
+                break
+            except TinyLMMError as failure:
+                ledger.mark(stage, "todo" if isinstance(failure, StoppedError) else "failed")
+                error = failure
+                break
+            ledger.mark(stage, "reused" if seconds is None else "run", seconds)
     ledger.finish("done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed")
-    return RunOutcome(folder.name, folder, code, None if error is None else str(error))
+    code = EXIT_DONE if error is None else error.exit_code
+    return RunOutcome(ledger.folder.name, ledger.folder, code, None if error is None else str(error))
 
 
-def _run_stages(plan: RunPlan, store: Store, ledger: _Ledger) -> BaseException | None:
-    """Return the error that ended the run, or None."""
-    total = len(plan.graph)
-    for number, stage in enumerate(plan.graph, 1):
-        try:
-            seconds = _ensure(
-                stage, plan, store, ledger, escape(f"stage {number} of {total}: {stage.kind} {stage.name}")
-            )
-        except KeyboardInterrupt:
-            ledger.mark(stage, "failed")
-            return StoppedError(
-                f"interrupted during {stage.kind} {stage.name}; the same command continues from its last checkpoint"
-            )
-        except TinyLMMError as error:
-            ledger.mark(stage, "failed" if not isinstance(error, StoppedError) else "todo")
-            return error
-        ledger.mark(stage, "reused" if seconds is None else "run", seconds)
-    return None
+def _create_run(plan: RunPlan) -> Path:
+    """Make the run's folder, with every stage to do in its record."""
+    run = plan.run
+    rows = [StageRow(stage.kind, stage.name, stage.digest, stage.key) for stage in plan.graph]
+    return create_run(run.store, run_name(run), run.name, plan.overrides, run.model_dump(mode="json"), rows)
 
 
-def _ensure(stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger, title: str) -> float | None:
-    """Make sure the store has the stage; returns the seconds it took to run, None if it was there."""
+def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger) -> float | None:
+    """Make sure the store has the stage; returns the seconds it took to run, None if it was there.
+
+    Raises:
+        TinyLMMError: the stage failed or was stopped; its work folder says why, and the next try goes on from there.
+    """
     if _reusable(stage, store, ledger.console):
         return None
-
-    def waiting(owner: dict[str, Any]) -> None:
-        ledger.console.print(
-            f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it", highlight=False
-        )
-
-    with Claim(store.root, stage.key, on_wait=waiting) as claim:
+    with Claim(store.root, stage.key, on_wait=ledger.waiting(title)) as claim:
         if store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
             return None
         ledger.mark(stage, "running")
-        return _run(stage, plan, store, ledger.console, title, claim)
+        began, clock = time.time(), time.monotonic()
+        job, kind = _job(stage, plan, store), KINDS[stage.kind]
+        backend = make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust)
+        watched = StageProgress(ledger.console, escape(title), job.folder)
+        with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
+            backend.start(job)
+            while (summary := backend.poll()) is None:
+                if stop_requested():
+                    backend.stop()
+                time.sleep(POLL_SECONDS)
+        for name in (*SCRATCH, *kind.scratch):
+            remove(job.folder / name)
+        (job.folder / METRICS_FILE).touch()
+        if claim.lost:
+            raise StageFailedError(
+                f"{title}: another process took this stage over while this one was silent for a minute; "
+                "its result is left to that process"
+            )
+        store.publish(stage, summary, began)
+        return time.monotonic() - clock
 
 
 def _reusable(stage: Stage, store: Store, console: Console) -> bool:
@@ -132,25 +139,29 @@ def _reusable(stage: Stage, store: Store, console: Console) -> bool:
     return True
 
 
-def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str, claim: Claim) -> float:
-    started, clock = time.time(), time.monotonic()
-    work = store.begin(stage)
-    parents = {role: store.open_output(plan.graph[digest]) for role, digest in stage.parents.items()}
-    settings = stage.settings | {"features_root": str(store.root.resolve() / "features")}
-    job = StageJob(
-        stage.kind,
-        stage.name,
-        stage.digest,
-        stage.spec,
-        {r: p.resolve() for r, p in parents.items()},
-        settings,
-        work.resolve(),
-    )
+def _job(stage: Stage, plan: RunPlan, store: Store) -> StageJob[Any]:
+    """Make the stage's work folder, with its job.json."""
+    work, root = store.begin(stage).resolve(), store.root.resolve()
+    parents = {role: store.open_output(plan.graph[digest]).resolve() for role, digest in stage.parents.items()}
+    job = make_job(stage.kind, stage.name, stage.digest, stage.spec, parents, stage.settings, work, root)
     job.write()
+    return job
+
+
+@contextmanager
+def _ended(backend: LaunchBackend) -> Iterator[None]:
+    """Leave nothing of a stage running behind the block."""
     try:
-        with _log_to(work / LOG_FILE), StageProgress(console, title, work):
-            many = plan.run.launch.backend == "torchrun" and stage.kind in MULTI_RANK_KINDS
-            summary = run_ranks(job) if many else run_stage(job)
+        yield
+    finally:
+        backend.stop(now=True)
+
+
+@contextmanager
+def _kept_failures(store: Store, stage: Stage, title: str) -> Iterator[None]:
+    """Keep what went wrong in the work folder; a bug of ours becomes an error that says where its traceback is."""
+    try:
+        yield
     except (StoppedError, KeyboardInterrupt):
         raise
     except TinyLMMError as error:
@@ -160,21 +171,12 @@ def _run(stage: Stage, plan: RunPlan, store: Store, console: Console, title: str
         text = traceback.format_exc()
         store.fail(stage, text)
         log.error("%s failed\n%s", title, text)
+        work = store.work_folder(stage)
         raise StageFailedError(
             f"{stage.kind} {stage.name} failed with {type(error).__name__}: {error}\n"
-            f"  traceback: {work / 'error.txt'}\n  log:       {work / LOG_FILE}\n"
+            f"  traceback: {work / ERROR_FILE}\n  log:       {work / LOG_FILE}\n"
             f"  The same command tries it again from its last checkpoint."
         ) from error
-    for name in SCRATCH:
-        remove(work / name)
-    (work / METRICS_FILE).touch()
-    if claim.lost:
-        raise StageFailedError(
-            f"{title}: another process took this stage over while this one was silent for a minute; "
-            "its result is left to that process"
-        )
-    store.publish(stage, summary, started)
-    return time.monotonic() - clock
 
 
 class _Ledger:
@@ -183,25 +185,36 @@ class _Ledger:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
         self.console = console
-        self.record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        self.rows = {row["digest"]: row for row in self.record["stages"]}
+        self._run = read_run(folder)
+        self._rows = {row.digest: row for row in self._run.stages}
 
-    def mark(self, stage: Stage, status: str, seconds: float | None = None) -> None:
-        row = self.rows[stage.digest]
-        row["status"] = status
-        row["seconds"] = None if seconds is None else round(seconds, 2)
-        write_run(self.folder, self.record)
-        if status in ("run", "reused"):
-            took = "reused" if seconds is None else f"{seconds:.1f} s"
+    def mark(self, stage: Stage, status: StageStatus, seconds: float | None = None) -> None:
+        took = None if seconds is None else round(seconds, 2)
+        self._rows[stage.digest] = row = replace(self._rows[stage.digest], status=status, seconds=took)
+        self._write()
+        if row.finished:
             self.console.print(
-                f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  {took}",
+                f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  "
+                + ("reused" if seconds is None else f"{seconds:.1f} s"),
                 highlight=False,
             )
 
-    def finish(self, status: str) -> None:
-        self.record["status"] = status
-        self.record["finished"] = now()
-        write_run(self.folder, self.record)
+    def waiting(self, title: str) -> Callable[[dict[str, Any]], None]:
+        """Return what tells of another process that works on the stage."""
+
+        def tell(owner: dict[str, Any]) -> None:
+            waits = f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it"
+            self.console.print(escape(waits), highlight=False)
+
+        return tell
+
+    def finish(self, status: RunStatus) -> None:
+        self._run = replace(self._run, status=status, finished=now())
+        self._write()
+
+    def _write(self) -> None:
+        self._run = replace(self._run, stages=tuple(self._rows.values()))
+        write_run(self.folder, self._run)
 
 
 @contextmanager

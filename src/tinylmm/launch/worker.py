@@ -1,4 +1,4 @@
-"""Runs one stage: in this process, or as one of torchrun's ranks (`python -m tinylmm.launch.worker WORK_FOLDER`).
+"""Runs one stage as one of several ranks (`python -m tinylmm.launch.worker WORK_FOLDER`).
 
 A rank reads job.json from the work folder and nothing else. How it ended stands in `result.json`: the summary, or the error
 with its exit code, so that the parent can tell a user's fault from ours.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import importlib
 import json
 import logging
 import os
@@ -18,32 +17,21 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylmm.config.targets import resolve_target
 from tinylmm.errors import TinyLMMError
-from tinylmm.stages.job import StageJob
+from tinylmm.stages import import_body
+from tinylmm.stages.job import StageJob, read_job
 from tinylmm.stop import watch_for_stop
 
 log = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
-KINDS = {"parts": "parts", "prepare": "prepare", "train": "train", "eval": "evaluate"}
-"""Stage kind -> module of tinylmm.stages; imported when needed, because they load torch."""
+RANK_RESULTS = "result-rank*.json"
+"""Of other ranks than 0, which leave one only when they fail."""
 
 
-def run_stage(job: StageJob) -> dict[str, Any]:
-    """Do the stage's work and return its summary."""
-    _quiet_libraries()
-    if job.kind == "data":
-        build = job.spec["build"]
-        make = resolve_target(build["_target_"], job.settings["trust"], role="data")
-        return dict(make(job.output, build["seed"], **build["options"]))
-    module = importlib.import_module(f"tinylmm.stages.{KINDS[job.kind]}")
-    return dict(module.run(job))
-
-
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the terminal to our own progress: no bars from transformers and datasets, no banner from DeepSpeed."""
-    if not Path("/dev/nvidiactl").exists():
+    if not has_gpu_driver():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
@@ -54,6 +42,11 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+def has_gpu_driver() -> bool:
+    """Whether this machine has NVIDIA's driver, found out without loading torch."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def main() -> NoReturn:
     """Entry point of a rank."""
     folder = Path(sys.argv[1])
@@ -62,13 +55,15 @@ def main() -> NoReturn:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s"
     )
-    job = StageJob.read(folder)
+    job = read_job(folder)
     result: dict[str, Any]
     code = 0
     with watch_for_stop(folder):
         try:
             _join_ranks(job)
-            result = {"summary": run_stage(job)}
+            quiet_libraries()
+            run = import_body(job.kind)
+            result = {"summary": run(job)}
         except TinyLMMError as error:
             code = error.exit_code
             result = {"error": str(error), "type": type(error).__name__, "exit_code": code, "rank": rank}
@@ -78,12 +73,12 @@ def main() -> NoReturn:
             log.exception("rank %d failed", rank)
     if rank == 0 or code:
         # The first rank to fail says why; later ones only follow.
-        path = folder / (RESULT_FILE if rank == 0 else f"result-rank{rank}.json")
+        path = folder / (RESULT_FILE if rank == 0 else RANK_RESULTS.replace("*", str(rank)))
         path.write_text(json.dumps(result), encoding="utf-8")
     _leave_ranks(code)
 
 
-def _join_ranks(job: StageJob) -> None:
+def _join_ranks(job: StageJob[Any]) -> None:
     """Create the process group with our own timeout: transformers drops its `ddp_timeout` on CPUs and in DeepSpeed."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
@@ -92,11 +87,10 @@ def _join_ranks(job: StageJob) -> None:
     import torch
     from torch import distributed
 
-    launch = job.settings["launch"]
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=launch["start_timeout_s"]))
+    distributed.init_process_group(backend, timeout=timedelta(seconds=job.settings.launch.start_timeout_s))
 
 
 def _leave_ranks(code: int) -> NoReturn:

@@ -1,0 +1,1 @@
+"""The parts, the LMM made of them, tuning, adapters, and models on disk."""

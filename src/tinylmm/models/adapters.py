@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinylmm.config.recipe import LoraSpec, QLoraSpec
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.models.lmm import LMM
-from tinylmm.models.quantize import QUANTIZATION_KEYS, import_bitsandbytes, quantize_linears, round_trip
+from tinylmm.models.quantize import Quantization, import_bitsandbytes, quantize_linears, round_trip
 
 NAME = "default"
 PREFIX = "base_model.model."
@@ -32,11 +33,11 @@ class Adapter:
 
     Attributes:
         config: peft's LoraConfig as plain data.
-        quantization: bits, quant_type and double_quant of the base weights it was trained on; None if they were whole.
+        quantization: of the base weights it was trained on; None if they were whole.
     """
 
     config: dict[str, Any]
-    quantization: dict[str, Any] | None
+    quantization: Quantization | None
 
 
 def adapter_root(model: LMM, part: str) -> tuple[str, nn.Module]:
@@ -67,12 +68,12 @@ def adaptable_linears(model: LMM, part: str) -> dict[str, nn.Linear]:
 
 
 def add_adapter(
-    model: LMM, part: str, tune: dict[str, Any], seed: int, compute: torch.dtype, device: torch.device
+    model: LMM, part: str, settings: LoraSpec, seed: int, compute: torch.dtype, device: torch.device
 ) -> Adapter:
     """Put an adapter on a part and leave nothing but it trainable there (and biases, if `bias` asks for them).
 
     Args:
-        tune: {"lora": settings} or {"qlora": settings}, see `LoraSpec` and `QLoraSpec`.
+        settings: of the adapter; a `QLoraSpec` also says how the base weights are held.
         seed: draws the adapter's A matrices, whatever was drawn before; B starts at zero.
         compute: dtype that 4-bit layers compute in.
         device: where the base weights are quantised, and stay.
@@ -80,19 +81,20 @@ def add_adapter(
     Raises:
         UserError: the part has no linear layers, none of a name in `targets`, or bitsandbytes is missing.
     """
-    (kind, settings), *_ = tune.items()
     linears = adaptable_linears(model, part)
-    targets = _targets(part, linears, settings["targets"])
-    quantization = {key: settings[key] for key in QUANTIZATION_KEYS} if kind == "qlora" else None
+    targets = _targets(part, linears, settings.targets)
+    quantization = None
+    if isinstance(settings, QLoraSpec):
+        quantization = Quantization(settings.bits, settings.quant_type, settings.double_quant)
     _, root = adapter_root(model, part)
     if quantization is not None:
         quantize_linears(root, linears, quantization, compute, device)
     config = {
-        "r": settings["r"],
-        "lora_alpha": settings["alpha"],
-        "lora_dropout": settings["dropout"],
-        "bias": settings["bias"],
-        "use_rslora": settings["rslora"],
+        "r": settings.r,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "bias": settings.bias,
+        "use_rslora": settings.rslora,
         "target_modules": targets,
         "task_type": "CAUSAL_LM" if part == "llm" else None,
     }
@@ -124,7 +126,7 @@ def save_adapter(adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> 
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def merge_adapter(model: LMM, part: str, folder: Path, quantization: dict[str, Any] | None) -> None:
+def merge_adapter(model: LMM, part: str, folder: Path, quantization: Quantization | None) -> None:
     """Add a saved adapter to a part's weights, in fp32, so that nothing of it is left but its effect.
 
     With `quantization` the base weights first become what their quantised forms stood for, which the adapter was trained on.

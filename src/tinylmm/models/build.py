@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tinylmm.config.identities import ConnectorIdentity, PartIdentity, TokenizerIdentity, TowerIdentity, TowerOutput
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models.anyres import with_tiles
@@ -19,49 +21,78 @@ from tinylmm.models.llm import choose_attention, load_llm, random_llm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower, make_tower
 
-PART_FILE = "part.json"
-"""Identity of a part beside its Hugging Face files, written by the part-building stages."""
+Identity = TypeVar("Identity", PartIdentity, TowerIdentity)
+
+
+@dataclass(frozen=True)
+class PartSource(Generic[Identity]):
+    """A part and where its weights come from.
+
+    Attributes:
+        identity: what it is.
+        built: output folder of the stage that built it; None for a published or random part.
+        local: folder of published weights, where they do not come from the hub.
+    """
+
+    identity: Identity
+    built: Path | None = None
+    local: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Folder or hub id of published weights."""
+        return self.local or str(self.identity.pretrained)
+
+
+def part_source(
+    kind: type[Identity], identity: Identity | None, built: Path | None, local: str | None
+) -> PartSource[Identity]:
+    """Return a part's source: what a stage built has its identity beside its weights, any other one in the spec."""
+    if built is not None:
+        return PartSource(kind.of_folder(built), built)
+    assert identity is not None, "a part that no stage built has an identity"
+    return PartSource(identity, None, local)
 
 
 def build_lmm(
-    spec: dict[str, Any],
-    parents: dict[str, Path],
-    folders: dict[str, str],
+    llm_source: PartSource[PartIdentity],
+    tower_source: PartSource[TowerIdentity],
+    connector_identity: ConnectorIdentity,
+    tower_output: TowerOutput,
     template: str,
     seed: int,
-    trust: list[str],
+    trust: Sequence[str],
     attention: str = "auto",
+    scale_image_features: bool = False,
 ) -> LMM:
     """Put an LMM together for the first training stage.
 
     Args:
-        spec: holds `connector`, `tower_output` and, for parts that no stage built, `llm` and `vision_tower` identities.
-        parents: role -> output folder of the stage that built the part.
-        folders: role -> local folder of published weights, where they do not come from the hub.
+        tower_output: how the tower's output is read.
         template: chat template's name.
         seed: draws the connector (and parts with init=random).
+        trust: packages besides ours whose classes may be built.
         attention: transformers' attention implementation; "auto" is flash-attn where it can be imported on a GPU, else SDPA.
+        scale_image_features: see `LMM`.
 
     Raises:
         UserError: weights are not to be had, or the widths do not fit the connector.
     """
     torch.manual_seed(seed)
-    llm = _load_llm(spec, parents, folders, trust, attention)
-    encoder = _load_part("vision_tower", spec, parents, folders, trust, choose_attention(attention))
-    tower_class = resolve_target(
-        _identity("vision_tower", spec, parents)["_target_"], trust, nn.Module, role="vision_tower"
-    )
-    image = _identity("vision_tower", spec, parents)["image"]
-    tower = make_tower(tower_class, encoder, spec["tower_output"], image)
+    llm = _load_llm(llm_source, trust, attention)
+    encoder = _load_encoder(tower_source, trust, choose_attention(attention))
+    tower_class = resolve_target(tower_source.identity.target, trust, nn.Module, role="vision_tower")
+    image = tower_source.identity.image.model_dump(mode="json")
+    tower = make_tower(tower_class, encoder, tower_output.as_json(), image)
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
-    connector = build_connector(spec["connector"], tower.hidden_size, llm, trust)
+    connector = build_connector(connector_identity.as_json(), tower.hidden_size, llm, trust)
     check_fit(tower, connector)
     connector = with_tiles(connector, image, tower.num_tokens)
-    return LMM(llm, tower, connector, template, bool(spec.get("scale_image_features")))
+    return LMM(llm, tower, connector, template, scale_image_features)
 
 
-def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: list[str]) -> Connector:
+def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: Sequence[str]) -> Connector:
     """Build a connector between a tower of width `vision_dim` and the LLM's input embeddings."""
     llm_dim = llm.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     connector_class = resolve_target(spec["_target_"], trust, Connector, role="connector")
@@ -86,14 +117,25 @@ def check_fit(tower: HFVisionTower, connector: Connector) -> None:
         raise ConfigError([Fault("connector", f"{error}.")]) from error
 
 
-def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str]) -> PreTrainedTokenizerBase:
-    """Load the run's tokenizer from its part stage, or by hub id; it always has a padding token afterwards."""
-    where: str | Path | None = parents.get("tokenizer")
+def load_tokenizer(
+    identity: TokenizerIdentity | None, built: Path | None = None, local: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer; it always has a padding token afterwards.
+
+    Args:
+        identity: of a published tokenizer.
+        built: output folder of the stage that built it, which then needs no identity.
+        local: folder of a published one, where it does not come from the hub.
+
+    Raises:
+        UserError: it cannot be loaded, or has no padding token.
+    """
+    where: str | Path | None = built
     revision, pad_token = None, None
-    if where is None:
-        source = spec["tokenizer"]
-        where = folders.get("tokenizer", source["pretrained"])
-        revision, pad_token = source["revision"], source["pad_token"]
+    if built is None:
+        assert identity is not None, "a tokenizer that no stage built has an identity"
+        where = local or identity.pretrained
+        revision, pad_token = identity.revision, identity.pad_token
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -108,60 +150,41 @@ def load_tokenizer(spec: dict[str, Any], parents: dict[str, Path], folders: dict
     return tokenizer
 
 
-def part_folder_identity(folder: Path) -> dict[str, Any]:
-    """Read the identity that a part-building stage left beside its weights."""
-    return cast(dict[str, Any], json.loads((folder / PART_FILE).read_text(encoding="utf-8")))
-
-
-def _identity(role: str, spec: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any]:
-    return part_folder_identity(parents[role]) if role in parents else cast(dict[str, Any], spec[role])
-
-
-def _load_llm(
-    spec: dict[str, Any], parents: dict[str, Path], folders: dict[str, str], trust: list[str], attention: str
-) -> PreTrainedModel:
-    identity = _identity("llm", spec, parents)
-    target = cast(type[PreTrainedModel], resolve_target(identity["_target_"], trust, PreTrainedModel, role="llm"))
-    if "llm" in parents:
-        return load_llm(target, parents["llm"], None, attention, local_only=True)
-    if identity["init"] == "random":
-        return random_llm(target, identity["architecture"], attention)
-    where = folders.get("llm", identity["pretrained"])
+def _load_llm(source: PartSource[PartIdentity], trust: Sequence[str], attention: str) -> PreTrainedModel:
+    identity = source.identity
+    target = cast(type[PreTrainedModel], resolve_target(identity.target, trust, PreTrainedModel, role="llm"))
+    if source.built is not None:
+        return load_llm(target, source.built, None, attention, local_only=True)
+    if identity.init == "random":
+        return random_llm(target, identity.architecture, attention)
     try:
-        return load_llm(target, where, identity["revision"], attention, identity["architecture"])
+        return load_llm(target, source.where, identity.revision, attention, identity.architecture)
     except OSError as error:
-        raise _unavailable("llm", where, error) from error
+        raise _unavailable("llm", source.where, error) from error
 
 
-def _load_part(
-    role: str,
-    spec: dict[str, Any],
-    parents: dict[str, Path],
-    folders: dict[str, str],
-    trust: list[str],
-    implementation: str,
-) -> PreTrainedModel:
-    identity = _identity(role, spec, parents)
-    found = resolve_target(identity["encoder"], trust, PreTrainedModel, role="encoder")
+def _load_encoder(source: PartSource[TowerIdentity], trust: Sequence[str], implementation: str) -> PreTrainedModel:
+    identity = source.identity
+    found = resolve_target(identity.encoder, trust, PreTrainedModel, role="encoder")
     model_class = cast(type[PreTrainedModel], found)
     options: dict[str, Any] = {"attn_implementation": implementation, "dtype": torch.float32}
-    if role in parents:
-        return model_class.from_pretrained(parents[role], local_files_only=True, **options)
-    if identity["init"] == "random":
+    if source.built is not None:
+        return model_class.from_pretrained(source.built, local_files_only=True, **options)
+    if identity.init == "random":
         if model_class.config_class is None:
             what = f"is random, but {model_class.__name__} stands for whatever class the checkpoint names."
-            raise ConfigError([Fault(f"{role}.init", what, f"Choose a {role} whose YAML has an architecture.")])
-        config = model_class.config_class(**identity["architecture"])
+            fix = "Choose a vision_tower whose YAML has an architecture."
+            raise ConfigError([Fault("vision_tower.init", what, fix)])
+        config = model_class.config_class(**identity.architecture)
         return cast(PreTrainedModel, model_class._from_config(config, **options))
-    where = folders.get(role, identity["pretrained"])
     try:
         if model_class is HubEncoder:
-            refuse_other_normalisation(where, identity["revision"], identity["image"])
-        return model_class.from_pretrained(where, revision=identity["revision"], **options)
+            refuse_other_normalisation(source.where, identity.revision, identity.image.model_dump(mode="json"))
+        return model_class.from_pretrained(source.where, revision=identity.revision, **options)
     except OSError as error:
-        raise _unavailable(role, where, error) from error
+        raise _unavailable("vision_tower", source.where, error) from error
     except ValueError as error:
-        raise ConfigError([Fault(f"{role}.pretrained", str(error))]) from error
+        raise ConfigError([Fault("vision_tower.pretrained", str(error))]) from error
 
 
 def _unavailable(role: str, where: str, error: OSError) -> UserError:

@@ -19,7 +19,8 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tinylmm import __version__
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
 from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
@@ -36,7 +36,9 @@ from tinylmm.models.anyres import with_tiles
 from tinylmm.models.build import build_connector
 from tinylmm.models.llm import choose_attention, load_llm
 from tinylmm.models.lmm import LMM
+from tinylmm.models.quantize import Quantization
 from tinylmm.models.vision import make_tower
+from tinylmm.version import __version__
 
 WEIGHTS = "model.safetensors"
 ADAPTERS = "adapters"
@@ -110,7 +112,7 @@ def save_model(
             listed[part] = loaded.adapters[part]
     for part, adapter in adapters.items():
         save_adapter(adapter, adapter_state(model, part, state), folder / ADAPTERS / part)
-        listed[part] = {"quantization": adapter.quantization}
+        listed[part] = {"quantization": None if adapter.quantization is None else asdict(adapter.quantization)}
     for part in ("llm", "vision_tower", "connector"):
         if part not in unchanged:
             save_part(model, part, folder / part, state)
@@ -133,12 +135,12 @@ def save_part(model: LMM, part: str, folder: Path, state: dict[str, torch.Tensor
         save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / WEIGHTS)
 
 
-def write_merged(source: Path, target: Path, trust: list[str]) -> None:
+def write_merged(source: Path, target: Path, trust: Sequence[str]) -> None:
     """Write the model at `source` to a new folder with its adapters merged into the weights (in fp32)."""
     save_model(load_model(source, trust), target, None, {})
 
 
-def load_model(folder: Path, trust: list[str], attention: str = "auto") -> LoadedModel:
+def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> LoadedModel:
     """Load what `save_model` wrote, in fp32 on the CPU, adapters merged.
 
     Raises:
@@ -177,7 +179,9 @@ def load_model(folder: Path, trust: list[str], attention: str = "auto") -> Loade
     model = LMM(llm, tower, connector, description["template"], description.get("scale_image_features", False))
     adapters = description.pop(ADAPTERS, {})
     for part, entry in adapters.items():
-        merge_adapter(model, part, folder / ADAPTERS / part, entry["quantization"])
+        held_as = entry["quantization"]
+        quantization = None if held_as is None else Quantization(**held_as)
+        merge_adapter(model, part, folder / ADAPTERS / part, quantization)
     return LoadedModel(model, tokenizer, description, folder, adapters)
 
 

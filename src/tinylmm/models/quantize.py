@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +14,28 @@ from torch import nn
 
 from tinylmm.errors import UserError
 
-QUANTIZATION_KEYS = ("bits", "quant_type", "double_quant")
-"""Those of the `qlora` settings that say how weights are held; the others are the adapter's."""
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are held (`QLoraSpec` has the meanings)."""
+
+    bits: int
+    quant_type: str
+    double_quant: bool
+
 
 OUTLIER_THRESHOLD = 6.0
 """Columns of 8-bit layers' inputs with a value above it are multiplied in 16 bits (LLM.int8, section 3.2)."""
 
 
 def quantize_linears(
-    root: nn.Module, names: Iterable[str], spec: dict[str, Any], compute: torch.dtype, device: torch.device
+    root: nn.Module, names: Iterable[str], held_as: Quantization, compute: torch.dtype, device: torch.device
 ) -> None:
     """Replace linear layers of `root` by quantised ones, a layer at a time, so that no second whole copy exists.
 
     Args:
         root: the module that `names` are relative to; changed in place.
-        spec: bits (4 or 8), quant_type ("nf4" or "fp4") and double_quant of 4-bit weights.
+        held_as: in how many bits, and how.
         compute: dtype of the 4-bit layers' matrix products.
         device: where each layer is quantised, and stays.
 
@@ -37,10 +45,10 @@ def quantize_linears(
     for name in names:
         parent, _, leaf = name.rpartition(".")
         module = root.get_submodule(parent)
-        setattr(module, leaf, _quantized(module.get_submodule(leaf), spec, compute, device))
+        setattr(module, leaf, _quantized(module.get_submodule(leaf), held_as, compute, device))
 
 
-def round_trip(root: nn.Module, names: Iterable[str], spec: dict[str, Any]) -> None:
+def round_trip(root: nn.Module, names: Iterable[str], held_as: Quantization) -> None:
     """Give linear layers the values that their quantised forms stand for: what a quantised model computes with, in fp32.
 
     Raises:
@@ -51,7 +59,7 @@ def round_trip(root: nn.Module, names: Iterable[str], spec: dict[str, Any]) -> N
 
     for name in names:
         linear = root.get_submodule(name)
-        held = _quantized(linear, spec, torch.float32, linear.weight.device)  # type: ignore[arg-type]
+        held = _quantized(linear, held_as, torch.float32, linear.weight.device)  # type: ignore[arg-type]
         values = dequantize_bnb_weight(held.weight, state=getattr(held, "state", None))
         linear.weight.data.copy_(values.reshape(linear.weight.shape))  # type: ignore[operator]
 
@@ -96,19 +104,19 @@ def require_bitsandbytes() -> Any:
     return found
 
 
-def _quantized(linear: nn.Module, spec: dict[str, Any], compute: torch.dtype, device: torch.device) -> nn.Module:
+def _quantized(linear: nn.Module, held_as: Quantization, compute: torch.dtype, device: torch.device) -> nn.Module:
     """A frozen quantised copy of a linear layer, on `device`."""
     bnb = require_bitsandbytes()
     assert isinstance(linear, nn.Linear)
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.detach().to(torch.float32)
-    if spec["bits"] == 4:
+    if held_as.bits == 4:
         held = bnb.nn.Linear4bit(*sizes, bias=bias, compute_dtype=compute, device="meta")
         held.weight = bnb.nn.Params4bit(
             weight,
             requires_grad=False,
-            quant_type=spec["quant_type"],
-            compress_statistics=spec["double_quant"],
+            quant_type=held_as.quant_type,
+            compress_statistics=held_as.double_quant,
             module=held,
         )
     else:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tinylmm.config.fields import PARTS
+from tinylmm.config.recipe import Tune, TuneSpec
 from tinylmm.errors import UserError
 from tinylmm.models.adapters import Adapter, add_adapter
 from tinylmm.models.llm import decoder_of
 from tinylmm.models.lmm import LMM
 
-PARTS = ("llm", "vision_tower", "connector")
 COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -34,16 +34,15 @@ class PartTuning:
 
 
 def apply_tuning(
-    model: LMM, tune: dict[str, Any], seed: int = 0, precision: str = "fp32", device: torch.device | None = None
+    model: LMM, tune: TuneSpec, seed: int = 0, precision: str = "fp32", device: torch.device | None = None
 ) -> dict[str, PartTuning]:
-    """Set `requires_grad` on every parameter of the model by the stage's `tune` mapping, and add adapters where it says so.
+    """Set `requires_grad` on every parameter of the model as the stage's `tune` says, and add adapters where it says so.
 
     A parameter that the loss cannot reach (a tower's final norm behind the selected layer) is never trained, whatever the
     mode: with several ranks it would be waited for without end.
 
     Args:
-        tune: part -> "frozen", "full", {"from_layer": block index, or fraction of the depth}, {"lora": settings} or
-            {"qlora": settings}.
+        tune: how each part is trained.
         seed: draws new adapters.
         precision: what 4-bit layers compute in.
         device: where layers are quantised.
@@ -52,10 +51,10 @@ def apply_tuning(
         UserError: a block index lies outside the part's depth, an adapter cannot be put on a part, or nothing of the model
             is left to train.
     """
-    unreached = _unreached(model, with_tower=tune["vision_tower"] != "frozen")
+    unreached = _unreached(model, with_tower=tune.vision_tower != "frozen")
     decided = {}
     for part in PARTS:
-        decided[part] = _tune(model, part, tune[part], seed, COMPUTE[precision], device or torch.device("cpu"))
+        decided[part] = _tune(model, part, getattr(tune, part), seed, COMPUTE[precision], device or torch.device("cpu"))
     for parameter in unreached:
         parameter.requires_grad = False
     trained = {part: sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad) for part in PARTS}
@@ -105,22 +104,24 @@ def connector_blocks(connector: nn.Module) -> list[nn.Module]:
     return [nn.ModuleList(step) for step in zip(*(m for m in layers if len(m) == longest), strict=True)]
 
 
-def _tune(model: LMM, part: str, tune: Any, seed: int, compute: torch.dtype, device: torch.device) -> PartTuning:
+def _tune(model: LMM, part: str, tune: Tune, seed: int, compute: torch.dtype, device: torch.device) -> PartTuning:
     module: nn.Module = getattr(model, part)
     total = sum(p.numel() for p in module.parameters())
     module.requires_grad_(tune == "full")
     if isinstance(tune, str):
         return PartTuning(tune, 0, total)
-    if "from_layer" not in tune:
-        adapter = add_adapter(model, part, tune, seed, compute, device)
-        held = f" on {adapter.quantization['bits']}-bit weights" if adapter.quantization else ""
+    settings = tune.lora or tune.qlora
+    if settings is not None:
+        adapter = add_adapter(model, part, settings, seed, compute, device)
+        held = f" on {adapter.quantization.bits}-bit weights" if adapter.quantization else ""
         mode = f"adapters of rank {adapter.config['r']} on {len(adapter.config['target_modules'])} layers{held}"
         return PartTuning(mode, 0, total, adapter)
     blocks = _blocks(model, part)
     if not blocks:
         raise UserError(f"tune.{part}: the part has no blocks to train from one on; use frozen")
     depth = model.vision_tower.depth if part == "vision_tower" else len(blocks)
-    first = tune["from_layer"]
+    first = tune.from_layer
+    assert first is not None  # TuneHow's validator holds this
     index = int(first * depth) if isinstance(first, float) else first
     if index >= len(blocks):
         raise UserError(

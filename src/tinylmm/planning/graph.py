@@ -1,48 +1,45 @@
 """The stage graph of a run: which stages there are, what each depends on, and what decides its result.
 
-A stage's digest is the SHA-256 of {kind, code version, the fields that decide its result, digests of its parents}. What is
-left out (names, paths, launch, tracking) is recorded but never decides. No torch here: a laptop can plan any run.
+A stage's digest is made of its kind, the code version of the kind, the fields that decide its result (`planning/specs.py`)
+and the digests of its parents. What is left out (names, paths, launch, tracking) is recorded but never decides. No torch
+here: a laptop can plan any run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
-from tinylmm.config.recipe import StageSpec
+from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import DataSpec, EvalSpec, LLMSpec, PretrainedPart, RunSpec, SourceSpec
-from tinylmm.store.stage import digest
+from tinylmm.planning.kinds import KINDS
+from tinylmm.planning.specs import Content, StageSettings
+from tinylmm.store.stage import Stage
 
-STAGE_VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
-"""Raised by hand when a change of code changes what a stage of this kind produces: older results are then not reused."""
+Fields = dict[str, Any]
+"""Fields of a stage's spec on their way into its typed model."""
 
 TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
 """How a tower's output is read: decides training, not the tower's own weights."""
 
 LOCAL_FOLDER = "(local folder)"
-"""Stands for the path in the identity of a checkpoint folder; the path itself is in settings["folders"]."""
-
-Fingerprint = Callable[[str, Any], dict[str, Any]]
-"""(kind, thing) -> content identity of files outside the store; `planning/fingerprints.py` has the real one."""
+"""Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A node of the graph. Two stages with equal digests are the same stage."""
+class Fingerprints(Protocol):
+    """Identity by content of files outside the store; `planning/planner.py` has the real one."""
 
-    kind: str
-    name: str
-    digest: str
-    spec: dict[str, Any]
-    parents: dict[str, str]
-    """Role -> digest of the parent."""
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    def source(self, data: DataSpec, name: str) -> Content:
+        """Of a source's annotation file and images."""
 
-    @property
-    def key(self) -> str:
-        """Folder name in the store."""
-        return f"{self.kind}-{self.digest[:16]}"
+    def benchmark(self, spec: EvalSpec) -> Content:
+        """Of a benchmark's questions and images."""
+
+    def checkpoint(self, path_or_id: str) -> Content:
+        """Of a local checkpoint folder; empty for a hub id."""
+
+    def model(self, folder: str) -> Content:
+        """Of a trained model's folder."""
 
 
 class StageGraph:
@@ -51,12 +48,16 @@ class StageGraph:
     def __init__(self) -> None:
         self._stages: dict[str, Stage] = {}
 
-    def add(
-        self, kind: str, name: str, spec: dict[str, Any], parents: dict[str, str], settings: dict[str, Any]
-    ) -> Stage:
-        """Add a stage, or return the one with the same digest that is there already."""
-        identity = {"kind": kind, "version": STAGE_VERSIONS[kind], "spec": spec, "parents": parents}
-        stage = Stage(kind, name, digest(identity), spec, parents, settings)
+    def add(self, kind: str, name: str, spec: Fields, parents: dict[str, str], settings: Fields) -> Stage:
+        """Add a stage, or return the one with the same digest that is there already.
+
+        Raises:
+            pydantic.ValidationError: the fields are not those of the kind: a bug of whoever built them.
+        """
+        row = KINDS[kind]
+        decides = row.spec.model_validate(spec).as_json()
+        recorded = StageSettings.model_validate(settings).as_json()
+        stage = Stage.of(kind, name, row.version, decides, parents, recorded)
         return self._stages.setdefault(stage.digest, stage)
 
     def __iter__(self) -> Iterator[Stage]:
@@ -72,28 +73,25 @@ class StageGraph:
         return stage_digest in self._stages
 
 
-def build_graph(run: RunSpec, fingerprint: Fingerprint) -> StageGraph:
-    """Return the stages that `run` asks for, parents first.
-
-    Args:
-        run: a validated spec.
-        fingerprint: identity of annotation files with their images, and of local checkpoint folders.
-    """
-    return _Builder(run, fingerprint).build()
+def build_graph(run: RunSpec, fingerprints: Fingerprints) -> StageGraph:
+    """Return the stages that `run` asks for, parents first."""
+    return _Builder(run, fingerprints).build()
 
 
 class _Builder:
     """Walks one run spec and adds its stages in order."""
 
-    def __init__(self, run: RunSpec, fingerprint: Fingerprint) -> None:
+    def __init__(self, run: RunSpec, fingerprints: Fingerprints) -> None:
         self.run = run
-        self.fingerprint = fingerprint
+        self.fingerprints = fingerprints
         self.graph = StageGraph()
-        self.settings = {
-            "launch": run.launch.model_dump(mode="json"),
-            "tracking": run.tracking.model_dump(mode="json"),
+        self.settings: Fields = {
+            "launch": _dump(run.launch),
+            "tracking": _dump(run.tracking),
             "trust": list(run.trust),
         }
+        if run.trainer.as_arguments():
+            self.settings["trainer"] = run.trainer.as_arguments()
         self.folders: dict[str, str] = {}
 
     def build(self) -> StageGraph:
@@ -102,29 +100,38 @@ class _Builder:
         tower = self._part("vision_tower", self.run.vision_tower)
         trained: dict[str, Stage] = {}
         for name, stage in self.run.recipe.stages.items():
+            parents: dict[str, str] = {}
             if stage.start == "parts":
-                spec: dict[str, Any] = {
-                    "connector": _dump(self.run.connector, exclude={"name"}),
-                    "tower_output": _dump(self.run.vision_tower, include=TOWER_OUTPUT),
-                    "chat_template": self.run.llm.template,
-                }
-                if self.run.llm.scale_image_features:  # only where it is set, so that it is in no other digest
-                    spec["scale_image_features"] = True
-                parents: dict[str, str] = {}
-                for role, part in (("llm", llm), ("tokenizer", tokenizer), ("vision_tower", tower)):
-                    self._attach(spec, parents, role, part)
+                spec = self._from_parts(parents, llm=llm, tokenizer=tokenizer, vision_tower=tower)
             elif stage.start == "model":
-                assert self.run.recipe.from_model is not None  # RecipeSpec's validator holds this
-                self.folders["from"] = self.run.recipe.from_model
-                spec, parents = {"model": {"content": self.fingerprint("model", self.run.recipe.from_model)}}, {}
+                spec = self._from_model()
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            fields = _dump(stage, exclude={"start", "data", "template"})
-            spec |= {**fields, "seed": self.run.seed, "trainer": dict(self.run.trainer)}
-            places = self._mix(name, stage, tokenizer, spec, parents)
-            trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), places)
+            spec |= _dump(stage, exclude={"start", "data", "template"})
+            spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
+            located = self._mix(name, stage, tokenizer, spec, parents)
+            trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
         self._evaluations(trained)
         return self.graph
+
+    def _from_parts(self, parents: dict[str, str], **parts: Stage | Fields) -> Fields:
+        """The fields of a training that starts from parts; those that a stage built are added to `parents`."""
+        spec: Fields = {
+            "connector": _dump(self.run.connector, exclude={"name"}),
+            "tower_output": _dump(self.run.vision_tower, include=TOWER_OUTPUT),
+            "chat_template": self.run.llm.template,
+        }
+        if self.run.llm.scale_image_features:  # only where it is set, so that it is in no other digest
+            spec["scale_image_features"] = True
+        for role, part in parts.items():
+            _attach(spec, parents, role, part)
+        return spec
+
+    def _from_model(self) -> Fields:
+        folder = self.run.recipe.from_model
+        assert folder is not None  # RecipeSpec's validator holds this
+        self.folders["from"] = folder
+        return {"model": {"content": self.fingerprints.model(folder)}}
 
     def _evaluations(self, trained: dict[str, Stage]) -> None:
         names = list(trained)
@@ -143,19 +150,14 @@ class _Builder:
             parents |= self._data_parent(spec.data)
             location = _location(spec.data, spec.source)
         else:
-            fields["content"] = self.fingerprint("benchmark", spec)
+            fields["content"] = self.fingerprints.benchmark(spec)
             location = {"root": spec.root, "source": {"images": ""}}
         location["judge_url"] = spec.judge.base_url
         self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": location})
 
     def _mix(
-        self,
-        name: str,
-        stage: StageSpec,
-        tokenizer: Stage | dict[str, Any],
-        spec: dict[str, Any],
-        parents: dict[str, str],
-    ) -> dict[str, Any]:
+        self, name: str, stage: RecipeStage, tokenizer: Stage | Fields, spec: Fields, parents: dict[str, str]
+    ) -> Fields:
         """Add the stage's prepare stages to its `parents` and weights to its `spec`; return where the images lie.
 
         A mixture is in the order of its parts' digests: names of sources decide nothing.
@@ -171,28 +173,27 @@ class _Builder:
         spec["mixture"] = [mixture[source] for source in order]
         return {"locations": [_location(self.run.data, source) for source in order]}
 
-    def _prepare(self, name: str, source: str, stage: StageSpec, tokenizer: Stage | dict[str, Any]) -> Stage:
+    def _prepare(self, name: str, source: str, stage: RecipeStage, tokenizer: Stage | Fields) -> Stage:
         template = self.run.llm.template if stage.template == "auto" else stage.template
-        spec: dict[str, Any] = {"template": template}
-        spec["source"] = self._source(self.run.data, source)
+        spec: Fields = {"template": template, "source": self._source(self.run.data, source)}
         parents = self._data_parent(self.run.data)
-        self._attach(spec, parents, "tokenizer", tokenizer)
+        _attach(spec, parents, "tokenizer", tokenizer)
         return self._add("prepare", f"prepare[{name}]", spec, parents, {"location": _location(self.run.data, source)})
 
-    def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
+    def _source(self, data: DataSpec, name: str) -> Fields:
         """The fields of a source that decide what is read; for files outside the store, their content."""
         source: SourceSpec = data.sources[name]
         if data.build is not None:
             return {"file": source.annotations} | _dump(source, exclude={"annotations", "how_to_get"})
         fields = _dump(source, exclude={"annotations", "images", "how_to_get"})
-        return fields | {"content": self.fingerprint("source", (data, name))}
+        return fields | {"content": self.fingerprints.source(data, name)}
 
     def _data_parent(self, data: DataSpec) -> dict[str, str]:
         if data.build is None:
             return {}
         return {"data": self._add("data", data.name, {"build": _dump(data.build)}, {}).digest}
 
-    def _part(self, role: str, part: PretrainedPart) -> Stage | dict[str, Any]:
+    def _part(self, role: str, part: PretrainedPart) -> Stage | Fields:
         """A part-building stage, or the identity of a published or random part (which needs no stage)."""
         identity = _dump(
             part, exclude={"name", "build", "tokenizer", "template", "scale", "scale_image_features", *TOWER_OUTPUT}
@@ -206,10 +207,10 @@ class _Builder:
         spec["source"] = self._source(part.build.data, part.build.source)
         parents = self._data_parent(part.build.data)
         if isinstance(part, LLMSpec):
-            self._attach(spec, parents, "tokenizer", self._tokenizer(self.run.llm))
+            _attach(spec, parents, "tokenizer", self._tokenizer(self.run.llm))
         return self._add("parts", f"{role}/{part.name}", spec, parents)
 
-    def _tokenizer(self, llm: LLMSpec) -> Stage | dict[str, Any]:
+    def _tokenizer(self, llm: LLMSpec) -> Stage | Fields:
         if llm.tokenizer.vocab_size is None:
             return self._published("tokenizer", _dump(llm.tokenizer))
         assert llm.build is not None, "compose.py refuses a trained tokenizer without llm.build"
@@ -217,36 +218,31 @@ class _Builder:
         spec["source"] = self._source(llm.build.data, llm.build.source)
         return self._add("parts", f"tokenizer/{llm.name}", spec, self._data_parent(llm.build.data))
 
-    def _published(self, role: str, identity: dict[str, Any]) -> dict[str, Any]:
+    def _published(self, role: str, identity: Fields) -> Fields:
         """A hub repository is identified by its id and revision, a local folder by its content wherever it lies."""
-        content = self.fingerprint("checkpoint", identity["pretrained"])
+        content = self.fingerprints.checkpoint(identity["pretrained"])
         if not content:
             return identity
         self.folders[role] = identity["pretrained"]
         return {**identity, "pretrained": LOCAL_FOLDER, "content": content}
 
-    def _attach(self, spec: dict[str, Any], parents: dict[str, str], role: str, part: Stage | dict[str, Any]) -> None:
-        if isinstance(part, Stage):
-            parents[role] = part.digest
-        else:
-            spec[role] = part
-
-    def _add(
-        self,
-        kind: str,
-        name: str,
-        spec: dict[str, Any],
-        parents: dict[str, str],
-        places: dict[str, Any] | None = None,
-    ) -> Stage:
-        settings = self.settings | {"folders": dict(self.folders)} | (places or {})
+    def _add(self, kind: str, name: str, spec: Fields, parents: dict[str, str], located: Fields | None = None) -> Stage:
+        settings = self.settings | {"folders": dict(self.folders)} | (located or {})
         return self.graph.add(kind, name, spec, parents, settings)
 
 
-def _location(data: DataSpec, source: str) -> dict[str, Any]:
+def _attach(spec: Fields, parents: dict[str, str], role: str, part: Stage | Fields) -> None:
+    """Name a part among the parents where a stage built it, else in the spec."""
+    if isinstance(part, Stage):
+        parents[role] = part.digest
+    else:
+        spec[role] = part
+
+
+def _location(data: DataSpec, source: str) -> Fields:
     """Where to read a source: paths are settings, content is identity. A `root` of None is the data stage's output."""
     return {"root": data.root, "source": _dump(data.sources[source])}
 
 
-def _dump(model: Any, exclude: set[str] | None = None, include: set[str] | None = None) -> dict[str, Any]:
-    return model.model_dump(mode="json", exclude=exclude, include=include)
+def _dump(model: Any, exclude: set[str] | None = None, include: set[str] | None = None) -> Fields:
+    return dict(model.model_dump(mode="json", exclude=exclude, include=include))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from tinylmm.config.hub import unknown_numbers
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.errors import DataError
 from tinylmm.planning.fingerprints import checkpoint_fingerprint, model_fingerprint, source_fingerprint
-from tinylmm.planning.graph import Stage, StageGraph, build_graph
+from tinylmm.planning.graph import StageGraph, build_graph
+from tinylmm.planning.specs import Content
+from tinylmm.store.layout import StoreLayout
+from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -54,8 +57,8 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
             from tinylmm.planning.benchmark_files import check_variant
 
             check_variant(key, evaluation)
-    files = _Files(run.store / "cache" / "fingerprints")
-    graph = build_graph(run, files.identity)
+    files = _Files(StoreLayout(run.store).cache / "fingerprints")
+    graph = build_graph(run, files)
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
     return RunPlan(name, list(overrides), run, graph, files.missing, unknown)
@@ -118,31 +121,32 @@ def stage_status(store_root: Path, stage: Stage) -> str:
 
 
 class _Files:
-    """Identities of files outside the store, each read once; notes what is missing on the way."""
+    """Identities of files outside the store, each read once; notes what is missing on the way. See `graph.Fingerprints`."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.missing: list[Missing] = []
-        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self._known: dict[tuple[str, str], Content] = {}
 
-    def identity(self, kind: str, thing: Any) -> dict[str, Any]:
-        """See `graph.Fingerprint`."""
-        key = (
-            kind,
-            f"{thing[0].root}|{thing[0].sources[thing[1]].model_dump_json()}" if kind == "source" else str(thing),
-        )
-        if key not in self._known:
-            self._known[key] = self._read(kind, thing)
-        return self._known[key]
+    def source(self, data: DataSpec, name: str) -> Content:
+        key = f"{data.root}|{data.sources[name].model_dump_json()}"
+        return self._once("source", key, lambda: self._source(data, name))
 
-    def _read(self, kind: str, thing: Any) -> dict[str, Any]:
-        if kind == "source":
-            return self._source(*thing)
-        if kind == "benchmark":
-            return self._benchmark(thing)
-        return model_fingerprint(thing, self.cache) if kind == "model" else checkpoint_fingerprint(thing)
+    def benchmark(self, spec: EvalSpec) -> Content:
+        return self._once("benchmark", str(spec), lambda: self._benchmark(spec))
 
-    def _benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+    def checkpoint(self, path_or_id: str) -> Content:
+        return self._once("checkpoint", path_or_id, lambda: checkpoint_fingerprint(path_or_id))
+
+    def model(self, folder: str) -> Content:
+        return self._once("model", folder, lambda: model_fingerprint(folder, self.cache))
+
+    def _once(self, kind: str, key: str, read: Callable[[], Content]) -> Content:
+        if (kind, key) not in self._known:
+            self._known[kind, key] = read()
+        return self._known[kind, key]
+
+    def _benchmark(self, spec: EvalSpec) -> Content:
         # imported here: benchmarks need Pillow, and most plans need no benchmark
         from tinylmm.planning.benchmark_files import benchmark_fingerprint
 
@@ -160,7 +164,7 @@ class _Files:
             self.missing.append(Missing(what, str(root), how))
         return {"items": found["items"], "images": found["images"]}
 
-    def _source(self, data: DataSpec, name: str) -> dict[str, Any]:
+    def _source(self, data: DataSpec, name: str) -> Content:
         assert data.root is not None  # sources of built data are identified by their stage
         source, root = data.sources[name], Path(data.root).absolute()
         annotations = root / source.annotations

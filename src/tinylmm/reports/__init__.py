@@ -1,0 +1,1 @@
+"""Results and data as pages, tables, plots and JSON."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylmm.errors import UserError
+from tinylmm.evaluation.benchmarks.base import ImageRef
 from tinylmm.evaluation.statistics import bootstrap_mean, mcnemar, paired_p_value, wilson
-from tinylmm.reports.collect import images_folder, read_jsonl, row_id
-from tinylmm.reports.records import Evaluation, Report, RunRecord, Score
+from tinylmm.reports.records import Evaluation, Report, RunReport, Score
+from tinylmm.reports.stored import Generation, read_generations, read_stored_spec
 from tinylmm.reports.wording import number, points
 
 SHOWN_IN_TERMINAL = 10
@@ -31,8 +31,7 @@ class Flip:
     truth: str
     texts: tuple[str, str]
     scores: tuple[float, float]
-    image: dict[str, Any] | None
-    """`path` (absolute) and, for a cell of a parquet file, `row` and `column`; None where there is no image."""
+    image: ImageRef | None
 
     @property
     def winner(self) -> int:
@@ -115,22 +114,22 @@ def compare_runs(report: Report) -> list[Pair]:
     return pairs
 
 
-def _last_evaluations(run: RunRecord) -> dict[str, Evaluation]:
+def _last_evaluations(run: RunReport) -> dict[str, Evaluation]:
     """The evaluation of each benchmark after the latest stage that has one."""
     order = run.scored_stages
     return {e.benchmark: e for e in sorted(run.evaluations, key=lambda evaluation: order.index(evaluation.stage))}
 
 
 def _pair(store: Path, a: Evaluation, b: Evaluation) -> Pair | None:
-    rows = [{row_id(row): row for row in read_jsonl(e.generations) if _score(row) is not None} for e in (a, b)]
-    both = [key for key in rows[0] if key in rows[1]]
+    answers = [{one.item_id: one for one in read_generations(e.generations) if one.score is not None} for e in (a, b)]
+    both = [(answers[0][key], answers[1][key]) for key in answers[0] if key in answers[1]]
     if not both:
         return None
-    scores = [(_score(rows[0][key]) or 0.0, _score(rows[1][key]) or 0.0) for key in both]
+    scores = [(first.score or 0.0, second.score or 0.0) for first, second in both]
     differences = [y - x for x, y in scores]
-    clusters = [_cluster(rows[0][key]) for key in both]
-    folder = images_folder(store, b.generations.parent.parent)
-    flips = [_flip(key, rows[0][key], rows[1][key], folder) for key, gap in zip(both, differences, strict=True) if gap]
+    clusters = [first.cluster for first, _ in both]
+    folder = read_stored_spec(b.folder).images_folder(store)
+    flips = [_flip(first, second, folder) for first, second in both if first.score != second.score]
     flips.sort(key=lambda flip: flip.winner)
     binary = all(value in (0.0, 1.0) for pair in scores for value in pair)
     wins = [sum(flip.winner == side for flip in flips) for side in (0, 1)]
@@ -140,7 +139,7 @@ def _pair(store: Path, a: Evaluation, b: Evaluation) -> Pair | None:
         stages=(a.stage, b.stage),
         headlines=(a.primary, b.primary),
         count=len(both),
-        unpaired=len(rows[0].keys() ^ rows[1].keys()),
+        unpaired=len(answers[0].keys() ^ answers[1].keys()),
         means=(100 * sum(x for x, _ in scores) / len(both), 100 * sum(y for _, y in scores) / len(both)),
         difference=100 * sum(differences) / len(both),
         interval=_interval(differences, clusters),
@@ -159,36 +158,16 @@ def _interval(differences: Sequence[float], clusters: Sequence[str]) -> tuple[fl
     return 100 * found[0], 100 * found[1]
 
 
-def _score(row: dict[str, Any]) -> float | None:
-    """A row's score; stores of earlier versions say only whether it is correct."""
-    if "score" in row:
-        return None if row["score"] is None else float(row["score"])
-    return None if row.get("correct") is None else float(row["correct"])
-
-
-def _cluster(row: dict[str, Any]) -> str:
-    return json.dumps(row.get("images") or row.get("image") or f"item {row_id(row)}")
-
-
-def _flip(key: str, a: dict[str, Any], b: dict[str, Any], folder: Path | None) -> Flip:
+def _flip(a: Generation, b: Generation, folder: Path | None) -> Flip:
     return Flip(
-        item_id=key,
-        category=str(b.get("category") or ""),
-        question=str(b.get("question") or b.get("prompt") or ""),
-        truth=str(b.get("truth") or ""),
-        texts=(str(a["text"]), str(b["text"])),
-        scores=(_score(a) or 0.0, _score(b) or 0.0),
-        image=_image(b, folder),
+        item_id=b.item_id,
+        category=b.category,
+        question=b.question,
+        truth=b.truth,
+        texts=(a.text, b.text),
+        scores=(a.score or 0.0, b.score or 0.0),
+        image=b.first_image(folder),
     )
-
-
-def _image(row: dict[str, Any], folder: Path | None) -> dict[str, Any] | None:
-    record = (row.get("images") or [{"path": row["image"]}] if row.get("image") else [None])[0]
-    if record is None or folder is None:
-        return None
-    path = (folder / record["path"]).resolve()
-    # a record is data, not trusted: its image may not lead out of the folder and put some other file on the page
-    return {**record, "path": str(path)} if path.is_relative_to(folder.resolve()) else None
 
 
 def comparison_json(report: Report, pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from tinylmm import __version__
 from tinylmm.data.check import SourceCheck
 from tinylmm.reports.data_preview import SeenSample
-from tinylmm.reports.data_text import figures, histograms, image_caption, repetitions, verdict, visible
+from tinylmm.reports.data_text import histograms, image_caption, repetitions, source_counts, verdict, visible
+from tinylmm.version import __version__
 
 FAULTS_IN_PAGE = 20_000
 GROUPS_IN_PAGE = 200
@@ -67,7 +67,7 @@ def _source(check: SourceCheck) -> dict[str, Any]:
     return {
         "check": check,
         "verdict": verdict(check),
-        "figures": figures(check),
+        "counts": source_counts(check),
         "charts": charts,
         "repetitions": [
             {"what": what, "count": count, "groups": groups[:GROUPS_IN_PAGE]}

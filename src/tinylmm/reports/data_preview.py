@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from tinylmm.config.recipe import StageSpec
-from tinylmm.config.spec import RunSpec
+from tinylmm.config.recipe import RecipeStage
+from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.data.chat import ChatTemplate, get_template
 from tinylmm.data.check import Renderer, SourceFiles
 from tinylmm.data.images import ImageTransform, open_image, safe_path
@@ -21,7 +21,9 @@ from tinylmm.data.segments import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, Fault, UserError, suggestion
 from tinylmm.models.build import load_tokenizer
 from tinylmm.planning.fingerprints import checkpoint_fingerprint
-from tinylmm.planning.graph import Stage, StageGraph, build_graph
+from tinylmm.planning.graph import StageGraph, build_graph
+from tinylmm.planning.specs import Content, PrepareStage, StageSettings
+from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 
@@ -109,11 +111,13 @@ class RunData:
         Raises:
             UserError: the tokenizer is not to be had, or does not fit the stage's template.
         """
-        graph = build_graph(self.run, lambda kind, thing: checkpoint_fingerprint(thing) if kind == "checkpoint" else {})
+        graph = build_graph(self.run, _Checkpoints())
         prepare = next(stage for stage in graph if stage.kind == "prepare" and _is_of(stage, stage_name))
         parents = {role: self._output(graph, digest) for role, digest in prepare.parents.items() if role == "tokenizer"}
-        tokenizer = load_tokenizer(prepare.spec, parents, prepare.settings["folders"])
-        template = get_template(prepare.spec["template"])
+        spec = PrepareStage.model_validate(prepare.spec)
+        folders = StageSettings.model_validate(prepare.settings).folders
+        tokenizer = load_tokenizer(spec.tokenizer, parents.get("tokenizer"), folders.get("tokenizer"))
+        template = get_template(spec.template)
         template.fitted(tokenizer)
         return template, lambda sample: template.render(sample.turns, tokenizer, sample.system), _Decoder(tokenizer)
 
@@ -132,7 +136,7 @@ class RunData:
             is_image = token == IMAGE_TOKEN_ID
             tokens.append(Token("" if is_image else decode(token), label != IGNORE_INDEX, images if is_image else None))
             images += is_image
-        stage: StageSpec = self.run.recipe.stages[stage_name]
+        stage: RecipeStage = self.run.recipe.stages[stage_name]
         seen = tuple(self._see_image(files, sample, name) for name in sample.images)
         return SeenSample(files, number, sample, stage_name, template.name, stage.max_length, tuple(tokens), seen)
 
@@ -147,7 +151,7 @@ class RunData:
     def _root(self) -> Path:
         if self.run.data.root is not None:
             return Path(self.run.data.root).absolute()
-        graph = build_graph(self.run, lambda kind, thing: {})
+        graph = build_graph(self.run, _Checkpoints())
         digest = next(stage.parents["data"] for stage in graph if stage.kind == "prepare")
         return self._output(graph, digest)
 
@@ -159,6 +163,22 @@ class RunData:
                 "Give the same words to tinylmm-train first, or name the store that has it with store=FOLDER."
             )
         return self._store.output(stage)
+
+
+class _Checkpoints:
+    """Fingerprints of local checkpoints alone: nothing here depends on what the data is, and it may be large."""
+
+    def source(self, data: DataSpec, name: str) -> Content:
+        return {}
+
+    def benchmark(self, spec: EvalSpec) -> Content:
+        return {}
+
+    def checkpoint(self, path_or_id: str) -> Content:
+        return checkpoint_fingerprint(path_or_id)
+
+    def model(self, folder: str) -> Content:
+        return {}
 
 
 def _is_of(stage: Stage, name: str) -> bool:

@@ -22,7 +22,7 @@ PREVIEW_WIDTH = 32
 SUPERVISED, IMAGE_STYLE = "black on green", "bold white on blue"
 
 
-def figures(check: SourceCheck) -> list[tuple[str, str]]:
+def source_counts(check: SourceCheck) -> list[tuple[str, str]]:
     """The counts of a source as (name, value)."""
     rows = [("records", f"{check.records:,}"), ("with a fault", f"{len(check.faults):,}")]
     rows += [("text only", f"{check.images[0]:,}"), ("with a system message", f"{check.with_system:,}")]
@@ -75,7 +75,7 @@ def render_check(check: SourceCheck) -> RenderableType:
     head = Text.assemble((f"{files.name}: ", "bold"), (verdict(check), "green" if check.clean else "red"))
     parts: list[RenderableType] = [head, Text(f"{files.annotations} ({files.layout})", "dim")]
     table = Table.grid(padding=(0, 2))
-    for name, value in figures(check):
+    for name, value in source_counts(check):
         table.add_row(Text(name), Text(value))
     parts.append(table)
     for title, bins in histograms(check):

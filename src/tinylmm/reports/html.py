@@ -13,14 +13,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tinylmm import __version__
 from tinylmm.reports.compare import Pair
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
-from tinylmm.reports.records import Evaluation, Example, Report, RunRecord, Score, ScoreRow, StageRecord
+from tinylmm.reports.records import Evaluation, Example, Report, RunReport, Score, ScoreRow, StageReport
 from tinylmm.reports.tables import compare_grid, row_label
-from tinylmm.reports.thumbnails import ThumbnailError, find_image, thumbnail
+from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
+from tinylmm.version import __version__
 
 CURVE_KINDS = ("parts", "train")
 FLIPS_A_SIDE = 30
@@ -59,7 +59,7 @@ def _side(pair: Pair, winner: int) -> tuple[str, list[dict[str, Any]], int]:
     cards = []
     for flip in flips[:FLIPS_A_SIDE]:
         try:
-            cards.append({"flip": flip, "image": thumbnail(find_image(flip.image)), "missing": ""})
+            cards.append({"flip": flip, "image": thumbnail(flip.image), "missing": ""})
         except ThumbnailError as reason:
             cards.append({"flip": flip, "image": None, "missing": str(reason)})
     return f"The {'second' if winner else 'first'} answered better", cards, len(flips)
@@ -77,7 +77,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
+def _run(run: RunReport, identifier: str) -> dict[str, Any]:
     headline = run.headline
     return {
         "id": identifier,
@@ -86,9 +86,9 @@ def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
         "headline": {"stage": headline[0], "score": headline[1], "interval": headline[1].interval()}
         if headline
         else None,
-        "facts": facts(run.spec),
-        "recipe": recipe_rows(run.spec),
-        "spec": yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True, width=100),
+        "facts": facts(run.record.spec),
+        "recipe": recipe_rows(run.record.spec),
+        "spec": yaml.safe_dump(dict(run.record.spec), sort_keys=False, allow_unicode=True, width=100),
         "timeline": _timeline(run),
         "curves": [
             _curve(stage, f"{identifier}-curve{index}")
@@ -102,13 +102,13 @@ def _run(run: RunRecord, identifier: str) -> dict[str, Any]:
             for benchmark, examples in run.examples.items()
             if examples
         ],
-        "places": _places(run),
+        "locations": _locations(run),
         "failures": [stage for stage in run.stages if stage.error],
         "versions": _versions(run),
     }
 
 
-def _timeline(run: RunRecord) -> dict[str, Any]:
+def _timeline(run: RunReport) -> dict[str, Any]:
     longest = max((stage.seconds or 0 for stage in run.stages), default=0)
     spent = sum(stage.seconds or 0 for stage in run.stages if stage.status == "run")
     saved = sum(stage.seconds or 0 for stage in run.stages if stage.status == "reused")
@@ -120,7 +120,7 @@ def _timeline(run: RunRecord) -> dict[str, Any]:
     return {"rows": rows, "spent": spent, "saved": saved, "reused": reused}
 
 
-def _curve(stage: StageRecord, identifier: str) -> dict[str, Any]:
+def _curve(stage: StageReport, identifier: str) -> dict[str, Any]:
     steps, losses = stage.curve()
     _, speeds = stage.curve("samples_per_s")
     logged = {row["step"] for row in stage.metrics if "step" in row and row.get("loss") is not None}
@@ -135,7 +135,7 @@ def _curve(stage: StageRecord, identifier: str) -> dict[str, Any]:
     }
 
 
-def _scores(run: RunRecord) -> dict[str, Any]:
+def _scores(run: RunReport) -> dict[str, Any]:
     stages = run.scored_stages
     rows = run.score_rows()
     shares = all(row.last.is_share for row in rows)
@@ -169,7 +169,7 @@ def _top(rows: Sequence[ScoreRow], benchmark: str) -> float:
     return max([*values, 100.0])
 
 
-def _label(run: RunRecord, row: ScoreRow) -> str:
+def _label(run: RunReport, row: ScoreRow) -> str:
     """The row's name; accuracy over all questions is called that, as the table's head says accuracy already."""
     label = row_label(run, row)
     return f"{label.removesuffix('accuracy')}all questions" if row.metric == "accuracy" else label
@@ -204,29 +204,30 @@ def _place(value: float | None, top: float) -> float | None:
     return None if value is None else round(min(max(100 * value / top, 0.0), 100.0), 2)
 
 
-def _last_evaluations(run: RunRecord) -> list[Evaluation]:
+def _last_evaluations(run: RunReport) -> list[Evaluation]:
     return list({evaluation.benchmark: evaluation for evaluation in run.evaluations}.values())
 
 
-def _total(run: RunRecord, benchmark: str) -> Score | None:
+def _total(run: RunReport, benchmark: str) -> Score | None:
     return next((row.last for row in run.score_rows() if row.benchmark == benchmark and row.last.overall), None)
 
 
 def _card(example: Example) -> dict[str, Any]:
     try:
-        return {"example": example, "image": thumbnail(example.image_path), "missing": ""}
+        return {"example": example, "image": thumbnail(example.image), "missing": ""}
     except ThumbnailError as reason:
         return {"example": example, "image": None, "missing": str(reason)}
 
 
-def _places(run: RunRecord) -> list[tuple[str, str]]:
-    rows = [("Run", str(run.folder))]
-    if run.model_folder is not None:
-        rows.append(("Model", str(run.model_folder)))
+def _locations(run: RunReport) -> list[tuple[str, str]]:
+    rows = [("Run", str(run.record.folder))]
+    rows += [(f"Model after {stage}", str(folder)) for stage, folder in run.models.items()]
     rows += [(f"Answers, {words(e.benchmark)} after {e.stage}", str(e.generations)) for e in run.evaluations]
     return rows
 
 
-def _versions(run: RunRecord) -> list[tuple[str, str]]:
-    rows = [(name, str(value)) for name, value in run.versions.items() if value]
-    return [*rows, ("host", run.host), ("started", moment(run.created)), ("finished", moment(run.finished))]
+def _versions(run: RunReport) -> list[tuple[str, str]]:
+    record = run.record
+    rows = [(name, str(value)) for name, value in record.versions.items() if value]
+    times = [("started", moment(record.created)), ("finished", moment(record.finished))]
+    return [*rows, ("host", record.host), *times]

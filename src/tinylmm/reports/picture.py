@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import UserError
-from tinylmm.reports.records import Example, Report, RunRecord, ScoreRow
+from tinylmm.reports.records import Example, Report, RunReport, ScoreRow
 from tinylmm.reports.tables import row_label
 from tinylmm.reports.thumbnails import SMALL_SIDE, ThumbnailError, load_image
 from tinylmm.reports.wording import words
+from tinylmm.store.integrity import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +64,6 @@ def results_picture(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from tinylmm.reports.write import write_atomically
-
     with rc_context({"font.family": ["DejaVu Sans"], "font.size": 11, "text.parse_math": False}):
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
@@ -73,17 +72,17 @@ def results_picture(report: Report, path: Path) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
-def _picked(run: RunRecord) -> list[Example]:
+def _picked(run: RunReport) -> list[Example]:
     """Up to six examples that have an image, over all question types, with right and wrong as in the score itself.
 
     The last places are the wrong ones': as many as the score over all questions says, one at least where there is any.
     """
     assert run.headline is not None, "results_picture refuses a run without scores"
     score = run.headline[1]
-    shown = [e for e in run.examples.get(score.benchmark, ()) if e.image_path and e.image_path.is_file()]
+    shown = [e for e in run.examples.get(score.benchmark, ()) if e.image and e.image.path.is_file()]
     places = min(COLUMNS * ROWS, len(shown))
     share = score.value / 100 if score.is_share else 0.5
     wrong = max(1, round(places * (1 - share)))
@@ -108,9 +107,9 @@ def _draw_examples(figure: Figure, examples: list[Example]) -> None:
         axes = figure.add_axes((left, top - side, side * HEIGHT / WIDTH, side))
         axes.set_axis_off()
         try:
-            image = load_image(example.image_path)
+            image = load_image(example.image)
         except ThumbnailError as reason:
-            axes.text(0.5, 0.5, str(reason), ha="center", va="center", color=MUTED)
+            axes.text(0.5, 0.5, "\n".join(_wrapped(str(reason), 5)), ha="center", va="center", color=MUTED)
         else:
             crisp = max(image.size) <= SMALL_SIDE
             axes.imshow(image, interpolation="nearest" if crisp else "antialiased")
@@ -145,7 +144,7 @@ def _cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
-def _draw_scores(figure: Figure, run: RunRecord) -> None:
+def _draw_scores(figure: Figure, run: RunReport) -> None:
     assert run.headline is not None, "results_picture refuses a run without scores"
     benchmark = run.headline[1].benchmark
     family = run.headline[1].metric
@@ -199,7 +198,7 @@ def _value(row: ScoreRow, stage: str) -> float | None:
     return row.by_stage[stage].value if stage in row.by_stage else None
 
 
-def _label(run: RunRecord, row: ScoreRow) -> str:
+def _label(run: RunReport, row: ScoreRow) -> str:
     name = "all questions" if row.last.overall else row_label(run, row).rpartition(": ")[2]
     return f"{_cut(name, LABEL_CHARS)}  ({row.last.count:,})"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tinylmm.reports.records import RunRecord
+from tinylmm.reports.records import RunReport
 from tinylmm.reports.wording import number, words
 
 
@@ -65,14 +65,14 @@ def published_for(
     ]
 
 
-def published_grid(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+def published_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
     """Header and cells of what is published of a run's parts, for the benchmarks that the run was evaluated on.
 
     Ours is the figure that the published one corresponds to, after the last stage; where the source leaves open which
     one that is, the benchmark's first. No rows where nothing is published.
     """
     llm, tower, recipe, connector = (
-        str((run.spec.get(part) or {}).get("name")) for part in ("llm", "vision_tower", "recipe", "connector")
+        str((run.record.spec.get(part) or {}).get("name")) for part in ("llm", "vision_tower", "recipe", "connector")
     )
     rows = []
     for benchmark in dict.fromkeys(evaluation.benchmark for evaluation in run.evaluations):

@@ -1,4 +1,4 @@
-"""What a report is made of: plain dataclasses with the few numbers derived from them. No torch, no files.
+"""What a report is made of: plain records with the few numbers derived from them. No torch, no files.
 
 `collect.py` fills them from the store; `tables.py`, `html.py` and `picture.py` only read them.
 """
@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
-Z_95 = 1.959964
-"""Standard normal quantile of a two-sided 95 % interval."""
+from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.statistics import Z_95, wilson
+from tinylmm.store.layout import GENERATIONS_FILE, OUTPUT_FOLDER, model_folder
+from tinylmm.store.runs import TRAIN, RunRecord, StageRow
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,11 @@ class Score:
         return self.metric.partition("/")[0] == "accuracy" and self.count > 0
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval in the metric's unit: the evaluation's own, else Wilson's for a share of right answers, else None.
-
-        Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-        """
+        """95 % interval in the metric's unit: the evaluation's own, else Wilson's for a share of right answers, else None."""
         if self.bounds is not None or not self.is_share:
             return self.bounds
-        share, square = self.value / 100, Z_95**2 / self.count
-        middle = (share + square / 2) / (1 + square)
-        half = Z_95 / (1 + square) * sqrt(share * (1 - share) / self.count + square / (4 * self.count))
-        return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+        low, high = wilson(self.value / 100, self.count)
+        return 100 * low, 100 * high
 
     def differs_from(self, other: float) -> bool:
         """Whether `other`, a share in % over as many questions, lies further away than sampling explains (95 %).
@@ -87,8 +84,8 @@ class Example:
     category: str
     question: str
     truth: str
-    image: str
-    image_path: Path | None
+    image_name: str
+    image: ImageRef | None
     """None where the question has no image or its path leads out of the images folder."""
     answer: Answer
     earlier: tuple[Answer, ...] = ()
@@ -104,7 +101,13 @@ class Evaluation:
     benchmark: str
     protocol: str
     scores: tuple[Score, ...]
-    generations: Path
+    folder: Path
+    """Of the evaluation's stage."""
+
+    @property
+    def generations(self) -> Path:
+        """The file of all answers."""
+        return self.folder / OUTPUT_FOLDER / GENERATIONS_FILE
 
     @property
     def primary(self) -> Score | None:
@@ -113,25 +116,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class StageRecord:
-    """One stage as a run saw it, with what its folder holds."""
+class StageReport(StageRow):
+    """One stage as a run saw it, with what its folder holds.
 
-    kind: str
-    name: str
-    digest: str
-    key: str
-    status: str
-    """todo, running, run, reused or failed."""
-    seconds: float | None
-    """Of this run; where the stage was reused, of the run that made it."""
-    folder: Path | None
-    """In the store when finished, the work folder otherwise; None where neither exists."""
+    Attributes:
+        seconds: of this run; where the stage was reused, of the run that made it.
+        folder: in the store when finished, the work folder otherwise; None where neither exists.
+        metrics: rows of metrics.jsonl.
+        peak_rss_mib: largest resident memory of the run that made it.
+        error: last traceback of a failed stage.
+    """
+
+    folder: Path | None = None
     metrics: tuple[dict[str, Any], ...] = ()
-    summary: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
     peak_rss_mib: float | None = None
     error: str | None = None
-    """Last traceback of a failed stage."""
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
         """Steps and finite values of one logged quantity; of a step logged twice (resumed) the later counts."""
@@ -155,35 +154,37 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """One run with everything the store knows of it."""
+class RunReport:
+    """One run with everything the store knows of it.
 
-    name: str
-    status: str
-    created: str
-    finished: str | None
-    host: str
-    overrides: tuple[str, ...]
-    spec: dict[str, Any]
-    versions: dict[str, Any]
-    folder: Path
-    stages: tuple[StageRecord, ...]
+    Attributes:
+        record: what run.json says.
+        stages: its stages, with what their folders hold.
+        examples: benchmark -> a balanced choice of its questions, answered by the last evaluated model.
+        notes: what is missing from the store, in words.
+    """
+
+    record: RunRecord
+    stages: tuple[StageReport, ...]
     evaluations: tuple[Evaluation, ...]
     examples: dict[str, tuple[Example, ...]]
-    """Benchmark -> a balanced choice of its questions, answered by the last evaluated model."""
     notes: tuple[str, ...] = ()
-    """What is missing from the store, in words."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.record.name
 
     @property
     def command(self) -> str:
         """What to type to get this run again."""
-        return shlex.join(["tinylmm-train", *self.overrides])
+        return shlex.join(["tinylmm-train", *self.record.overrides])
 
     @property
     def scored_stages(self) -> list[str]:
         """Names of the training stages whose model was evaluated, in the order in which they ran."""
         scored = {evaluation.stage for evaluation in self.evaluations}
-        return [stage.name for stage in self.stages if stage.kind == "train" and stage.name in scored]
+        return [stage.name for stage in self.stages if stage.kind == TRAIN and stage.name in scored]
 
     @property
     def headline(self) -> tuple[str, Score] | None:
@@ -195,10 +196,10 @@ class RunRecord:
         return None
 
     @property
-    def model_folder(self) -> Path | None:
-        """The model of the last finished training stage."""
-        done = [s.folder for s in self.stages if s.kind == "train" and s.status in ("run", "reused") and s.folder]
-        return done[-1] / "output" / "model" if done else None
+    def models(self) -> dict[str, Path]:
+        """Name of each finished training stage -> the folder of its model."""
+        trained = [stage for stage in self.stages if stage.kind == TRAIN and stage.finished]
+        return {stage.name: model_folder(stage.folder) for stage in trained if stage.folder is not None}
 
     def score_rows(self) -> list[ScoreRow]:
         """One row a metric, benchmark by benchmark, over all questions first, categories in their file's order."""
@@ -217,7 +218,7 @@ class Report:
     """One run, or several side by side."""
 
     store: Path
-    runs: tuple[RunRecord, ...]
+    runs: tuple[RunReport, ...]
 
     @property
     def name(self) -> str:

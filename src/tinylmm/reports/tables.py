@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylmm.reports.published import published_grid
-from tinylmm.reports.records import Report, RunRecord, ScoreRow
+from tinylmm.reports.records import Report, RunReport, ScoreRow
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
 
 MAX_COMPARED_CATEGORIES = 8
@@ -40,7 +40,7 @@ def result_rows(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def score_grid(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+def score_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one run's scores: metric, after each stage, the last one's 95 % interval, blind and chance, n."""
     stages = run.scored_stages
     header = ["metric", *(f"after {stage}" for stage in stages), "95 %", "blind", "chance", "n"]
@@ -76,7 +76,7 @@ MAX_LABEL_WIDTH = 24
 """Characters of a column that a narrow terminal leaves whole."""
 
 
-def row_label(run: RunRecord, row: ScoreRow) -> str:
+def row_label(run: RunReport, row: ScoreRow) -> str:
     """What a score row is called; the benchmark is named where the run has several."""
     label = words(row.last.label)
     several = len({evaluation.benchmark for evaluation in run.evaluations}) > 1
@@ -125,7 +125,9 @@ def render_markdown(report: Report) -> str:
             blocks.append("Published of the same parts and recipe, each in its source's own unit:")
             blocks.append(markdown_table(header, rows, text_columns=3))
         blocks.append("\n".join(f"- {escape_markdown(note)}" for note in run.notes))
-        blocks.append(markdown_table(["part", "choice"], [list(fact) for fact in facts(run.spec)], text_columns=2))
+        blocks.append(
+            markdown_table(["part", "choice"], [list(fact) for fact in facts(run.record.spec)], text_columns=2)
+        )
         stages = [[s.name, s.kind, s.digest[:12], s.status, duration(s.seconds)] for s in run.stages]
         blocks.append(markdown_table(["stage", "kind", "digest", "status", "time"], stages, text_columns=4))
         blocks.append(_fenced(run.command))

@@ -5,18 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.benchmarks.files import open_image_ref
 
 SMALL_SIDE = 128
 """Up to this many pixels an image is kept pixel for pixel, and shown enlarged without blur."""
 LARGE_SIDE = 360
-MAX_PIXELS = 64_000_000
-"""Above, an image is not decoded: a small file can unpack into all memory."""
 
 
 class ThumbnailError(Exception):
@@ -34,55 +32,31 @@ class Thumbnail:
     """Whether to enlarge it with hard pixel edges."""
 
 
-def find_image(record: dict[str, Any] | None) -> Path | Image.Image | None:
-    """The image that a generation names: a file, or a cell of a parquet file, decoded.
-
-    Raises:
-        ThumbnailError: the cell cannot be read.
-    """
-    if record is None:
-        return None
-    if record.get("row") is None:
-        return Path(record["path"])
-    from tinylmm.evaluation.benchmarks.base import ImageRef
-
-    try:
-        return ImageRef(Path(record["path"]), record["row"], record["column"]).open()
-    except DataError as error:
-        raise ThumbnailError("image unreadable") from error
-
-
-def load_image(path: Path | Image.Image | None) -> Image.Image:
-    """Open an image as RGB, with no side above `LARGE_SIDE`.
+def load_image(ref: ImageRef | None) -> Image.Image:
+    """Open an image by the rules that evaluation opens it by, as RGB, with no side above `LARGE_SIDE`.
 
     Raises:
         ThumbnailError: there is none, it is too large, or it cannot be decoded.
     """
-    if path is None:
+    if ref is None:
         raise ThumbnailError("no image")
-    if isinstance(path, Image.Image):
-        path.thumbnail((LARGE_SIDE, LARGE_SIDE))
-        return path
+    if not ref.path.is_file():
+        raise ThumbnailError("image missing")
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ThumbnailError(f"image too large ({image.width} × {image.height})")
-            picture = image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ThumbnailError("image missing") from error
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise ThumbnailError("image unreadable") from error
+        picture = open_image_ref(ref)
+    except DataError as error:
+        raise ThumbnailError(str(error)) from error
     picture.thumbnail((LARGE_SIDE, LARGE_SIDE))
     return picture
 
 
-def thumbnail(path: Path | Image.Image | None) -> Thumbnail:
+def thumbnail(ref: ImageRef | None) -> Thumbnail:
     """Encode an image for a page: PNG for small ones (no loss), JPEG for photographs (a tenth of the size).
 
     Raises:
         ThumbnailError: as `load_image`.
     """
-    picture = load_image(path)
+    picture = load_image(ref)
     crisp = max(picture.size) <= SMALL_SIDE
     kind, options = ("png", {"optimize": True}) if crisp else ("jpeg", {"quality": 85})
     buffer = io.BytesIO()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from tinylmm.reports.records import RunRecord, Score
+from tinylmm.reports.records import RunReport, Score
 
 ABSENT = "–"
-PARTS = {"llm": "LLM", "vision_tower": "Vision tower", "connector": "Connector", "recipe": "Recipe", "data": "Data"}
+GROUP_TITLES = {
+    "llm": "LLM",
+    "vision_tower": "Vision tower",
+    "connector": "Connector",
+    "recipe": "Recipe",
+    "data": "Data",
+}
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -50,7 +57,7 @@ def words(label: str) -> str:
     return label.replace("_", " ")
 
 
-def verdict(run: RunRecord) -> str:
+def verdict(run: RunReport) -> str:
     """One sentence: what the last evaluated model scores against blind and chance, or how far the run came."""
     progress = _progress(run)
     if run.headline is None:
@@ -77,23 +84,23 @@ def _against(score: Score, other: float, what: str, unit: str) -> str:
     return f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {what} ({other:.1f}{unit})"
 
 
-def _progress(run: RunRecord) -> str:
-    done = sum(stage.status in ("run", "reused") for stage in run.stages)
-    if run.status == "failed":
+def _progress(run: RunReport) -> str:
+    done = sum(stage.finished for stage in run.stages)
+    if run.record.status == "failed":
         failed = next((stage for stage in run.stages if stage.status == "failed"), None)
         where = f" in stage {failed.name}" if failed else ""
         reason = f": {failed.error.splitlines()[-1]}" if failed and failed.error else "."
         return f"The run failed{where} after {done} of {len(run.stages)} stages{reason}"
-    if run.status != "done":
-        state = "is still running" if run.status == "running" else "was stopped"
+    if run.record.status != "done":
+        state = "is still running" if run.record.status == "running" else "was stopped"
         return f"The run {state}: {done} of {len(run.stages)} stages are done."
     return ""
 
 
-def facts(spec: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The choices that name a run, from the dump of its spec: parts, recipe, data, seed."""
     rows = []
-    for key, title in PARTS.items():
+    for key, title in GROUP_TITLES.items():
         part = spec.get(key) or {}
         name = str(part.get("name", ABSENT))
         if part.get("pretrained") and part.get("init", "pretrained") == "pretrained":
@@ -109,18 +116,30 @@ def _data(data: Any) -> str:
     return ", ".join(f"{name} × {weight:g}" for name, weight in data.items()) if isinstance(data, dict) else str(data)
 
 
-def recipe_rows(spec: dict[str, Any]) -> list[dict[str, str]]:
-    """One row a training stage of the recipe: what it trains, on what, how."""
+@dataclass(frozen=True)
+class RecipeRow:
+    """One training stage of a recipe in words: what it trains, on what, how."""
+
+    name: str
+    data: str
+    trains: str
+    lr: str
+    batch: str
+    length: str
+
+
+def recipe_rows(spec: Mapping[str, Any]) -> list[RecipeRow]:
+    """One row a training stage of the recipe, from the dump of a run's spec."""
     stages = (spec.get("recipe") or {}).get("stages") or {}
     return [
-        {
-            "name": name,
-            "data": _data(stage.get("data", ABSENT)),
-            "trains": ", ".join(_tuned(stage.get("tune") or {})) or "nothing",
-            "lr": _rates(stage.get("lr")),
-            "batch": str(stage.get("global_batch", ABSENT)),
-            "length": f"{stage['max_steps']} steps" if stage.get("max_steps") else _epochs(stage.get("epochs", 1)),
-        }
+        RecipeRow(
+            name=name,
+            data=_data(stage.get("data", ABSENT)),
+            trains=", ".join(_tuned(stage.get("tune") or {})) or "nothing",
+            lr=_rates(stage.get("lr")),
+            batch=str(stage.get("global_batch", ABSENT)),
+            length=f"{stage['max_steps']} steps" if stage.get("max_steps") else _epochs(stage.get("epochs", 1)),
+        )
         for name, stage in stages.items()
     ]
 

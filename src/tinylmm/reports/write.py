@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from tinylmm.reports.compare import Pair, comparison_json
 from tinylmm.reports.html import render_comparison_html, render_html
 from tinylmm.reports.records import Report
 from tinylmm.reports.tables import render_markdown, result_rows
+from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import StoreLayout
 
 RESULTS_FORMAT = 1
 MAX_FOLDER_CHARS = 100
@@ -35,8 +35,8 @@ def write_report(store_root: Path, runs: Sequence[str] | None = None, out: Path 
 
     Args:
         store_root: the store that has the runs.
-        runs: names of folders under `store_root/runs`.
-        out: folder to write to; by default `store_root/reports/<run name>`.
+        runs: names of runs of the store.
+        out: folder to write to; by default one named after the runs under the store's reports.
 
     Raises:
         UserError: unknown run, empty store, nothing finished yet, or `out` is a file.
@@ -47,17 +47,15 @@ def write_report(store_root: Path, runs: Sequence[str] | None = None, out: Path 
 
 def write_files(report: Report, out: Path | None = None) -> ReportPaths:
     """Write a collected report; arguments and errors as in `write_report`."""
-    folder = report.store / "reports" / _folder_name(report) if out is None else out
+    folder = StoreLayout(report.store).reports / _folder_name(report) if out is None else out
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; a report is a folder with three files. Name another place.")
     folder.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(folder / "report.html", folder / "report.md", folder / "results.json")
     results = {"format": RESULTS_FORMAT, "rows": result_rows(report)}
-    write_atomically(paths.html, render_html(report).encode())
-    write_atomically(paths.markdown, render_markdown(report).encode())
-    write_atomically(
-        paths.results, (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    )
+    write_atomic(paths.html, render_html(report))
+    write_atomic(paths.markdown, render_markdown(report))
+    write_atomic(paths.results, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return paths
 
 
@@ -67,30 +65,15 @@ def write_comparison(report: Report, pairs: Sequence[Pair], out: Path | None = N
     Raises:
         UserError: `out` is a file.
     """
-    folder = report.store / "reports" / f"compare-{_folder_name(report)}" if out is None else out
+    folder = StoreLayout(report.store).reports / f"compare-{_folder_name(report)}" if out is None else out
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; a comparison is a folder with two files. Name another place.")
     folder.mkdir(parents=True, exist_ok=True)
     page, record = folder / "compare.html", folder / "compare.json"
-    write_atomically(page, render_comparison_html(report, pairs).encode())
+    write_atomic(page, render_comparison_html(report, pairs))
     text = json.dumps(comparison_json(report, pairs), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(record, f"{text}\n".encode())
+    write_atomic(record, f"{text}\n")
     return page, record
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # mkstemp makes it 0600, and reports are for others to read
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _folder_name(report: Report) -> str:

@@ -17,7 +17,7 @@ _QUERIES = ("QFormerConnector", "PerceiverConnector", "BenchResamplerConnector")
 _MIXTURE = "MoFTower"
 
 
-def check_fit(tower: Mapping[str, Any], connector: Mapping[str, Any]) -> list[Fault]:
+def check_compatibility(tower: Mapping[str, Any], connector: Mapping[str, Any]) -> list[Fault]:
     """Return why the tower's tokens cannot go through the connector.
 
     Args:

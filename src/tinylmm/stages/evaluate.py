@@ -30,7 +30,9 @@ from tinylmm.generation.engine import Engine, Prompt, Reply, end_tokens, make_pr
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import choose_device
 from tinylmm.planning.benchmark_files import find_benchmark, load_items
+from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
+from tinylmm.store.layout import MODEL_FOLDER
 from tinylmm.training.ranks import barrier, from_rank_zero, gather, rank, set_timeout, world_size
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ RANKS_WAIT_S = 7 * 24 * 3600.0
 """Ranks meet when the slowest has answered its share; until then only a rank's end ends the others."""
 
 
-def run(job: StageJob) -> dict[str, Any]:
+def run(job: StageJob[EvalStage]) -> dict[str, Any]:
     """Write output/generations.jsonl and output/scores.json; the summary holds the metrics.
 
     Raises:
@@ -67,28 +69,29 @@ def run(job: StageJob) -> dict[str, Any]:
     return _score(job, benchmark, items, answers, asked, keys)
 
 
-def read_items(job: StageJob) -> tuple[Benchmark, list[Item]]:
+def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item]]:
     """The benchmark and its questions, from its own files or from a source of a data set."""
-    location, spec = job.settings["location"], job.spec
-    if "source" not in spec:
-        benchmark = find_benchmark(spec["benchmark"], spec["options"])
-        return benchmark, load_items(benchmark, Path(location["root"]), spec["layout"], spec["limit"])
-    root = Path(location["root"]) if location["root"] else job.parents["data"]
-    source = location["source"]
-    items = Digits().load_source(root / source["annotations"], root / source["images"], source["limit"])
-    return Digits(), items[: spec["limit"]]
+    (location,), spec = job.locations, job.spec
+    root = job.root_of(location)
+    if spec.source is None:
+        benchmark = find_benchmark(spec.benchmark, spec.options)
+        return benchmark, load_items(benchmark, root, spec.layout, spec.limit)
+    source = location.source
+    assert source.annotations is not None  # a source of a data set has a file
+    items = Digits().load_source(root / source.annotations, root / source.images, source.limit)
+    return Digits(), items[: spec.limit]
 
 
 # ---------------------------------------------------------------------------------------------------- asking
 
 
-def _ask(job: StageJob, items: Sequence[Item], keys: Mapping[str, str]) -> dict[str, Any]:
+def _ask(job: StageJob[EvalStage], items: Sequence[Item], keys: Mapping[str, str]) -> dict[str, Any]:
     """Answer what is not answered yet; returns how, for the summary (on every rank)."""
     folder = job.folder / ANSWERS
     # One rank reads what is answered: another may be writing already when the last one reads.
     answered = from_rank_zero(sorted(read_answers(folder)) if rank() == 0 else None)
     known = set(answered)
-    modes = MODES if job.spec["blind"] else MODES[:1]
+    modes = MODES if job.spec.blind else MODES[:1]
     open_items = {mode: [item for item in items if (mode, item.item_id) not in known] for mode in modes}
     counts = {"asked": 0, "near_ties": 0, "images_encoded": 0}
     exact, seconds = True, 0.0
@@ -112,20 +115,25 @@ def _ask(job: StageJob, items: Sequence[Item], keys: Mapping[str, str]) -> dict[
     }
 
 
-def _load(job: StageJob) -> LoadedModel:
-    launch, precision = job.settings["launch"], job.spec["precision"]
-    device = choose_device(launch["device"], precision)
-    loaded = load_model(job.parents["model"] / "model", job.settings["trust"], launch["attention"])
+def _load(job: StageJob[EvalStage]) -> LoadedModel:
+    launch, precision = job.settings.launch, job.spec.precision
+    device = choose_device(launch.device, precision)
+    loaded = load_model(job.parents["model"] / MODEL_FOLDER, job.settings.trust, launch.attention)
     loaded.model.to(device, DTYPES[precision]).eval()
     return loaded
 
 
 def _answer(
-    job: StageJob, loaded: LoadedModel, items: Sequence[Item], mode: str, folder: Path, keys: Mapping[str, str]
+    job: StageJob[EvalStage],
+    loaded: LoadedModel,
+    items: Sequence[Item],
+    mode: str,
+    folder: Path,
+    keys: Mapping[str, str],
 ) -> tuple[Engine, float]:
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
-    launch, tokenizer = job.settings["launch"], loaded.tokenizer
-    template = get_template(job.spec["template"])
+    launch, tokenizer = job.settings.launch, loaded.tokenizer
+    template = get_template(job.spec.template)
     refs = first_refs(items, keys)
     model = loaded.model
     sizes = {key: ref.open().size for key, ref in refs.items()} if model.tiled else None
@@ -136,9 +144,9 @@ def _answer(
         model,
         _Pixels(refs, ImageTransform(**loaded.description["image"])),
         end_tokens(template, tokenizer),
-        job.spec["max_new_tokens"],
-        rows=launch["eval_batch"],
-        tokens=launch["eval_tokens"],
+        job.spec.max_new_tokens,
+        rows=launch.eval_batch,
+        tokens=launch.eval_tokens,
         sizes=sizes,
     )
     prompts: list[Prompt] = []
@@ -153,7 +161,7 @@ def _answer(
             done += len(replies)
             if rank() == 0:
                 speed = done / (time.perf_counter() - began)
-                job.log_metrics(step=done, steps=len(prompts), mode=mode, samples_per_s=speed)
+                job.metrics.append(step=done, steps=len(prompts), mode=mode, samples_per_s=speed)
     return engine, time.perf_counter() - began
 
 
@@ -184,7 +192,7 @@ def _row(mode: str, reply: Reply, decode: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _score(
-    job: StageJob,
+    job: StageJob[EvalStage],
     benchmark: Benchmark,
     items: Sequence[Item],
     rows: dict[tuple[str, str], dict[str, Any]],
@@ -192,7 +200,7 @@ def _score(
     keys: Mapping[str, str],
 ) -> dict[str, Any]:
     answers = {mode: {i: Answer(row["text"]) for (m, i), row in rows.items() if m == mode} for mode in MODES}
-    variant, judge = job.spec["variant"], _judge(job)
+    variant, judge = job.spec.variant, _judge(job)
     _write_upload(job, benchmark, items, answers["image"])
     if benchmark.judged and judge is None:
         _write_generations(job, items, rows, None, None)
@@ -203,7 +211,7 @@ def _score(
             f"`tinylmm score {benchmark.name}`."
         )
     scores = benchmark.score(items, answers["image"], variant, judge)
-    blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec["blind"] else None
+    blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec.blind else None
     metrics = figure_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
     protocol = f"{benchmark.name}-{scores.variant}"
     _write_generations(job, items, rows, scores, blind)
@@ -221,7 +229,9 @@ def _score(
     return {"protocol": protocol, "metrics": metrics, "questions": len(items), "images": images, **asked}
 
 
-def _write_upload(job: StageJob, benchmark: Benchmark, items: Sequence[Item], answers: dict[str, Answer]) -> None:
+def _write_upload(
+    job: StageJob[EvalStage], benchmark: Benchmark, items: Sequence[Item], answers: dict[str, Answer]
+) -> None:
     """Write output/upload.* where the benchmark has a server and these questions are its."""
     if type(benchmark).write_submission is Benchmark.write_submission:
         return
@@ -236,18 +246,18 @@ def _write_upload(job: StageJob, benchmark: Benchmark, items: Sequence[Item], an
         log.warning("no upload file for %s: %s", benchmark.name, error)
 
 
-def _judge(job: StageJob) -> Judge | None:
+def _judge(job: StageJob[EvalStage]) -> Judge | None:
     """The judge that the run names: some benchmarks need one, others (MMBench) let it read what their rules cannot."""
-    url = job.settings["location"].get("judge_url")
-    if url is None:
+    (location,) = job.locations
+    if location.judge_url is None or job.spec.judge is None:
         return None
     from tinylmm.evaluation.judge import Judge, default_cache
 
-    return Judge(url, job.spec["judge"], cache=default_cache())
+    return Judge(location.judge_url, job.spec.judge, cache=default_cache())
 
 
 def _write_generations(
-    job: StageJob,
+    job: StageJob[EvalStage],
     items: Sequence[Item],
     rows: dict[tuple[str, str], dict[str, Any]],
     scores: Scores | None,
@@ -299,10 +309,9 @@ def _truth(reference: Any) -> str:
     return "" if reference is None else str(reference)
 
 
-def _image_folder(job: StageJob) -> Path:
-    location = job.settings["location"]
-    root = Path(location["root"]) if location["root"] else job.parents["data"]
-    return (root / location["source"]["images"]).resolve()
+def _image_folder(job: StageJob[EvalStage]) -> Path:
+    (location,) = job.locations
+    return (job.root_of(location) / location.source.images).resolve()
 
 
 def _image_name(ref: ImageRef, folder: Path) -> str:

@@ -1,85 +1,106 @@
-"""What a stage works on: one node of the graph, made concrete as a folder that every rank can read.
+"""What a stage's body works on: one stage of the graph, made concrete as a folder that every rank can read.
 
-The parent writes `job.json` into the stage's work folder; the code of the stage kind (in this process or in torchrun's
-ranks) reads it back and needs nothing else: no Hydra, no planner, no store.
+The parent writes `job.json` into the work folder; the body (in this process or in torchrun's ranks) reads it back and needs
+nothing else: no Hydra, no planner, no store.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
-JOB_FILE = "job.json"
-METRICS_FILE = "metrics.jsonl"
+from tinylmm.config.identities import Recorded
+from tinylmm.planning.kinds import KINDS
+from tinylmm.planning.specs import Location, StageSettings
+from tinylmm.store.layout import JOB_FILE, METRICS_FILE, OUTPUT_FOLDER
+from tinylmm.training.metrics import MetricsFile
+
+Spec = TypeVar("Spec", bound=Recorded)
 
 
 @dataclass(frozen=True)
-class StageJob:
+class StageJob(Generic[Spec]):
     """One stage about to run.
 
     Attributes:
-        kind: data, parts, prepare, train or eval.
-        name: the stage's name in this run, for people ("pretrain"); not part of its identity.
+        kind: key of `planning/kinds.py`.
+        name: the stage's name in this run, for people ("finetune"); not part of its identity.
         digest: 64 hexadecimal digits.
-        spec: every field that decides the result (what the digest is made of).
+        spec: every field that decides the result (what the digest is made of), as the kind's own model.
         parents: role -> `output` folder of the finished stage that plays it.
-        settings: how to run it (launch and tracking fields); decides no result.
+        settings: how to run it; decides no result.
         folder: the work folder; everything that shall be kept goes to `output`.
+        store: root of the store, for features that stages share.
     """
 
     kind: str
     name: str
     digest: str
-    spec: dict[str, Any]
+    spec: Spec
     parents: dict[str, Path]
-    settings: dict[str, Any]
+    settings: StageSettings
     folder: Path
+    store: Path
 
     @property
     def output(self) -> Path:
         """What is published when the stage is done. The parent has created it."""
-        return self.folder / "output"
+        return self.folder / OUTPUT_FOLDER
+
+    @property
+    def metrics(self) -> MetricsFile:
+        """The stage's progress rows."""
+        return MetricsFile(self.folder / METRICS_FILE)
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Where the stage's sources lie: one, or those of a mixture in its order."""
+        if self.settings.locations is not None:
+            return self.settings.locations
+        assert self.settings.location is not None, f"{self.kind} stages have a location"
+        return (self.settings.location,)
+
+    def root_of(self, location: Location) -> Path:
+        """The folder that a location's paths are below: its own, or the data stage's output."""
+        return self.parents["data"] if location.root is None else Path(location.root)
 
     def write(self) -> None:
         """Write `job.json` into the work folder."""
-        record = asdict(self)
-        record["parents"] = {role: str(path) for role, path in self.parents.items()}
-        record["folder"] = str(self.folder)
+        record = {
+            "kind": self.kind,
+            "name": self.name,
+            "digest": self.digest,
+            "spec": self.spec.as_json(),
+            "parents": {role: str(path) for role, path in self.parents.items()},
+            "settings": self.settings.as_json(),
+            "store": str(self.store),
+        }
         (self.folder / JOB_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
-    @classmethod
-    def read(cls, folder: Path) -> StageJob:
-        """Read the job that `write` left in `folder`."""
-        record = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-        record["parents"] = {role: Path(path) for role, path in record["parents"].items()}
-        record["folder"] = folder
-        return cls(**record)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the rows that a killed try wrote after the checkpoint it is resumed from: they are written again."""
-        path = self.folder / METRICS_FILE
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+def make_job(
+    kind: str,
+    name: str,
+    digest: str,
+    spec: dict[str, Any],
+    parents: dict[str, Path],
+    settings: dict[str, Any],
+    folder: Path,
+    store: Path,
+) -> StageJob[Any]:
+    """Return the job of a stage whose spec and settings are JSON.
 
-    def log_metrics(self, **row: Any) -> None:
-        """Append one row to metrics.jsonl, stamped with the time. Call it on rank 0 only."""
-        line = json.dumps({"time": round(time.time(), 3), **row}, allow_nan=True) + "\n"
-        descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+    Raises:
+        pydantic.ValidationError: they are not those of the kind.
+    """
+    typed = KINDS[kind].spec.model_validate(spec)
+    return StageJob(kind, name, digest, typed, parents, StageSettings.model_validate(settings), folder, store)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return math.inf  # a row that a crash cut short
+def read_job(folder: Path) -> StageJob[Any]:
+    """Read the job that `StageJob.write` left in `folder`."""
+    record = cast(dict[str, Any], json.loads((folder / JOB_FILE).read_text(encoding="utf-8")))
+    parents = {role: Path(path) for role, path in record.pop("parents").items()}
+    return make_job(**record | {"parents": parents, "folder": folder, "store": Path(record["store"])})

@@ -9,36 +9,37 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tinylmm.config.identities import PART_FILE
 from tinylmm.config.targets import resolve_target
 from tinylmm.data.chat import IGNORE_INDEX, get_template
 from tinylmm.data.images import ImageTransform, open_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.errors import ConfigError, DataError, Fault
-from tinylmm.models.build import PART_FILE
 from tinylmm.models.pretraining import ContrastivePair, Vocabulary
 from tinylmm.models.tokenizer import train_tokenizer
+from tinylmm.planning.specs import PartsStage
 from tinylmm.stages.job import StageJob
 from tinylmm.training.part_loop import LoopSettings, train_loop
 
 log = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 TEXT_TEMPLATE = "llama"
 """Chat template in which the LLM and the tokenizer meet conversations."""
 TOKENIZER_MAX_LENGTH = 1024
-DEFAULT_LOG_STEPS = 10
 MAX_SHIFT = 1
 """Pixels by which a tower's whole batch is moved at random: few scans are thousands of scenes, and this makes more of them."""
 
 
-def run(job: StageJob) -> dict[str, Any]:
-    """Build the part that `job.spec["role"]` names into `job.output`; return the summary for the manifest.
+def run(job: StageJob[PartsStage]) -> dict[str, Any]:
+    """Build the part that `job.spec.role` names into `job.output`; return the summary for the manifest.
 
     Raises:
         ConfigError: architecture and tokenizer do not fit each other, or a class is not what it should be.
@@ -46,8 +47,8 @@ def run(job: StageJob) -> dict[str, Any]:
         NonFiniteError, StoppedError: see `part_loop.train_loop`.
     """
     builders = {"tokenizer": _build_tokenizer, "llm": _build_llm, "vision_tower": _build_tower}
-    summary = builders[job.spec["role"]](job)
-    identity = {key: value for key, value in job.spec.items() if key not in ("build", "source")}
+    summary = builders[job.spec.role](job)
+    identity = job.spec.model_dump(mode="json", exclude_unset=True, exclude={"build", "source"})
     (job.output / PART_FILE).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     return summary
 
@@ -55,11 +56,11 @@ def run(job: StageJob) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 
-def _build_tokenizer(job: StageJob) -> dict[str, Any]:
+def _build_tokenizer(job: StageJob[PartsStage]) -> dict[str, Any]:
     template = get_template(TEXT_TEMPLATE)
     # The end of an answer is a special token wherever it stands, so its text is nothing to learn merges from.
     texts = [template.text(sample.turns).replace(template.eos or "", "\n") for sample in _read_source(job)]
-    tokenizer = train_tokenizer(texts, job.spec["vocab_size"], TOKENIZER_MAX_LENGTH)
+    tokenizer = train_tokenizer(texts, _given(job.spec.vocab_size), TOKENIZER_MAX_LENGTH)
     tokenizer.save_pretrained(job.output)
     return {"entries": len(tokenizer), "conversations": len(texts)}
 
@@ -67,18 +68,18 @@ def _build_tokenizer(job: StageJob) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- LLM
 
 
-def _build_llm(job: StageJob) -> dict[str, Any]:
+def _build_llm(job: StageJob[PartsStage]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job.parents["tokenizer"], local_files_only=True)
     rows = _text_rows(job, tokenizer)
-    model = _new_model(job, job.spec["_target_"], "llm")
+    model = _new_model(job, _given(job.spec.target), "llm")
     _check_vocabulary(model, tokenizer)
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    build = job.spec["build"]
-    batches = _LengthBatches(rows, build["batch"], build["seed"], int(tokenizer.pad_token_id))
+    build = _given(job.spec.build)
+    batches = _LengthBatches(rows, build.batch, build.seed, int(tokenizer.pad_token_id))
 
     def loss_of_step(step: int) -> Tensor:
         input_ids, labels = batches(step)
@@ -86,15 +87,15 @@ def _build_llm(job: StageJob) -> dict[str, Any]:
         loss: Tensor = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         return loss
 
-    loss = train_loop(model, loss_of_step, _settings(job), job)
+    loss = train_loop(model, loss_of_step, _settings(job), job.folder, job.metrics)
     model.save_pretrained(job.output)
-    return {"steps": build["steps"], "loss": loss, "parameters": _count(model), "conversations": len(rows)}
+    return {"steps": build.steps, "loss": loss, "parameters": _count(model), "conversations": len(rows)}
 
 
-def _text_rows(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+def _text_rows(job: StageJob[PartsStage], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
     """Render every conversation; ids and labels, only answers supervised. Too long ones are an error, never cut."""
     template = get_template(TEXT_TEMPLATE)
-    longest = job.spec["build"]["max_length"]
+    longest = _given(job.spec.build).max_length
     rows = []
     for sample in _read_source(job):
         if sample.images:
@@ -153,29 +154,27 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 # ---------------------------------------------------------------------------------------------------- vision tower
 
 
-def _build_tower(job: StageJob) -> dict[str, Any]:
+def _build_tower(job: StageJob[PartsStage]) -> dict[str, Any]:
     samples = _read_source(job)
     captions = [sample.turns[0].assistant or "" for sample in samples]
-    build = job.spec["build"]
+    build = _given(job.spec.build)
     pixels = _load_images(job, samples)
     vocabulary = Vocabulary(captions)
-    words = vocabulary.encode(captions, build["max_length"])
-    encoder = _new_model(job, job.spec["encoder"], "encoder")
-    pair = ContrastivePair(
-        encoder, encoder.config.hidden_size, len(vocabulary), build["max_length"], build["text_tower"]
-    )
+    words = vocabulary.encode(captions, build.max_length)
+    encoder = _new_model(job, _given(job.spec.encoder), "encoder")
+    pair = ContrastivePair(encoder, encoder.config.hidden_size, len(vocabulary), build.max_length, build.text_tower)
 
     def loss_of_step(step: int) -> Tensor:
-        generator = _generator(build["seed"], step)
-        chosen = torch.randperm(len(captions), generator=generator)[: build["batch"]]
+        generator = _generator(build.seed, step)
+        chosen = torch.randperm(len(captions), generator=generator)[: build.batch]
         down, right = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator).tolist()
         loss: Tensor = pair(pixels[chosen].roll((down, right), dims=(2, 3)), words[chosen])
         return loss
 
-    loss = train_loop(pair, loss_of_step, _settings(job), job)
+    loss = train_loop(pair, loss_of_step, _settings(job), job.folder, job.metrics)
     encoder.save_pretrained(job.output)
     return {
-        "steps": build["steps"],
+        "steps": build.steps,
         "loss": loss,
         "parameters": _count(encoder),
         "images": len(captions),
@@ -183,20 +182,20 @@ def _build_tower(job: StageJob) -> dict[str, Any]:
     }
 
 
-def _load_images(job: StageJob, samples: Sequence[Sample]) -> Tensor:
+def _load_images(job: StageJob[PartsStage], samples: Sequence[Sample]) -> Tensor:
     """Return all images as the tower sees them, (N, 3, H, W) float32: embedded data sets are small enough."""
-    transform = ImageTransform(**job.spec["image"])
-    folder = job.parents["data"] / job.spec["source"]["images"]
+    transform = ImageTransform(**_given(job.spec.image).model_dump(mode="json"))
+    folder = job.parents["data"] / job.spec.source.images
     return torch.stack([transform.one_view(open_image(safe_path(folder, sample.images[0]))) for sample in samples])
 
 
 # ---------------------------------------------------------------------------------------------------- shared
 
 
-def _read_source(job: StageJob) -> list[Sample]:
+def _read_source(job: StageJob[PartsStage]) -> list[Sample]:
     """Read the part's source whole; the embedded data has no broken records, so one is an error."""
-    source = job.spec["source"]
-    path: Path = job.parents["data"] / source["file"]
+    source = job.spec.source
+    path = job.parents["data"] / _given(source.file)
     samples: list[Sample] = []
     for record in read_samples(path):
         if isinstance(record, BadRecord):
@@ -204,25 +203,36 @@ def _read_source(job: StageJob) -> list[Sample]:
                 f"{path}: record {record.index} ({record.sample_id}): {record.reason}. Correct or remove it."
             )
         samples.append(record)
-    samples = samples[: source.get("limit")]
+    samples = samples[: source.limit]
     if not samples:
         raise DataError(f"{path}: no records to train on")
     return samples
 
 
-def _new_model(job: StageJob, dotted: str, role: Literal["llm", "encoder"]) -> PreTrainedModel:
+def _new_model(job: StageJob[PartsStage], dotted: str, role: Literal["llm", "encoder"]) -> PreTrainedModel:
     """Build a class of transformers from the spec's architecture with weights drawn from the build's seed."""
-    model_class = resolve_target(dotted, job.settings["trust"], PreTrainedModel, role)
-    torch.manual_seed(job.spec["build"]["seed"])
-    model: PreTrainedModel = model_class(model_class.config_class(**job.spec["architecture"]))
+    model_class = resolve_target(dotted, job.settings.trust, PreTrainedModel, role)
+    torch.manual_seed(_given(job.spec.build).seed)
+    model: PreTrainedModel = model_class(model_class.config_class(**_given(job.spec.architecture)))
     return model
 
 
-def _settings(job: StageJob) -> LoopSettings:
-    build = job.spec["build"]
-    log_steps = job.settings.get("tracking", {}).get("log_steps", DEFAULT_LOG_STEPS)
-    fields = ("steps", "batch", "lr", "warmup_ratio", "weight_decay")
-    return LoopSettings(**{name: build[name] for name in fields}, log_steps=log_steps)
+def _settings(job: StageJob[PartsStage]) -> LoopSettings:
+    build = _given(job.spec.build)
+    return LoopSettings(
+        build.steps,
+        build.batch,
+        build.lr,
+        build.warmup_ratio,
+        build.weight_decay,
+        log_steps=job.settings.tracking.log_steps,
+    )
+
+
+def _given(value: Value | None) -> Value:
+    """A field that the role at hand has: the graph fills it."""
+    assert value is not None, "the stage's spec lacks a field of its role"
+    return value
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

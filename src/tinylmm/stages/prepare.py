@@ -29,6 +29,7 @@ from tinylmm.data.images import check_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.errors import DataError
 from tinylmm.models.build import load_tokenizer
+from tinylmm.planning.specs import PrepareStage
 from tinylmm.stages.job import StageJob
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class _Tally:
     supervised_tokens: int = 0
 
 
-def run(job: StageJob) -> dict[str, Any]:
+def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
     """Write `output/samples` (a `datasets` folder) and `output/report.json`; return counts for the manifest.
 
     Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the
@@ -92,8 +93,8 @@ def run(job: StageJob) -> dict[str, Any]:
     """
     source = _source(job)
     renderer = _Renderer(
-        get_template(job.spec["template"]),
-        load_tokenizer(job.spec, job.parents, job.settings["folders"]),
+        get_template(job.spec.template),
+        load_tokenizer(job.spec.tokenizer, job.parents.get("tokenizer"), job.settings.folders.get("tokenizer")),
         source.images,
         job.output / EMBEDDED_FOLDER,
     )
@@ -102,22 +103,24 @@ def run(job: StageJob) -> dict[str, Any]:
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed try has left
     scratch.mkdir()
     tally = _Tally()
-    _write_rows(scratch / "rows.arrow", _chunks(source, renderer, tally, int(job.settings["launch"]["num_workers"])))
+    _write_rows(scratch / "rows.arrow", _chunks(source, renderer, tally, job.settings.launch.num_workers))
     _enforce_policy(source, tally)
     _publish(scratch / "rows.arrow", job)
     shutil.rmtree(scratch)
     return _report(job, tally)
 
 
-def _source(job: StageJob) -> _Source:
-    spec = job.spec["source"]
-    policy = {"format": spec["format"], "limit": spec["limit"], "on_bad": spec["on_bad"], "max_bad": spec["max_bad"]}
+def _source(job: StageJob[PrepareStage]) -> _Source:
+    spec = job.spec.source
+    policy = (spec.format, spec.limit, spec.on_bad, spec.max_bad)
     if "data" in job.parents:
+        assert spec.file is not None  # of a data stage's output, sources are identified by their file
         folder = job.parents["data"]
-        return _Source(folder / spec["file"], folder / spec["images"], how_to_get="", **policy)
-    root, location = Path(job.settings["location"]["root"]), job.settings["location"]["source"]
-    policy["how_to_get"] = location["how_to_get"]
-    return _Source(root / location["annotations"], root / location["images"], **policy)
+        return _Source(folder / spec.file, folder / spec.images, *policy, how_to_get="")
+    (location,) = job.locations
+    root, source = job.root_of(location), location.source
+    assert source.annotations is not None
+    return _Source(root / source.annotations, root / source.images, *policy, how_to_get=source.how_to_get)
 
 
 class _Renderer:
@@ -286,7 +289,7 @@ def _write_rows(path: Path, chunks: Iterator[list[dict[str, Any]]]) -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _publish(rows: Path, job: StageJob) -> None:
+def _publish(rows: Path, job: StageJob[PrepareStage]) -> None:
     """Save as a `datasets` folder. Its fingerprint is the stage's digest: by default it would be a random one."""
     samples = job.output / "samples"
     shutil.rmtree(samples, ignore_errors=True)
@@ -297,7 +300,7 @@ def _publish(rows: Path, job: StageJob) -> None:
     dataset.save_to_disk(samples)
 
 
-def _report(job: StageJob, tally: _Tally) -> dict[str, Any]:
+def _report(job: StageJob[PrepareStage], tally: _Tally) -> dict[str, Any]:
     """Write report.json with every skipped record; the summary for the manifest has the first FAULTS_SHOWN of them."""
     skipped = [asdict(bad) for bad in tally.bad]
     summary = {

@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 
+from tinylmm.config.fields import PARTS
+from tinylmm.config.identities import PartIdentity, TowerIdentity
+from tinylmm.config.recipe import TuneHow
 from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
-from tinylmm.models.build import build_lmm, load_tokenizer, part_folder_identity
+from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model, save_part
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
+from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
+from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder
@@ -36,29 +41,30 @@ KEPT = "kept"
 """Folder in the work folder for weights that this stage keeps as they are and that lie in no other stage's output."""
 
 
-def run(job: StageJob) -> dict[str, Any]:
+def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
-    device = choose_device(job.settings["launch"]["device"], job.spec["precision"])
-    configure_trackers(job.settings["tracking"], job.folder, job.name)
+    spec, launch = job.spec, job.settings.launch
+    device = choose_device(launch.device, spec.precision)
+    configure_trackers(job.settings.tracking, job.folder, job.name)
     loaded = _start_model(job)
     model = loaded.model
     kept = _kept_parts(job, loaded)
     model.vision_tower.to(device)
     model.connector.to(device)
-    tuning = apply_tuning(model, job.spec["tune"], job.spec["seed"], job.spec["precision"], device)
+    tuning = apply_tuning(model, spec.tune, spec.seed, spec.precision, device)
     for part, decision in tuning.items():
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
         )
-    _cast_frozen(model, job.spec["precision"], device)
+    _cast_frozen(model, spec.precision, device)
     model.to(device)
     images = _Images(job, loaded)
-    samples = PreparedSamples(_prepared(job), images.tokens, job.spec["max_length"])
+    samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length)
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
-        job.forget_metrics_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+        job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -69,7 +75,7 @@ def run(job: StageJob) -> dict[str, Any]:
     state = trainer.full_state()
     if rank() == 0:
         adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
-        save_model(loaded, job.output / "model", state, kept, adapters)
+        save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
         shutil.rmtree(job.folder / KEPT, ignore_errors=True)
     barrier()
     return {
@@ -83,7 +89,7 @@ def run(job: StageJob) -> dict[str, Any]:
 
 
 def build_trainer(
-    job: StageJob,
+    job: StageJob[TrainStage],
     loaded: LoadedModel,
     samples: PreparedSamples,
     images: _Images,
@@ -91,74 +97,81 @@ def build_trainer(
     device: torch.device,
 ) -> LMMTrainer:
     """Wire model, data and launch settings to the Trainer."""
-    spec, launch = job.spec, job.settings["launch"]
-    mixture = Mixture(samples.sizes, spec.get("mixture") or [1.0] * len(samples.sizes))
+    spec, launch = job.spec, job.settings.launch
+    mixture = Mixture(samples.sizes, spec.mixture or [1.0] * len(samples.sizes))
     if not len(mixture):
         raise DataError("the mixture's weights leave no sample to train on; raise them")
-    steps = num_steps(len(mixture), spec["global_batch"], spec["epochs"], spec["max_steps"])
+    steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
     sampler = StepSampler(
         len(mixture),
         steps,
-        spec["global_batch"],
-        spec["epochs"],
-        spec["seed"],
-        launch["micro_batch"],
+        spec.global_batch,
+        spec.epochs,
+        spec.seed,
+        launch.micro_batch,
         rank(),
         world_size(),
         mixture.epoch,
     )
-    arguments = training_arguments(spec, job.settings, job.folder, steps, sampler.accumulation, device.type == "cpu")
+    arguments = training_arguments(
+        spec,
+        launch,
+        job.settings.tracking,
+        job.settings.trainer,
+        job.folder,
+        steps,
+        sampler.accumulation,
+        use_cpu=device.type == "cpu",
+    )
     loaded.model.touch_vision_always = world_size() > 1
-    if launch["gradient_checkpointing"]:
+    if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
-    if launch["packing"] and not loaded.model.packs:
+    if launch.packing and not loaded.model.packs:
         log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
     collator = Collator(
         image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
-        row_tokens=launch["row_tokens"] or spec["max_length"],
-        packing=launch["packing"] and loaded.model.packs,
+        row_tokens=launch.row_tokens or spec.max_length,
+        packing=launch.packing and loaded.model.packs,
         image=images.pixels if cache is None else None,
-        max_length=spec["max_length"],
+        max_length=spec.max_length,
         size=images.size if loaded.model.tiled else None,
     )
-    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch["deepspeed_stage"]}
+    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch.deepspeed_stage}
     trainer = LMMTrainer(
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
         collate=_WithFeatures(collator, cache) if cache is not None else collator,
-        checkpoints=CheckpointFolder(job.folder / "checkpoints", launch["keep_checkpoints"], identity),
-        learning_rates=peak_learning_rates(spec["lr"]),
-        schedule=SaveSchedule(launch["save_steps"], 60.0 * launch["save_minutes"]),
-        step_timeout_s=launch["step_timeout_s"],
-        callbacks=[MetricsRow(job.log_metrics, spec["global_batch"])],
+        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, identity),
+        learning_rates=peak_learning_rates(spec.lr),
+        schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
+        step_timeout_s=launch.step_timeout_s,
+        callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
     )
-    if bool(launch["deepspeed_stage"]) != trainer.is_deepspeed_enabled:
+    if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
-            f"launch.deepspeed_stage is {launch['deepspeed_stage']}, "
+            f"launch.deepspeed_stage is {launch.deepspeed_stage}, "
             f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
 
 
-def _prepared(job: StageJob) -> list[Path]:
+def _prepared(job: StageJob[TrainStage]) -> list[Path]:
     """Outputs of the stage's prepare stages; those of a mixture in its order."""
     if "prepared" in job.parents:
         return [job.parents["prepared"]]
-    return [job.parents[f"prepared.{number}"] for number in range(len(job.spec["mixture"]))]
+    return [job.parents[f"prepared.{number}"] for number in range(len(job.spec.mixture or ()))]
 
 
 class _Images:
     """Opens the stage's images, inside its image folders only."""
 
-    def __init__(self, job: StageJob, loaded: LoadedModel) -> None:
-        locations = job.settings.get("locations") or [job.settings["location"]]
+    def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
         folders = []
-        for location, prepared in zip(locations, _prepared(job), strict=True):
-            root = Path(location["root"]) if location["root"] else job.parents["data"]
-            folders.append(ImageFolder(root / location["source"]["images"], prepared / EMBEDDED_FOLDER))
+        for location, prepared in zip(job.locations, _prepared(job), strict=True):
+            folders.append(ImageFolder(job.root_of(location) / location.source.images, prepared / EMBEDDED_FOLDER))
         self.folders = ImageFolders(folders)
         self.transform = ImageTransform(**loaded.description["image"])
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -199,31 +212,31 @@ class _WithFeatures:
         return batch
 
 
-def _start_model(job: StageJob) -> LoadedModel:
+def _start_model(job: StageJob[TrainStage]) -> LoadedModel:
     """Return the model this stage starts from: of an earlier stage, or put together from parts."""
-    trust, attention = job.settings["trust"], job.settings["launch"]["attention"]
-    if "from" in job.parents:
-        return load_model(job.parents["from"] / "model", trust, attention)
-    if "model" in job.spec:
-        return load_model(_own_copy(job, Path(job.settings["folders"]["from"])), trust, attention)
-    template = job.spec["chat_template"]
-    model = build_lmm(job.spec, job.parents, job.settings["folders"], template, job.spec["seed"], trust, attention)
-    identities = {
-        role: part_folder_identity(job.parents[role]) if role in job.parents else job.spec[role]
-        for role in ("llm", "vision_tower")
-    }
-    scaled = bool(job.spec.get("scale_image_features"))
-    description = describe(identities, job.spec["tower_output"], job.spec["connector"], template, scaled)
-    return LoadedModel(model, load_tokenizer(job.spec, job.parents, job.settings["folders"]), description, None)
+    spec, parents, folders = job.spec, job.parents, job.settings.folders
+    trust, attention = job.settings.trust, job.settings.launch.attention
+    if "from" in parents:
+        return load_model(parents["from"] / MODEL_FOLDER, trust, attention)
+    if spec.model is not None:
+        return load_model(_own_copy(job, Path(folders["from"])), trust, attention)
+    assert spec.connector is not None and spec.tower_output is not None and spec.chat_template is not None
+    llm = part_source(PartIdentity, spec.llm, parents.get("llm"), folders.get("llm"))
+    tower = part_source(TowerIdentity, spec.vision_tower, parents.get("vision_tower"), folders.get("vision_tower"))
+    template, scaled = spec.chat_template, spec.scale_image_features
+    model = build_lmm(llm, tower, spec.connector, spec.tower_output, template, spec.seed, trust, attention, scaled)
+    tokenizer = load_tokenizer(spec.tokenizer, parents.get("tokenizer"), folders.get("tokenizer"))
+    identities = {"llm": llm.identity.as_json(), "vision_tower": tower.identity.as_json()}
+    description = describe(identities, spec.tower_output.as_json(), spec.connector.as_json(), template, scaled)
+    return LoadedModel(model, tokenizer, description, None)
 
 
-def _own_copy(job: StageJob, folder: Path) -> Path:
+def _own_copy(job: StageJob[TrainStage], folder: Path) -> Path:
     """The model at `folder` as files that nobody else writes to, since unchanged parts are linked into the result.
 
     That holds for a stage's output in the store; a folder of the user's is copied.
     """
-    stages = Path(job.settings["features_root"]).parent / "stages"
-    if folder.is_relative_to(stages):
+    if folder.is_relative_to(StoreLayout(job.store).stages):
         return folder
     copy = job.folder / KEPT / "model"
     if rank() == 0:
@@ -243,15 +256,17 @@ def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -
             parameter.data = parameter.data.to(dtype)
 
 
-def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, images: _Images) -> FeatureCache | None:
-    launch, tower = job.settings["launch"], loaded.model.vision_tower
+def _open_cache(
+    job: StageJob[TrainStage], loaded: LoadedModel, samples: PreparedSamples, images: _Images
+) -> FeatureCache | None:
+    launch, tower = job.settings.launch, loaded.model.vision_tower
     names = samples.images()
-    if not launch["cache_features"] or not names or any(p.requires_grad for p in tower.parameters()):
+    if not launch.cache_features or not names or any(p.requires_grad for p in tower.parameters()):
         return None
     tiling = images.transform.tiling
     views = (lambda name: tiling.num_tiles(*images.size(name))) if tiling is not None else None
     size = estimate_gib(tower, len(names) if views is None else sum(map(views, names)))
-    if size > launch["cache_features_gib"]:
+    if size > launch.cache_features_gib:
         log.info(
             "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
             len(names),
@@ -259,11 +274,11 @@ def _open_cache(job: StageJob, loaded: LoadedModel, samples: PreparedSamples, im
         )
         return None
     description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
-    root = Path(job.settings["features_root"])
+    root = StoreLayout(job.store).features
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 
 
-def _kept_parts(job: StageJob, loaded: LoadedModel) -> dict[str, Path]:
+def _kept_parts(job: StageJob[TrainStage], loaded: LoadedModel) -> dict[str, Path]:
     """Folders with the weights of parts that this stage does not change: frozen ones, and those that adapters sit on.
 
     They are linked into this stage's model. Where no earlier stage's output has exactly them (published or random parts, a
@@ -271,8 +286,9 @@ def _kept_parts(job: StageJob, loaded: LoadedModel) -> dict[str, Path]:
     adapters, they cannot be had from memory.
     """
     kept = {}
-    for part, tune in job.spec["tune"].items():
-        adapter = isinstance(tune, dict) and "from_layer" not in tune
+    for part in PARTS:
+        tune = getattr(job.spec.tune, part)
+        adapter = isinstance(tune, TuneHow) and tune.from_layer is None
         if tune != "frozen" and not adapter:
             continue
         if loaded.folder is not None and not (adapter and part in loaded.adapters):

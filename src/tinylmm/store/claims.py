@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import StoreLayout
 from tinylmm.store.provenance import ended_with_boot, is_running, now, this_process
 
 HEARTBEAT_SECONDS = 5.0
@@ -121,9 +122,7 @@ class Claim:
                 os.utime(self._path)
             except FileNotFoundError:
                 continue  # taken between the two lines: the next beat sees by whom
-            except (
-                OSError
-            ) as error:  # a network file system may falter for a moment; silence costs the claim only later
+            except OSError as error:  # a network file system may falter; silence costs the claim only later
                 log.warning("%s: heartbeat failed (%s)", self.key, error)
 
     def _is_ours(self) -> bool:
@@ -155,7 +154,7 @@ def describe(owner: Owner) -> str:
 
 
 def _owner_file(store_root: Path, key: str) -> Path:
-    return Path(store_root) / "claims" / f"{key}.json"
+    return StoreLayout(Path(store_root)).claim(key)
 
 
 def _lock(owner_file: Path) -> FileLock:

@@ -1,4 +1,7 @@
-"""Where the model is: a model folder, a stage's folder, a run's folder, or a run's name. No torch here."""
+"""Which model is meant: by a model's folder, a stage's, a run's, or a run's name. No torch here.
+
+This is the one rule: chat, export, evaluation and a recipe's `from_model` all ask `find_model`.
+"""
 
 from __future__ import annotations
 
@@ -7,73 +10,98 @@ import os
 from pathlib import Path
 
 from tinylmm.errors import IntegrityError, UserError
-from tinylmm.store.integrity import MARKER_FILE, OUTPUT_FOLDER, check_folder
-from tinylmm.store.runs import RUN_FILE
+from tinylmm.store.integrity import check_folder
+from tinylmm.store.layout import (
+    MARKER_FILE,
+    MODEL_FOLDER,
+    RUN_FILE,
+    STAGES_FOLDER,
+    WORK_FOLDER,
+    StoreLayout,
+    model_folder,
+)
+from tinylmm.store.runs import RunRecord, read_run
 
 CONFIG_FILE = "config.json"
+MODEL_TYPE = "tinylmm"
 DEFAULT_STORE = "store"
+RUNS_SHOWN = 5
 
 
 def find_model(where: str | Path, store: Path | None = None) -> Path:
     """Return the model folder that `where` stands for.
 
+    A folder that is a model, a stage or a run comes before a run of that name. A run stands for the model that its last
+    training made. As long as that is not finished the run stands for none: an earlier training's model answers too, but
+    it is not what the run was to make, and nobody would notice.
+
     Args:
-        where: a model folder, a stage folder of the store, a run folder (its last trained model), or the name of a run.
+        where: a model folder; a train stage's folder, or its `output`; a run's folder; or the name of a run.
         store: where runs are looked for by name; default: TINYLMM_STORE, else ./store.
 
     Raises:
         UserError: it stands for no model, or for one that has to be imported first.
-        IntegrityError: the stage is unfinished, or lacks files of its manifest.
+        IntegrityError: the stage is unfinished or lacks files of its manifest, or the run's record cannot be read.
     """
-    path = Path(where)
-    if not path.exists():
-        root = store or Path(os.environ.get("TINYLMM_STORE", DEFAULT_STORE))
-        named = root / "runs" / path.name
-        if path.name != str(where) or not named.is_dir():
-            raise UserError(
-                f"{where} is neither a folder nor the name of a run in {root}. "
-                "Give a model folder, a stage or run folder, or a name that `tinylmm runs` lists."
-            )
-        path = named
+    path = Path(where).expanduser()
+    layout = StoreLayout(store or Path(os.environ.get("TINYLMM_STORE", DEFAULT_STORE)))
     if (path / RUN_FILE).is_file():
-        return _model_of_run(path)
-    if (path / OUTPUT_FOLDER / "model").is_dir():
-        return _model_of_stage(path)
-    if (path / "model" / CONFIG_FILE).is_file() and not (path / CONFIG_FILE).exists():
-        path = path / "model"
-    _check_kind(path)
-    return path
+        return _model_of_run(read_run(path), StoreLayout(path.resolve().parent.parent))
+    for folder in (path, path / MODEL_FOLDER, model_folder(path)):
+        if (folder / CONFIG_FILE).is_file():
+            return _checked(folder)
+    if (path / MARKER_FILE).exists():  # a stage that has no model, or whose model was deleted
+        return _checked(model_folder(path))
+    if path.name == str(where) and layout.run(path.name).is_dir():
+        return _model_of_run(read_run(layout.run(path.name)), layout)
+    if path.exists():
+        raise UserError(f"{where} holds no model: there is no {CONFIG_FILE} that can be read.")
+    raise UserError(
+        f"{where} is neither a folder nor the name of a run in {layout.root}. "
+        f"Give a model folder, a stage or run folder, or a run's name. {_runs_there(layout)}"
+    )
 
 
-def _model_of_run(folder: Path) -> Path:
-    record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    trained = [stage for stage in record["stages"] if stage["kind"] == "train"]
-    finished = [folder.parent.parent / "stages" / stage["key"] for stage in trained]
-    finished = [stage for stage in finished if stage.is_dir()]
-    if not finished:
-        raise UserError(
-            f"the run {folder.name} ({record['status']}) has no finished training in the store. Run it again."
-        )
-    return _model_of_stage(finished[-1])
+def _model_of_run(run: RunRecord, layout: StoreLayout) -> Path:
+    if not run.trainings:
+        raise UserError(f"the run {run.name} trains no model.")
+    last = layout.stage(run.trainings[-1].key)
+    if not last.is_dir():
+        raise UserError(_unfinished(run, layout))
+    return _checked(model_folder(last))
 
 
-def _model_of_stage(folder: Path) -> Path:
+def _unfinished(run: RunRecord, layout: StoreLayout) -> str:
+    earlier = [(stage.name, layout.stage(stage.key)) for stage in run.trainings[:-1]]
+    lines = [
+        f"the run {run.name} ({run.status}) has not finished its last training, {run.trainings[-1].name}, so there is no "
+        "model that it stands for. Give the run's command again to finish it."
+    ]
+    lines += [f"To use the model that its {name} made, name {folder}" for name, folder in earlier if folder.is_dir()]
+    return "\n".join(lines)
+
+
+def _runs_there(layout: StoreLayout) -> str:
+    files = layout.runs.glob(f"*/{RUN_FILE}")
+    newest = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)[:RUNS_SHOWN]
+    return f"Runs there: {', '.join(path.parent.name for path in newest) or 'none'}."
+
+
+def _checked(folder: Path) -> Path:
+    """Refuse a model of a stage that is not whole, and what is no model of ours."""
+    stage = folder.resolve().parent.parent
     # A bare copy of a stage's files without its manifest is a plain folder; one in the store has to be whole.
-    if (folder / MARKER_FILE).exists() or folder.parent.name == "stages":
-        problems = check_folder(folder, deep=False)
-        if problems:
-            raise IntegrityError("\n".join([f"the stage {folder.name} cannot be used:", *problems]))
-    _check_kind(folder / OUTPUT_FOLDER / "model")
-    return folder / OUTPUT_FOLDER / "model"
-
-
-def _check_kind(folder: Path) -> None:
+    in_stage = folder.resolve() == model_folder(stage)
+    has_manifest = (stage / MARKER_FILE).exists() or stage.parent.name in (STAGES_FOLDER, WORK_FOLDER)
+    if in_stage and has_manifest and (problems := check_folder(stage, deep=False)):
+        raise IntegrityError("\n".join([f"the stage {stage.name} cannot be used:", *problems]))
     try:
         kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{folder} holds no model: there is no {CONFIG_FILE} that can be read.") from None
-    if kind != "tinylmm":
+    if kind != MODEL_TYPE:
         raise UserError(
             f"{folder} is no tinylmm model (its model_type is '{kind}'). "
             f"Import it first: tinylmm import {folder} NEW_FOLDER"
         )
+    return folder

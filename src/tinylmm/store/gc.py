@@ -1,4 +1,4 @@
-"""Looking after a store: list its stages, delete what no run uses. No torch here."""
+"""What a store holds and who uses it; deleting what nobody does. No torch here."""
 
 from __future__ import annotations
 
@@ -6,34 +6,61 @@ import json
 import logging
 import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import Claim, describe, held
-from tinylmm.store.integrity import MARKER_FILE, check_files, check_folder, read_manifest
+from tinylmm.store.integrity import check_files, check_folder, read_manifest
+from tinylmm.store.layout import DAMAGED_FOLDER, KEY_DIGITS, MARKER_FILE, SPEC_FILE, WORK_FOLDER, StoreLayout
 from tinylmm.store.runs import read_runs
-
-SPEC_FILE = "spec.json"
 
 log = logging.getLogger(__name__)
 
 
-def list_stages(root: Path) -> list[dict[str, Any]]:
-    """Return one row for each folder under stages/, oldest first.
+@dataclass(frozen=True)
+class StoredStage:
+    """One folder of finished stages; the fields are the JSON of `tinylmm store ls --json`.
 
-    A row has key, kind, name, digest, size (bytes), finished (ISO 8601), status (complete, unfinished or damaged, found
-    without reading the files) and runs, the names of the runs that use the stage.
+    Attributes:
+        key: name of the folder.
+        name, digest, finished (ISO 8601): of its manifest; empty or None where that cannot be read.
+        size: of all its files, bytes.
+        status: found without reading the files.
+        runs: names of the runs that use it.
     """
+
+    key: str
+    kind: str
+    name: str
+    digest: str | None
+    size: int
+    finished: str | None
+    status: Literal["complete", "unfinished", "damaged"]
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UnusedFolder:
+    """A folder that no run uses: its path below the store, the stage's key, the size of all its files in bytes."""
+
+    folder: str
+    key: str
+    size: int
+
+
+def list_stages(root: Path) -> list[StoredStage]:
+    """Return one row for each folder of finished stages, oldest first."""
     users: dict[str, list[str]] = {}
     for run in read_runs(root):
-        for digest in {stage["digest"] for stage in run["stages"]}:
-            users.setdefault(digest, []).append(run["name"])
-    rows = [_row(folder, users) for folder in folders(root / "stages")]
-    return sorted(rows, key=lambda row: (row["finished"] or "", row["key"]))
+        for digest in {stage.digest for stage in run.stages}:
+            users.setdefault(digest, []).append(run.name)
+    rows = [_stored_stage(folder, users) for folder in folders(StoreLayout(root).stages)]
+    return sorted(rows, key=lambda row: (row.finished or "", row.key))
 
 
-def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[dict[str, Any]]:
+def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[UnusedFolder]:
     """Delete what no run uses: stages, work folders, and everything that was set aside as damaged.
 
     Kept are the stages of `keep`, those with a live claim, and all ancestors of either. A stage that a run picks up
@@ -45,26 +72,27 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[di
         dry_run: only say what would be deleted.
 
     Returns:
-        one row for each folder deleted (or to delete): folder (path below the store), key, size in bytes.
+        one row for each folder deleted, or to delete.
 
     Raises:
         IntegrityError: spec.json of a kept stage cannot be read, so its parents are unknown.
     """
-    candidates = [*folders(root / "stages"), *folders(root / "work")]
+    layout = StoreLayout(root)
+    candidates = [*folders(layout.stages), *folders(layout.work)]
     live = {folder.name for folder in candidates if held(root, folder.name)}
-    kept = _with_ancestors({digest[:16] for digest in keep} | set(map(_short_digest, live)), candidates)
+    kept = _with_ancestors({digest[:KEY_DIGITS] for digest in keep} | set(map(_short_digest, live)), candidates)
     unused = [folder for folder in candidates if _short_digest(folder.name) not in kept]
-    rows = [_unused_row(root, folder) for folder in (*unused, *folders(root / "damaged"))]
+    rows = [_unused_folder(root, folder) for folder in (*unused, *folders(layout.damaged))]
     if dry_run:
         return rows
-    deleted = [row for row in rows if _delete(root, root / row["folder"], row["key"])]
-    remove(root / "trash")  # also what a killed deletion left there
+    deleted = [row for row in rows if _delete(root, root / row.folder, row.key)]
+    remove(layout.trash)  # also what a killed deletion left there
     return deleted
 
 
 def discard(root: Path, folder: Path) -> None:
     """Delete a folder so that nobody ever meets half of it under its own name."""
-    trash = root / "trash"
+    trash = StoreLayout(root).trash
     trash.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder.rename(trash / f"{folder.name}-{secrets.token_hex(4)}"))
 
@@ -94,24 +122,25 @@ def _delete(root: Path, folder: Path, key: str) -> bool:
     return True
 
 
-def _row(folder: Path, users: dict[str, list[str]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": folder.name, "kind": folder.name.rpartition("-")[0], "name": "", "digest": None}
-    row |= {"size": _size(folder), "finished": None, "status": "complete", "runs": []}
+def _stored_stage(folder: Path, users: dict[str, list[str]]) -> StoredStage:
+    kind, size = folder.name.rpartition("-")[0], _size(folder)
     try:
         manifest = read_manifest(folder)
     except IntegrityError:
-        return row | {"status": "damaged"}
+        return StoredStage(folder.name, kind, "", None, size, None, "damaged", ())
+    status: Literal["complete", "unfinished", "damaged"] = "complete"
     if check_folder(folder, deep=False):
         only_unmarked = not (folder / MARKER_FILE).exists() and not check_files(folder, deep=False)
-        row["status"] = "unfinished" if only_unmarked else "damaged"
-    fields = {key: manifest.get(key) for key in ("kind", "name", "digest", "finished")}
-    return row | fields | {"runs": users.get(manifest.get("digest", ""), [])}
+        status = "unfinished" if only_unmarked else "damaged"
+    digest, runs = manifest.get("digest"), tuple(users.get(manifest.get("digest", ""), ()))
+    name, finished = manifest.get("name") or "", manifest.get("finished")
+    return StoredStage(folder.name, manifest.get("kind") or kind, name, digest, size, finished, status, runs)
 
 
-def _unused_row(root: Path, folder: Path) -> dict[str, Any]:
+def _unused_folder(root: Path, folder: Path) -> UnusedFolder:
     where = folder.relative_to(root)
-    key = folder.name.rpartition("-")[0] if where.parts[0] == "damaged" else folder.name
-    return {"folder": where.as_posix(), "key": key, "size": _size(folder)}
+    key = folder.name.rpartition("-")[0] if where.parts[0] == DAMAGED_FOLDER else folder.name
+    return UnusedFolder(where.as_posix(), key, _size(folder))
 
 
 def _with_ancestors(wanted: set[str], folders: list[Path]) -> set[str]:
@@ -131,10 +160,10 @@ def _with_ancestors(wanted: set[str], folders: list[Path]) -> set[str]:
 
 def _parents(folder: Path) -> set[str]:
     path = folder / SPEC_FILE
-    if folder.parent.name == "work" and not path.exists():
+    if folder.parent.name == WORK_FOLDER and not path.exists():
         return set()  # begun this moment: its run's record names the parents
     try:
-        return {digest[:16] for digest in json.loads(path.read_text(encoding="utf-8"))["parents"].values()}
+        return {digest[:KEY_DIGITS] for digest in json.loads(path.read_text(encoding="utf-8"))["parents"].values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise IntegrityError(
             f"{path} cannot be read ({type(error).__name__}: {error}), so what this stage was made from is unknown and "

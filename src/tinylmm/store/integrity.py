@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import IntegrityError, TinyLMMError
+from tinylmm.store.layout import MANIFEST_FILE, MARKER_FILE, OUTPUT_FOLDER
 
-MANIFEST_FILE = "manifest.json"
-MARKER_FILE = "COMPLETE"
-OUTPUT_FOLDER = "output"
 HASH_THREADS = min(4, os.cpu_count() or 1)
 """hashlib lets go of the interpreter lock, so files are hashed side by side."""
 
@@ -29,30 +27,40 @@ FileRecord = dict[str, Any]
 """{"sha256": 64 hexadecimal digits, "size": bytes}"""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that a crash leaves the old file or the new one, on disk, never a part.
+def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Write a file so that every reader, also after a kill, finds the old file or the new one, never a part.
+
+    Its permissions are those that the umask gives any new file, so colleagues can read what they may read elsewhere.
+
+    Args:
+        path: the file; its folder exists.
+        content: text is written as UTF-8.
+        durable: whether the file is on the disk when this returns. Without it a power cut may lose the new content (a
+            cache can be made again), and writing many small files is faster.
 
     Raises:
         TinyLMMError: the disk is full; `path` is as it was.
     """
-    content = text.encode()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    payload = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(payload)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:  # also a signal
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
             raise TinyLMMError(
-                f"The disk is full: writing {path} needs {len(content)} bytes, its disk has {free} free (or a quota is "
+                f"The disk is full: writing {path} needs {len(payload)} bytes, its disk has {free} free (or a quota is "
                 "used up). Free some space (`tinylmm store gc` lists what no run uses) and give the same command again."
             ) from error
         raise
-    sync_path(path.parent)
+    if durable:
+        sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 
 import psutil
 
-import tinylmm
+from tinylmm.version import __version__
 
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 PID_NAMESPACE_LINK = Path("/proc/self/ns/pid")
+PROCESS_FIELDS = ("pid", "host", "boot_id", "pid_namespace", "process_start")
+"""What `this_process` says."""
 START_TOLERANCE_SECONDS = 2.0
 """The kernel's boot time, from which a start time is counted, wavers by a second when the clock is adjusted."""
 
@@ -117,7 +119,7 @@ def software_versions() -> dict[str, str | None]:
     None stands for what is not there: a package that is not installed, a tinylmm that does not run from its checkout.
     """
     versions: dict[str, str | None] = {
-        "tinylmm": tinylmm.__version__,
+        "tinylmm": __version__,
         "git": _commit(),
         "python": platform.python_version(),
     }
@@ -130,7 +132,7 @@ def software_versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    package = Path(tinylmm.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     checkout = package.parent.parent
     if not (checkout / ".git").exists() or package != checkout / "src" / "tinylmm":
         return None  # installed from a wheel: a repository around it is the user's, not ours

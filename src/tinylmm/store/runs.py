@@ -1,4 +1,4 @@
-"""Run folders, `store/runs/<name>`: made atomically, each with a record that always reads whole. No torch here."""
+"""Run folders, `runs/<name>` of a store: made atomically, each with a record that always reads whole. No torch here."""
 
 from __future__ import annotations
 
@@ -8,42 +8,190 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.store.integrity import write_atomic
-from tinylmm.store.provenance import ended_with_boot, is_running, iso, now, software_versions, this_process
+from tinylmm.store.layout import RUN_FILE, StoreLayout
+from tinylmm.store.provenance import (
+    PROCESS_FIELDS,
+    ended_with_boot,
+    is_running,
+    iso,
+    now,
+    software_versions,
+    this_process,
+)
 
-RUN_FILE = "run.json"
+RUN_FORMAT = 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 NAME_LENGTH = 200
+TRAIN = "train"
+"""Kind of the stages that leave a model."""
 
-Run = dict[str, Any]
-"""run.json with `folder` (Path) added; `status` is running, done, failed, stopped or unreadable."""
+StageStatus = Literal["todo", "running", "run", "reused", "failed"]
+RunStatus = Literal["running", "done", "failed", "stopped", "unreadable"]
 
 log = logging.getLogger(__name__)
 
 
-def create_run(store_root: Path, base_name: str, record: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class StageRow:
+    """A stage as its run saw it.
+
+    Attributes:
+        kind, name, digest: as in `store/stage.py`.
+        key: name of its folder.
+        status: `run` if this run made it, `reused` if the store had it.
+        seconds: that this run spent on it; None unless it made it.
+    """
+
+    kind: str
+    name: str
+    digest: str
+    key: str
+    status: StageStatus = "todo"
+    seconds: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has this stage's result."""
+        return self.status in ("run", "reused")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says of a run.
+
+    Attributes:
+        folder: where it lies. Its name is the run's name: that is what every command finds it by.
+        status: `running` only while the process may be alive; `unreadable` if run.json cannot be read.
+        created, finished: ISO 8601; `finished` is None as long as it is not.
+        stages: in the order in which they are made.
+        versions: of the software (`provenance.software_versions`).
+        overrides: the words that the user gave.
+        spec: the run's whole configuration, as plain JSON.
+        process: what `provenance.this_process` said; empty in an unreadable record.
+        problem: a sentence that says why run.json cannot be read; else empty.
+    """
+
+    folder: Path
+    status: RunStatus
+    created: str
+    finished: str | None = None
+    stages: tuple[StageRow, ...] = ()
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    process: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def host(self) -> str:
+        """The host that the run was started on; empty if unknown."""
+        return str(self.process.get("host") or "")
+
+    @property
+    def trainings(self) -> tuple[StageRow, ...]:
+        """The stages that leave a model, in their order."""
+        return tuple(stage for stage in self.stages if stage.kind == TRAIN)
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return {
+            "format": RUN_FORMAT,
+            "name": self.name,
+            "status": self.status,
+            "created": self.created,
+            "finished": self.finished,
+            "stages": [dict(vars(stage)) for stage in self.stages],
+            "versions": dict(self.versions),
+            "overrides": list(self.overrides),
+            "spec": dict(self.spec),
+            **self.process,
+        }
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Return the record of the run in `folder`; the one reader of run.json.
+
+    A record that says "running" reads as "stopped" if its process is gone (of another host's nothing can be known here).
+
+    Raises:
+        IntegrityError: run.json is missing, of another format, or damaged; the message names it.
+    """
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        run = _parsed(folder, content)
+        if run.status == "running" and (is_running(content) is False or ended_with_boot(content, path.stat().st_mtime)):
+            return replace(run, status="stopped")
+        return run
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise IntegrityError(f"{path} cannot be read ({reason}).") from error
+
+
+def _parsed(folder: Path, content: Mapping[str, Any]) -> RunRecord:
+    """The typed record of run.json's content."""
+    if (found := content.get("format")) != RUN_FORMAT:
+        raise ValueError(
+            f"format is {found!r}, this version reads {RUN_FORMAT}; use the version of tinylmm that wrote it"
+        )
+    if content["status"] not in get_args(RunStatus) or not isinstance(content["created"], str):
+        raise ValueError("status or created is not what it may be")
+    return RunRecord(
+        folder,
+        content["status"],
+        content["created"],
+        content.get("finished"),
+        tuple(map(_parsed_row, content["stages"])),
+        content.get("versions") or {},
+        tuple(content.get("overrides") or ()),
+        content.get("spec") or {},
+        {key: content[key] for key in PROCESS_FIELDS if key in content},
+    )
+
+
+def _parsed_row(content: Mapping[str, Any]) -> StageRow:
+    names = {key: content[key] for key in ("kind", "name", "digest", "key")}
+    status = content.get("status", "todo")
+    if not all(isinstance(name, str) for name in names.values()) or status not in get_args(StageStatus):
+        raise ValueError(f"the stage {names['name']!r} has a field that is not what it may be")
+    return StageRow(**names, status=cast(StageStatus, status), seconds=content.get("seconds"))
+
+
+def create_run(
+    store_root: Path,
+    base_name: str,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    stages: Sequence[StageRow] = (),
+) -> Path:
     """Make the folder of a new run with its run.json in it, and return it. Never an existing folder.
 
     Args:
         store_root: the store.
         base_name: what the run is made of; names the folder (with date and random suffix) if the user named no other.
-        record: plain JSON for run.json. A `name` in it is the user's and is taken as it is (`name-2`, `name-3` and
-            so on if there are such runs already). status, created, finished, stages and versions are filled in where
-            they are missing, and always what identifies this process.
+        name: the user's, taken as it is; `name-2`, `name-3` and so on if there are such runs already.
+        overrides, spec, stages: as in `RunRecord`.
 
     Raises:
         UserError: the name has other characters than letters, digits, `.`, `_` and `-`, or belongs to a live run; or the
             store cannot be written.
     """
-    runs = Path(store_root) / "runs"
-    explicit = record.get("name")
-    check_name(explicit if explicit is not None else base_name)
+    runs = StoreLayout(Path(store_root)).runs
+    check_name(base_name if name is None else name)
     # Filled before it gets its name, so nobody ever meets a run folder without a record.
     draft = runs / f".{secrets.token_hex(8)}.tmp"
     try:
@@ -53,15 +201,24 @@ def create_run(store_root: Path, base_name: str, record: dict[str, Any]) -> Path
             f"store: nothing can be written to {runs.parent.absolute()} ({error.strerror}). "
             "Name a folder that you may write to with store=PATH or the environment variable TINYLMM_STORE."
         ) from error
+    record = RunRecord(
+        draft,
+        "running",
+        now(),
+        stages=tuple(stages),
+        versions=software_versions(),
+        overrides=tuple(overrides),
+        spec=spec or {},
+        process=this_process(),
+    )
     try:
-        for name in _series(runs, explicit) if explicit is not None else _dated(base_name):
-            filled = {"format": 1, "name": name, "status": "running", "created": now(), "finished": None, "stages": []}
-            versions = {"versions": software_versions()}
-            write_run(draft, {**filled, **versions, **record, **this_process(), "name": name})
-            if _took_name(draft, runs / name):
-                if name != explicit and explicit is not None:
-                    log.warning("a run named %s exists; this one is %s", explicit, name)
-                return runs / name
+        for candidate in _dated(base_name) if name is None else _series(runs, name):
+            folder = runs / candidate
+            write_run(draft, replace(record, folder=folder))
+            if _took_name(draft, folder):
+                if name not in (None, candidate):
+                    log.warning("a run named %s exists; this one is %s", name, candidate)
+                return folder
     finally:
         if draft.exists():
             shutil.rmtree(draft)
@@ -81,24 +238,16 @@ def check_name(name: str) -> None:
         )
 
 
-def write_run(folder: Path, record: dict[str, Any]) -> None:
-    """Write run.json atomically; a `folder` in the record (as `read_runs` adds it) is left out."""
-    kept = {key: value for key, value in record.items() if key != "folder"}
-    write_atomic(folder / RUN_FILE, json.dumps(kept, indent=1, ensure_ascii=False))
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Write run.json into a folder, atomically."""
+    write_atomic(folder / RUN_FILE, json.dumps(record.as_json(), indent=1, ensure_ascii=False))
 
 
-def read_runs(store_root: Path) -> list[Run]:
-    """Return all runs, newest first.
-
-    A record says "running" only while its process may be alive: a dead one's reads as "stopped" (of another host's
-    process nothing can be known here). A run.json that cannot be read gives a row with status "unreadable" and
-    `problem`, a sentence that says why.
-    """
-    runs = Path(store_root) / "runs"
-    folders = (
-        [path for path in runs.iterdir() if path.is_dir() and not path.name.startswith(".")] if runs.is_dir() else []
-    )
-    return sorted(map(_read_run, folders), key=lambda run: (run["created"], run["name"]), reverse=True)
+def read_runs(store_root: Path) -> list[RunRecord]:
+    """Return all runs, newest first; one whose run.json cannot be read has status "unreadable" and a `problem`."""
+    runs = StoreLayout(Path(store_root)).runs
+    folders = [path for path in runs.iterdir() if path.is_dir() and path.name[0] != "."] if runs.is_dir() else []
+    return sorted(map(_readable_or_not, folders), key=lambda run: (run.created, run.name), reverse=True)
 
 
 def used_digests(store_root: Path) -> set[str]:
@@ -109,13 +258,20 @@ def used_digests(store_root: Path) -> set[str]:
     """
     digests: set[str] = set()
     for run in read_runs(store_root):
-        if run["status"] == "unreadable":
+        if run.status == "unreadable":
             raise IntegrityError(
-                f"{run['problem']} Which stages this run uses is unknown, so nothing is deleted. Repair the file, or "
-                f"delete the folder {run['folder']} to give the run up."
+                f"{run.problem} Which stages this run uses is unknown, so nothing is deleted. Repair the file, or "
+                f"delete the folder {run.folder} to give the run up."
             )
-        digests |= {stage["digest"] for stage in run["stages"]}
+        digests |= {stage.digest for stage in run.stages}
     return digests
+
+
+def _readable_or_not(folder: Path) -> RunRecord:
+    try:
+        return read_run(folder)
+    except IntegrityError as error:
+        return RunRecord(folder, "unreadable", iso(folder.stat().st_mtime), problem=str(error))
 
 
 def _series(runs: Path, name: str) -> Iterator[str]:
@@ -126,11 +282,11 @@ def _series(runs: Path, name: str) -> Iterator[str]:
         if not (runs / candidate).exists():
             yield candidate  # whoever comes back here lost it to another process: it exists now, and is looked at
             continue
-        run = _read_run(runs / candidate)
-        if run["status"] == "running" and run.get("pid") != os.getpid():
+        run = _readable_or_not(runs / candidate)
+        if run.status == "running" and run.process.get("pid") != os.getpid():
             raise UserError(
-                f"name: the run {candidate!r} is still running, as process {run.get('pid')} on {run.get('host')} since "
-                f"{run['created']}. Wait for it, stop it, or choose another name."
+                f"name: the run {candidate!r} is still running, as process {run.process.get('pid')} on {run.host} since "
+                f"{run.created}. Wait for it, stop it, or choose another name."
             )
         number += 1
 
@@ -149,28 +305,3 @@ def _took_name(draft: Path, folder: Path) -> bool:
             return False
         raise
     return True
-
-
-def _read_run(folder: Path) -> Run:
-    path = folder / RUN_FILE
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"name", "status", "created", "stages"} - set(run):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if not all(isinstance(stage["digest"], str) for stage in run["stages"]) or not isinstance(run["created"], str):
-            raise ValueError("a stage's digest or the time of creation is not text")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        created = iso(folder.stat().st_mtime)
-        problem = f"{path} cannot be read ({reason})."
-        return {
-            "name": folder.name,
-            "status": "unreadable",
-            "created": created,
-            "problem": problem,
-            "stages": [],
-            "folder": folder,
-        }
-    if run["status"] == "running" and (is_running(run) is False or ended_with_boot(run, path.stat().st_mtime)):
-        run["status"] = "stopped"
-    return {**run, "folder": folder}

@@ -27,10 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinylmm.errors import IntegrityError
-from tinylmm.planning.graph import STAGE_VERSIONS, Stage
-from tinylmm.stages.job import JOB_FILE
 from tinylmm.store.claims import held
-from tinylmm.store.gc import SPEC_FILE, collect_garbage, discard, list_stages, remove
+from tinylmm.store.gc import StoredStage, UnusedFolder, collect_garbage, discard, list_stages, remove
 from tinylmm.store.integrity import (
     MANIFEST_FILE,
     MARKER_FILE,
@@ -43,12 +41,10 @@ from tinylmm.store.integrity import (
     write_atomic,
     write_manifest,
 )
+from tinylmm.store.layout import CHECKPOINT_FOLDER, ERROR_FILE, JOB_FILE, LOG_FILE, SPEC_FILE, StoreLayout
 from tinylmm.store.provenance import iso, peak_rss_mib, software_versions
-from tinylmm.store.stage import canonical_json, difference
+from tinylmm.store.stage import Stage, difference
 
-ERROR_FILE = "error.txt"
-LOG_FILE = "log.txt"
-CHECKPOINT_FOLDER = "checkpoints"
 NOT_PUBLISHED = (CHECKPOINT_FOLDER, JOB_FILE, ERROR_FILE)
 NOT_IN_MANIFEST = (*NOT_PUBLISHED, LOG_FILE)
 """log.txt is published but not proven: lines are still written to it while the stage is being published."""
@@ -64,15 +60,16 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
+        self.layout = StoreLayout(self.root)
         self._verified: set[str] = set()
 
     def folder(self, stage: Stage) -> Path:
         """Where the finished stage lies, or will lie."""
-        return self.root / "stages" / stage.key
+        return self.layout.stage(stage.key)
 
     def work_folder(self, stage: Stage) -> Path:
         """Where the stage is worked on."""
-        return self.root / "work" / stage.key
+        return self.layout.work_on(stage.key)
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -109,10 +106,11 @@ class Store:
         path = self.folder(stage) / SPEC_FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            stored = {key: stored.get(key) for key in _identity(stage)}
+            asked = stage.identity
+            stored = {key: stored.get(key) for key in asked}
         except (OSError, ValueError, AttributeError) as error:
             raise IntegrityError(f"{path} cannot be read ({error}).") from error
-        if lines := difference(stored, _identity(stage)):
+        if lines := difference(stored, asked):
             raise IntegrityError(
                 f"{path} is not what this run asks for, although the digest is the same (stored -> asked):\n  "
                 + "\n  ".join(lines)
@@ -182,7 +180,7 @@ class Store:
         work = self.work_folder(stage)
         (work / OUTPUT_FOLDER).mkdir(parents=True, exist_ok=True)
         (work / MANIFEST_FILE).unlink(missing_ok=True)  # what it describes is about to change
-        spec = {**_identity(stage), "digest": stage.digest, "settings": stage.settings}
+        spec = {**stage.identity, "digest": stage.digest, "settings": stage.settings}
         write_atomic(work / SPEC_FILE, json.dumps(spec, indent=1, ensure_ascii=False))
         return work
 
@@ -256,29 +254,22 @@ class Store:
 
     def _set_aside(self, folder: Path) -> None:
         for number in count(1):
-            target = self.root / "damaged" / f"{folder.name}-{number}"
+            target = self.layout.damaged / f"{folder.name}-{number}"
             if not target.exists():
                 break
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
         log.warning("%s was damaged and is set aside in %s; it is made anew", folder.name, target)
 
-    # ------------------------------------------------------------------------------------------- housekeeping
+    # ------------------------------------------------------------------------------------------- listing, deleting
 
-    def ls(self) -> list[dict[str, Any]]:
-        """Return one row for each stage; see `housekeeping.list_stages`."""
+    def ls(self) -> list[StoredStage]:
+        """Return one row for each stage; see `store/gc.py`."""
         return list_stages(self.root)
 
-    def gc(self, keep: set[str], dry_run: bool = True) -> list[dict[str, Any]]:
-        """Delete what no run uses, and return what that is; see `housekeeping.collect_garbage`."""
+    def gc(self, keep: set[str], dry_run: bool = True) -> list[UnusedFolder]:
+        """Delete what no run uses, and return what that is; see `gc.collect_garbage`."""
         return collect_garbage(self.root, keep, dry_run)
-
-
-def _identity(stage: Stage) -> dict[str, Any]:
-    """What the digest is made of, as it reads back from JSON."""
-    fields = {"kind": stage.kind, "version": STAGE_VERSIONS[stage.kind], "spec": stage.spec, "parents": stage.parents}
-    identity: dict[str, Any] = json.loads(canonical_json(fields))
-    return identity
 
 
 def _digest_problems(folder: Path, stage: Stage) -> list[str]:

@@ -1,4 +1,4 @@
-"""A stage's fields as transformers.TrainingArguments, and DeepSpeed's configuration as a dict."""
+"""A train stage's fields as transformers.TrainingArguments, and DeepSpeed's configuration as a dict."""
 
 from __future__ import annotations
 
@@ -8,73 +8,81 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-PARTS = ("llm", "vision_tower", "connector")
+from tinylmm.config.fields import PARTS
+from tinylmm.config.spec import LaunchSpec, TrackingSpec
+from tinylmm.config.trainer import TrainerSpec
+from tinylmm.planning.specs import TrainStage
+from tinylmm.store.layout import CHECKPOINT_FOLDER
 
 
-def peak_learning_rates(lr: float | dict[str, float]) -> dict[str, float]:
+def peak_learning_rates(lr: float | dict[Any, float]) -> dict[str, float]:
     """One peak learning rate a part."""
-    return dict.fromkeys(PARTS, lr) if isinstance(lr, (int, float)) else dict(lr)
+    return dict(lr) if isinstance(lr, dict) else dict.fromkeys(PARTS, lr)
 
 
 def training_arguments(
-    spec: dict[str, Any], settings: dict[str, Any], folder: Path, steps: int, accumulation: int, use_cpu: bool
+    spec: TrainStage,
+    launch: LaunchSpec,
+    tracking: TrackingSpec,
+    trainer: TrainerSpec,
+    folder: Path,
+    steps: int,
+    accumulation: int,
+    use_cpu: bool,
 ) -> TrainingArguments:
     """Translate a train stage.
 
     Args:
-        spec: result-deciding fields (`StageSpec` plus seed and trainer).
-        settings: launch and tracking fields.
         folder: the stage's work folder.
         steps: optimiser steps in all.
         accumulation: micro-batches a rank takes in one step.
         use_cpu: train on the CPU.
     """
-    launch, tracking = settings["launch"], settings["tracking"]
     fields: dict[str, Any] = dict(  # noqa: C408 (reads as the call it becomes)
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / CHECKPOINT_FOLDER),
         max_steps=steps,
         per_device_train_batch_size=_micro_batch(launch, spec, accumulation),
         gradient_accumulation_steps=accumulation,
-        learning_rate=max(peak_learning_rates(spec["lr"]).values()),
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(spec["schedule"], spec["schedule"]),
-        warmup_steps=math.ceil(spec["warmup_ratio"] * steps),
-        weight_decay=spec["weight_decay"],
-        adam_beta1=spec["adam_betas"][0],
-        adam_beta2=spec["adam_betas"][1],
-        adam_epsilon=spec["adam_epsilon"],
-        max_grad_norm=spec["max_grad_norm"],
+        learning_rate=max(peak_learning_rates(spec.lr).values()),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(spec.schedule, spec.schedule),
+        warmup_steps=math.ceil(spec.warmup_ratio * steps),
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.adam_betas[0],
+        adam_beta2=spec.adam_betas[1],
+        adam_epsilon=spec.adam_epsilon,
+        max_grad_norm=spec.max_grad_norm,
         optim="adamw_torch" if use_cpu else "adamw_torch_fused",
-        bf16=spec["precision"] == "bf16",
-        fp16=spec["precision"] == "fp16",
+        bf16=spec.precision == "bf16",
+        fp16=spec.precision == "fp16",
         tf32=None,
-        seed=spec["seed"],
+        seed=spec.seed,
         logging_strategy="steps",
-        logging_steps=tracking["log_steps"],
+        logging_steps=tracking.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="no",  # our callback decides, our writer publishes
-        report_to=_trackers(tracking),
+        report_to=[*(["tensorboard"] if tracking.tensorboard else []), *(["wandb"] if tracking.wandb.enabled else [])],
         disable_tqdm=True,
         # Trainer quietly leaves DeepSpeed out where use_cpu is set; without a GPU it takes the CPU anyway.
-        use_cpu=use_cpu and not launch["deepspeed_stage"],
-        ddp_backend="gloo" if use_cpu and launch["backend"] == "torchrun" else None,
-        dataloader_num_workers=launch["num_workers"],
+        use_cpu=use_cpu and not launch.deepspeed_stage,
+        ddp_backend="gloo" if use_cpu and launch.backend == "torchrun" else None,
+        dataloader_num_workers=launch.num_workers,
         remove_unused_columns=False,
-        deepspeed=deepspeed_config(launch, spec, accumulation) if launch["deepspeed_stage"] else None,
+        deepspeed=deepspeed_config(launch, spec, accumulation) if launch.deepspeed_stage else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        ddp_timeout=launch["step_timeout_s"],
+        ddp_timeout=launch.step_timeout_s,
     )
-    return TrainingArguments(**(fields | spec["trainer"]))
+    return TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer))
 
 
-def deepspeed_config(launch: dict[str, Any], spec: dict[str, Any], accumulation: int) -> dict[str, Any]:
+def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration for ZeRO stage 2 or 3 with a client optimiser.
 
     ZeRO-3's "auto" sizes are written out: they would be read from the LLM's config, which knows nothing of the tower.
     """
-    zero: dict[str, Any] = {"stage": launch["deepspeed_stage"], "overlap_comm": True, "contiguous_gradients": True}
-    if launch["deepspeed_stage"] == 3:
+    zero: dict[str, Any] = {"stage": launch.deepspeed_stage, "overlap_comm": True, "contiguous_gradients": True}
+    if launch.deepspeed_stage == 3:
         zero |= {
             "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": 100_000,
@@ -84,19 +92,15 @@ def deepspeed_config(launch: dict[str, Any], spec: dict[str, Any], accumulation:
     return {
         "train_micro_batch_size_per_gpu": _micro_batch(launch, spec, accumulation),
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": spec["max_grad_norm"],
+        "gradient_clipping": spec.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": spec["precision"] == "bf16"},
-        "fp16": {"enabled": spec["precision"] == "fp16"},
+        "bf16": {"enabled": spec.precision == "bf16"},
+        "fp16": {"enabled": spec.precision == "fp16"},
         "steps_per_print": 2_000_000_000,
     }
 
 
-def _micro_batch(launch: dict[str, Any], spec: dict[str, Any], accumulation: int) -> int:
-    return math.ceil(spec["global_batch"] / (accumulation * launch["nproc"]))
-
-
-def _trackers(tracking: dict[str, Any]) -> list[str]:
-    return [*(["tensorboard"] if tracking["tensorboard"] else []), *(["wandb"] if tracking["wandb"]["enabled"] else [])]
+def _micro_batch(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> int:
+    return math.ceil(spec.global_batch / (accumulation * launch.nproc))

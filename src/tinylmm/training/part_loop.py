@@ -10,7 +10,6 @@ import hashlib
 import io
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from tinylmm.errors import NonFiniteError, StoppedError
-from tinylmm.stages.job import StageJob
 from tinylmm.stop import stop_requested
+from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import CHECKPOINT_FOLDER
+from tinylmm.training.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_FILE = "checkpoints/latest.pt"
+CHECKPOINT_FILE = f"{CHECKPOINT_FOLDER}/latest.pt"
 SAVE_EVERY_S = 20.0
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
@@ -56,14 +57,21 @@ class LoopSettings:
     log_steps: int = 10
 
 
-def train_loop(model: nn.Module, loss_of_step: Callable[[int], Tensor], settings: LoopSettings, job: StageJob) -> float:
+def train_loop(
+    model: nn.Module,
+    loss_of_step: Callable[[int], Tensor],
+    settings: LoopSettings,
+    folder: Path,
+    metrics: MetricsFile,
+) -> float:
     """Train `model` in place, from the newest valid checkpoint if there is one.
 
     Args:
         model: in its initial state, the same at every try.
         loss_of_step: step from 0 -> scalar loss; draws its batch from (seed, step) alone.
         settings: how long and how fast.
-        job: gives the work folder and takes the progress rows.
+        folder: the stage's work folder; its checkpoint lies in it.
+        metrics: takes the progress rows.
 
     Returns:
         The last step's loss.
@@ -73,9 +81,9 @@ def train_loop(model: nn.Module, loss_of_step: Callable[[int], Tensor], settings
         StoppedError: a stop was asked for; a checkpoint is on disk.
     """
     optimizer = _optimizer(model, settings)
-    path = job.folder / CHECKPOINT_FILE
+    path = folder / CHECKPOINT_FILE
     first = _resume(path, model, optimizer)
-    job.forget_metrics_after(first)
+    metrics.forget_after(first)
     model.train()
     saved = logged = time.monotonic()
     logged_step = first
@@ -98,7 +106,7 @@ def train_loop(model: nn.Module, loss_of_step: Callable[[int], Tensor], settings
         if done % settings.log_steps == 0 or done == settings.steps:
             speed = (done - logged_step) * settings.batch / max(now - logged, 1e-9)
             lr = optimizer.param_groups[0]["lr"]
-            job.log_metrics(
+            metrics.append(
                 step=done, steps=settings.steps, loss=loss_value, lr=lr, grad_norm=norm, samples_per_s=round(speed, 1)
             )
             logged, logged_step = now, done
@@ -150,17 +158,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     payload = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomic(path, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+
+from tinylmm.config.spec import TrackingSpec
+from tinylmm.store.layout import OUTPUT_FOLDER
 
 log = logging.getLogger(__name__)
 
 
-def configure_trackers(tracking: dict[str, Any], folder: Path, name: str) -> None:
+def configure_trackers(tracking: TrackingSpec, folder: Path, name: str) -> None:
     """Set the trackers' environment for one stage.
 
     Args:
@@ -20,14 +22,14 @@ def configure_trackers(tracking: dict[str, Any], folder: Path, name: str) -> Non
 
     Weights & Biases works offline where no key is to be had from the environment or ~/.netrc: `wandb sync` uploads later.
     """
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "output" / "tensorboard")
-    wandb = tracking["wandb"]
-    if not wandb["enabled"]:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / OUTPUT_FOLDER / "tensorboard")
+    wandb = tracking.wandb
+    if not wandb.enabled:
         return
-    os.environ |= {"WANDB_PROJECT": wandb["project"], "WANDB_DIR": str(folder / "output"), "WANDB_NAME": name}
+    os.environ |= {"WANDB_PROJECT": wandb.project, "WANDB_DIR": str(folder / OUTPUT_FOLDER), "WANDB_NAME": name}
     os.environ |= {"WANDB_LOG_MODEL": "false", "WANDB_WATCH": "false"}
-    if wandb["entity"]:
-        os.environ["WANDB_ENTITY"] = wandb["entity"]
+    if wandb.entity:
+        os.environ["WANDB_ENTITY"] = wandb.entity
     if "WANDB_MODE" not in os.environ and not _has_key():
         log.warning(
             "no Weights & Biases key in WANDB_API_KEY or ~/.netrc: it works offline; upload later with `wandb sync`"

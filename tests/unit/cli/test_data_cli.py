@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from tests.builders import tiny_tokenizer
+from tests.builders import NoFiles, tiny_tokenizer
 from tests.integration.project import Project, tiny_project
 from tinylmm.cli.main import app
 from tinylmm.config.compose import compose_run
@@ -169,7 +169,7 @@ def test_data_that_a_run_makes_itself_is_not_there_before_it(tmp_path: Path) -> 
 
 def test_data_and_tokenizer_that_runs_have_made_are_taken_from_the_store(tmp_path: Path) -> None:
     words = [f"store={tmp_path}"]
-    graph = build_graph(compose_run(words), lambda kind, thing: {})
+    graph = build_graph(compose_run(words), NoFiles())
     made = {stage.name: stage for stage in graph}
     store = Store(tmp_path)
     digits = graph[made["prepare[finetune]"].parents["data"]]

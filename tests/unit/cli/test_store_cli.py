@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 
 from tinylmm.cli.store import app, runs
 from tinylmm.errors import UserError
-from tinylmm.planning.graph import STAGE_VERSIONS, Stage
 from tinylmm.store.claims import claim
-from tinylmm.store.runs import create_run
-from tinylmm.store.stage import digest
+from tinylmm.store.runs import StageRow, create_run
+from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 RUNS_APP = typer.Typer()
@@ -24,8 +23,7 @@ RUNS_APP.command("runs")(runs)
 
 
 def publish(store: Store, name: str) -> Stage:
-    identity = {"kind": "prepare", "version": STAGE_VERSIONS["prepare"], "spec": {"name": name}, "parents": {}}
-    stage = Stage("prepare", name, digest(identity), {"name": name}, {})
+    stage = Stage.of("prepare", name, 1, {"name": name}, {}, {})
     (store.begin(stage) / "output/a.bin").write_bytes(bytes(1000))
     store.publish(stage, {}, time.time())
     return stage
@@ -40,8 +38,7 @@ def store(tmp_path: Path) -> Store:
 def used(store: Store) -> Stage:
     """A stage that the run `mine` refers to."""
     stage = publish(store, "prepare[pretrain]")
-    record = {"name": stage.name, "kind": stage.kind, "digest": stage.digest, "key": stage.key, "status": "run"}
-    create_run(store.root, "base", {"name": "mine", "stages": [record]})
+    create_run(store.root, "base", "mine", stages=[StageRow(stage.kind, stage.name, stage.digest, stage.key, "run")])
     return stage
 
 
@@ -63,7 +60,7 @@ def test_a_narrow_terminal_does_not_cut_names_off(store: Store, used: Stage) -> 
 
 def test_ls_as_json_is_what_the_store_says(store: Store, used: Stage) -> None:
     rows = json.loads(call(store, "ls", "--json").stdout)
-    assert rows == store.ls()
+    assert rows == [{**vars(row), "runs": list(row.runs)} for row in store.ls()]
     assert [(row["key"], row["runs"]) for row in rows] == [(used.key, ["mine"])]
 
 

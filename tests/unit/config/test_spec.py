@@ -1,14 +1,16 @@
 """Claims about the spec models: frozen, closed, dumped by the YAML's own names, faults told in plain words."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
-from tinylmm.config.recipe import RecipeSpec, StageSpec, TuneHow, TuneSpec
+from tinylmm.config.fields import TemplateName
+from tinylmm.config.recipe import RecipeSpec, RecipeStage, TuneHow, TuneSpec
 from tinylmm.config.spec import LaunchSpec, RunSpec, SourceSpec, TokenizerSpec
+from tinylmm.data.chat import TEMPLATES
 
 STAGE: dict[str, Any] = {
     "from": "parts",
@@ -22,18 +24,18 @@ STAGE: dict[str, Any] = {
 
 
 def test_a_spec_cannot_be_changed_and_takes_no_unknown_key() -> None:
-    stage = StageSpec.model_validate(STAGE)
+    stage = RecipeStage.model_validate(STAGE)
     with pytest.raises(ValidationError, match="frozen"):
         stage.lr = 1.0  # type: ignore[misc]
     with pytest.raises(ValidationError, match="Extra inputs"):
-        StageSpec.model_validate(STAGE | {"learning_rate": 1})
+        RecipeStage.model_validate(STAGE | {"learning_rate": 1})
 
 
 def test_a_spec_is_dumped_and_loaded_by_the_names_of_the_yaml() -> None:
-    stage = StageSpec.model_validate(STAGE)
+    stage = RecipeStage.model_validate(STAGE)
     dump = stage.model_dump(mode="json")
     assert dump["from"] == "parts" and "start" not in dump
-    assert StageSpec.model_validate_json(json.dumps(dump)) == stage
+    assert RecipeStage.model_validate_json(json.dumps(dump)) == stage
 
 
 def test_only_the_connector_is_trained_by_default() -> None:
@@ -105,8 +107,8 @@ def test_fields_that_contradict_each_other_are_refused(model: Any, values: dict[
 def test_a_fault_of_a_union_is_told_once_in_plain_words() -> None:
     raw = STAGE | {"lr": "fast", "tune": {"llm": "half"}}
     with pytest.raises(ValidationError) as caught:
-        StageSpec.model_validate_json(json.dumps(raw), strict=True)
-    assert [str(fault) for fault in faults_of(caught.value, StageSpec, raw, "recipe.stages.a")] == [
+        RecipeStage.model_validate_json(json.dumps(raw), strict=True)
+    assert [str(fault) for fault in faults_of(caught.value, RecipeStage, raw, "recipe.stages.a")] == [
         "recipe.stages.a.tune.llm: is 'half'; it must be one of frozen, full, lora, qlora, "
         "or a mapping with from_layer, lora, qlora.",
         "recipe.stages.a.lr: is 'fast'; it must be a number above 0, "
@@ -118,3 +120,7 @@ def test_every_key_can_be_described_and_found_by_its_last_segment() -> None:
     assert all(describe(field.annotation) for field in keys_of(LaunchSpec).values())
     paths = list(paths_by_leaf(RunSpec))
     assert ("lr", "recipe.stages.<name>.lr") in paths and ("_target_", "llm._target_") in paths
+
+
+def test_the_templates_that_a_spec_may_name_are_those_that_have_a_layout() -> None:
+    assert get_args(TemplateName) == tuple(TEMPLATES)

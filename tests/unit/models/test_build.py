@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import builders
 from tests.builders import IMAGE_SIZE, VISION
 from tests.unit.models.llms import choice, shrink, tiny_llm
 from tinylmm.errors import UserError
-from tinylmm.models.build import build_lmm
 from tinylmm.models.lmm import LMM
 
 TOWER = {
@@ -23,7 +23,7 @@ TOWER = {
 }
 
 
-def build(llm: dict[str, Any], folders: dict[str, str] | None = None, **more: Any) -> LMM:
+def build(llm: dict[str, Any], folder: Path | None = None, **more: Any) -> LMM:
     spec = {
         "llm": llm,
         "vision_tower": TOWER,
@@ -31,7 +31,7 @@ def build(llm: dict[str, Any], folders: dict[str, str] | None = None, **more: An
         "connector": {"_target_": "tinylmm.models.connectors.MLPConnector", "options": {}},
         **more,
     }
-    return build_lmm(spec, {}, folders or {}, "llama", 0, [])
+    return builders.build(spec, folder)
 
 
 @torch.no_grad()
@@ -42,10 +42,8 @@ def test_random_and_published_llms_meet_the_same_connector(tmp_path: Path) -> No
     architecture = shrink(choice("openelm")["architecture"])
     random = build({"_target_": target, "init": "random", "architecture": architecture})
     identity = {"_target_": target, "init": "pretrained", "pretrained": "(local folder)", "revision": None}
-    published = build({**identity, "architecture": architecture}, {"llm": str(tmp_path)})
-    from_hub_class = build(
-        {**identity, "_target_": "tinylmm.models.llm.HubCausalLM", "architecture": {}}, {"llm": str(tmp_path)}
-    )
+    published = build({**identity, "architecture": architecture}, tmp_path)
+    from_hub_class = build({**identity, "_target_": "tinylmm.models.llm.HubCausalLM", "architecture": {}}, tmp_path)
     saved = tiny_llm("openelm", seed=5).state_dict()
     for model in (published, from_hub_class):
         assert all(torch.equal(value, saved[key]) for key, value in model.llm.state_dict().items())
@@ -72,4 +70,4 @@ def test_image_features_are_scaled_only_where_the_spec_says_so() -> None:
 def test_weights_that_are_not_to_be_had_are_named_with_what_to_do(tmp_path: Path) -> None:
     identity = {"_target_": "tinylmm.models.llm.HubCausalLM", "init": "pretrained", "pretrained": "x", "revision": None}
     with pytest.raises(UserError, match=r"(?s)none' cannot be loaded.*hf download.*llm\.pretrained.*llm\.init=random"):
-        build({**identity, "architecture": {}}, {"llm": str(tmp_path / "none")})
+        build({**identity, "architecture": {}}, tmp_path / "none")

@@ -14,14 +14,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.builders import tiny_tokenizer
+from tests.builders import build, tiny_tokenizer, tuning
 from tests.unit.models.llms import WIDTH, choice, shrink
 from tinylmm.config.groups import conf_folder
 from tinylmm.errors import ConfigError
-from tinylmm.models.build import build_lmm
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.lmm import IMAGE_TOKEN_ID, LMM
-from tinylmm.models.tuning import apply_tuning
 
 LLMS = (
     "tinyllama",
@@ -103,10 +101,10 @@ def test_any_three_parts_make_a_model(llm: str, tower: str, connector: str, tmp_
     spec = spec_of(llm, tower, connector)
     if (connector in TWO_ENCODERS_ONLY and tower != "mof") or (connector in SQUARE_GRID_ONLY and tower == "mof"):
         with pytest.raises(ConfigError, match="connector"):
-            build_lmm(spec, {}, {}, "llama", 0, [])
+            build(spec)
         return
-    model = build_lmm(spec, {}, {}, "llama", 0, [])
-    apply_tuning(model, {"llm": "full", "vision_tower": "frozen", "connector": "full"})
+    model = build(spec)
+    tuning(model, {"llm": "full", "vision_tower": "frozen", "connector": "full"})
     prompt = [1] + [IMAGE_TOKEN_ID] * model.image_tokens + [5, 6, 7]
     ids = torch.tensor([[*prompt, 8, 2]])
     targets = torch.full_like(ids, -100)

@@ -12,15 +12,14 @@ import transformers
 import yaml
 from torch import nn
 
-from tests.builders import LLAMA, WIDTH, tiny_tokenizer
+from tests import builders
+from tests.builders import LLAMA, WIDTH, tiny_tokenizer, tuning
 from tinylmm.config.groups import conf_folder
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError
-from tinylmm.models.build import build_lmm
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.encoders import find_anatomy, get_blocks
 from tinylmm.models.lmm import LMM
-from tinylmm.models.tuning import apply_tuning
 from tinylmm.models.vision import HFVisionTower, encode_images, make_tower
 from tinylmm.training.features import open_features
 
@@ -58,7 +57,7 @@ def shrunk(name: str) -> dict[str, Any]:
 def build(identity: dict[str, Any], connector: dict[str, Any] = MLP, **output: Any) -> LMM:
     tower_output = DEFAULTS | {key: identity[key] for key in OUTPUT if key in identity} | output
     spec = {"llm": LLM, "vision_tower": identity, "connector": connector, "tower_output": tower_output}
-    return build_lmm(spec, {}, {}, "llama", 0, [])
+    return builders.build(spec)
 
 
 def encoders(tower: HFVisionTower) -> list[tuple[str, nn.Module]]:
@@ -132,7 +131,7 @@ def test_nothing_behind_the_tapped_layer_is_run(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_gives_gradients_to_exactly_what_is_trained(name: str, tune: Any) -> None:
     model = build(shrunk(name)).train()
-    report = apply_tuning(model, {"llm": "frozen", "vision_tower": tune, "connector": "full"})
+    report = tuning(model, {"llm": "frozen", "vision_tower": tune, "connector": "full"})
     model.train()
     tokens = torch.tensor([[-200] * model.image_tokens + [5, 6, 7]])
     targets = torch.tensor([[-100] * model.image_tokens + [6, 7, 2]])
@@ -194,7 +193,7 @@ def test_a_frozen_tower_gives_the_same_features_in_training_mode() -> None:
     """DINOv3 stretches its positions at random in training mode: meant for its own pretraining, not for a tower."""
     for tune in ("frozen", "full"):
         model = build(shrunk("dinov3"))
-        apply_tuning(model, {"llm": "frozen", "vision_tower": tune, "connector": "full"})
+        tuning(model, {"llm": "frozen", "vision_tower": tune, "connector": "full"})
         model.train()
         assert torch.equal(model.vision_tower(PIXELS), model.vision_tower(PIXELS))
 

@@ -16,13 +16,13 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaForCausalLM, SiglipVisionModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
-from tests.builders import IMAGE_SIZE, WIDTH, folder_bytes, tiny_lmm, tiny_loaded, tiny_tower
+from tests.builders import IMAGE_SIZE, WIDTH, folder_bytes, tiny_lmm, tiny_loaded, tiny_tower, tuning
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.models.adapters import adaptable_linears, merge_adapter
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part, write_merged
 from tinylmm.models.connectors import IdentityConnector, LinearConnector, MLPConnector
 from tinylmm.models.lmm import LMM
-from tinylmm.models.tuning import apply_tuning, connector_blocks, enable_checkpointing
+from tinylmm.models.tuning import connector_blocks, enable_checkpointing
 
 PARTS = ("llm", "vision_tower", "connector")
 FROZEN = dict.fromkeys(PARTS, "frozen")
@@ -59,7 +59,7 @@ def move_adapters(model: LMM) -> None:
 
 def tuned(tune: dict[str, Any], loaded: LoadedModel | None = None) -> LMM:
     model = (loaded or tiny_loaded()).model.train()
-    apply_tuning(model, FROZEN | tune)
+    tuning(model, FROZEN | tune)
     move_adapters(model)
     return model
 
@@ -103,7 +103,7 @@ def test_checkpointing_changes_no_loss_and_reaches_a_trained_tower() -> None:
 
 def test_a_fraction_means_the_upper_part_of_the_whole_tower() -> None:
     model = tiny_lmm()
-    report = apply_tuning(model, FROZEN | {"vision_tower": {"from_layer": 0.34}})
+    report = tuning(model, FROZEN | {"vision_tower": {"from_layer": 0.34}})
     assert report["vision_tower"].mode == "from block 1 of 3"
     assert {n.split(".")[3] for n, p in model.vision_tower.named_parameters() if p.requires_grad} == {"1"}
 
@@ -112,7 +112,7 @@ def test_a_fraction_means_the_upper_part_of_the_whole_tower() -> None:
 def test_a_tower_in_full_leaves_out_what_lies_behind_its_output(kind: str) -> None:
     tower = tiny_tower(kind)
     model = LMM(tiny_lmm().llm, tower, MLPConnector(tower.hidden_size, WIDTH), "llama")
-    report = apply_tuning(model, FROZEN | {"vision_tower": "full"})["vision_tower"]
+    report = tuning(model, FROZEN | {"vision_tower": "full"})["vision_tower"]
     left = {name for name, p in tower.encoder.named_parameters() if not p.requires_grad}
     assert left and all(name.startswith(("post_layernorm.", "head.")) for name in left)
     assert report.trained == report.total - sum(tower.encoder.get_parameter(name).numel() for name in left)
@@ -141,7 +141,7 @@ def test_partial_tuning_and_adapters_reach_a_tower_of_another_kind() -> None:
     for name, tune in (("full", "full"), ("from_layer", {"from_layer": 0.5}), ("lora", {"lora": LORA})):
         tower = DINOTower()
         model = LMM(tiny_lmm().llm, tower, MLPConnector(24, WIDTH), "llama").train()  # type: ignore[arg-type]
-        report = apply_tuning(model, FROZEN | {"vision_tower": tune})
+        report = tuning(model, FROZEN | {"vision_tower": tune})
         move_adapters(model)
         model.connector(tower(torch.ones(1, 3, IMAGE_SIZE, IMAGE_SIZE))).square().sum().backward()
         reached[name] = {id(p) for p in tower.parameters() if p.grad is not None and p.grad.any()}
@@ -193,7 +193,7 @@ def test_a_connectors_blocks_are_its_layers_with_parameters() -> None:
 )
 def test_what_cannot_be_trained_is_refused(tune: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        apply_tuning(tiny_lmm(), FROZEN | tune)
+        tuning(tiny_lmm(), FROZEN | tune)
 
 
 def test_a_connector_without_weights_takes_no_adapter_and_is_nothing_to_train() -> None:
@@ -201,19 +201,19 @@ def test_a_connector_without_weights_takes_no_adapter_and_is_nothing_to_train() 
     tower = lmm.vision_tower
     model = LMM(lmm.llm, tower, IdentityConnector(tower.hidden_size, tower.hidden_size), "llama")
     with pytest.raises(UserError, match=r"tune.connector: the part has no linear layers"):
-        apply_tuning(model, FROZEN | {"connector": {"lora": LORA}})
+        tuning(model, FROZEN | {"connector": {"lora": LORA}})
     with pytest.raises(UserError, match=r"tune.connector: the part has no blocks"):
-        apply_tuning(model, FROZEN | {"connector": {"from_layer": 0}})
+        tuning(model, FROZEN | {"connector": {"from_layer": 0}})
     with pytest.raises(UserError, match="nothing of this model is left to train"):
-        apply_tuning(model, FROZEN | {"connector": "full"})
+        tuning(model, FROZEN | {"connector": "full"})
 
 
 def test_adapters_leave_the_output_head_alone_and_are_drawn_from_the_seed() -> None:
     first, again, other = (tiny_lmm() for _ in range(3))
-    report = apply_tuning(first, FROZEN | {"llm": {"lora": LORA}}, seed=1)
+    report = tuning(first, FROZEN | {"llm": {"lora": LORA}}, seed=1)
     torch.rand(7)  # whatever was drawn before
-    apply_tuning(again, FROZEN | {"llm": {"lora": LORA}}, seed=1)
-    apply_tuning(other, FROZEN | {"llm": {"lora": LORA}}, seed=2)
+    tuning(again, FROZEN | {"llm": {"lora": LORA}}, seed=1)
+    tuning(other, FROZEN | {"llm": {"lora": LORA}}, seed=2)
     assert report["llm"].mode == "adapters of rank 4 on 14 layers"  # 2 blocks of q, k, v, o, gate, up, down
     assert not any(name.startswith("lm_head") and "lora" in name for name, _ in first.llm.named_modules())
     name = "llm.model.layers.1.mlp.up_proj.lora_A.default.weight"
@@ -224,7 +224,7 @@ def test_adapters_leave_the_output_head_alone_and_are_drawn_from_the_seed() -> N
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_are_close_small_and_never_trained(bits: int) -> None:
     whole, model = tiny_lmm(), tiny_lmm()
-    apply_tuning(model, FROZEN | {"llm": {"qlora": LORA | NF4 | {"bits": bits}}})
+    tuning(model, FROZEN | {"llm": {"qlora": LORA | NF4 | {"bits": bits}}})
     layer = model.llm.model.layers[0].mlp.up_proj.base_layer
     linear = whole.llm.model.layers[0].mlp.up_proj
     assert layer.weight.numel() * layer.weight.element_size() == linear.weight.numel() * bits // 8
@@ -241,7 +241,7 @@ def saved(tmp_path: Path, tune: dict[str, Any]) -> tuple[LMM, Path]:
     bases = {part: tmp_path / "bases" / part for part in tune}
     for part, folder in bases.items():
         save_part(loaded.model, part, folder)
-    report = apply_tuning(loaded.model.train(), FROZEN | tune)
+    report = tuning(loaded.model.train(), FROZEN | tune)
     move_adapters(loaded.model)
     adapters = {part: report[part].adapter for part in tune if report[part].adapter is not None}
     save_model(loaded, tmp_path / "model", None, bases, adapters)  # type: ignore[arg-type]
@@ -323,7 +323,7 @@ def test_an_adapter_of_another_shape_of_model_is_refused(tmp_path: Path) -> None
 def test_without_bitsandbytes_qlora_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'tinylmm\[qlora\]'"):
-        apply_tuning(tiny_lmm(), FROZEN | {"llm": {"qlora": LORA | NF4}})
+        tuning(tiny_lmm(), FROZEN | {"llm": {"qlora": LORA | NF4}})
     with pytest.raises(UserError, match=r"pip install 'tinylmm\[qlora\]'"):
         merge_adapter(tiny_lmm(), "llm", tmp_path, NF4)
 

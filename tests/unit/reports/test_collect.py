@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from tinylmm.errors import IntegrityError, UserError
-from tinylmm.reports.collect import choose_rows, collect_report
+from tinylmm.reports.collect import collect_report
+from tinylmm.reports.stored import Generation, choose_generations
+from tinylmm.reports.wording import verdict
+from tinylmm.store.provenance import this_process
+from tinylmm.store.runs import read_runs
 
 from .conftest import StoreBuilder, digest_of, write
 
@@ -32,7 +36,7 @@ def test_a_broken_run_does_not_hide_the_others(store: StoreBuilder, caplog: pyte
     (store.run("broken") / "run.json").write_text("{")
     assert collect_report(store.root).name == "good"
     assert "broken is left out" in caplog.text
-    with pytest.raises(IntegrityError, match=r"broken/run\.json is not readable JSON"):
+    with pytest.raises(IntegrityError, match=r"broken/run\.json cannot be read \(JSONDecodeError"):
         collect_report(store.root, ["broken"])
 
 
@@ -100,7 +104,7 @@ def test_failed_stage_brings_its_traceback(store: StoreBuilder) -> None:
     store.run("broken", status="failed", finetune="failed")
     run = collect_report(store.root, ["broken"]).runs[0]
     assert run.stages[1].error == "Traceback\nNonFiniteError: loss is nan at step 31"
-    assert run.model_folder == store.root / "stages" / store.key("train", "pretrain") / "output" / "model"
+    assert run.models == {"pretrain": store.root / "stages" / store.key("train", "pretrain") / "output" / "model"}
 
 
 def test_running_stage_is_read_up_to_its_last_whole_line(store: StoreBuilder) -> None:
@@ -144,13 +148,13 @@ def test_examples_tell_what_earlier_models_and_the_blind_one_said(store: StoreBu
     examples = collect_report(store.root).runs[0].examples["digits"]
     assert len(examples) == 24
     assert all([answer.stage for answer in example.earlier] == ["pretrain", "blind"] for example in examples)
-    assert all(example.image_path is not None and example.image_path.is_file() for example in examples)
+    assert all(example.image is not None and example.image.path.is_file() for example in examples)
 
 
 def test_image_may_not_lead_out_of_its_folder(store: StoreBuilder) -> None:
     store.whole(image="../../../../../secret.png")
     (store.root / "secret.png").write_bytes(b"")
-    assert {example.image_path for example in collect_report(store.root).runs[0].examples["digits"]} == {None}
+    assert {example.image for example in collect_report(store.root).runs[0].examples["digits"]} == {None}
 
 
 def test_images_of_outside_data_lie_under_its_root(store: StoreBuilder, tmp_path: Path) -> None:
@@ -160,23 +164,34 @@ def test_images_of_outside_data_lie_under_its_root(store: StoreBuilder, tmp_path
     location = {"root": str(tmp_path / "gqa"), "source": {"images": "images"}}
     write(spec, {**record, "settings": {"location": location}})
     paths = {
-        example.image_path.parent
-        for example in collect_report(store.root).runs[0].examples["digits"]
-        if example.image_path
+        example.image.path.parent for example in collect_report(store.root).runs[0].examples["digits"] if example.image
     }
     assert paths == {tmp_path / "gqa" / "images"}
 
 
+def generation(item_id: str, category: str, correct: bool) -> Generation:
+    return Generation(item_id, item_id, category, "", "", "", float(correct), correct, None, False, (), "")
+
+
 def test_chosen_rows_are_balanced_over_categories_and_right_and_wrong() -> None:
-    rows = [{"question_id": str(i), "category": "ab"[i % 10 == 0], "correct": i % 4 != 0} for i in range(400)]
-    chosen = choose_rows(iter(rows), 8)
-    assert chosen == choose_rows(iter(rows), 8)
+    generations = [generation(str(i), "ab"[i % 10 == 0], i % 4 != 0) for i in range(400)]
+    chosen = choose_generations(iter(generations), 8)
+    assert chosen == choose_generations(iter(generations), 8)
     counts = {(category, right): 0 for category in "ab" for right in (True, False)}
-    for row in chosen:
-        counts[row["category"], row["correct"]] += 1
+    for one in chosen:
+        counts[one.category, one.correct] += 1
     assert set(counts.values()) == {2}
 
 
 def test_choice_takes_what_there_is_when_one_side_is_missing() -> None:
-    rows = [{"question_id": str(i), "category": "a", "correct": True} for i in range(3)]
-    assert len(choose_rows(iter(rows), 8)) == 3
+    assert len(choose_generations((generation(str(i), "a", True) for i in range(3)), 8)) == 3
+
+
+def test_a_killed_run_is_stopped_in_its_report_as_in_the_list_of_runs(store: StoreBuilder) -> None:
+    store.stage("train", "pretrain")
+    folder = store.run("killed", status="running", finished=None)
+    record = json.loads((folder / "run.json").read_text())
+    write(folder / "run.json", {**record, **this_process(), "process_start": 1.0})
+    (run,) = collect_report(store.root, ["killed"]).runs
+    assert run.record.status == read_runs(store.root)[0].status == "stopped"
+    assert verdict(run) == "The run was stopped: 1 of 1 stages are done."

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tinylmm.evaluation.benchmarks.base import ImageRef
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.html import render_html
 from tinylmm.reports.plots import loss_svg, smooth
@@ -156,7 +162,7 @@ def test_smoothing_has_no_start_bias_and_keeps_constants() -> None:
 def test_small_image_stays_pixel_for_pixel_and_large_one_is_reduced(tmp_path: Path) -> None:
     Image.new("RGB", (32, 24)).save(tmp_path / "small.png")
     Image.new("RGB", (1600, 800)).save(tmp_path / "large.jpg")
-    small, large = thumbnail(tmp_path / "small.png"), thumbnail(tmp_path / "large.jpg")
+    small, large = (thumbnail(ImageRef(tmp_path / name)) for name in ("small.png", "large.jpg"))
     assert (small.width, small.height, small.crisp) == (32, 24, True)
     assert (large.width, large.height, large.crisp) == (360, 180, False)
 
@@ -166,8 +172,38 @@ def test_bad_images_are_refused_with_a_reason(tmp_path: Path) -> None:
     Image.new("1", (9000, 8000)).save(tmp_path / "huge.png")
     for name, reason in (
         ("none.png", "image missing"),
-        ("text.png", "image unreadable"),
-        ("huge.png", "image too large"),
+        ("text.png", "not a readable JPEG, PNG, WEBP, GIF image"),
+        ("huge.png", "image is too large .* at most 50,000,000 pixels"),
     ):
         with pytest.raises(ThumbnailError, match=reason):
-            thumbnail(tmp_path / name)
+            thumbnail(ImageRef(tmp_path / name))
+
+
+def test_images_in_cells_of_a_parquet_file_are_shown(store: StoreBuilder) -> None:
+    store.whole()
+    folder = store.root / "stages" / store.key("data", "digits") / "output/images/test"
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(folder.glob("*.png"))]
+    pq.write_table(pa.table({"image": cells}), folder / "test.parquet")
+    for name in ("pretrain", "finetune"):
+        answers = store.root / "stages" / store.key("eval", f"digits@{name}") / "output/generations.jsonl"
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row |= {"image": "test.parquet", "images": [{"path": "test.parquet", "row": number, "column": "image"}]}
+        answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = page(store)
+    assert html.count('src="data:image/png;base64,') == 24 and '<div class="missing">' not in html
+
+
+def test_a_page_with_images_is_made_without_torch(store: StoreBuilder) -> None:
+    store.whole()
+    code = (
+        "import sys; from pathlib import Path; from tinylmm.reports.write import write_report; "
+        "write_report(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, store.root], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_the_page_names_the_model_of_every_finished_training_by_its_stage(store: StoreBuilder) -> None:
+    store.whole()
+    assert re.findall(r"<dt>(Model[^<]*)</dt>", page(store)) == ["Model after pretrain", "Model after finetune"]

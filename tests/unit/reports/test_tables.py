@@ -7,6 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from tinylmm.evaluation.statistics import wilson
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.records import Report, Score
 from tinylmm.reports.tables import (
@@ -146,6 +147,7 @@ def test_interval_is_wilsons() -> None:
     # 8 of 10: statsmodels.stats.proportion.proportion_confint(8, 10, method="wilson") gives 0.49016, 0.94333
     low, high = Score("digits", "accuracy", 80.0, None, None, 10).interval() or (0, 0)
     assert (round(low, 2), round(high, 2)) == (49.02, 94.33)
+    assert (low, high) == tuple(100 * end for end in wilson(0.8, 10))
     assert Score("mme", "perception", 1500.0, None, None, 10).interval() is None
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tinylmm.errors import UserError
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.picture import _picked, results_picture
-from tinylmm.reports.write import write_atomically, write_report
+from tinylmm.reports.write import write_report
 
 from .conftest import StoreBuilder
 
@@ -58,13 +58,6 @@ def test_many_runs_get_a_folder_name_that_fits(store: StoreBuilder) -> None:
     for name in names[1:]:
         store.run(name)
     assert write_report(store.root, names).html.parent.name.startswith("run-0+8-")
-
-
-def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    (tmp_path / "report.md").write_text("old")
-    with pytest.raises(TypeError):
-        write_atomically(tmp_path / "report.md", "text, not bytes")  # type: ignore[arg-type]
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_picture_has_the_size_a_readme_expects(store: StoreBuilder, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tinylmm.config.groups import conf_folder
-from tinylmm.sizing.compatibility import check_fit
+from tinylmm.sizing.compatibility import check_compatibility
 
 
 def part(group: str, name: str, **changes: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def part(group: str, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def faults(tower: dict[str, Any], connector: dict[str, Any]) -> dict[str, str]:
-    return {fault.where: f"{fault.what} {fault.fix}" for fault in check_fit(tower, connector)}
+    return {fault.where: f"{fault.what} {fault.fix}" for fault in check_compatibility(tower, connector)}
 
 
 TOWERS = [path.stem for path in (conf_folder() / "vision_tower").glob("*.yaml")]

@@ -19,10 +19,10 @@ from tests.integration.project import environment, write_images
 from tinylmm.errors import IntegrityError, StoppedError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
-from tinylmm.launch.backends.torchrun import run_ranks
+from tinylmm.launch.backends import torchrun
 from tinylmm.models.checkpoint import save_model
 from tinylmm.stages import evaluate
-from tinylmm.stages.job import StageJob
+from tinylmm.stages.job import StageJob, make_job
 
 QUESTIONS_AN_IMAGE = 5
 LAUNCH = {
@@ -30,7 +30,6 @@ LAUNCH = {
     "attention": "auto",
     "eval_batch": 8,
     "eval_tokens": 100_000,
-    "nproc": 1,
     "start_timeout_s": 60,
 }
 
@@ -62,7 +61,7 @@ def write_questions(root: Path) -> int:
     return len(rows)
 
 
-def make_job(folder: Path, model: Path, launch: dict[str, Any] | None = None, **spec: Any) -> StageJob:
+def job_of(folder: Path, model: Path, launch: dict[str, Any] | None = None, **spec: Any) -> StageJob[Any]:
     root = folder / "data"
     if not root.exists():
         root.mkdir(parents=True)
@@ -72,7 +71,8 @@ def make_job(folder: Path, model: Path, launch: dict[str, Any] | None = None, **
     fields |= {"max_new_tokens": 4, "template": "llama", "precision": "fp32"}
     settings = {"launch": LAUNCH | (launch or {}), "trust": []}
     settings["location"] = {"root": str(root), "source": {"images": ""}, "judge_url": None}
-    job = StageJob("eval", "digits@finetune", "0" * 64, fields | spec, {"model": model}, settings, folder / "work")
+    parents, work = {"model": model}, folder / "work"
+    job = make_job("eval", "digits@finetune", "0" * 64, fields | spec, parents, settings, work, folder / "store")
     job.output.mkdir(parents=True, exist_ok=True)
     return job
 
@@ -82,20 +82,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[StageJob, dict[str, Any]]:
-    job = make_job(tmp_path_factory.mktemp("plain"), model)
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[StageJob[Any], dict[str, Any]]:
+    job = job_of(tmp_path_factory.mktemp("plain"), model)
     return job, evaluate.run(job)
 
 
-def texts(job: StageJob) -> dict[str, tuple[str, str | None]]:
+def texts(job: StageJob[Any]) -> dict[str, tuple[str, str | None]]:
     return {row["item_id"]: (row["text"], row["blind_text"]) for row in lines(job.output / "generations.jsonl")}
 
 
 def test_every_question_is_answered_in_the_files_order_with_what_it_took(
-    plain: tuple[StageJob, dict[str, Any]],
+    plain: tuple[StageJob[Any], dict[str, Any]],
 ) -> None:
     job, summary = plain
-    asked = [row["question_id"] for row in lines(Path(job.settings["location"]["root"]) / "test.jsonl")]
+    asked = [row["question_id"] for row in lines(job.root_of(*job.locations) / "test.jsonl")]
     rows = lines(job.output / "generations.jsonl")
     assert [row["question_id"] for row in rows] == asked
     assert all(row["latency_s"] > 0 and row["prompt_tokens"] > 20 and 1 <= row["new_tokens"] <= 4 for row in rows)
@@ -104,7 +104,7 @@ def test_every_question_is_answered_in_the_files_order_with_what_it_took(
     assert summary["batch_independent"] is True and summary["asked"] == 2 * len(asked)
 
 
-def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJob, dict[str, Any]]) -> None:
+def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJob[Any], dict[str, Any]]) -> None:
     job, summary = plain
     record = json.loads((job.output / "scores.json").read_text())
     assert record["metrics"] == summary["metrics"]
@@ -124,17 +124,17 @@ def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJ
 
 
 def test_batches_of_one_give_the_same_answers(
-    plain: tuple[StageJob, dict[str, Any]], tmp_path: Path, model: Path
+    plain: tuple[StageJob[Any], dict[str, Any]], tmp_path: Path, model: Path
 ) -> None:
-    job = make_job(tmp_path, model, {"eval_batch": 1})
+    job = job_of(tmp_path, model, {"eval_batch": 1})
     evaluate.run(job)
     assert texts(job) == texts(plain[0])
 
 
 def test_a_rank_killed_while_generating_loses_nothing_and_asks_nothing_twice(
-    plain: tuple[StageJob, dict[str, Any]], tmp_path: Path, model: Path
+    plain: tuple[StageJob[Any], dict[str, Any]], tmp_path: Path, model: Path
 ) -> None:
-    job = make_job(tmp_path, model, {"eval_batch": 1})
+    job = job_of(tmp_path, model, {"eval_batch": 1})
     job.write()
     path = job.folder / "answers/rank0.jsonl"
     worker = subprocess.Popen(
@@ -162,7 +162,7 @@ def test_a_stop_keeps_the_answers_and_the_next_try_goes_on(
 ) -> None:
     from tinylmm.generation import engine as generate
 
-    job = make_job(tmp_path, model, blind=False)
+    job = job_of(tmp_path, model, blind=False)
     calls: list[int] = []
     monkeypatch.setattr(generate, "stop_requested", lambda: calls.append(1) or len(calls) > 12)
     with pytest.raises(StoppedError) as stopped:
@@ -177,7 +177,7 @@ def test_without_its_judge_a_benchmark_stops_with_its_answers_kept(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Digits, "judged", True)
-    job = make_job(tmp_path, model, blind=False, limit=7)
+    job = job_of(tmp_path, model, blind=False, limit=7)
     with pytest.raises(UserError, match=r"scored by a judge, and none is set.*eval\.digits\.judge\.base_url"):
         evaluate.run(job)
     rows = lines(job.output / "generations.jsonl")
@@ -188,11 +188,14 @@ def test_without_its_judge_a_benchmark_stops_with_its_answers_kept(
 
 @pytest.mark.slow
 def test_two_ranks_share_the_images_and_give_the_same_answers(
-    plain: tuple[StageJob, dict[str, Any]], tmp_path: Path, model: Path
+    plain: tuple[StageJob[Any], dict[str, Any]], tmp_path: Path, model: Path
 ) -> None:
-    job = make_job(tmp_path, model, {"nproc": 2})
+    job = job_of(tmp_path, model, {"backend": "torchrun", "nproc": 2})
     job.write()
-    summary = run_ranks(job)
+    backend = torchrun.Backend(job.settings.launch)
+    backend.start(job)
+    while (summary := backend.poll()) is None:
+        time.sleep(0.1)
     assert summary["world_size"] == 2 and summary["images_encoded"] == 12 and summary["asked"] == 120
     assert all(len(lines(job.folder / f"answers/rank{rank}.jsonl")) == 60 for rank in (0, 1))
     assert texts(job) == texts(plain[0])

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, SiglipVisionModel
 
 from tinylmm.data.embedded import build_digits
 from tinylmm.errors import ConfigError, DataError
-from tinylmm.stages.job import StageJob
+from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stages.parts import run
 
 BUILD = {"steps": 4, "batch": 4, "lr": 1e-3, "warmup_ratio": 0.1, "weight_decay": 0.0, "max_length": 320, "seed": 0}
@@ -58,9 +58,11 @@ TOWER: dict[str, Any] = {
 }
 
 
-def job(folder: Path, spec: dict[str, Any], **parents: Path) -> StageJob:
+def job(folder: Path, spec: dict[str, Any], **parents: Path) -> StageJob[Any]:
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    return StageJob("parts", spec["role"], "0" * 64, spec, parents, {"trust": [], "tracking": {"log_steps": 2}}, folder)
+    return make_job(
+        "parts", spec["role"], "0" * 64, spec, parents, {"tracking": {"log_steps": 2}}, folder, folder / "store"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tinylmm.data.chat import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, UserError
+from tinylmm.planning.specs import PrepareStage, StageSettings
 from tinylmm.stages import prepare
-from tinylmm.stages.job import StageJob
+from tinylmm.stages.job import StageJob, make_job
 
 Record = dict[str, Any]
 
@@ -85,19 +87,20 @@ BAD = {
 }
 
 
-def make_job(root: Path, tokenizer: Path, records: list[Any], template: str = "phi", **source: Any) -> StageJob:
+def job_of(root: Path, tokenizer: Path, records: list[Any], template: str = "phi", **source: Any) -> StageJob[Any]:
     (root / "a.json").write_text(json.dumps(records), encoding="utf-8")
     folder = root.parent / "work"
     fields = {"format": "llava", "limit": None, "on_bad": "fail", "max_bad": 0, **source}
     location = {"annotations": "a.json", "images": "images", "how_to_get": "Ask the author.", **fields}
     settings = {"launch": {"num_workers": 0}, "location": {"root": str(root), "source": location}, "folders": {}}
     spec = {"template": template, "source": {**fields, "content": {}}}
-    job = StageJob("prepare", "prepare[x]", "ab" * 32, spec, {"tokenizer": tokenizer}, settings, folder)
+    parents = {"tokenizer": tokenizer}
+    job = make_job("prepare", "prepare[x]", "ab" * 32, spec, parents, settings, folder, folder / "store")
     job.output.mkdir(parents=True, exist_ok=True)
     return job
 
 
-def output_hashes(job: StageJob) -> dict[str, str]:
+def output_hashes(job: StageJob[Any]) -> dict[str, str]:
     files = (path for path in sorted(job.output.rglob("*")) if path.is_file())
     return {str(path.relative_to(job.output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -109,7 +112,7 @@ def test_samples_have_ids_labels_and_images_in_file_order(root: Path, tokenizer:
         record("3", None, "what?"),
         record("4", ["a.png", "b.jpg"], "<image><image>"),
     ]
-    summary = prepare.run(make_job(root, tokenizer, records))
+    summary = prepare.run(job_of(root, tokenizer, records))
     samples = load_from_disk(root.parent / "work" / "output" / "samples")
     assert samples["sample_id"][:] == ["1", "2", "3", "4"]
     assert samples["images"][:] == [["a.png"], ["b.jpg"], [], ["a.png", "b.jpg"]]
@@ -131,7 +134,7 @@ def test_samples_have_ids_labels_and_images_in_file_order(root: Path, tokenizer:
 def test_bad_record_stops_the_run_with_file_record_and_reason(
     root: Path, tokenizer: Path, bad: Record, reason: str
 ) -> None:
-    job = make_job(root, tokenizer, [record(), bad, record()])
+    job = job_of(root, tokenizer, [record(), bad, record()])
     with pytest.raises(DataError, match=reason) as caught:
         prepare.run(job)
     assert f"{root / 'a.json'}: 1 bad records, 0 allowed (on_bad=fail)" in str(caught.value)
@@ -144,7 +147,7 @@ def test_bad_record_stops_the_run_with_file_record_and_reason(
 def test_bad_record_is_left_out_and_counted_where_that_is_allowed(
     root: Path, tokenizer: Path, bad: Record, reason: str
 ) -> None:
-    job = make_job(root, tokenizer, [record("1"), bad, record("2")], on_bad="skip", max_bad=1)
+    job = job_of(root, tokenizer, [record("1"), bad, record("2")], on_bad="skip", max_bad=1)
     summary = prepare.run(job)
     assert load_from_disk(job.output / "samples")["sample_id"][:] == ["1", "2"]
     assert (summary["samples"], summary["skipped"]) == (2, 1)
@@ -157,9 +160,9 @@ def test_bad_record_is_left_out_and_counted_where_that_is_allowed(
 
 def test_more_bad_records_than_allowed_stop_the_run_with_their_total(root: Path, tokenizer: Path) -> None:
     records = [record(), *(record(f"bad{number}", f"gone{number}.png") for number in range(25))]
-    job = make_job(root, tokenizer, records, on_bad="skip", max_bad=24)
+    job = job_of(root, tokenizer, records, on_bad="skip", max_bad=24)
     with pytest.raises(DataError, match=r"(?s)25 bad records, 24 allowed.*\(id 'bad19'\).*\.\.\. and 5 more") as caught:
-        prepare.run(make_job(root, tokenizer, records, on_bad="skip", max_bad=24))
+        prepare.run(job_of(root, tokenizer, records, on_bad="skip", max_bad=24))
     assert "bad20" not in str(caught.value)
     assert "Ask the author." in str(caught.value)
     assert not (job.output / "samples").exists()
@@ -167,7 +170,7 @@ def test_more_bad_records_than_allowed_stop_the_run_with_their_total(root: Path,
 
 def test_rerun_gives_the_same_bytes_also_over_leftovers(root: Path, tokenizer: Path) -> None:
     records = [record("1"), record("bad", "gone.png"), record("2", "b.jpg")]
-    job = make_job(root, tokenizer, records, on_bad="skip", max_bad=1)
+    job = job_of(root, tokenizer, records, on_bad="skip", max_bad=1)
     prepare.run(job)
     first = output_hashes(job)
     (job.output / "samples" / "data-00007-of-00009.arrow").write_bytes(b"left by a killed try")
@@ -179,11 +182,11 @@ def test_rerun_gives_the_same_bytes_also_over_leftovers(root: Path, tokenizer: P
 
 
 def test_worker_processes_give_the_same_bytes(root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(root, tokenizer, [record(str(number), ["a.png", "b.jpg"][number % 2]) for number in range(20)])
+    job = job_of(root, tokenizer, [record(str(number), ["a.png", "b.jpg"][number % 2]) for number in range(20)])
     prepare.run(job)
     first = output_hashes(job)
     monkeypatch.setattr(prepare, "SERIAL_BELOW", 10)
-    job.settings["launch"]["num_workers"] = 2
+    job = replace(job, settings=StageSettings.model_validate(job.settings.as_json() | {"launch": {"num_workers": 2}}))
     prepare.run(job)
     assert output_hashes(job) == first
 
@@ -192,39 +195,39 @@ def test_chunks_of_a_long_file_are_joined_in_order(
     root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "CHUNK", 3)
-    job = make_job(root, tokenizer, [record(str(number)) for number in range(8)])
+    job = job_of(root, tokenizer, [record(str(number)) for number in range(8)])
     assert prepare.run(job)["images"] == 1
     assert load_from_disk(job.output / "samples")["sample_id"][:] == [str(number) for number in range(8)]
 
 
 def test_limit_takes_the_first_records_only(root: Path, tokenizer: Path) -> None:
     records = [record("1"), record("2"), record("bad", "gone.png")]
-    assert prepare.run(make_job(root, tokenizer, records, limit=2))["samples"] == 2
+    assert prepare.run(job_of(root, tokenizer, records, limit=2))["samples"] == 2
 
 
 def test_repeated_ids_are_used_and_counted(root: Path, tokenizer: Path) -> None:
-    summary = prepare.run(make_job(root, tokenizer, [record("1"), record("1"), record("1"), record("2")]))
+    summary = prepare.run(job_of(root, tokenizer, [record("1"), record("1"), record("1"), record("2")]))
     assert (summary["samples"], summary["duplicates"]) == (4, 2)
 
 
 def test_file_without_a_usable_record_is_refused(root: Path, tokenizer: Path) -> None:
     with pytest.raises(DataError, match=r"a\.json: no usable record among 0"):
-        prepare.run(make_job(root, tokenizer, []))
+        prepare.run(job_of(root, tokenizer, []))
 
 
 def test_built_data_is_read_from_the_data_stage(root: Path, tokenizer: Path) -> None:
-    job = make_job(root, tokenizer, [record("1")])
-    job.spec["source"] |= {"file": "a.json", "images": "images"}
-    del job.settings["location"]
-    job.parents["data"] = root
-    assert prepare.run(job)["samples"] == 1
+    job = job_of(root, tokenizer, [record("1")])
+    source = {"file": "a.json", "images": "images", "format": "llava", "limit": None, "on_bad": "fail", "max_bad": 0}
+    spec = PrepareStage.model_validate({"template": "phi", "source": source})
+    built = replace(job, spec=spec, settings=StageSettings(), parents=job.parents | {"data": root})
+    assert prepare.run(built)["samples"] == 1
 
 
 def test_unknown_template_is_refused(root: Path, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match="unknown chat template 'pi'"):
-        prepare.run(make_job(root, tokenizer, [record()], template="pi"))
+        prepare.run(job_of(root, tokenizer, [record()], template="pi"))
 
 
 def test_tokenizer_that_cannot_be_loaded_is_refused_by_name(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the tokenizer '.*nowhere'.*cannot be loaded.*Check llm\.tokenizer"):
-        prepare.run(make_job(root, tmp_path / "nowhere", [record()]))
+        prepare.run(job_of(root, tmp_path / "nowhere", [record()]))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tinylmm.errors import IntegrityError, TinyLMMError
+from tinylmm.store import integrity
 from tinylmm.store.integrity import (
     check_files,
     check_folder,
@@ -197,3 +198,50 @@ def test_a_small_disk_is_named_with_path_and_bytes_and_harms_nothing(small_disk:
     ):
         write_atomic(target, "x" * 4_000_000)
     assert [(path.name, path.read_text()) for path in small_disk.iterdir()] == [("run.json", "good")]
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["durable", "fast"])
+@pytest.mark.parametrize("content", ["é", b"\x00\xff"], ids=["text", "bytes"])
+def test_a_written_file_has_the_permissions_that_the_umask_gives(
+    tmp_path: Path, content: str | bytes, durable: bool
+) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "a", content, durable)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "a").read_bytes() == (content.encode() if isinstance(content, str) else content)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", "old")
+    with pytest.raises(TypeError):
+        write_atomic(tmp_path / "a", 3)  # type: ignore[arg-type]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_longest_file_name_can_be_written(tmp_path: Path) -> None:
+    write_atomic(tmp_path / ("x" * 255), "content")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
+LEFT_TO_THEIR_OWNERS = {
+    "evaluation/judge.py",
+    "planning/benchmark_files.py",
+    "planning/fingerprints.py",
+}
+"""Modules that still write beside and rename by themselves."""
+
+
+def test_no_module_has_its_own_way_to_write_a_file_atomically() -> None:
+    source = Path(integrity.__file__).parents[1]
+    own = re.compile(
+        r"tempfile\.(mkstemp|NamedTemporaryFile)|os\.(replace|rename)\(|(part|temporary|Path\(.*\))\.replace\("
+    )
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if own.search(path.read_text(encoding="utf-8"))
+    }
+    assert found - LEFT_TO_THEIR_OWNERS == {"store/integrity.py"}

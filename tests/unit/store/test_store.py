@@ -10,17 +10,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tinylmm.errors import IntegrityError
-from tinylmm.planning.graph import STAGE_VERSIONS, Stage
 from tinylmm.store.claims import claim
 from tinylmm.store.provenance import software_versions
-from tinylmm.store.runs import create_run
-from tinylmm.store.stage import digest
+from tinylmm.store.runs import StageRow, create_run
+from tinylmm.store.stage import Stage, digest
 from tinylmm.store.store import Store
 
 PUBLISHED = ["COMPLETE", "log.txt", "manifest.json", "metrics.jsonl", "output/deep/b.bin", "output/a.txt", "spec.json"]
@@ -31,8 +31,7 @@ DISK_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.sca
 def make_stage(number: int = 0, kind: str = "train", parents: dict[str, Stage] | None = None, **spec: Any) -> Stage:
     digests = {role: parent.digest for role, parent in (parents or {}).items()}
     fields = {"number": number, "lr": 1e-3, **spec}
-    identity = {"kind": kind, "version": STAGE_VERSIONS[kind], "spec": fields, "parents": digests}
-    return Stage(kind, f"{kind}[{number}]", digest(identity), fields, digests, {"launch": {"backend": "local"}})
+    return Stage.of(kind, f"{kind}[{number}]", 1, fields, digests, {"launch": {"backend": "local"}})
 
 
 def work_on(store: Store, stage: Stage) -> None:
@@ -231,7 +230,7 @@ def test_a_different_spec_under_the_same_digest_stops_with_the_differences(store
     stage = make_stage(lr=1e-3)
     finish(store, stage)
     store.check_spec(stage)
-    same_digest = Stage(stage.kind, stage.name, stage.digest, {**stage.spec, "lr": 2e-3}, stage.parents)
+    same_digest = replace(stage, spec={**stage.spec, "lr": 2e-3})
     with pytest.raises(IntegrityError, match=r"spec\.lr: 0\.001 -> 0\.002"):
         store.open_output(same_digest)
 
@@ -315,7 +314,7 @@ def test_a_link_in_the_output_is_refused_and_the_work_kept(store: Store) -> None
     assert (store.work_folder(stage) / "checkpoints").exists()
 
 
-# ------------------------------------------------------------------------------------------------ housekeeping
+# ------------------------------------------------------------------------------------------- listing, deleting
 
 
 def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
@@ -323,13 +322,14 @@ def test_ls_says_what_is_there_and_who_uses_it(store: Store) -> None:
     size = sum(path.stat().st_size for path in finish(store, whole).rglob("*") if path.is_file())
     (finish(store, unmarked) / "COMPLETE").unlink()
     (finish(store, damaged) / "output/a.txt").unlink()
-    create_run(store.root, "base", {"name": "mine", "stages": [{"digest": whole.digest}, {"digest": whole.digest}]})
-    rows = {row["key"]: row for row in store.ls()}
-    assert {"kind": "train", "name": "train[0]", "size": size, "status": "complete", "runs": ["mine"]}.items() <= rows[
-        whole.key
-    ].items()
-    assert (rows[unmarked.key]["status"], rows[damaged.key]["status"]) == ("unfinished", "damaged")
-    assert rows[damaged.key]["runs"] == []
+    row = StageRow(whole.kind, whole.name, whole.digest, whole.key)
+    create_run(store.root, "base", "mine", stages=[row, row])
+    rows = {row.key: row for row in store.ls()}
+    found = rows[whole.key]
+    assert (found.kind, found.name, found.size, found.status) == ("train", "train[0]", size, "complete")
+    assert (found.digest, found.runs) == (whole.digest, ("mine",))
+    assert (rows[unmarked.key].status, rows[damaged.key].status) == ("unfinished", "damaged")
+    assert rows[damaged.key].runs == ()
 
 
 def test_gc_deletes_what_no_run_uses_and_keeps_all_ancestors(store: Store) -> None:
@@ -342,9 +342,9 @@ def test_gc_deletes_what_no_run_uses_and_keeps_all_ancestors(store: Store) -> No
         finish(store, stage)
     work_on(store, abandoned)
     expected = [f"stages/{unused.key}", f"work/{abandoned.key}"]
-    assert [row["folder"] for row in store.gc({model.digest})] == expected
+    assert [row.folder for row in store.gc({model.digest})] == expected
     assert store.is_complete(unused)
-    assert [row["folder"] for row in store.gc({model.digest}, dry_run=False)] == expected
+    assert [row.folder for row in store.gc({model.digest}, dry_run=False)] == expected
     assert [store.status(stage) for stage in (data, prepared, model, unused)] == ["complete"] * 3 + ["todo"]
     assert not store.work_folder(abandoned).exists()
     assert not (store.root / "trash").exists()
@@ -373,7 +373,7 @@ def test_gc_deletes_what_was_set_aside_and_what_a_killed_gc_left(store: Store) -
     (finish(store, stage) / "output/a.txt").unlink()
     finish(store, stage)
     (store.root / "trash/half").mkdir(parents=True)
-    assert [row["folder"] for row in store.gc({stage.digest}, dry_run=False)] == [f"damaged/{stage.key}-1"]
+    assert [row.folder for row in store.gc({stage.digest}, dry_run=False)] == [f"damaged/{stage.key}-1"]
     assert not (store.root / "trash").exists()
     assert store.is_complete(stage)
 

@@ -10,8 +10,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.builders import IMAGE_SIZE, tiny_lmm
-from tinylmm.models.tuning import apply_tuning, enable_checkpointing
+from tests.builders import IMAGE_SIZE, tiny_lmm, tuning
+from tinylmm.models.tuning import enable_checkpointing
 
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear", "bias": "none", "rslora": False}
 QLORA = LORA | {"bits": 4, "quant_type": "nf4", "double_quant": True}
@@ -39,7 +39,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 )
 def test_three_steps_with_and_without_an_image_reduce_every_gradient(tune: dict[str, Any], group: None) -> None:
     model = tiny_lmm().train()
-    apply_tuning(model, tune)
+    tuning(model, tune)
     enable_checkpointing(model)
     model.touch_vision_always = True  # as set with several ranks: one of them may have no image in a step
     wrapped = DistributedDataParallel(model, find_unused_parameters=False, broadcast_buffers=False)

@@ -18,7 +18,7 @@ from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import open_image
 from tinylmm.errors import DataError
 from tinylmm.stages import prepare
-from tinylmm.stages.job import StageJob
+from tinylmm.stages.job import make_job
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.sampler import Mixture, StepSampler
 
@@ -69,7 +69,16 @@ def prepared(root: Path, name: str, annotations: str, layout: str, **policy: Any
     location = {"annotations": annotations, "images": "images", "how_to_get": "", **fields}
     settings = {"launch": {"num_workers": 0}, "location": {"root": str(root / name), "source": location}, "folders": {}}
     spec = {"template": "llama", "source": {**fields, "content": {}}}
-    job = StageJob("prepare", name, "ab" * 32, spec, {"tokenizer": root / "tokenizer"}, settings, root / name / "work")
+    job = make_job(
+        "prepare",
+        name,
+        "ab" * 32,
+        spec,
+        {"tokenizer": root / "tokenizer"},
+        settings,
+        root / name / "work",
+        root / "store",
+    )
     job.output.mkdir(parents=True)
     return job.output, prepare.run(job)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tinylmm.errors import NonFiniteError, StoppedError
-from tinylmm.stages.job import METRICS_FILE, StageJob
 from tinylmm.stop import STOP_FILE, watch_for_stop
+from tinylmm.store.layout import METRICS_FILE
+from tinylmm.training.metrics import MetricsFile
 from tinylmm.training.part_loop import CHECKPOINT_FILE, LoopSettings, learning_rate_factor, train_loop
 
 SETTINGS = LoopSettings(steps=12, batch=4, lr=0.05, warmup_ratio=0.25, weight_decay=0.1, save_every_s=0.0, log_steps=2)
@@ -37,9 +38,8 @@ class Toy:
         return loss * float("nan") if step == self.nan_at else loss
 
     def train(self, folder: Path) -> list[Tensor]:
-        (folder / "output").mkdir(parents=True, exist_ok=True)
-        job = StageJob("parts", "toy", "0" * 64, {}, {}, {}, folder)
-        train_loop(self.model, self.loss, SETTINGS, job)
+        folder.mkdir(parents=True, exist_ok=True)
+        train_loop(self.model, self.loss, SETTINGS, folder, MetricsFile(folder / METRICS_FILE))
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
 
@@ -67,7 +67,7 @@ def test_a_process_killed_by_sigkill_leaves_a_checkpoint_to_continue_from(
     tmp_path: Path, uninterrupted: list[Tensor]
 ) -> None:
     script = (
-        "import os, signal, sys, pathlib, tests.unit.stages.test_part_loop as t\n"
+        "import os, signal, sys, pathlib, tests.unit.training.test_part_loop as t\n"
         "toy = t.Toy(); loss = toy.loss\n"
         "toy.loss = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else loss(step)\n"
         "toy.train(pathlib.Path(sys.argv[1]))\n"

@@ -1,0 +1,44 @@
+"""Where stages run: one module a backend, named as in `launch.backend`, with a class `Backend`.
+
+A backend starts a stage's job and says how it goes; claims, the store and the run's record are the runner's.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.targets import resolve_target
+from tinylmm.stages.job import StageJob
+
+
+class LaunchBackend(Protocol):
+    """Runs one stage; made anew for each."""
+
+    def start(self, job: StageJob[Any]) -> None:
+        """Begin the stage. A backend that works in this process may return only when the stage is done."""
+
+    def poll(self) -> dict[str, Any] | None:
+        """Return the stage's summary when it is done, None while it works.
+
+        Raises:
+            TinyLMMError: the stage failed; the message says why.
+            StoppedError: it saved and stopped, as `stop` asked.
+        """
+
+    def stop(self, now: bool = False) -> None:
+        """Ask the stage to save and stop, or end it at once. Any number of times, also when it has ended."""
+
+
+def make_backend(launch: LaunchSpec, uses_ranks: bool, trust: tuple[str, ...] = ()) -> LaunchBackend:
+    """Return the backend that `launch` names; stages that use one process run in this one.
+
+    Args:
+        uses_ranks: whether the stage's kind runs on every rank of the launch.
+        trust: packages besides ours that a dotted name may come from.
+    """
+    name = launch.backend if uses_ranks else "local"
+    if "." in name:
+        return cast(LaunchBackend, resolve_target(name, trust, role="data")(launch))
+    return cast(LaunchBackend, import_module(f"{__name__}.{name}").Backend(launch))

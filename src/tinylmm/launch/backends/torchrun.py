@@ -9,20 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
+from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserError
-from tinylmm.launch.worker import RESULT_FILE
+from tinylmm.launch.worker import RANK_RESULTS, RESULT_FILE, has_gpu_driver
 from tinylmm.stages.job import StageJob
-from tinylmm.stop import STOP_FILE, stop_requested
+from tinylmm.stop import STOP_FILE
+from tinylmm.store.layout import LOG_FILE
 
 log = logging.getLogger(__name__)
 
-LOG_FILE = "log.txt"
 LOG_TAIL_LINES = 20
-POLL_SECONDS = 0.1
 
 
 class RankError(TinyLMMError):
@@ -33,50 +31,64 @@ class RankError(TinyLMMError):
         self.exit_code = exit_code
 
 
-def run_ranks(job: StageJob) -> dict[str, Any]:
-    """Start torchrun on `job`, wait for it, and return the summary that rank 0 left.
+class Backend:
+    """See `LaunchBackend`: a torchrun of this machine, in a session of its own."""
 
-    Raises:
-        StoppedError: ranks saved and stopped because this process was asked to.
-        RankError, UserError: a rank raised an error of ours; message and exit code are its own.
-        StageFailedError: a rank died or hung; names the rank, with the last lines of the log.
-    """
-    for stale in [job.folder / STOP_FILE, job.folder / RESULT_FILE, *job.folder.glob("result-rank*.json")]:
-        stale.unlink(missing_ok=True)
-    launch = job.settings["launch"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch['nproc']}"]
-    command += ["--module", "tinylmm.launch.worker", str(job.folder)]
-    with (job.folder / LOG_FILE).open("ab") as output:
-        begin = output.tell()
-        process = (
-            subprocess.Popen(  # its own session: Ctrl-C reaches this parent alone, which then asks the ranks to save
+    def __init__(self, launch: LaunchSpec) -> None:
+        self._launch = launch
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        """Where this try's part of the log begins."""
+
+    def start(self, job: StageJob[Any]) -> None:
+        """Start torchrun on the job."""
+        self._job = job
+        for stale in [job.folder / STOP_FILE, job.folder / RESULT_FILE, *job.folder.glob(RANK_RESULTS)]:
+            stale.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={self._launch.nproc}", "--module", "tinylmm.launch.worker", str(job.folder)]
+        with (job.folder / LOG_FILE).open("ab") as output:
+            self._log_start = output.tell()
+            self._process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=_environment(launch),
-                start_new_session=True,
+                env=_environment(self._launch),
+                start_new_session=True,  # Ctrl-C reaches this parent alone, which then asks the ranks to save
             )
-        )
-    try:
-        while process.poll() is None:
-            if stop_requested() and not (job.folder / STOP_FILE).exists():
-                (job.folder / STOP_FILE).touch()
-            time.sleep(POLL_SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return _outcome(job, process.returncode, begin)
+
+    def poll(self) -> dict[str, Any] | None:
+        """Return the summary that rank 0 left, None while ranks work.
+
+        Raises:
+            StoppedError: ranks saved and stopped because they were asked to.
+            RankError, UserError: a rank raised an error of ours; message and exit code are its own.
+            StageFailedError: a rank died or hung; names the rank, with the last lines of the log.
+        """
+        assert self._process is not None, "poll() comes after start()"
+        if self._process.poll() is None:
+            return None
+        return _outcome(self._job, self._process.returncode, self._log_start)
+
+    def stop(self, now: bool = False) -> None:
+        """Leave the ranks the file that asks them to stop, or kill them."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        if now:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        else:
+            (self._job.folder / STOP_FILE).touch()
 
 
-def _environment(launch: dict[str, Any]) -> dict[str, str]:
+def _environment(launch: LaunchSpec) -> dict[str, str]:
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch["nproc"])))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.nproc)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if launch["device"] == "cpu":
+    if launch.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    if launch["device"] == "cpu" or not Path("/dev/nvidiactl").exists():
+    if launch.device == "cpu" or not has_gpu_driver():
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
@@ -91,11 +103,11 @@ def _first_failure(text: str) -> tuple[int, int] | None:
     return next(iter(killed or found[-1:]), None)
 
 
-def _outcome(job: StageJob, code: int, begin: int = 0) -> dict[str, Any]:
+def _outcome(job: StageJob[Any], code: int, begin: int = 0) -> dict[str, Any]:
     """What the ranks left: the summary, or the error of the rank that is to blame. `begin` is where this try's log starts."""
     results = [
         json.loads(path.read_text(encoding="utf-8"))
-        for path in [job.folder / RESULT_FILE, *sorted(job.folder.glob("result-rank*.json"))]
+        for path in [job.folder / RESULT_FILE, *sorted(job.folder.glob(RANK_RESULTS))]
         if path.exists()
     ]
     errors = [result for result in results if "error" in result]

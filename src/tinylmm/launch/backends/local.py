@@ -1,0 +1,30 @@
+"""Runs a stage in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinylmm.config.spec import LaunchSpec
+from tinylmm.launch.worker import quiet_libraries
+from tinylmm.stages import import_body
+from tinylmm.stages.job import StageJob
+
+
+class Backend:
+    """See `LaunchBackend`; `start` returns when the stage is done."""
+
+    def __init__(self, launch: LaunchSpec) -> None:
+        self._summary: dict[str, Any] | None = None
+
+    def start(self, job: StageJob[Any]) -> None:
+        """Run the stage's body."""
+        quiet_libraries()
+        run = import_body(job.kind)
+        self._summary = run(job)
+
+    def poll(self) -> dict[str, Any] | None:
+        """Return the summary."""
+        return self._summary
+
+    def stop(self, now: bool = False) -> None:
+        """Nothing to do: the body itself asks `stop_requested`, and has ended when this can be called."""

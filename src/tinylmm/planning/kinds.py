@@ -1,0 +1,45 @@
+"""The kinds of stages: one row a kind says all that the rest of the package needs to know of it. No torch.
+
+A new kind is a row here, its spec in `planning/specs.py`, and its body: a module with `run(job) -> summary`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinylmm.config.identities import Recorded
+from tinylmm.planning.specs import DataStage, EvalStage, PartsStage, PrepareStage, TrainStage
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of stages is.
+
+    Attributes:
+        spec: what decides a stage's result.
+        version: raised by hand when a change of code changes what a stage of this kind produces; older results are then
+            not reused.
+        body: module with `run(job)`; `import_body` loads it where a stage is run, since most of them load torch.
+        uses_ranks: whether it runs on every rank of the launch; others run in the command's own process.
+        scratch: names in the work folder, besides checkpoints, that are deleted when the stage is done.
+        curve: what a report calls the curve in metrics.jsonl; None where there is none to draw.
+    """
+
+    spec: type[Recorded]
+    version: int
+    body: str
+    uses_ranks: bool = False
+    scratch: tuple[str, ...] = ()
+    curve: str | None = None
+
+
+KINDS = {
+    "data": Kind(DataStage, 2, "tinylmm.stages.data"),
+    "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss"),
+    "prepare": Kind(PrepareStage, 1, "tinylmm.stages.prepare", scratch=("scratch",)),
+    "train": Kind(
+        TrainStage, 1, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
+    ),
+    "eval": Kind(EvalStage, 2, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",)),
+}
+"""Kind -> what it is; the names stand in digests and folder names."""

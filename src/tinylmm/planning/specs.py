@@ -1,0 +1,189 @@
+"""What decides the result of a stage, one typed model a kind, and how a stage is run.
+
+`planning/graph.py` fills them from the run spec; they are JSON where they are hashed and written (`store/stage.py`), and
+models again where a stage's body reads them (`stages/job.py`). No torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tinylmm.config.fields import PartName
+from tinylmm.config.identities import (
+    ConnectorIdentity,
+    PartIdentity,
+    Recorded,
+    TokenizerIdentity,
+    TowerIdentity,
+    TowerOutput,
+)
+from tinylmm.config.recipe import TuneSpec
+from tinylmm.config.spec import ImageSpec, LaunchSpec, TrackingSpec
+from tinylmm.config.trainer import TrainerSpec
+
+Content = dict[str, Any]
+"""Identity by content of files outside the store, from `planning/fingerprints.py`; compared, never read."""
+
+# ------------------------------------------------------------------------------------------------ what decides
+
+
+class SourceIdentity(Recorded):
+    """What is read of a source: of a data stage's output by its file, elsewhere by content (`SourceSpec` has the fields)."""
+
+    file: str | None = None
+    images: str = ""
+    format: str = "llava"
+    limit: int | None = None
+    on_bad: Literal["fail", "skip"] = "fail"
+    max_bad: int = 0
+    content: Content | None = None
+
+
+class DataBuild(Recorded):
+    """The function that makes a data set, and its arguments."""
+
+    target: str = Field(alias="_target_")
+    seed: int
+    options: dict[str, Any]
+
+
+class DataStage(Recorded):
+    """Makes a data set's files."""
+
+    build: DataBuild
+
+
+class PartBuild(Recorded):
+    """How a part is trained from nothing (`PartBuildSpec` has the meanings)."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup_ratio: float
+    weight_decay: float
+    max_length: int
+    seed: int
+    text_tower: dict[str, Any] = Field(default_factory=dict)
+
+
+class PartsStage(Recorded):
+    """Builds a tokenizer, an LLM or a vision tower from nothing; which fields there are depends on `role`."""
+
+    role: Literal["tokenizer", "llm", "vision_tower"]
+    source: SourceIdentity
+    vocab_size: int | None = None
+    pad_token: str | None = None
+    target: str | None = Field(default=None, alias="_target_")
+    pretrained: str | None = None
+    revision: str | None = None
+    init: Literal["built"] | None = None
+    architecture: dict[str, Any] | None = None
+    encoder: str | None = None
+    image: ImageSpec | None = None
+    build: PartBuild | None = None
+    tokenizer: TokenizerIdentity | None = None
+
+
+class PrepareStage(Recorded):
+    """Renders a source's records to token ids; `tokenizer` where no stage built it."""
+
+    template: str
+    source: SourceIdentity
+    tokenizer: TokenizerIdentity | None = None
+
+
+class ModelContent(Recorded):
+    """A model from outside the store, by content."""
+
+    content: Content
+
+
+class TrainStage(Recorded):
+    """One training of a recipe. What it starts from is a parent (`from`), a `model`, or parts.
+
+    Parts that no stage built are named by their identities; those that a stage built are parents.
+    """
+
+    connector: ConnectorIdentity | None = None
+    tower_output: TowerOutput | None = None
+    chat_template: str | None = None
+    scale_image_features: bool = False
+    llm: PartIdentity | None = None
+    tokenizer: TokenizerIdentity | None = None
+    vision_tower: TowerIdentity | None = None
+    model: ModelContent | None = None
+    tune: TuneSpec
+    lr: float | dict[PartName, float]
+    global_batch: int
+    epochs: float
+    max_steps: int | None
+    max_length: int
+    warmup_ratio: float
+    schedule: Literal["cosine", "linear", "constant"]
+    weight_decay: float
+    adam_betas: tuple[float, float]
+    adam_epsilon: float
+    max_grad_norm: float
+    precision: Literal["fp32", "bf16", "fp16"]
+    seed: int
+    trainer: dict[str, Any]
+    mixture: list[float] | None = None
+    """Weights of the prepared sources, in the order of the parents `prepared.0`, `prepared.1`; None for a single one."""
+
+
+class EvalStage(Recorded):
+    """One benchmark asked of one model (`EvalSpec` has the meanings)."""
+
+    benchmark: str
+    layout: Literal["llava", "hf"] = "llava"
+    options: dict[str, Any] = Field(default_factory=dict)
+    variant: str | None = None
+    limit: int | None = None
+    blind: bool = False
+    max_new_tokens: int
+    template: str
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    judge: str | None = None
+    """Name of the judging model."""
+    source: SourceIdentity | None = None
+    content: Content | None = None
+
+
+# ------------------------------------------------------------------------------------------------ how it is run
+
+
+class LocatedSource(Recorded):
+    """A source by its paths (`SourceSpec` has the meanings)."""
+
+    annotations: str | None = None
+    images: str = ""
+    format: str = "llava"
+    limit: int | None = None
+    on_bad: Literal["fail", "skip"] = "fail"
+    max_bad: int = 0
+    how_to_get: str = ""
+
+
+class Location(Recorded):
+    """Where a stage reads: a source below `root`, or below the data stage's output where `root` is None."""
+
+    root: str | None
+    source: LocatedSource
+    judge_url: str | None = None
+
+
+class StageSettings(Recorded):
+    """How a stage is run. Nothing here decides a result."""
+
+    launch: LaunchSpec = LaunchSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    trainer: TrainerSpec = TrainerSpec()
+    """Every field that is set; those that decide a result stand in the stage's own `trainer` too."""
+    trust: tuple[str, ...] = ()
+    folders: dict[str, str] = Field(default_factory=dict)
+    """Role -> local folder of published weights; `from` is the model that a recipe starts from."""
+    location: Location | None = None
+    locations: tuple[Location, ...] | None = None
+    """Of a mixture's sources, in its order."""

@@ -1,0 +1,116 @@
+"""Names of files and folders in the store, each in this one place. No torch.
+
+stages/<key>    finished stages; work/<key> those being worked on, damaged/<key>-n those set aside
+runs/<name>     run.json, log.txt
+claims/         who works on which stage
+features/       features of frozen towers, cache/ fingerprints of files outside the store: made again when deleted
+reports/        pages and tables
+trash/          about to be deleted
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES_FOLDER = "stages"
+WORK_FOLDER = "work"
+DAMAGED_FOLDER = "damaged"
+RUNS_FOLDER = "runs"
+CLAIMS_FOLDER = "claims"
+FEATURES_FOLDER = "features"
+CACHE_FOLDER = "cache"
+REPORTS_FOLDER = "reports"
+TRASH_FOLDER = "trash"
+
+RUN_FILE = "run.json"
+SPEC_FILE = "spec.json"
+MANIFEST_FILE = "manifest.json"
+MARKER_FILE = "COMPLETE"
+JOB_FILE = "job.json"
+ERROR_FILE = "error.txt"
+LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
+OUTPUT_FOLDER = "output"
+MODEL_FOLDER = "model"
+"""Below a train stage's output."""
+GENERATIONS_FILE = "generations.jsonl"
+SCORES_FILE = "scores.json"
+"""Below an eval stage's output."""
+
+KEY_DIGITS = 16
+"""Of a digest's 64 hexadecimal digits, how many stand in a folder's name."""
+
+
+def stage_key(kind: str, digest: str) -> str:
+    """Return the name of a stage's folder, `train-0123456789abcdef`."""
+    return f"{kind}-{digest[:KEY_DIGITS]}"
+
+
+def model_folder(stage_folder: Path) -> Path:
+    """Return where the model of a train stage lies."""
+    return stage_folder / OUTPUT_FOLDER / MODEL_FOLDER
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Where things lie in the store at `root`. Nothing is read or made."""
+
+    root: Path
+
+    @property
+    def stages(self) -> Path:
+        """Folder of the finished stages."""
+        return self.root / STAGES_FOLDER
+
+    @property
+    def work(self) -> Path:
+        """Folder of the stages that are worked on."""
+        return self.root / WORK_FOLDER
+
+    @property
+    def damaged(self) -> Path:
+        """Folder of what was set aside."""
+        return self.root / DAMAGED_FOLDER
+
+    @property
+    def runs(self) -> Path:
+        """Folder of the runs."""
+        return self.root / RUNS_FOLDER
+
+    @property
+    def features(self) -> Path:
+        """Folder of the cached features of frozen towers."""
+        return self.root / FEATURES_FOLDER
+
+    @property
+    def cache(self) -> Path:
+        """Folder of cached fingerprints."""
+        return self.root / CACHE_FOLDER
+
+    @property
+    def reports(self) -> Path:
+        """Folder that reports are written to where the user names no other."""
+        return self.root / REPORTS_FOLDER
+
+    @property
+    def trash(self) -> Path:
+        """Folder of what is about to be deleted."""
+        return self.root / TRASH_FOLDER
+
+    def stage(self, key: str) -> Path:
+        """Where a finished stage lies, or will lie."""
+        return self.stages / key
+
+    def work_on(self, key: str) -> Path:
+        """Where a stage is worked on."""
+        return self.work / key
+
+    def claim(self, key: str) -> Path:
+        """The file that names who works on a stage."""
+        return self.root / CLAIMS_FOLDER / f"{key}.json"
+
+    def run(self, name: str) -> Path:
+        """Folder of a run."""
+        return self.runs / name

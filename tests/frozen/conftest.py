@@ -1,0 +1,14 @@
+"""Runs each test in an empty folder of its own, without the user's environment: what is frozen depends on neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("TINYLMM_STORE", "TINYLMM_DATA"):
+        monkeypatch.delenv(name, raising=False)
