@@ -31,8 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
-from tinylmm.evaluation.benchmarks.base import Item
 from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.evaluation.images import open_image_ref
 from tinylmm.generation.engine import Engine, Prompt, end_tokens, make_prompt
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
@@ -145,7 +146,7 @@ def _measure(
     ]
 
     def load(key: str) -> torch.Tensor:
-        return transform(refs[key].open())
+        return transform(open_image_ref(refs[key]))
 
     def alone(prompt: Prompt) -> list[int]:
         with torch.no_grad():

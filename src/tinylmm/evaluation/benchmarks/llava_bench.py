@@ -96,7 +96,7 @@ class LLaVABench(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Let the judge rate every answer beside GPT-4's; see the class for variants and figures."""
+        """Let the judge rate every answer beside GPT-4's; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         if judge is None:
             rows = tuple(ItemScore(item.item_id, None) for item in items)

@@ -119,7 +119,7 @@ class MMBench(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score rows and groups; see the class for variants and figures. Items without a gold answer (test) get no score."""
+        """Score rows and groups; see the class for variants and metrics. Items without a gold answer (test) get no score."""
         variant = pick_variant(self, variant)
         letters: dict[str, str | None] = {}
         for item in items:

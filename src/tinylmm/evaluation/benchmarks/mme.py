@@ -125,19 +125,19 @@ class MME(Benchmark):
 
 
 def _aggregate(tasks: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, float]:
-    """Task -> image -> which answers are right; to the two totals, then the figures of each task."""
-    figures: dict[str, float] = {}
+    """Task -> image -> which answers are right; to the two totals, then the metrics of each task."""
+    metrics: dict[str, float] = {}
     for task in [*PERCEPTION, *COGNITION, *sorted(tasks.keys() - {*PERCEPTION, *COGNITION})]:
         images = tasks.get(task)
         if images:
             answers = [right for image in images.values() for right in image]
-            figures[f"{task}/acc"] = 100 * sum(answers) / len(answers)
-            figures[f"{task}/acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
-            figures[f"{task}/score"] = figures[f"{task}/acc"] + figures[f"{task}/acc+"]
+            metrics[f"{task}/acc"] = 100 * sum(answers) / len(answers)
+            metrics[f"{task}/acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
+            metrics[f"{task}/score"] = metrics[f"{task}/acc"] + metrics[f"{task}/acc+"]
     return {
-        "perception": sum(figures.get(f"{task}/score", 0.0) for task in PERCEPTION),
-        "cognition": sum(figures.get(f"{task}/score", 0.0) for task in COGNITION),
-        **figures,
+        "perception": sum(metrics.get(f"{task}/score", 0.0) for task in PERCEPTION),
+        "cognition": sum(metrics.get(f"{task}/score", 0.0) for task in COGNITION),
+        **metrics,
     }
 
 

@@ -155,7 +155,7 @@ class MMMU(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score letters and open answers; see the class for variants and figures."""
+        """Score letters and open answers; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         scored: dict[str, ItemScore] = {}
         guessed = 0

@@ -25,7 +25,7 @@ GET = (
 )
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
-# The grader's prompt is part of the benchmark: a figure is comparable only where it is exactly this
+# The grader's prompt is part of the benchmark: a score is comparable only where it is exactly this
 # (mm-vet_evaluator.py of yuweihao/MM-Vet, Apache-2.0).
 _MEME = (
     "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and Greenland "
@@ -100,7 +100,7 @@ class MMVet(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Let the judge grade every answer, `judge.runs` times; see the class for variants and figures."""
+        """Let the judge grade every answer, `judge.runs` times; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         grade = _grade_lmms if variant == "lmms" else _grade_official
         if judge is None:

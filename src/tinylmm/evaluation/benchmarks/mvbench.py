@@ -56,7 +56,7 @@ class MVBench(Benchmark):
     Variants: `tinyllava_video` (TinyLLaVA-Video's prompt and parser), `official` (VideoChat2's `check_ans`, for answers that
     continue "Best option:("; an empty one counts as right there, and here) and `lmms` (lmms-eval; empty answers leave the
     denominator and are counted as `left_out`).
-    Aggregate: `average`, correct over all questions, and one figure a task; percent. A guess is drawn from the item's id.
+    Aggregate: `average`, correct over all questions, and one metric a task; percent. A guess is drawn from the item's id.
     counts.tasks says how many of the twenty tasks were there.
     """
 
@@ -92,7 +92,7 @@ class MVBench(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         rows, guessed = [], 0
         for item in items:

@@ -66,7 +66,7 @@ class Confusion:
         self.false_yes += parsed == "yes" != label
         self.false_no += parsed == "no" != label
 
-    def figures(self, lmms: bool) -> dict[str, float]:
+    def metrics(self, lmms: bool) -> dict[str, float]:
         """accuracy, precision, recall, F1 and yes-ratio, times 100; 0 where a denominator is 0.
 
         An answer that is neither yes nor no misses its object; lmms-eval leaves it out of the recall, and its yes-ratio
@@ -85,7 +85,7 @@ class Confusion:
 
 
 class POPE(Benchmark):
-    """`f1` and `accuracy` times 100, each the unweighted mean over the categories; then the same figures a category.
+    """`f1` and `accuracy` times 100, each the unweighted mean over the categories; then the same metrics a category.
 
     LLaVA reports the mean F1 (85.9), TinyLLaVA Factory the mean accuracy: compare like with like. `lmms` pools all items.
     """
@@ -158,8 +158,8 @@ class POPE(Benchmark):
             rows.append(ItemScore(item.item_id, float(parsed == item.reference), parsed))
             for confusion in (categories[item.category], pooled):
                 confusion.add(parsed, item.reference)
-        each = {name: confusion.figures(variant == "lmms") for name, confusion in categories.items()}
-        overall = pooled.figures(lmms=True) if variant == "lmms" else _means(list(each.values()))
+        each = {name: confusion.metrics(variant == "lmms") for name, confusion in categories.items()}
+        overall = pooled.metrics(lmms=True) if variant == "lmms" else _means(list(each.values()))
         aggregate = overall | {f"{name}/{key}": value for name, row in each.items() for key, value in row.items()}
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
@@ -169,7 +169,7 @@ def _order(item: Item) -> int:
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = list(Confusion().figures(lmms=False))
+    names = list(Confusion().metrics(lmms=False))
     return {name: sum(row[name] for row in rows) / max(1, len(rows)) for name in names}
 
 

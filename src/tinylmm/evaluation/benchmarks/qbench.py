@@ -31,7 +31,7 @@ class QBench(Benchmark):
 
     The official accuracy asks a GPT model whether answer and truth mean the same; that prompt is not part of this project, so
     both variants read letters: `mmmu` (MMMU's parser on the LLaVA prompt) and `lmms` (lmms-eval: `X ` and `X.` count anywhere).
-    Neither is comparable with GPT-judged figures where models answer in sentences.
+    Neither is comparable with GPT-judged scores where models answer in sentences.
     Aggregate: `accuracy`, and by question type and concern where the file tells them; percent.
     """
 

@@ -30,7 +30,7 @@ class SEED(Benchmark):
     """SEED-Bench.
 
     Variants: `llava` (the whole text must be the letter), `lmms` (the first character after stripping).
-    Aggregate: `image` (what is reported as SEED^I), then, if there are such questions, `video` and `all`; and one figure a
+    Aggregate: `image` (what is reported as SEED^I), then, if there are such questions, `video` and `all`; and one metric a
     question type; percent.
     """
 
@@ -60,7 +60,7 @@ class SEED(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         rows = []
         for item in items:

@@ -53,7 +53,7 @@ class SQA(Benchmark):
     """ScienceQA, test split: 4,241 questions, 2,017 of them with an image.
 
     Variants: `llava` (LLaVA and TinyLLaVA), `lmms`, `vlmeval` (VLMEvalKit, exact matching).
-    Aggregate: `img_accuracy` over questions with an image, `accuracy` over all, and one figure a subject where
+    Aggregate: `img_accuracy` over questions with an image, `accuracy` over all, and one metric a subject where
     problems.json tells them; percent. A question counts as one with an image by the question file, not by what the answer
     file says was asked. A letter outside the choices is wrong, never a guess.
     """
@@ -83,7 +83,7 @@ class SQA(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         read = _READERS[variant]
         rows = []

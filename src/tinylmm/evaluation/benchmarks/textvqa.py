@@ -34,8 +34,8 @@ class TextVQA(Benchmark):
     """Soft accuracy in percent, m4c-normalised on both sides; all variants score alike.
 
     Args:
-        ocr: whether prompts carry the Rosetta tokens of the data set. Papers' figures do; without them a model loses
-            several points (TinyLLaVA-3.1B 60.3 against 55.8), so name it beside the figure.
+        ocr: whether prompts carry the Rosetta tokens of the data set. Papers' scores do; without them a model loses
+            several points (TinyLLaVA-3.1B 60.3 against 55.8), so name it beside the score.
     """
 
     name: ClassVar[str] = "textvqa"

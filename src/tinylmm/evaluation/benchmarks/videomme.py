@@ -106,7 +106,7 @@ class VideoMME(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         rows, guessed = [], 0
         for item in items:

@@ -39,7 +39,7 @@ RULES = {"llava": uploaded_rule, "official": official_rule, "lmms": m4c_rule}
 
 
 class VizWiz(Benchmark):
-    """Soft accuracy in percent on val, by answer type. The answers of test, which papers report, are hidden: no figure."""
+    """Soft accuracy in percent on val, by answer type. The answers of test, which papers report, are hidden: no metric."""
 
     name: ClassVar[str] = "vizwiz"
     variants: ClassVar[tuple[str, ...]] = tuple(RULES)

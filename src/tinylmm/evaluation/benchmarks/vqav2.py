@@ -51,7 +51,7 @@ class VQAv2(Benchmark):
     """Soft accuracy in percent, overall and by answer and question type.
 
     `official` is the default, as val is scored by nothing else; `llava` first normalises the answer as LLaVA does before an
-    upload; `lmms` normalises also where all ten references are equal. Answers of test-dev and test are hidden: no figure.
+    upload; `lmms` normalises also where all ten references are equal. Answers of test-dev and test are hidden: no metric.
     """
 
     name: ClassVar[str] = "vqav2"
