@@ -32,8 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
-from tinylmm.evaluation.benchmarks.base import Item
 from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.evaluation.images import open_image_ref
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt, PromptMaker
@@ -148,7 +149,7 @@ def _measure(
     ]
 
     def load(key: str) -> torch.Tensor:
-        return transform(refs[key].open())
+        return transform(open_image_ref(refs[key]))
 
     def alone(prompt: Prompt) -> list[int]:
         with torch.no_grad():

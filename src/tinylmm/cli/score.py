@@ -1,4 +1,4 @@
-"""`tinylmm score`: figures of an answer file, without a model. Loads no torch."""
+"""`tinylmm score`: scores of an answer file, without a model. Loads no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 from tinylmm.errors import ConfigError, DataError, Fault
 
 if TYPE_CHECKING:
-    from tinylmm.evaluation.benchmarks.base import Benchmark, Format, Item, Scores
+    from tinylmm.evaluation.benchmarks.base import Benchmark
+    from tinylmm.evaluation.benchmarks.records import Format, Item, Scores
     from tinylmm.evaluation.judge import Judge
 
 LAYOUTS = ("auto", "llava", "hf")
@@ -21,33 +22,36 @@ _PARQUET = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
 
 
 def score(
-    benchmark: Annotated[str, typer.Argument(help="vqav2, gqa, sqa, textvqa, pope, mme, mmmu, ...")],
+    benchmark: Annotated[
+        str, typer.Argument(help="vqav2, gqa, pope, mme, mmmu, ..., or your own class's dotted path.")
+    ],
     answers: Annotated[Path, typer.Option(help="LLaVA-style answers: one {question_id, prompt, text} a line.")],
     root: Annotated[Path, typer.Option(help="The benchmark's folder, or the one around it (playground/data/eval).")],
     variant: Annotated[str | None, typer.Option(help="Protocol; default: the one that papers report.")] = None,
     layout: Annotated[str, typer.Option(help="Files under ROOT: llava (eval.zip), hf (parquet), or auto.")] = "auto",
     split: Annotated[str | None, typer.Option(help="Where a benchmark has several, e.g. val or test-dev.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write figures and per-item scores there.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write metrics and per-item scores there.")] = None,
     submission: Annotated[Path | None, typer.Option(help="Also write the file that the server takes.")] = None,
     judge_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible endpoint; its key: TINYLMM_JUDGE_API_KEY.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's model name.")] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="Package that your own benchmark's class is in.")] = None,
 ) -> None:
     """Score an answer file by a benchmark's published rules."""
-    # imported here, as Pillow would slow down every other command's start
-    from tinylmm.evaluation.benchmarks.files import read_answers
+    # imported here, as reading benchmarks is no concern of other commands
+    from tinylmm.evaluation.benchmarks.files import read_answer_file
     from tinylmm.evaluation.benchmarks.registry import get_benchmark
     from tinylmm.evaluation.benchmarks.scoring import pick_variant
 
-    chosen = get_benchmark(benchmark, **({"split": split} if split else {}))
+    chosen = get_benchmark(benchmark, trust or (), **({"split": split} if split else {}))
     variant = pick_variant(chosen, variant)
     judge = _judge(judge_url, judge_model)
-    rows = read_answers(answers)
+    rows = read_answer_file(answers)
     items = _load(chosen, root, layout)
-    joined = chosen.join(items, rows)
-    scores = chosen.score(items, joined, variant, judge)
-    repeated = len(rows) - len(joined)
+    paired = chosen.pair(items, rows)
+    scores = chosen.score(items, paired, variant, judge)
+    repeated = len(rows) - len(paired)
     if repeated > 0:
         scores.counts["duplicate"] = repeated
         typer.echo(f"{answers}: {repeated} answers repeat another's question; the last of each counts.", err=True)
@@ -55,7 +59,7 @@ def score(
         _write(as_json, json.dumps(scores.as_json(items), indent=1, ensure_ascii=False))
     if submission is not None:
         submission.parent.mkdir(parents=True, exist_ok=True)
-        chosen.write_submission(items, joined, submission)
+        chosen.write_submission(items, paired, submission)
     _print(scores, chosen)
 
 
@@ -108,14 +112,14 @@ def _print(scores: Scores, benchmark: Benchmark) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in scores.aggregate.items():
-        table.add_row(f"{name} (headline)" if name == benchmark.headline else name, _figure(value))
+        table.add_row(f"{name} (headline)" if name == benchmark.headline else name, _shown(value))
     console = Console()
     if scores.aggregate:
         console.print(table)
     else:
-        console.print(f"{scores.benchmark}: no figure, as none of the items could be scored here.")
+        console.print(f"{scores.benchmark}: no metric, as none of the items could be scored here.")
     console.print(", ".join(f"{name} {count}" for name, count in scores.counts.items()), highlight=False)
 
 
-def _figure(value: Any) -> str:
+def _shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)

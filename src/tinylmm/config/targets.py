@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tinylmm.errors import ConfigError, Fault, suggestion
 
-Role = Literal["llm", "vision_tower", "encoder", "connector", "data", "backend"]
+Role = Literal["llm", "vision_tower", "encoder", "connector", "data", "benchmark", "backend"]
 MAX_LENGTH = 200
 
 _MODULES = r"(?:[a-z][a-z0-9_]*\.)+"
@@ -34,6 +34,7 @@ _TOWER = re.compile(rf"tinylmm\.models\.{_MODULES}{_CLASS}")
 _CONNECTOR = re.compile(rf"(?:tinylmm\.models\.{_MODULES}{_CLASS}|torch\.nn\.(?:modules\.[a-z]+\.)?{_CLASS})")
 _DATA = re.compile(rf"tinylmm\.data\.{_MODULES}(?:[a-z][a-z0-9_]*|{_CLASS})")
 _BACKEND = re.compile(rf"tinylmm\.launch\.backends\.[a-z][a-z0-9_]*\.{_CLASS}")
+_BENCHMARK = re.compile(rf"tinylmm\.evaluation\.benchmarks\.{_MODULES}{_CLASS}")
 _TRUSTED_CLASS = re.compile(rf"{_MODULES}{_CLASS}")
 _TRUSTED_ANY = re.compile(rf"{_MODULES}(?:[a-z][a-z0-9_]*|{_CLASS})")
 _PACKAGE = re.compile(r"[a-z][a-z0-9_]*")
@@ -51,6 +52,7 @@ _FORMS: dict[Role, tuple[re.Pattern[str], str]] = {
     "connector": (_CONNECTOR, "a connector's class, tinylmm.models.<module>.<Class> or torch.nn.<Class>"),
     "data": (_DATA, "a data builder, tinylmm.data.<module>.<function>"),
     "backend": (_BACKEND, "the name of a module in tinylmm.launch.backends"),
+    "benchmark": (_BENCHMARK, "a benchmark's class, tinylmm.evaluation.benchmarks.<module>.<Class>"),
 }
 _PREFIXES: dict[Role, tuple[str, ...]] = {
     "llm": ("transformers.models.", "tinylmm.models."),
@@ -59,6 +61,7 @@ _PREFIXES: dict[Role, tuple[str, ...]] = {
     "connector": ("tinylmm.models.", "torch.nn.modules."),
     "data": ("tinylmm.data.",),
     "backend": ("tinylmm.launch.backends.",),
+    "benchmark": ("tinylmm.evaluation.benchmarks.",),
 }
 
 

@@ -1,4 +1,4 @@
-"""Which questions are about the same image. No torch.
+"""A benchmark's images: which questions are about the same one, and opening it. No torch before an image is opened.
 
 Files name an image by its path; parquet tables and TSVs repeat its bytes with every question about it. There the bytes
 decide, so that the tower runs once an image and its questions hang together in whatever form a benchmark comes.
@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import ImageRef, Item
+from tinylmm.evaluation.benchmarks.files import open_parquet
+from tinylmm.evaluation.benchmarks.records import ImageRef, Item
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _ROWS = 256
 
@@ -51,6 +57,55 @@ def first_refs(items: Sequence[Item], keys: Mapping[str, str]) -> dict[str, Imag
     return found
 
 
+def open_image_ref(ref: ImageRef) -> Image.Image:
+    """Decode an image file, a parquet cell or the bytes that the benchmark's file held, as RGB.
+
+    Raises:
+        DataError: missing, no image of a known format, damaged or too large; the message names file and row.
+    """
+    from tinylmm.data.images import open_image
+
+    if ref.data is not None:
+        return open_image(Path(ref.key), ref.data)
+    if not ref.path.is_file():
+        raise DataError(f"image {ref.path} does not exist. Put the benchmark's images there.")
+    if ref.row is None or ref.column is None:
+        return open_image(ref.path)
+    data = _encoded(_cell(ref.path, ref.row, ref.column))
+    if data is None:
+        raise DataError(f"{ref.path}, row {ref.row}: column {ref.column} holds no image bytes. Fetch the file again.")
+    return open_image(Path(ref.key), data)
+
+
+def _encoded(cell: Any) -> bytes | None:
+    """The encoded image in a cell: bytes, bytes beside a path as `datasets` writes them, or the first of a list of either."""
+    if isinstance(cell, list):
+        cell = cell[0] if cell else None
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    return data if isinstance(data, bytes) else None
+
+
+def _cell(path: Path, row: int, column: str) -> Any:
+    """One cell, by reading its row group only."""
+    stamp = path.stat().st_mtime_ns
+    for group, rows in enumerate(_group_sizes(path, stamp)):
+        if row < rows:
+            return _group_column(path, stamp, group, column)[row].as_py()
+        row -= rows
+    raise DataError(f"{path}: has no row {row}. Fetch the file again.")
+
+
+@lru_cache(maxsize=64)
+def _group_sizes(path: Path, stamp: int) -> tuple[int, ...]:
+    metadata = open_parquet(path).metadata
+    return tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+
+
+@lru_cache(maxsize=4)  # items come in the order of their images, so neighbours share a row group
+def _group_column(path: Path, stamp: int, group: int, column: str) -> Any:
+    return open_parquet(path).read_row_group(group, columns=[column]).column(0)
+
+
 def _cell_keys(path: Path, column: str, rows: Mapping[int, str]) -> dict[str, str]:
     """Read a column of encoded images once, a few rows at a time."""
     import pyarrow as pa
@@ -62,9 +117,9 @@ def _cell_keys(path: Path, column: str, rows: Mapping[int, str]) -> dict[str, st
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 if row in rows:
-                    data = cell.get("bytes") if isinstance(cell, dict) else cell
+                    data = _encoded(cell)
                     # a cell without bytes keeps its own key: opening it says what is wrong with it
-                    keys[rows[row]] = _digest(data) if isinstance(data, bytes) else rows[row]
+                    keys[rows[row]] = rows[row] if data is None else _digest(data)
                 row += 1
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(

@@ -1,6 +1,6 @@
 """A judge model behind any OpenAI-compatible endpoint: retries, limits, a cache by content, counts of what it cost.
 
-Standard library only. The key comes from one environment variable, goes into one header and nowhere else: not into the
+No client library. The key comes from one environment variable, goes into one header and nowhere else: not into the
 cache, not into a message (a server that echoes it is redacted), and never to another host (redirects are refused).
 """
 
@@ -12,7 +12,6 @@ import http.client
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tinylmm.errors import ConfigError, Fault, TinyLMMError
+from tinylmm.store.integrity import write_atomic
 
 KEY_VARIABLE = "TINYLMM_JUDGE_API_KEY"
 
@@ -49,12 +49,12 @@ class Usage:
     completion_tokens: int = 0
 
     def counts(self, before: Usage | None = None) -> dict[str, int]:
-        """For `Scores.counts`: every figure under `judge_<name>`, without what had been used `before`."""
+        """For `Scores.counts`: every count under `judge_<name>`, without what had been used `before`."""
         earlier = asdict(before or Usage())
         return {f"judge_{name}": value - earlier[name] for name, value in asdict(self).items()}
 
     def copy(self) -> Usage:
-        """The figures as they are now."""
+        """The counts as they are now."""
         return Usage(**asdict(self))
 
 
@@ -297,13 +297,6 @@ def _read_reply(place: Path | None) -> str | None:
 
 
 def _write_reply(place: Path, record: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader in another process never sees half a file."""
+    """Keep a reply so that a reader in another process never sees half of it."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=place.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, ensure_ascii=False)
-        Path(name).replace(place)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomic(place, json.dumps(record, ensure_ascii=False), durable=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+
+from tinylmm.store.integrity import hash_file
 
 
 def overlapping_images(trained: Iterable[Path], asked: Iterable[Path]) -> list[tuple[Path, Path]]:
@@ -24,9 +25,9 @@ def overlapping_images(trained: Iterable[Path], asked: Iterable[Path]) -> list[t
     seen: dict[str, Path] = {}
     for path in dict.fromkeys(trained):
         if _size(path) in by_size:
-            seen.setdefault(_sha256(path), path)
+            seen.setdefault(hash_file(path), path)
     sizes = {_size(path) for path in seen.values()}
-    candidates = ((path, _sha256(path)) for size, paths in by_size.items() if size in sizes for path in paths)
+    candidates = ((path, hash_file(path)) for size, paths in by_size.items() if size in sizes for path in paths)
     return [(path, seen[found]) for path, found in candidates if found in seen]
 
 
@@ -50,8 +51,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size if path.is_file() else None
     except OSError:
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,11 +1,12 @@
-"""From answers to the rows of scores.json: each figure with its interval, its blind baseline and chance. No torch."""
+"""From answers to the rows of scores.json: each metric with its interval, its blind baseline and chance. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Item, Scores
 from tinylmm.evaluation.images import cluster_of, content_keys
 from tinylmm.evaluation.statistics import bootstrap_mean, half_samples
 
@@ -14,7 +15,7 @@ FEW_HALVES = 60
 """Halves drawn of a benchmark with more than MANY_ITEMS questions: each is scored anew."""
 
 
-def figure_rows(
+def score_rows(
     benchmark: Benchmark,
     items: Sequence[Item],
     answers: Mapping[str, Answer],
@@ -23,16 +24,16 @@ def figure_rows(
     keys: Mapping[str, str] | None = None,
     judged: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row a figure, the headline first, then in the benchmark's order.
+    """One row a metric, the headline first, then in the benchmark's order.
 
     Args:
         keys: which images are the same, as `content_keys` finds them; by default it is asked.
-        judged: a judge took part in the scores. It is not asked again hundreds of times for an interval, so figures that
+        judged: a judge took part in the scores. It is not asked again hundreds of times for an interval, so metrics that
             are no means over questions have none.
 
     Returns:
         `{"metric", "value", "blind", "chance", "count", "interval", "interval_by"}`; value, blind, chance and interval
-        (`[low, high]` at 95 %) in the figure's own unit; blind, chance and interval are None where there is none.
+        (`[low, high]` at 95 %) in the metric's own unit; blind, chance and interval are None where there is none.
         `interval_by` is `bootstrap` for means over questions and `half-samples` for all else.
     """
     keys = content_keys(items) if keys is None else keys
@@ -67,7 +68,7 @@ def figure_rows(
 
 
 def _mean_over(name: str, value: float, items: Sequence[Item], values: Mapping[str, float | None]) -> list[Item] | None:
-    """The items of which this figure is 100 times the mean score: all, or those of the category that its name holds."""
+    """The items of which this metric is 100 times the mean score: all, or those of the category that its name holds."""
     rounding = 0.051 if round(value, 1) == value else 0.0051  # official scorers print one decimal, or two
     scored = [item for item in items if values.get(item.item_id) is not None]
     subsets = [scored, _category_of(name, scored)]
@@ -79,7 +80,7 @@ def _mean_over(name: str, value: float, items: Sequence[Item], values: Mapping[s
 
 
 def _category_of(name: str, items: Sequence[Item]) -> list[Item]:
-    """The items of the category that a figure's name holds (`accuracy/digit`, `adversarial/f1`), if it holds one."""
+    """The items of the category that a metric's name holds (`accuracy/digit`, `adversarial/f1`), if it holds one."""
     return [item for item in items if item.category and f"/{item.category}/" in f"/{name}/"]
 
 
@@ -101,7 +102,7 @@ def _halves(
     if not names:
         return {}
 
-    def figures(chosen: Sequence[int]) -> Mapping[str, float]:
+    def metrics(chosen: Sequence[int]) -> Mapping[str, float]:
         return benchmark.score([items[index] for index in chosen], answers_of(chosen), scores.variant).aggregate
 
     def answers_of(chosen: Sequence[int]) -> dict[str, Answer]:
@@ -110,4 +111,4 @@ def _halves(
 
     halves = {"halves": FEW_HALVES} if len(items) > MANY_ITEMS else {}
     whole = {name: scores.aggregate[name] for name in names}
-    return half_samples(figures, [clusters[item.item_id] for item in items], whole, **halves)
+    return half_samples(metrics, [clusters[item.item_id] for item in items], whole, **halves)

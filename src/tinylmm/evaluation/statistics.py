@@ -45,22 +45,22 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable], seed: 
 
 
 def half_samples(
-    figures: Callable[[Sequence[int]], Mapping[str, float]],
+    metrics: Callable[[Sequence[int]], Mapping[str, float]],
     clusters: Sequence[Hashable],
     whole: Mapping[str, float],
     halves: int = HALVES,
     seed: int = SEED,
 ) -> dict[str, Interval]:
-    """95 % intervals of figures of any kind, from how they vary between random halves of the clusters.
+    """95 % intervals of metrics of any kind, from how they vary between random halves of the clusters.
 
     A half drawn without replacement varies about the whole as the whole varies about the truth (the delete-half jackknife:
     J. Shao and C. F. J. Wu, Annals of Statistics 17, 1989). Unlike a bootstrap it never asks a scorer about an image twice,
     so it holds for scores that pair or group questions.
 
     Args:
-        figures: indices of questions, ascending -> the figures of these questions alone.
+        metrics: indices of questions, ascending -> the metrics of these questions alone.
         clusters: what each question belongs to.
-        whole: the figures of all questions; those that a half lacks, or that are the same in every half (where resampling
+        whole: the metrics of all questions; those that a half lacks, or that are the same in every half (where resampling
             has nothing to go by), get no interval.
     """
     members = _members(clusters)
@@ -70,7 +70,7 @@ def half_samples(
     seen: dict[str, list[float]] = {name: [] for name in whole}
     for _ in range(halves):
         chosen = generator.permutation(len(members))[: len(members) // 2]
-        found = figures(sorted(index for place in chosen for index in members[place]))
+        found = metrics(sorted(index for place in chosen for index in members[place]))
         for name in seen:
             if name in found:
                 seen[name].append(found[name])

@@ -12,7 +12,13 @@ from typing import Any
 from tinylmm.config.hub import unknown_numbers
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.errors import DataError
-from tinylmm.planning.fingerprints import checkpoint_fingerprint, model_fingerprint, source_fingerprint
+from tinylmm.evaluation.benchmarks.registry import check_evaluation, get_benchmark
+from tinylmm.planning.fingerprints import (
+    benchmark_fingerprint,
+    checkpoint_fingerprint,
+    model_fingerprint,
+    source_fingerprint,
+)
 from tinylmm.planning.graph import StageGraph, build_graph
 from tinylmm.planning.specs import Content
 from tinylmm.store.layout import StoreLayout
@@ -49,15 +55,11 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
 
     Raises:
         DataError: an annotation file is there but unreadable.
-        ConfigError: a benchmark has no such scoring variant.
+        ConfigError: a benchmark cannot be asked like this.
     """
     for key, evaluation in run.eval.items():
-        if evaluation.variant is not None:
-            # imported here: benchmarks need Pillow, and most plans need no benchmark
-            from tinylmm.planning.benchmark_files import check_variant
-
-            check_variant(key, evaluation)
-    files = _Files(StoreLayout(run.store).cache / "fingerprints")
+        check_evaluation(key, evaluation, run.trust)
+    files = _Files(StoreLayout(run.store).cache / "fingerprints", run.trust)
     graph = build_graph(run, files)
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
@@ -123,8 +125,9 @@ def stage_status(store_root: Path, stage: Stage) -> str:
 class _Files:
     """Identities of files outside the store, each read once; notes what is missing on the way. See `graph.Fingerprints`."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, trust: Sequence[str]) -> None:
         self.cache = cache
+        self.trust = trust
         self.missing: list[Missing] = []
         self._known: dict[tuple[str, str], Content] = {}
 
@@ -147,20 +150,18 @@ class _Files:
         return self._known[kind, key]
 
     def _benchmark(self, spec: EvalSpec) -> Content:
-        # imported here: benchmarks need Pillow, and most plans need no benchmark
-        from tinylmm.planning.benchmark_files import benchmark_fingerprint
-
         assert spec.root is not None  # EvalSpec's validator holds this
         root = Path(spec.root).absolute()
         try:
-            found = benchmark_fingerprint(spec.benchmark, root, spec.layout, spec.limit, self.cache, spec.options)
+            benchmark = get_benchmark(spec.benchmark, self.trust, **spec.options)
+            found = benchmark_fingerprint(benchmark, spec, self.cache)
         except DataError as error:
             self.missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
             return {"missing": spec.benchmark}
         if found["num_missing"]:
             shown = ", ".join(found["missing"][:3]) + (", ..." if found["num_missing"] > 3 else "")
             what = f"{found['num_missing']:,} of {found['num_images']:,} images of benchmark {spec.benchmark} ({shown})"
-            how = f"put them there, or name the folder that has them: eval.{spec.benchmark}.root=FOLDER"
+            how = "put them there, or set the `root` of this benchmark to the folder that has them"
             self.missing.append(Missing(what, str(root), how))
         return {"items": found["items"], "images": found["images"]}
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylmm.errors import UserError
-from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.evaluation.statistics import bootstrap_mean, mcnemar, paired_p_value, wilson
 from tinylmm.reports.records import Evaluation, Report, RunReport, Score
 from tinylmm.reports.stored import Generation, read_generations, read_stored_spec

@@ -11,7 +11,7 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
-from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.evaluation.statistics import Z_95, wilson
 from tinylmm.store.layout import GENERATIONS_FILE, OUTPUT_FOLDER, model_folder
 from tinylmm.store.runs import TRAIN, RunRecord, StageRow

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import IntegrityError
-from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.store.layout import OUTPUT_FOLDER, SPEC_FILE, StoreLayout, stage_key
 
 

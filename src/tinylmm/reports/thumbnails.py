@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import ImageRef
-from tinylmm.evaluation.benchmarks.files import open_image_ref
+from tinylmm.evaluation.benchmarks.records import ImageRef
+from tinylmm.evaluation.images import open_image_ref
 
 SMALL_SIDE = 128
 """Up to this many pixels an image is kept pixel for pixel, and shown enlarged without blur."""

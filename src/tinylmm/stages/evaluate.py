@@ -22,16 +22,16 @@ from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
 from tinylmm.errors import ConfigError, DataError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, ImageRef, Item, Scores
-from tinylmm.evaluation.benchmarks.digits import Digits
-from tinylmm.evaluation.images import cluster_of, content_keys, first_refs
-from tinylmm.evaluation.score_rows import figure_rows
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, ImageRef, Item, Scores
+from tinylmm.evaluation.benchmarks.registry import get_benchmark
+from tinylmm.evaluation.images import cluster_of, content_keys, first_refs, open_image_ref
+from tinylmm.evaluation.score_rows import score_rows
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, choose_device
-from tinylmm.planning.benchmark_files import find_benchmark, load_items
 from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER
@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 ANSWERS = "answers"
 GENERATIONS, SCORES = "generations.jsonl", "scores.json"
 MODES = ("image", "blind")
-UPLOADS = {"mmbench": "xlsx", "seed": "jsonl"}
-"""Suffix of a benchmark's upload file; json where none is given."""
 RANKS_WAIT_S = 7 * 24 * 3600.0
 """Ranks meet when the slowest has answered its share; until then only a rank's end ends the others."""
 
@@ -74,13 +72,13 @@ def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item]]:
     """The benchmark and its questions, from its own files or from a source of a data set."""
     (location,), spec = job.locations, job.spec
     root = job.root_of(location)
+    benchmark = get_benchmark(spec.benchmark, job.settings.trust, **spec.options)
     if spec.source is None:
-        benchmark = find_benchmark(spec.benchmark, spec.options)
-        return benchmark, load_items(benchmark, root, spec.layout, spec.limit)
+        return benchmark, benchmark.load(root, spec.layout)[: spec.limit]
     source = location.source
     assert source.annotations is not None  # a source of a data set has a file
-    items = Digits().load_source(root / source.annotations, root / source.images, source.limit)
-    return Digits(), items[: spec.limit]
+    items = benchmark.load_source(root / source.annotations, root / source.images, source.limit)
+    return benchmark, items[: spec.limit]
 
 
 # ---------------------------------------------------------------------------------------------------- asking
@@ -136,7 +134,7 @@ def _answer(
     launch, maker = job.settings.launch, PromptMaker(get_template(job.spec.template), loaded.tokenizer)
     refs = first_refs(items, keys)
     model = loaded.model
-    sizes = {key: ref.open().size for key, ref in refs.items()} if model.tiled else None
+    sizes = {key: open_image_ref(ref).size for key, ref in refs.items()} if model.tiled else None
     counts = dict.fromkeys(refs, model.image_tokens)
     if sizes is not None:
         counts = {key: model.tokens_of(*size) for key, size in sizes.items()}
@@ -173,7 +171,7 @@ class _Pixels:
         self.transform = transform
 
     def __call__(self, key: str) -> Tensor:
-        return self.transform(self.refs[key].open())
+        return self.transform(open_image_ref(self.refs[key]))
 
 
 def _row(mode: str, reply: Reply, maker: PromptMaker) -> dict[str, Any]:
@@ -203,7 +201,7 @@ def _score(
     variant, judge = job.spec.variant, _judge(job)
     _write_upload(job, benchmark, items, answers["image"])
     if benchmark.judged and judge is None:
-        _write_generations(job, items, rows, None, None)
+        _write_generations(job, benchmark, items, rows, None, None)
         raise UserError(
             f"{benchmark.name} is scored by a judge, and none is set: all {len(items)} questions are answered, and the "
             f"answers are kept in {job.output / GENERATIONS}. Set eval.{job.name.split('@')[0]}.judge.base_url and "
@@ -212,9 +210,9 @@ def _score(
         )
     scores = benchmark.score(items, answers["image"], variant, judge)
     blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec.blind else None
-    metrics = figure_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
+    metrics = score_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
     protocol = f"{benchmark.name}-{scores.variant}"
-    _write_generations(job, items, rows, scores, blind)
+    _write_generations(job, benchmark, items, rows, scores, blind)
     record = {
         "benchmark": benchmark.name,
         "protocol": protocol,
@@ -233,15 +231,13 @@ def _write_upload(
     job: StageJob[EvalStage], benchmark: Benchmark, items: Sequence[Item], answers: dict[str, Answer]
 ) -> None:
     """Write output/upload.* where the benchmark has a server and these questions are its."""
-    if type(benchmark).write_submission is Benchmark.write_submission:
+    if not benchmark.upload:
         return
-    path = job.output / f"upload.{UPLOADS.get(benchmark.name, 'json')}"
+    path = job.output / f"upload.{benchmark.upload}"
     try:
         benchmark.write_submission(items, answers, path)
-    except (
-        ConfigError,
-        DataError,
-    ) as error:  # scored locally, or the server's own list is not at hand: no fault of the run
+    except (ConfigError, DataError) as error:
+        # scored locally, or the server's own list is not at hand: no fault of the run
         path.unlink(missing_ok=True)
         log.warning("no upload file for %s: %s", benchmark.name, error)
 
@@ -258,6 +254,7 @@ def _judge(job: StageJob[EvalStage]) -> Judge | None:
 
 def _write_generations(
     job: StageJob[EvalStage],
+    benchmark: Benchmark,
     items: Sequence[Item],
     rows: dict[tuple[str, str], dict[str, Any]],
     scores: Scores | None,
@@ -279,7 +276,7 @@ def _write_generations(
                 "images": [_image_record(ref, folder) for ref in item.images],
                 "category": item.category,
                 "prompt": item.prompt,
-                "truth": _truth(item.reference),
+                "truth": benchmark.truth(item),
                 "text": answer["text"],
                 "score": row.score if row else None,
                 "correct": _correct(row.score if row else None),
@@ -295,18 +292,6 @@ def _write_generations(
 def _correct(score: float | None) -> bool | None:
     """Right or wrong, for showing: at least half of what can be had."""
     return None if score is None else score >= 0.5
-
-
-def _truth(reference: Any) -> str:
-    """The expected answer in words, for showing; benchmarks keep it in forms of their own."""
-    if isinstance(reference, dict):
-        found = next((reference[key] for key in ("answer", "label", "gold", "answers") if key in reference), "")
-        return _truth(found)
-    if isinstance(reference, (list, tuple, set)):
-        return " / ".join(dict.fromkeys(_truth(each) for each in reference))
-    if reference is not None and hasattr(reference, "answer"):
-        return _truth(reference.answer)
-    return "" if reference is None else str(reference)
 
 
 def _image_folder(job: StageJob[EvalStage]) -> Path:

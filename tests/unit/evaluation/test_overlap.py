@@ -22,8 +22,8 @@ def test_only_equal_bytes_count_whatever_the_name(tmp_path: Path, monkeypatch) -
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     read: list[str] = []
-    real = overlap._sha256
-    monkeypatch.setattr(overlap, "_sha256", lambda path: read.append(path.name) or real(path))
+    real = overlap.hash_file
+    monkeypatch.setattr(overlap, "hash_file", lambda path: read.append(path.name) or real(path))
     trained = [tmp_path / "train" / name for name in ("a", "b", "c", "missing")]
     asked = [tmp_path / "ask" / name for name in ("x", "y", "z", "missing")]
     assert overlapping_images(trained, asked) == [(tmp_path / "ask/x", tmp_path / "train/b")]

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import pytest
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.score_rows import figure_rows
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.score_rows import score_rows
 
 
 class Paired(Benchmark):
@@ -44,7 +45,7 @@ def rows_for(said: Sequence[str]) -> dict[str, dict[str, object]]:
     benchmark = Paired()
     items = benchmark.load(Path("images"))
     answers = {item.item_id: Answer(text) for item, text in zip(items, said, strict=True)}
-    rows = figure_rows(benchmark, items, answers, benchmark.score(items, answers), None)
+    rows = score_rows(benchmark, items, answers, benchmark.score(items, answers), None)
     assert [row["metric"] for row in rows] == ["points", "accuracy", "accuracy/left"]
     return {str(row["metric"]): row for row in rows}
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.html import render_html
 from tinylmm.reports.plots import loss_svg, smooth

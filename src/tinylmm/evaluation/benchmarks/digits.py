@@ -1,4 +1,4 @@
-"""The embedded digits benchmark: exact match, per question type. Pure: texts in, figures out."""
+"""The embedded digits benchmark: exact match, per question type; asks any question file of the same fields."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.digit_questions import read_questions
-from tinylmm.evaluation.benchmarks.files import image_file
+from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
 
 QUESTIONS, IMAGES = "test.jsonl", "images"
+FIELDS = ("question_id", "image", "text", "category", "answer", "options")
+"""Of a line of the question file; `options` is how many answers a uniform guesser chooses from."""
 
 
 def normalise(text: str) -> str:
@@ -28,7 +31,7 @@ def is_correct(text: str, truth: str) -> bool:
 
 
 class Digits(Benchmark):
-    """Short answers to questions about scenes; any question file of the same fields can be asked like this."""
+    """Short answers to questions about scenes."""
 
     name: ClassVar[str] = "digits"
     variants: ClassVar[tuple[str, ...]] = ("exact-match-v1",)
@@ -36,31 +39,14 @@ class Digits(Benchmark):
     max_new_tokens: ClassVar[int] = 8
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
-        return self._items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
+        """Read `test.jsonl`, and images below `images`."""
+        return _read_items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
 
     def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
-        """Read items from a question file and the folder that its images lie in; loads torch with `data/images.py`.
-
-        Raises:
-            DataError: the file or an image is missing, a line is broken, or an image lies outside the folder.
-        """
+        """As `Benchmark.load_source`; loads torch with `data/images.py`."""
         from tinylmm.data.images import safe_path
 
-        return self._items(questions, lambda name: ImageRef(safe_path(images, name)), limit)
-
-    def _items(self, questions: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
-        return [
-            Item(
-                item_id=str(question.question_id),
-                question_id=question.question_id,
-                prompt=question.text,
-                images=(image(question.image),),
-                category=question.category,
-                reference=question.answer,
-                options=question.options,
-            )
-            for question in read_questions(questions, limit)
-        ]
+        return _read_items(questions, lambda name: ImageRef(safe_path(images, name)), limit)
 
     def score(
         self,
@@ -69,7 +55,7 @@ class Digits(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Accuracy in percent: overall first, then `accuracy/<category>` in alphabetical order; no items, no figures."""
+        """Accuracy in percent: overall first, then `accuracy/<category>` in alphabetical order; no items, no metrics."""
         per_item = []
         for item in items:
             answer = answers.get(item.item_id)
@@ -86,3 +72,20 @@ class Digits(Benchmark):
             per_item=tuple(per_item),
             counts=count_items(items, answers, per_item),
         )
+
+
+def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
+    if not path.is_file():
+        raise DataError(f"question file {path} does not exist")
+    return [
+        Item(
+            item_id=str(record["question_id"]),
+            question_id=record["question_id"],
+            prompt=record["text"],
+            images=(image(record["image"]),),
+            category=record["category"],
+            reference=record["answer"],
+            options=record["options"],
+        )
+        for record in read_jsonl(path, FIELDS)[:limit]
+    ]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent
 from tinylmm.evaluation.benchmarks.vqa_text import clean, m4c_text, official_text, soft_accuracy
 
@@ -59,9 +60,9 @@ def m4c_rule(text: str, references: Sequence[str]) -> tuple[str, float]:
 def score_free_text(
     benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, Answer], variant: str, rule: Rule
 ) -> Scores:
-    """Score by `rule`: `accuracy` in percent, then one figure a group. A missing answer scores 0.
+    """Score by `rule`: `accuracy` in percent, then one metric a group. A missing answer scores 0.
 
-    Items without references (hidden answers) take no part; where all are such, there is no figure, and `hidden` counts them.
+    Items without references (hidden answers) take no part; where all are such, there is no metric, and `hidden` counts them.
     """
     rows, groups = [], defaultdict[str, list[float]](list)
     for item in items:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
@@ -74,16 +76,16 @@ class GQA(Benchmark):
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read LLaVA's question file (without it: all official questions, with the same prompt) and the annotations."""
-        place = Place(root, "gqa", GET)
+        files = BenchmarkFiles.under(root, GET, "gqa")
         if layout == "hf":
-            return self._load_hf(place)
-        path = place.file(*ANNOTATIONS)
+            return self._load_hf(files)
+        path = files.file(*ANNOTATIONS)
         records = read_json(path)
         if not isinstance(records, dict):
             raise DataError(f"{path}: expected an object of questions by id, found {type(records).__name__}. {GET}")
-        found = place.find(QUESTIONS)
+        found = files.find(QUESTIONS)
         questions = read_questions(found) if found else _official_questions(records, path)
-        folder = place.image_folder("data/images", "images")
+        folder = files.image_folder("data/images", "images")
         items = []
         for name, row in zip(unique_ids(question["question_id"] for question in questions), questions, strict=True):
             record = records.get(str(row["question_id"]))
@@ -94,16 +96,16 @@ class GQA(Benchmark):
             items.append(_item(name, row["question_id"], row["text"], image, reference))
         return items
 
-    def _load_hf(self, place: Place) -> list[Item]:
+    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
         rows = read_parquet(
-            place.parquet("testdev", "testdev_balanced_instructions"),
+            files.parquet("testdev", "testdev_balanced_instructions"),
             ("id", "imageId", "question", "answer"),
             ("isBalanced", "groups", "types", "semantic"),
         )
-        folder = place.find("testdev_balanced_images")
-        paths = place.parquet("testdev", "testdev_balanced_images") if folder else []
+        folder = files.find("testdev_balanced_images")
+        paths = files.parquet("testdev", "testdev_balanced_images") if folder else []
         images = {row.values["id"]: row.image() for row in read_parquet(paths, ("id",))}
-        absent = place.candidates(["testdev_balanced_images"])[0]  # scoring needs no images; opening one will say so
+        absent = files.candidates(["testdev_balanced_images"])[0]  # scoring needs no images; opening one will say so
         items = []
         for name, row in zip(unique_ids(row.values["id"] for row in rows), rows, strict=True):
             image = images.get(row.values["imageId"], ImageRef(absent / row.values["imageId"]))
@@ -112,6 +114,10 @@ class GQA(Benchmark):
             text = row.values["question"] + SHORT_ANSWER
             items.append(_item(name, row.values["id"], text, image, _reference(row.values, row.where)))
         return items
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference.answer)
 
     def score(
         self,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_jsonl, read_parquet
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_parquet
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
 
 if TYPE_CHECKING:
@@ -81,8 +82,12 @@ class LLaVABench(Benchmark):
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `llava-bench-in-the-wild/` (questions, context by image, GPT-4's answers by question id), or the parquet."""
-        place = place_of(root, GET, "llava-bench-in-the-wild", "llava_bench")
-        return _load_hf(place) if layout == "hf" else _load_llava(place)
+        files = BenchmarkFiles.under(root, GET, "llava-bench-in-the-wild", "llava_bench")
+        return _load_hf(files) if layout == "hf" else _load_llava(files)
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return ""  # the judge compares with GPT-4's answer; nobody says what is right
 
     def score(
         self,
@@ -91,7 +96,7 @@ class LLaVABench(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Let the judge rate every answer beside GPT-4's; see the class for variants and figures."""
+        """Let the judge rate every answer beside GPT-4's; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         if judge is None:
             rows = tuple(ItemScore(item.item_id, None) for item in items)
@@ -139,12 +144,12 @@ def _aggregate(items: Sequence[Item], ratings: Sequence[tuple[float, float]]) ->
     return relative | means
 
 
-def _load_llava(place: Place) -> list[Item]:
-    path = place.file("questions.jsonl")
-    context_path, gpt4_path = place.file("context.jsonl"), place.file("answers_gpt4.jsonl")
+def _load_llava(files: BenchmarkFiles) -> list[Item]:
+    path = files.file("questions.jsonl")
+    context_path, gpt4_path = files.file("context.jsonl"), files.file("answers_gpt4.jsonl")
     captions = {row["image"]: _caption(row["caption"]) for row in read_jsonl(context_path, ("image", "caption"))}
     gpt4 = {str(row["question_id"]): row["text"] for row in read_jsonl(gpt4_path, ("question_id", "text"))}
-    folder = place.image_folder("images")
+    folder = files.image_folder("images")
     items = []
     for number, record in enumerate(read_jsonl(path, ("question_id", "image", "category", "text")), 1):
         where = f"{path}, question {number}"
@@ -172,10 +177,10 @@ def _load_llava(place: Place) -> list[Item]:
     return items
 
 
-def _load_hf(place: Place) -> list[Item]:
+def _load_hf(files: BenchmarkFiles) -> list[Item]:
     fields = ("question_id", "question", "category", "caption", "gpt_answer")
     items = []
-    for row in read_parquet(place.parquet("train"), fields):
+    for row in read_parquet(files.parquet("train"), fields):
         values = row.values
         reference = {
             "caption": _caption(values["caption"]),

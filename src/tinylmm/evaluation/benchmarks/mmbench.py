@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import (
     LETTER_SUFFIX,
     LETTER_SUFFIX_CN,
@@ -21,7 +21,8 @@ from tinylmm.evaluation.benchmarks.choice import (
     listing,
 )
 from tinylmm.evaluation.benchmarks.files import read_parquet
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, write_sheet
 
@@ -78,6 +79,7 @@ class MMBench(Benchmark):
     variants = ("official", "lmms", "vanilla")
     headline = "accuracy"
     max_new_tokens = 1024
+    upload = "xlsx"
     splits = ("dev", "dev_cn", "test", "test_cn")
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
@@ -85,12 +87,12 @@ class MMBench(Benchmark):
 
         Without a chosen split the first that is there. The test splits have no answers: they can only be uploaded.
         """
-        place = place_of(root, GET, "mmbench", "mmbench_cn", "MMBench")
+        files = BenchmarkFiles.under(root, GET, "mmbench", "mmbench_cn", "MMBench")
         wanted = (self.split,) if self.split else self.splits
         if layout == "hf":
-            found = next((s for s in wanted if place.has_parquet(_phase(s), _language(s))), wanted[0])
+            found = next((s for s in wanted if files.has_parquet(_phase(s), _language(s))), wanted[0])
             suffix = _SUFFIXES[_language(found)]
-            rows = read_parquet(place.parquet(_phase(found), _language(found)), _REQUIRED, _OPTIONAL)
+            rows = read_parquet(files.parquet(_phase(found), _language(found)), _REQUIRED, _OPTIONAL)
             images: dict[int, ImageRef] = {}  # a question's rotations repeat its image
             items = []
             for row in rows:
@@ -100,11 +102,15 @@ class MMBench(Benchmark):
         if root.suffix == ".tsv" and root.is_file():
             path, found = root, self.split or ("dev_cn" if "cn" in root.stem.lower().split("_") else "dev")
         else:
-            found = next((s for s in wanted if place.find(*FILES[s])), wanted[0])
-            path = place.file(*FILES[found])
+            found = next((s for s in wanted if files.find(*FILES[s])), wanted[0])
+            path = files.file(*FILES[found])
         table = read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL)
         suffix = _SUFFIXES[_language(found)]
         return [_item(values, f"{path}, row {n}", image, suffix) for n, (values, image) in enumerate(table, 1)]
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
 
     def score(
         self,
@@ -113,7 +119,7 @@ class MMBench(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score rows and groups; see the class for variants and figures. Items without a gold answer (test) get no score."""
+        """Score rows and groups; see the class for variants and metrics. Items without a gold answer (test) get no score."""
         variant = pick_variant(self, variant)
         letters: dict[str, str | None] = {}
         for item in items:
@@ -152,9 +158,9 @@ class MMBench(Benchmark):
         )
         return Scores(self.name, variant, _aggregate(groups, hits), rows, count_items(items, answers, rows, **more))
 
-    def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
+    def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By index. Of LLaVA's `--all-rounds` files round 0 counts: further rounds rotate what the file has rotated."""
-        return super().join(items, [row for row in rows if not row.get("round_id")])
+        return super().pair(items, [row for row in rows if not row.get("round_id")])
 
     def write_submission(self, items: Sequence[Item], answers: Mapping[str, Answer], path: Path) -> None:
         """Write the server's xlsx: the file's columns without hint, category, source, image, comment and l2-category, with the

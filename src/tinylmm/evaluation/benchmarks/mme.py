@@ -11,10 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_parquet, read_text
-from tinylmm.evaluation.benchmarks.pairing import join_by_prompt, unique_ids
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_parquet, read_text
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.pairing import pair_by_prompt, unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
 
 if TYPE_CHECKING:
@@ -70,18 +72,18 @@ class MME(Benchmark):
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read LLaVA's question file; the right answers come from the release's text files, by image and question."""
-        place = Place(root, "MME", GET)
+        files = BenchmarkFiles.under(root, GET, "MME")
         if layout == "hf":
-            return self._load_hf(place)
-        questions = read_questions(place.file(QUESTIONS))
-        release = place.file(f"{RELEASE}/MME_Benchmark", RELEASE)  # the later archive has one more folder
+            return self._load_hf(files)
+        questions = read_questions(files.file(QUESTIONS))
+        release = files.file(f"{RELEASE}/MME_Benchmark", RELEASE)  # the later archive has one more folder
         truth: dict[str, dict[str, str]] = {}
         items = []
         for name, row in zip(unique_ids(question["question_id"] for question in questions), questions, strict=True):
             where = f"{QUESTIONS}, question {name}"
             image, question = str(row["question_id"]), _bare(row["text"])
             if image not in truth:
-                truth[image] = _read_truth(place, release, image, where)
+                truth[image] = _read_truth(files, release, image, where)
             if question not in truth[image]:
                 raise DataError(f"{where}: the release has no answer to {question!r}. {GET}")
             task = PurePosixPath(image).parts[0]
@@ -89,8 +91,8 @@ class MME(Benchmark):
             items.append(Item(name, row["question_id"], row["text"], (file,), task, truth[image][question], options=2))
         return items
 
-    def _load_hf(self, place: Place) -> list[Item]:
-        rows = read_parquet(place.parquet("test"), ("question_id", "question", "answer", "category"))
+    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
+        rows = read_parquet(files.parquet("test"), ("question_id", "question", "answer", "category"))
         items = []
         for name, row in zip(unique_ids(row.values["question_id"] for row in rows), rows, strict=True):
             text, task = _bare(row.values["question"]) + SHORT_ANSWER, row.values["category"]
@@ -117,25 +119,25 @@ class MME(Benchmark):
         counts = count_items(items, answers, rows)
         return Scores(self.name, variant, _aggregate(tasks), tuple(rows), counts)
 
-    def join(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
+    def pair(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
         """Match by image and question: the two questions about an image share its path as their id."""
-        return join_by_prompt(items, rows, _bare)
+        return pair_by_prompt(items, rows, _bare)
 
 
 def _aggregate(tasks: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, float]:
-    """Task -> image -> which answers are right; to the two totals, then the figures of each task."""
-    figures: dict[str, float] = {}
+    """Task -> image -> which answers are right; to the two totals, then the metrics of each task."""
+    metrics: dict[str, float] = {}
     for task in [*PERCEPTION, *COGNITION, *sorted(tasks.keys() - {*PERCEPTION, *COGNITION})]:
         images = tasks.get(task)
         if images:
             answers = [right for image in images.values() for right in image]
-            figures[f"{task}/acc"] = 100 * sum(answers) / len(answers)
-            figures[f"{task}/acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
-            figures[f"{task}/score"] = figures[f"{task}/acc"] + figures[f"{task}/acc+"]
+            metrics[f"{task}/acc"] = 100 * sum(answers) / len(answers)
+            metrics[f"{task}/acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
+            metrics[f"{task}/score"] = metrics[f"{task}/acc"] + metrics[f"{task}/acc+"]
     return {
-        "perception": sum(figures.get(f"{task}/score", 0.0) for task in PERCEPTION),
-        "cognition": sum(figures.get(f"{task}/score", 0.0) for task in COGNITION),
-        **figures,
+        "perception": sum(metrics.get(f"{task}/score", 0.0) for task in PERCEPTION),
+        "cognition": sum(metrics.get(f"{task}/score", 0.0) for task in COGNITION),
+        **metrics,
     }
 
 
@@ -144,7 +146,7 @@ def _bare(text: str) -> str:
     return question_in(text).removesuffix(YES_NO).rstrip()
 
 
-def _read_truth(place: Place, release: Path, image: str, where: str) -> dict[str, str]:
+def _read_truth(files: BenchmarkFiles, release: Path, image: str, where: str) -> dict[str, str]:
     """Question -> yes or no, of one image: its .txt lies beside it, or in `questions_answers_YN`."""
     parts = PurePosixPath(image).parts
     if len(parts) < 2 or ".." in parts or PurePosixPath(image).is_absolute():
@@ -154,7 +156,7 @@ def _read_truth(place: Place, release: Path, image: str, where: str) -> dict[str
     looked = [folder / "questions_answers_YN" / name, folder / name, (release / image).with_suffix(".txt")]
     path = next((candidate for candidate in looked if candidate.is_file()), None)
     if path is None:
-        raise place.missing(name, looked)
+        raise files.missing(name, looked)
     truth = {}
     for line in read_text(path).split("\n"):
         if line.strip():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import (
     LETTER_SUFFIX,
     WORD_SUFFIX,
@@ -20,15 +20,9 @@ from tinylmm.evaluation.benchmarks.choice import (
     listing,
     parse_listed,
 )
-from tinylmm.evaluation.benchmarks.files import (
-    ParquetRow,
-    Place,
-    image_file,
-    read_json,
-    read_parquet,
-    require,
-)
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
@@ -139,6 +133,7 @@ class MMMU(Benchmark):
     variants = ("tinyllava", "official", "lmms", "lmms_before_1471")
     headline = "overall"
     max_new_tokens = 1024
+    upload = "json"
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `MMMU/anns_for_eval.json` with `answer_dict_val.json`, or the validation parquet (per subject, or merged).
@@ -146,8 +141,12 @@ class MMMU(Benchmark):
         Only the first image is shown, as by the official and TinyLLaVA's scripts; the `<image n>` marks stay in the text.
         In TinyLLaVA's file, questions with several images have none: the script guesses them instead of asking.
         """
-        place = place_of(root, GET, "MMMU", "mmmu")
-        return _load_hf(place) if layout == "hf" else _load_tinyllava(place)
+        files = BenchmarkFiles.under(root, GET, "MMMU", "mmmu")
+        return _load_hf(files) if layout == "hf" else _load_tinyllava(files)
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return " / ".join(dict.fromkeys(item.reference["gold"]))
 
     def score(
         self,
@@ -156,7 +155,7 @@ class MMMU(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score letters and open answers; see the class for variants and figures."""
+        """Score letters and open answers; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         scored: dict[str, ItemScore] = {}
         guessed = 0
@@ -219,10 +218,10 @@ def subject_of(item_id: str) -> str:
     return "_".join(item_id.split("_")[1:-1])
 
 
-def _load_tinyllava(place: Place) -> list[Item]:
-    path = place.file("anns_for_eval.json")
-    gold_path = place.file("answer_dict_val.json", "eval/answer_dict_val.json")
-    folder = place.image_folder("all_images")
+def _load_tinyllava(files: BenchmarkFiles) -> list[Item]:
+    path = files.file("anns_for_eval.json")
+    gold_path = files.file("answer_dict_val.json", "eval/answer_dict_val.json")
+    folder = files.image_folder("all_images")
     gold = read_json(gold_path)
     records = read_json(path)
     if not isinstance(records, list) or not isinstance(gold, dict):
@@ -254,9 +253,9 @@ def _load_tinyllava(place: Place) -> list[Item]:
     return items
 
 
-def _load_hf(place: Place) -> list[Item]:
+def _load_hf(files: BenchmarkFiles) -> list[Item]:
     items = []
-    for row in _hf_rows(place):
+    for row in _hf_rows(files):
         values = row.values
         options: dict[str, str] = {}
         if values["question_type"] == "multiple-choice":
@@ -271,14 +270,14 @@ def _load_hf(place: Place) -> list[Item]:
     return items
 
 
-def _hf_rows(place: Place) -> list[ParquetRow]:
+def _hf_rows(files: BenchmarkFiles) -> list[ParquetRow]:
     """The merged split, or the subjects' folders one after the other."""
     shards = []
     for subject in SUBJECTS:
-        folder = place.find(subject)
+        folder = files.find(subject)
         if folder is not None:
             shards += sorted(folder.glob("validation-*.parquet")) or sorted(folder.glob("validation.parquet"))
-    return read_parquet(shards or place.parquet("validation"), ("id", "question", "options", "answer", "question_type"))
+    return read_parquet(shards or files.parquet("validation"), ("id", "question", "options", "answer", "question_type"))
 
 
 def _literal(text: Any, where: str) -> list[str]:

@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.files import (
-    Place,
-    image_file,
-    join_by_key,
-    read_json,
-    read_jsonl,
-    read_parquet,
-    require,
-)
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_jsonl, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.pairing import pair_by_key
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
@@ -31,7 +25,7 @@ GET = (
 )
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
-# The grader's prompt is part of the benchmark: a figure is comparable only where it is exactly this
+# The grader's prompt is part of the benchmark: a score is comparable only where it is exactly this
 # (mm-vet_evaluator.py of yuweihao/MM-Vet, Apache-2.0).
 _MEME = (
     "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and Greenland "
@@ -87,12 +81,17 @@ class MMVet(Benchmark):
     variants = ("official", "lmms")
     headline = "total"
     max_new_tokens = 1024
+    upload = "json"
     judged = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `mm-vet/llava-mm-vet.jsonl` with mm-vet.json (alone, it says what to ask too), or lmms-lab/MMVet."""
-        place = place_of(root, GET, "mm-vet", "mmvet")
-        return _load_hf(place) if layout == "hf" else _load_llava(place)
+        files = BenchmarkFiles.under(root, GET, "mm-vet", "mmvet")
+        return _load_hf(files) if layout == "hf" else _load_llava(files)
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
 
     def score(
         self,
@@ -101,7 +100,7 @@ class MMVet(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Let the judge grade every answer, `judge.runs` times; see the class for variants and figures."""
+        """Let the judge grade every answer, `judge.runs` times; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         grade = _grade_lmms if variant == "lmms" else _grade_official
         if judge is None:
@@ -130,9 +129,9 @@ class MMVet(Benchmark):
         aggregate = _aggregate(items, [row.score or 0.0 for row in rows], runs)
         return Scores(self.name, variant, aggregate, tuple(rows), counts)
 
-    def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
+    def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By question id: 12 and "v1_12" are the same."""
-        return join_by_key(items, rows, lambda item: _bare(item.question_id), lambda row: _bare(row["question_id"]))
+        return pair_by_key(items, rows, lambda item: _bare(item.question_id), lambda row: _bare(row["question_id"]))
 
     def write_submission(self, items: Sequence[Item], answers: Mapping[str, Answer], path: Path) -> None:
         """Write what the grader's page takes (LLaVA's convert_mmvet_for_eval.py): JSON of v1_<id> -> text, every question."""
@@ -194,13 +193,13 @@ def _aggregate(items: Sequence[Item], scores: Sequence[float], runs: Sequence[Se
     return aggregate
 
 
-def _load_llava(place: Place) -> list[Item]:
-    path = place.file("mm-vet.json", "mm-vet/mm-vet.json")
+def _load_llava(files: BenchmarkFiles) -> list[Item]:
+    path = files.file("mm-vet.json", "mm-vet/mm-vet.json")
     metadata = read_json(path)
     if not isinstance(metadata, dict):
         raise DataError(f"{path}: expected an object of questions by id. Fetch the file again.")
-    folder = place.image_folder("images", "mm-vet/images")
-    asked_path = place.find("llava-mm-vet.jsonl")
+    folder = files.image_folder("images", "mm-vet/images")
+    asked_path = files.find("llava-mm-vet.jsonl")
     if asked_path:
         asked = read_jsonl(asked_path, ("question_id", "image", "text"))
     else:
@@ -231,9 +230,9 @@ def _load_llava(place: Place) -> list[Item]:
     return items
 
 
-def _load_hf(place: Place) -> list[Item]:
+def _load_hf(files: BenchmarkFiles) -> list[Item]:
     items = []
-    for row in read_parquet(place.parquet("test"), ("question_id", "question", "answer", "capability")):
+    for row in read_parquet(files.parquet("test"), ("question_id", "question", "answer", "capability")):
         values = row.values
         capabilities = [name.strip() for name in values["capability"].split(",")]
         items.append(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered, listing, parse_leading
-from tinylmm.evaluation.benchmarks.files import Place, read_json, read_parquet, require
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.files import read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
 
@@ -55,7 +56,7 @@ class MVBench(Benchmark):
     Variants: `tinyllava_video` (TinyLLaVA-Video's prompt and parser), `official` (VideoChat2's `check_ans`, for answers that
     continue "Best option:("; an empty one counts as right there, and here) and `lmms` (lmms-eval; empty answers leave the
     denominator and are counted as `left_out`).
-    Aggregate: `average`, correct over all questions, and one figure a task; percent. A guess is drawn from the item's id.
+    Aggregate: `average`, correct over all questions, and one metric a task; percent. A guess is drawn from the item's id.
     counts.tasks says how many of the twenty tasks were there.
     """
 
@@ -63,21 +64,26 @@ class MVBench(Benchmark):
     variants = ("tinyllava_video", "official", "lmms")
     headline = "average"
     max_new_tokens = 1024
+    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `json/<task>.json` of every task that is there, in the official order; `<task>/*.parquet` too for `hf`.
 
         The files have no ids; an item's is `<task>/<number>`, from 0.
         """
-        place = place_of(root, GET, "MVBench", "mvbench")
+        files = BenchmarkFiles.under(root, GET, "MVBench", "mvbench")
         items = []
         for task in TASKS:
-            records = _records(place, task, layout)
-            items += [_item(place, task, n, record, where) for n, (record, where) in enumerate(records)]
+            records = _records(files, task, layout)
+            items += [_item(files, task, n, record, where) for n, (record, where) in enumerate(records)]
         if not items:
             names = [f"json/{task}.json" for task in TASKS]
-            raise place.missing("json/<task>.json", place.candidates(names[:1]))
+            raise files.missing("json/<task>.json", files.candidates(names[:1]))
         return items
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
 
     def score(
         self,
@@ -86,7 +92,7 @@ class MVBench(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         rows, guessed = [], 0
         for item in items:
@@ -116,7 +122,7 @@ class MVBench(Benchmark):
         counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
         return Scores(self.name, variant, aggregate, tuple(rows), counts)
 
-    def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
+    def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By id (`action_count/3`, `action_count_3`, `Action Count/3`), else by what was asked, else by number.
 
         The files have no ids, so an answer file may have any. With other ids, a row belongs to the item whose question and
@@ -180,14 +186,14 @@ def read_lmms(text: str) -> str:
     return letter.group(1).upper() if letter else cleaned
 
 
-def _records(place: Place, task: str, layout: Format) -> list[tuple[dict[str, Any], str]]:
-    path = place.find(f"json/{task}.json", f"{task}.json")
+def _records(files: BenchmarkFiles, task: str, layout: Format) -> list[tuple[dict[str, Any], str]]:
+    path = files.find(f"json/{task}.json", f"{task}.json")
     if path is not None:
         records = read_json(path)
         if not isinstance(records, list):
             raise DataError(f"{path}: expected a list of questions. Fetch the file again.")
         return [(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
-    folder = place.find(task) if layout == "hf" else None
+    folder = files.find(task) if layout == "hf" else None
     if folder is None:
         return []
     rows = read_parquet(
@@ -196,7 +202,7 @@ def _records(place: Place, task: str, layout: Format) -> list[tuple[dict[str, An
     return [(row.values, row.where) for row in rows]
 
 
-def _item(place: Place, task: str, number: int, record: dict[str, Any], where: str) -> Item:
+def _item(files: BenchmarkFiles, task: str, number: int, record: dict[str, Any], where: str) -> Item:
     require(record, ("video", "question", "candidates", "answer"), where)
     if not isinstance(record["candidates"], list):
         raise DataError(f"{where}: candidates {record['candidates']!r} are no list. Fetch the file again.")
@@ -206,7 +212,7 @@ def _item(place: Place, task: str, number: int, record: dict[str, Any], where: s
         raise DataError(f"{where}: answer {record['answer']!r} is no candidate. Fetch the file again.")
     folder, bounded = TASKS[task]
     video = VideoRef(
-        video_path(place.image_folder("video") / folder, record["video"], where),
+        video_path(files.image_folder("video") / folder, record["video"], where),
         start=record.get("start") if bounded else None,
         end=record.get("end") if bounded else None,
         fps=3.0 if task == _FRAMES else None,

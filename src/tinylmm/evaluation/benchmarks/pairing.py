@@ -1,4 +1,7 @@
-"""Joining where a question id is not unique (TextVQA: an image's id, MME: an image's path): by id and question."""
+"""Pairing the rows of an answer file with items: by question id, by any other content, never by position alone.
+
+Where a question id is not unique (TextVQA: an image's id, MME: an image's path), id and question decide together.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Item
+from tinylmm.evaluation.benchmarks.records import Answer, Item
 
 
 def unique_ids(names: Iterable[Any]) -> list[str]:
@@ -20,7 +23,44 @@ def unique_ids(names: Iterable[Any]) -> list[str]:
     return unique
 
 
-def join_by_prompt(
+def pair_by_question_id(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
+    """Match answers to items by question id (an id may be a number in one file and text in the other).
+
+    Of an id that is answered twice the later row counts, as in LLaVA's scripts; `tinylmm score` counts such rows.
+
+    Raises:
+        DataError: an answered id belongs to no item.
+    """
+    return pair_by_key(items, rows, lambda item: str(item.question_id), lambda row: str(row["question_id"]))
+
+
+def pair_by_key(
+    items: Sequence[Item],
+    rows: Sequence[Mapping[str, Any]],
+    item_key: Callable[[Item], Any],
+    row_key: Callable[[Mapping[str, Any]], Any],
+) -> dict[str, Answer]:
+    """Match answers to items by any key of their contents; items that share a key share the answer.
+
+    Raises:
+        DataError: a row's key belongs to no item.
+    """
+    targets: dict[Any, list[str]] = defaultdict(list)
+    for item in items:
+        targets[item_key(item)].append(item.item_id)
+    answers: dict[str, Answer] = {}
+    for number, row in enumerate(rows, 1):
+        found = targets.get(row_key(row))
+        if not found:
+            raise DataError(
+                f"answer {number}, question_id {row['question_id']!r}: no such question among the {len(items)} of the "
+                "question file. Score the answers against the question file they were made from."
+            )
+        answers.update(dict.fromkeys(found, Answer(row["text"], row.get("prompt"))))
+    return answers
+
+
+def pair_by_prompt(
     items: Sequence[Item], rows: Sequence[Mapping[str, Any]], question_of: Callable[[str], str]
 ) -> dict[str, Answer]:
     """Match answers to items by question id and the question inside the stored prompt.

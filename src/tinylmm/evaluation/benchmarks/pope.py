@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_jsonl, read_parquet
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_parquet
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Confusion:
         self.false_yes += parsed == "yes" != label
         self.false_no += parsed == "no" != label
 
-    def figures(self, lmms: bool) -> dict[str, float]:
+    def metrics(self, lmms: bool) -> dict[str, float]:
         """accuracy, precision, recall, F1 and yes-ratio, times 100; 0 where a denominator is 0.
 
         An answer that is neither yes nor no misses its object; lmms-eval leaves it out of the recall, and its yes-ratio
@@ -83,7 +85,7 @@ class Confusion:
 
 
 class POPE(Benchmark):
-    """`f1` and `accuracy` times 100, each the unweighted mean over the categories; then the same figures a category.
+    """`f1` and `accuracy` times 100, each the unweighted mean over the categories; then the same metrics a category.
 
     LLaVA reports the mean F1 (85.9), TinyLLaVA Factory the mean accuracy: compare like with like. `lmms` pools all items.
     """
@@ -99,11 +101,11 @@ class POPE(Benchmark):
         Raises:
             DataError: also where a question has no label: the label files are of another POPE version.
         """
-        place = Place(root, "pope", GET)
+        files = BenchmarkFiles.under(root, GET, "pope")
         if layout == "hf":
-            return self._load_hf(place)
-        questions = read_questions(place.file(QUESTIONS))
-        folder = place.image_folder("val2014")
+            return self._load_hf(files)
+        questions = read_questions(files.file(QUESTIONS))
+        folder = files.image_folder("val2014")
         labels: dict[str, dict[tuple[str, str], str]] = {}
         items = []
         for name, row in zip(unique_ids(question["question_id"] for question in questions), questions, strict=True):
@@ -112,7 +114,7 @@ class POPE(Benchmark):
             if category not in CATEGORIES:
                 raise DataError(f"{where}: category {category!r}; allowed: {', '.join(CATEGORIES)}. {GET}")
             if category not in labels:
-                labels[category] = _read_labels(place, category)
+                labels[category] = _read_labels(files, category)
             label = labels[category].get((row["image"], question))
             if label is None:
                 raise DataError(
@@ -122,11 +124,11 @@ class POPE(Benchmark):
             items.append(Item(name, row["question_id"], row["text"], (image,), category, label, options=2))
         return items
 
-    def _load_hf(self, place: Place) -> list[Item]:
-        if place.has_parquet("test"):
-            paths = place.parquet("test")
+    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
+        if files.has_parquet("test"):
+            paths = files.parquet("test")
         else:
-            paths = [path for category in CATEGORIES for path in place.parquet(category, "Full")]
+            paths = [path for category in CATEGORIES for path in files.parquet(category, "Full")]
         rows = read_parquet(paths, ("question_id", "question", "answer", "category"), ("id",))
         ids = [row.values["question_id"] for row in rows]
         if len(set(ids)) < len(ids) and all(row.values["id"] is not None for row in rows):
@@ -156,8 +158,8 @@ class POPE(Benchmark):
             rows.append(ItemScore(item.item_id, float(parsed == item.reference), parsed))
             for confusion in (categories[item.category], pooled):
                 confusion.add(parsed, item.reference)
-        each = {name: confusion.figures(variant == "lmms") for name, confusion in categories.items()}
-        overall = pooled.figures(lmms=True) if variant == "lmms" else _means(list(each.values()))
+        each = {name: confusion.metrics(variant == "lmms") for name, confusion in categories.items()}
+        overall = pooled.metrics(lmms=True) if variant == "lmms" else _means(list(each.values()))
         aggregate = overall | {f"{name}/{key}": value for name, row in each.items() for key, value in row.items()}
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
@@ -167,7 +169,7 @@ def _order(item: Item) -> int:
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = list(Confusion().figures(lmms=False))
+    names = list(Confusion().metrics(lmms=False))
     return {name: sum(row[name] for row in rows) / max(1, len(rows)) for name in names}
 
 
@@ -175,9 +177,9 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _read_labels(place: Place, category: str) -> dict[tuple[str, str], str]:
+def _read_labels(files: BenchmarkFiles, category: str) -> dict[tuple[str, str], str]:
     name = f"coco_pope_{category}.json"
-    path = place.file(f"coco/{name}", name)
+    path = files.file(f"coco/{name}", name)
     labels: dict[tuple[str, str], str] = {}
     for number, row in enumerate(read_jsonl(path, ("image", "text", "label")), 1):
         key, label = (row["image"], question_in(row["text"])), _label(row["label"], f"{path}, line {number}")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, guess, lettered, listing, parse_listed
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class QBench(Benchmark):
 
     The official accuracy asks a GPT model whether answer and truth mean the same; that prompt is not part of this project, so
     both variants read letters: `mmmu` (MMMU's parser on the LLaVA prompt) and `lmms` (lmms-eval: `X ` and `X.` count anywhere).
-    Neither is comparable with GPT-judged figures where models answer in sentences.
+    Neither is comparable with GPT-judged scores where models answer in sentences.
     Aggregate: `accuracy`, and by question type and concern where the file tells them; percent.
     """
 
@@ -41,8 +42,12 @@ class QBench(Benchmark):
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `qbench/llvisionqa_dev.json` (prompt of model_vqa_qbench.py), or the dev parquet (lmms-eval's prompt)."""
-        place = place_of(root, GET, "qbench", "Q-Bench")
-        return _load_hf(place) if layout == "hf" else _load_json(place)
+        files = BenchmarkFiles.under(root, GET, "qbench", "Q-Bench")
+        return _load_hf(files) if layout == "hf" else _load_json(files)
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
 
     def score(
         self,
@@ -71,13 +76,13 @@ class QBench(Benchmark):
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows, guessed=guessed))
 
 
-def _load_json(place: Place) -> list[Item]:
-    path = place.file("llvisionqa_dev.json")
+def _load_json(files: BenchmarkFiles) -> list[Item]:
+    path = files.file("llvisionqa_dev.json")
     records = read_json(path)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of questions. Fetch the file again.")
     # LLaVA's page on evaluation and its script spell the folder differently
-    folder = place.image_folder("images_llvisionqa", "images_llviqionqa", "images")
+    folder = files.image_folder("images_llvisionqa", "images_llviqionqa", "images")
     items = []
     for number, record in enumerate(records):
         where = f"{path}, record {number + 1}"
@@ -109,9 +114,9 @@ def _load_json(place: Place) -> list[Item]:
     return items
 
 
-def _load_hf(place: Place) -> list[Item]:
+def _load_hf(files: BenchmarkFiles) -> list[Item]:
     fields = ("id", "question", "option0", "option1", "option2", "option3", "correct_choice")
-    rows = read_parquet(place.parquet("dev"), fields, ("question_type", "question_concern"))
+    rows = read_parquet(files.parquet("dev"), fields, ("question_type", "question_concern"))
     items = []
     for row in rows:
         values = row.values

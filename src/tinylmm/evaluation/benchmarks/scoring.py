@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tinylmm.errors import ConfigError, Fault, suggestion
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, ItemScore
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Item, ItemScore
 
 
 def pick_variant(benchmark: Benchmark, variant: str | None) -> str:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, lettered, listing
-from tinylmm.evaluation.benchmarks.files import (
-    Place,
-    image_file,
-    read_json,
-    read_jsonl,
-    read_parquet,
-    require,
-)
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_jsonl, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
@@ -39,7 +30,7 @@ class SEED(Benchmark):
     """SEED-Bench.
 
     Variants: `llava` (the whole text must be the letter), `lmms` (the first character after stripping).
-    Aggregate: `image` (what is reported as SEED^I), then, if there are such questions, `video` and `all`; and one figure a
+    Aggregate: `image` (what is reported as SEED^I), then, if there are such questions, `video` and `all`; and one metric a
     question type; percent.
     """
 
@@ -47,6 +38,7 @@ class SEED(Benchmark):
     variants = ("llava", "lmms")
     headline = "image"
     max_new_tokens = 128
+    upload = "jsonl"
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `seed_bench/llava-seed-bench.jsonl` with SEED-Bench.json (alone, prompts are built from it), or the parquet.
@@ -54,8 +46,12 @@ class SEED(Benchmark):
         Video questions are asked about their middle frame. Where the images are there but the folder of frames
         (SEED-Bench-video-image) is not, they are left out, and so are answers to them.
         """
-        place = place_of(root, GET, "seed_bench", "SEED-Bench", "seed")
-        return _load_hf(place) if layout == "hf" else _load_llava(place)
+        files = BenchmarkFiles.under(root, GET, "seed_bench", "SEED-Bench", "seed")
+        return _load_hf(files) if layout == "hf" else _load_llava(files)
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
 
     def score(
         self,
@@ -64,7 +60,7 @@ class SEED(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         rows = []
         for item in items:
@@ -88,12 +84,12 @@ class SEED(Benchmark):
             aggregate[f"type/{category}"] = percent(within)
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
-    def join(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
+    def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By question id; without video questions among the items, answers to other questions are theirs and pass by."""
         if not any(item.reference["data_type"] == "video" for item in items):
             known = {str(item.question_id) for item in items}
             rows = [row for row in rows if str(row["question_id"]) in known]
-        return super().join(items, rows)
+        return super().pair(items, rows)
 
     def write_submission(self, items: Sequence[Item], answers: Mapping[str, Answer], path: Path) -> None:
         """Write what LLaVA's convert_seed_for_submission.py writes: JSONL of question_id and prediction, every question."""
@@ -104,8 +100,8 @@ class SEED(Benchmark):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _load_llava(place: Place) -> list[Item]:
-    path = place.file("SEED-Bench.json")
+def _load_llava(files: BenchmarkFiles) -> list[Item]:
+    path = files.file("SEED-Bench.json")
     data = read_json(path)
     require(data, ("questions",), str(path))
     require(data.get("question_type", {}), (), f"{path}, question_type")
@@ -114,9 +110,9 @@ def _load_llava(place: Place) -> list[Item]:
     for number, record in enumerate(data["questions"], 1):
         require(record, _FIELDS, f"{path}, question {number}")
         records[str(record["question_id"])] = record
-    base, frames = place.image_folder("."), place.find("SEED-Bench-video-image")
-    drop_videos = frames is None and place.find("SEED-Bench-image") is not None
-    asked_path = place.find("llava-seed-bench.jsonl")
+    base, frames = files.image_folder("."), files.find("SEED-Bench-video-image")
+    drop_videos = frames is None and files.find("SEED-Bench-image") is not None
+    asked_path = files.find("llava-seed-bench.jsonl")
     if asked_path is None:
         asked = [_built_question(record) for record in records.values()]
     else:
@@ -149,15 +145,15 @@ def _prompt(record: Mapping[str, Any]) -> str:
     return f"{record['question']}\n{listing(options)}\n{LETTER_SUFFIX}"
 
 
-def _load_hf(place: Place) -> list[Item]:
+def _load_hf(files: BenchmarkFiles) -> list[Item]:
     """Image questions only: of videos the parquet holds eight frames, and LLaVA's protocol shows one."""
-    rows = read_parquet(place.parquet("test"), _FIELDS, ("question_type_id",))
+    rows = read_parquet(files.parquet("test"), _FIELDS, ("question_type_id",))
     items = []
     for row in rows:
         values = row.values
         if values["data_type"] == "image":
             category = str(values["question_type_id"] or "")
-            image = ListedImageRef(row.path, row.row, "image")
+            image = row.image()
             items.append(_item(values, values["question_id"], _prompt(values), category, image))
     return items
 
@@ -172,24 +168,3 @@ def _item(record: Mapping[str, Any], question_id: str | int, prompt: str, catego
         reference={"answer": record["answer"], "data_type": record["data_type"], "id": record["question_id"]},
         options=len(_LETTERS),
     )
-
-
-class ListedImageRef(ImageRef):
-    """The first image of a parquet cell that holds a list of them."""
-
-    def open(self) -> Image.Image:
-        """As `ImageRef.open`."""
-        from tinylmm.data.images import open_image
-
-        images = _image_cells(self.path, self.path.stat().st_mtime_ns)[self.row or 0].as_py()
-        if not images or not isinstance(images[0], dict) or not images[0].get("bytes"):
-            raise DataError(f"{self.path}, row {self.row}: column image holds no image bytes. Fetch the file again.")
-        return open_image(Path(self.key), images[0]["bytes"])
-
-
-@lru_cache(maxsize=2)
-def _image_cells(path: Path, stamp: int) -> Any:
-    """The image column, memory-mapped; `stamp` makes a changed file another key."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path, columns=["image"], memory_map=True).column(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import ImageRef
+from tinylmm.evaluation.benchmarks.records import ImageRef
 
 _NAN = frozenset(
     (

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, ImageRef, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, infer_vlmeval, lettered, listing
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class SQA(Benchmark):
     """ScienceQA, test split: 4,241 questions, 2,017 of them with an image.
 
     Variants: `llava` (LLaVA and TinyLLaVA), `lmms`, `vlmeval` (VLMEvalKit, exact matching).
-    Aggregate: `img_accuracy` over questions with an image, `accuracy` over all, and one figure a subject where
+    Aggregate: `img_accuracy` over questions with an image, `accuracy` over all, and one metric a subject where
     problems.json tells them; percent. A question counts as one with an image by the question file, not by what the answer
     file says was asked. A letter outside the choices is wrong, never a guess.
     """
@@ -68,8 +69,12 @@ class SQA(Benchmark):
         With pid_splits.json, questions outside its test split take no part. Parquet rows have no id: theirs is the row's
         number.
         """
-        place = place_of(root, GET, "scienceqa", "ScienceQA", "sqa")
-        return _load_hf(place) if layout == "hf" else _load_llava(place)
+        files = BenchmarkFiles.under(root, GET, "scienceqa", "ScienceQA", "sqa")
+        return _load_hf(files) if layout == "hf" else _load_llava(files)
+
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
 
     def score(
         self,
@@ -78,7 +83,7 @@ class SQA(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         read = _READERS[variant]
         rows = []
@@ -108,9 +113,9 @@ _READERS: dict[str, Callable[[str, Mapping[str, str]], str | None]] = {
 }
 
 
-def _load_llava(place: Place) -> list[Item]:
-    path = place.file("llava_test_CQM-A.json")
-    problems_path, splits_path = place.find("problems.json"), place.find("pid_splits.json")
+def _load_llava(files: BenchmarkFiles) -> list[Item]:
+    path = files.file("llava_test_CQM-A.json")
+    problems_path, splits_path = files.find("problems.json"), files.find("pid_splits.json")
     problems = read_json(problems_path) if problems_path else {}
     if not isinstance(problems, dict):
         raise DataError(f"{problems_path}: expected an object of problems by id. Fetch the file again.")
@@ -119,7 +124,7 @@ def _load_llava(place: Place) -> list[Item]:
         splits = read_json(splits_path)
         require(splits, ("test",), str(splits_path))
         split = {str(pid) for pid in splits["test"]}
-    folder = place.image_folder("images/test", "test", "images")
+    folder = files.image_folder("images/test", "test", "images")
     records = read_json(path)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of questions. Fetch the file again.")
@@ -176,8 +181,8 @@ def _choices(choices: Any, answer: Any, where: str) -> tuple[dict[str, str], str
     return lettered(map(str, choices)), LETTERS[answer]
 
 
-def _load_hf(place: Place) -> list[Item]:
-    shards = place.parquet("test", "ScienceQA-FULL", "ScienceQA-IMG")
+def _load_hf(files: BenchmarkFiles) -> list[Item]:
+    shards = files.parquet("test", "ScienceQA-FULL", "ScienceQA-IMG")
     rows = read_parquet(shards, ("question", "choices", "answer"), ("hint", "subject"))
     pictured = [has for shard in shards for has in _filled(shard, "image")]
     items = []

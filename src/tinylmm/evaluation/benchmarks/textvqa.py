@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, Scores
-from tinylmm.evaluation.benchmarks.files import Place, image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import FreeTextReference, answer_texts, m4c_rule, score_free_text
-from tinylmm.evaluation.benchmarks.pairing import join_by_prompt, unique_ids
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.pairing import pair_by_prompt, unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, Scores
 from tinylmm.evaluation.benchmarks.scoring import pick_variant
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ class TextVQA(Benchmark):
     """Soft accuracy in percent, m4c-normalised on both sides; all variants score alike.
 
     Args:
-        ocr: whether prompts carry the Rosetta tokens of the data set. Papers' figures do; without them a model loses
-            several points (TinyLLaVA-3.1B 60.3 against 55.8), so name it beside the figure.
+        ocr: whether prompts carry the Rosetta tokens of the data set. Papers' scores do; without them a model loses
+            several points (TinyLLaVA-3.1B 60.3 against 55.8), so name it beside the score.
     """
 
     name: ClassVar[str] = "textvqa"
@@ -51,12 +53,12 @@ class TextVQA(Benchmark):
 
         A question file's id is the image's, which several questions share: annotations are found by image and question.
         """
-        place = Place(root, "textvqa", GET)
+        files = BenchmarkFiles.under(root, GET, "textvqa")
         if layout == "hf":
-            return self._load_hf(place)
-        questions = read_questions(place.file(QUESTIONS))
-        references = _read_annotations(place.file(ANNOTATIONS))
-        folder = place.image_folder("train_images")
+            return self._load_hf(files)
+        questions = read_questions(files.file(QUESTIONS))
+        references = _read_annotations(files.file(ANNOTATIONS))
+        folder = files.image_folder("train_images")
         names = unique_ids(question["question_id"] for question in questions)
         items = []
         for name, row in zip(names, questions, strict=True):
@@ -70,8 +72,8 @@ class TextVQA(Benchmark):
             items.append(Item(name, row["question_id"], text, (image,), reference=FreeTextReference(answers)))
         return items
 
-    def _load_hf(self, place: Place) -> list[Item]:
-        paths = place.parquet("validation")
+    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
+        paths = files.parquet("validation")
         rows = read_parquet(paths, ("question_id", "question", "answers"), ("image_id", "ocr_tokens"))
         items = []
         for name, row in zip(unique_ids(row.values["question_id"] for row in rows), rows, strict=True):
@@ -92,9 +94,9 @@ class TextVQA(Benchmark):
         """Score; the variants name protocols that differ in prompts only."""
         return score_free_text(self, items, answers, pick_variant(self, variant), m4c_rule)
 
-    def join(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
+    def pair(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
         """Match by image id and the question cut out of the stored prompt, as LLaVA's script does."""
-        return join_by_prompt(items, rows, question_of)
+        return pair_by_prompt(items, rows, question_of)
 
 
 def question_of(prompt: str) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, ItemScore, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, parse_leading
 from tinylmm.evaluation.benchmarks.files import read_parquet
-from tinylmm.evaluation.benchmarks.lookup import place_of
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
 
@@ -58,13 +59,14 @@ class VideoMME(Benchmark):
     variants = ("tinyllava_video", "official", "lmms_regex")
     headline = "overall"
     max_new_tokens = 1024
+    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `videomme/test-*.parquet`, in either layout. Videos are data/<videoID>.mp4, subtitles subtitle/<videoID>.srt."""
-        place = place_of(root, GET, "Video-MME", "videomme", "VideoMME")
-        videos, subtitles = place.image_folder("data"), place.image_folder("subtitle")
+        files = BenchmarkFiles.under(root, GET, "Video-MME", "videomme", "VideoMME")
+        videos, subtitles = files.image_folder("data"), files.image_folder("subtitle")
         items = []
-        for row in read_parquet(place.parquet("test", "videomme"), _FIELDS, _OPTIONAL):
+        for row in read_parquet(files.parquet("test", "videomme"), _FIELDS, _OPTIONAL):
             values = row.values
             options = _options(values["options"], row.where)
             if values["answer"] not in options:
@@ -93,6 +95,10 @@ class VideoMME(Benchmark):
             )
         return items
 
+    def truth(self, item: Item) -> str:
+        """As `Benchmark.truth`."""
+        return str(item.reference["answer"])
+
     def score(
         self,
         items: Sequence[Item],
@@ -100,7 +106,7 @@ class VideoMME(Benchmark):
         variant: str | None = None,
         judge: Judge | None = None,
     ) -> Scores:
-        """Score by letters; see the class for variants and figures."""
+        """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
         rows, guessed = [], 0
         for item in items:

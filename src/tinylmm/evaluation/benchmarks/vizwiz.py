@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import ConfigError, DataError, Fault
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, Scores
-from tinylmm.evaluation.benchmarks.files import ParquetRow, Place, image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_json, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import (
     FreeTextReference,
     answer_texts,
@@ -21,8 +21,10 @@ from tinylmm.evaluation.benchmarks.free_text import (
     score_free_text,
     uploaded_rule,
 )
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, Scores
 from tinylmm.evaluation.benchmarks.scoring import pick_variant
 from tinylmm.evaluation.benchmarks.vqa_text import m4c_text
 
@@ -37,33 +39,34 @@ RULES = {"llava": uploaded_rule, "official": official_rule, "lmms": m4c_rule}
 
 
 class VizWiz(Benchmark):
-    """Soft accuracy in percent on val, by answer type. The answers of test, which papers report, are hidden: no figure."""
+    """Soft accuracy in percent on val, by answer type. The answers of test, which papers report, are hidden: no metric."""
 
     name: ClassVar[str] = "vizwiz"
     variants: ClassVar[tuple[str, ...]] = tuple(RULES)
     headline: ClassVar[str] = "accuracy"
     max_new_tokens: ClassVar[int] = 128
+    upload: ClassVar[str] = "json"
     splits: ClassVar[tuple[str, ...]] = ("test", "val")
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read the chosen split, else test where LLaVA's question file is there, else val."""
-        place = Place(root, "vizwiz", GET)
+        files = BenchmarkFiles.under(root, GET, "vizwiz")
         if layout == "hf":
-            return self._load_hf(place)
-        if (self.split or ("val" if place.find(*ANNOTATIONS) and not place.find(QUESTIONS) else "test")) == "val":
-            return _load_val(place)
-        questions = read_questions(place.file(QUESTIONS))
-        folder = place.image_folder("test")
+            return self._load_hf(files)
+        if (self.split or ("val" if files.find(*ANNOTATIONS) and not files.find(QUESTIONS) else "test")) == "val":
+            return _load_val(files)
+        questions = read_questions(files.file(QUESTIONS))
+        folder = files.image_folder("test")
         items = []
         for name, row in zip(unique_ids(q["question_id"] for q in questions), questions, strict=True):
             image = image_file(folder, row["image"], f"{QUESTIONS}, question {name}")
             items.append(Item(name, row["question_id"], row["text"], (image,), reference=FreeTextReference()))
         return items
 
-    def _load_hf(self, place: Place) -> list[Item]:
-        split = self.split or ("test" if place.has_parquet("test") else "val")
+    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
+        split = self.split or ("test" if files.has_parquet("test") else "val")
         required = ("question_id", "question")
-        rows = read_parquet(place.parquet(split), required, ("answers", "category"))
+        rows = read_parquet(files.parquet(split), required, ("answers", "category"))
         names = unique_ids(row.values["question_id"] for row in rows)
         return [_hf_item(row, name) for name, row in zip(names, rows, strict=True)]
 
@@ -102,12 +105,12 @@ def _image_name(item: Item) -> str:
     return image.path.name if image.row is None else f"{item.question_id}.jpg"
 
 
-def _load_val(place: Place) -> list[Item]:
-    path = place.file(*ANNOTATIONS)
+def _load_val(files: BenchmarkFiles) -> list[Item]:
+    path = files.file(*ANNOTATIONS)
     records = read_json(path)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of questions, found {type(records).__name__}. {GET}")
-    folder = place.image_folder("val")
+    folder = files.image_folder("val")
     items = []
     for number, record in enumerate(records, 1):
         where = f"{path}, record {number}"

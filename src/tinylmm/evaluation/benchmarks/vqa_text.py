@@ -1,7 +1,7 @@
 """How the VQA family compares free text: the official normalisation, the m4c (EvalAI) one, and soft accuracy.
 
 Source: VQA's own evaluation code and the EvalAIAnswerProcessor of mmf, which LLaVA and TinyLLaVA ship. Their oddities are
-kept, since published figures were made with them; each is named where it stands.
+kept, since published scores were made with them; each is named where it stands.
 """
 
 from __future__ import annotations

@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import ConfigError, DataError, Fault
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Format, Item, Scores
-from tinylmm.evaluation.benchmarks.files import (
-    ParquetRow,
-    Place,
-    image_file,
-    read_json,
-    read_jsonl,
-    read_parquet,
-    require,
-)
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_json, read_jsonl, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import (
     FreeTextReference,
     always_rule,
@@ -29,8 +21,10 @@ from tinylmm.evaluation.benchmarks.free_text import (
     score_free_text,
     uploaded_rule,
 )
+from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, Scores
 from tinylmm.evaluation.benchmarks.scoring import pick_variant
 from tinylmm.evaluation.benchmarks.vqa_text import m4c_text
 
@@ -57,28 +51,29 @@ class VQAv2(Benchmark):
     """Soft accuracy in percent, overall and by answer and question type.
 
     `official` is the default, as val is scored by nothing else; `llava` first normalises the answer as LLaVA does before an
-    upload; `lmms` normalises also where all ten references are equal. Answers of test-dev and test are hidden: no figure.
+    upload; `lmms` normalises also where all ten references are equal. Answers of test-dev and test are hidden: no metric.
     """
 
     name: ClassVar[str] = "vqav2"
     variants: ClassVar[tuple[str, ...]] = tuple(RULES)
     headline: ClassVar[str] = "accuracy"
     max_new_tokens: ClassVar[int] = 128
+    upload: ClassVar[str] = "json"
     splits: ClassVar[tuple[str, ...]] = tuple(QUESTIONS)
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read the chosen split, else val where its annotations and questions are there, else test-dev, else test."""
-        place = Place(root, "vqav2", GET)
+        files = BenchmarkFiles.under(root, GET, "vqav2")
         if layout == "hf":
-            return self._load_hf(place)
-        present = [split for split in self.splits if place.find(*QUESTIONS[split])]
-        if place.find(ANNOTATIONS) is None and "val" in present and len(present) > 1:
+            return self._load_hf(files)
+        present = [split for split in self.splits if files.find(*QUESTIONS[split])]
+        if files.find(ANNOTATIONS) is None and "val" in present and len(present) > 1:
             present.remove("val")
         split = self.split or next(iter(present), "val")
-        questions = _read_question_file(place.file(*QUESTIONS[split]), split)
-        references = self._references(place, split)
-        upload = None if split == "val" else place.find(*QUESTIONS["test"])
-        folder = place.image_folder(IMAGES[split])
+        questions = _read_question_file(files.file(*QUESTIONS[split]), split)
+        references = self._references(files, split)
+        upload = None if split == "val" else files.find(*QUESTIONS["test"])
+        folder = files.image_folder(IMAGES[split])
         names = unique_ids(question["question_id"] for question in questions)
         items = []
         for name, question in zip(names, questions, strict=True):
@@ -93,20 +88,20 @@ class VQAv2(Benchmark):
         return items
 
     @staticmethod
-    def _references(place: Place, split: str) -> dict[str, FreeTextReference]:
+    def _references(files: BenchmarkFiles, split: str) -> dict[str, FreeTextReference]:
         """References by question id; also of test-dev questions, where val's annotations lie beside them alone."""
         if split == "val":
-            return _read_annotations(place.file(ANNOTATIONS))
-        found = place.find(ANNOTATIONS)
-        return _read_annotations(found) if found and not place.find(*QUESTIONS["val"]) else {}
+            return _read_annotations(files.file(ANNOTATIONS))
+        found = files.find(ANNOTATIONS)
+        return _read_annotations(found) if found and not files.find(*QUESTIONS["val"]) else {}
 
-    def _load_hf(self, place: Place) -> list[Item]:
-        found = [split for split in self.splits if place.has_parquet(HF_SPLITS[split])]
+    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
+        found = [split for split in self.splits if files.has_parquet(HF_SPLITS[split])]
         split = self.split or next(iter(found), "val")
         rows = read_parquet(
-            place.parquet(HF_SPLITS[split]), ("question_id", "question"), ("answers", "answer_type", "question_type")
+            files.parquet(HF_SPLITS[split]), ("question_id", "question"), ("answers", "answer_type", "question_type")
         )
-        upload = None if split == "val" else place.find(*QUESTIONS["test"])
+        upload = None if split == "val" else files.find(*QUESTIONS["test"])
         names = unique_ids(row.values["question_id"] for row in rows)
         return [_hf_item(row, name, upload) for row, name in zip(rows, names, strict=True)]
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tinylmm.evaluation.benchmarks.base import Answer, Benchmark, Item, Scores
+from tinylmm.evaluation.benchmarks.base import Benchmark
+from tinylmm.evaluation.benchmarks.records import Answer, Item, Scores
 from tinylmm.evaluation.judge import Judge
 
 
@@ -70,7 +71,7 @@ def scored(
 ) -> Scores:
     """Join an answer file's rows as `tinylmm score` does, and score."""
     rows = [{"question_id": name, "text": text} for name, text in texts.items()]
-    return benchmark.score(items, benchmark.join(items, rows), variant, judge)
+    return benchmark.score(items, benchmark.pair(items, rows), variant, judge)
 
 
 def by_id(scores: Scores) -> dict[str, tuple[float | None, Any]]:

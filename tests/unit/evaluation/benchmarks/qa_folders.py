@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tinylmm.evaluation.benchmarks.base import Answer, Item, Scores
+from tinylmm.evaluation.benchmarks.records import Answer, Item, Scores
 
 SHORT = "\nAnswer the question using a single word or phrase."
 

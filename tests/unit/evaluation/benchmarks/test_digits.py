@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from tinylmm.errors import ConfigError, DataError
-from tinylmm.evaluation.benchmarks.base import Answer, ImageRef, Item
-from tinylmm.evaluation.benchmarks.digit_questions import read_questions
 from tinylmm.evaluation.benchmarks.digits import Digits, is_correct
-from tinylmm.evaluation.score_rows import figure_rows
+from tinylmm.evaluation.benchmarks.records import Answer, ImageRef, Item
+from tinylmm.evaluation.images import open_image_ref
+from tinylmm.evaluation.score_rows import score_rows
 
 ROW = {"question_id": "1", "image": "a.png", "text": "what?", "category": "digit", "answer": "3", "options": 10}
 
@@ -48,7 +48,7 @@ def test_scores_are_percentages_per_category_beside_blind_and_chance() -> None:
     answers, digits = said("3", "9", "Yes."), Digits()
     scores = digits.score(ITEMS, answers)
     blind = digits.score(ITEMS, said("7", "4", "yes"))
-    rows = figure_rows(digits, ITEMS, answers, scores, blind)
+    rows = score_rows(digits, ITEMS, answers, scores, blind)
     assert [{key: row[key] for key in ("metric", "value", "blind", "chance", "count")} for row in rows] == [
         {"metric": "accuracy", "value": 66.6667, "blind": 66.6667, "chance": 23.3333, "count": 3},
         {"metric": "accuracy/digit", "value": 50.0, "blind": 50.0, "chance": 10.0, "count": 2},
@@ -65,10 +65,10 @@ def test_scores_are_percentages_per_category_beside_blind_and_chance() -> None:
 
 def test_without_blind_answers_there_is_no_blind_score() -> None:
     answers, digits = said("3"), Digits()
-    assert figure_rows(digits, ITEMS[:1], answers, digits.score(ITEMS[:1], answers), None)[0]["blind"] is None
+    assert score_rows(digits, ITEMS[:1], answers, digits.score(ITEMS[:1], answers), None)[0]["blind"] is None
 
 
-def test_no_questions_give_no_figures_and_missing_answers_are_wrong() -> None:
+def test_no_questions_give_no_metrics_and_missing_answers_are_wrong() -> None:
     digits = Digits()
     assert digits.score([], {}).aggregate == {}
     nothing = digits.score(ITEMS, {})
@@ -83,7 +83,7 @@ def test_questions_are_read_with_their_images_inside_the_folder(tmp_path: Path) 
     (tmp_path / "test.jsonl").write_text(json.dumps(ROW) + "\n")
     (read,) = Digits().load(tmp_path)
     assert (read.prompt, read.reference, read.options) == ("what?", "3", 10)
-    assert read.images[0].open().getpixel((0, 0)) == (255, 0, 0)
+    assert open_image_ref(read.images[0]).getpixel((0, 0)) == (255, 0, 0)
     (tmp_path / "test.jsonl").write_text(json.dumps({**ROW, "image": "../test.jsonl"}) + "\n")
     with pytest.raises(DataError, match="must be a path inside"):
         Digits().load(tmp_path)
@@ -92,10 +92,10 @@ def test_questions_are_read_with_their_images_inside_the_folder(tmp_path: Path) 
 
 
 def test_a_broken_question_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "q.jsonl"
+    path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(ROW) + "\n{not json}\n")
-    with pytest.raises(DataError, match=r"q\.jsonl, line 2: not JSON"):
-        read_questions(path)
+    with pytest.raises(DataError, match=r"test\.jsonl, line 2: not valid JSON"):
+        Digits().load(tmp_path)
     path.write_text('{"question_id": "1"}\n')
     with pytest.raises(DataError, match="line 1: field image, text, category, answer, options missing"):
-        read_questions(path)
+        Digits().load(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.evaluation.benchmarks.qa_folders import SHORT, cell, gqa_folder, parsed, said, values, write_parquet
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.gqa import GQA, llava_text, lmms_text
+from tinylmm.evaluation.images import open_image_ref
 
 TEXTS = ("cat", "Dog.", "t-shirt", "right", "no..", " yes")
 """To the questions in the order of the question file: 205 (not balanced), 204, ..., 200."""
@@ -102,7 +103,7 @@ def test_parquet_configs_are_joined_by_image(tmp_path: Path) -> None:
     assert not GQA().load(tmp_path, "hf")[0].images[0].path.exists()  # scoring needs no images
     write_parquet(tmp_path / "testdev_balanced_images/testdev-00000-of-00001.parquet", images)
     items = GQA().load(tmp_path, "hf")
-    assert items[5].images[0].open().getpixel((0, 0)) == (2, 0, 0)
+    assert open_image_ref(items[5].images[0]).getpixel((0, 0)) == (2, 0, 0)
     scores = GQA().score(items, said(items, *reversed(TEXTS)))
     assert scores.aggregate["accuracy"] == 60.0
     assert scores.aggregate["steps/01"] == 0.0

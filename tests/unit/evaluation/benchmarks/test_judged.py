@@ -24,6 +24,7 @@ from tests.unit.evaluation.judge_server import completion, judge_server
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.llava_bench import LLaVABench, parse_llava, parse_lmms
 from tinylmm.evaluation.benchmarks.mmvet import MMVet, parse_grade
+from tinylmm.evaluation.images import open_image_ref
 from tinylmm.evaluation.judge import Judge
 
 
@@ -58,7 +59,7 @@ def vet_root(tmp_path: Path) -> Path:
 def test_mmvet_asks_the_question_alone(vet_root: Path) -> None:
     items = MMVet().load(vet_root)
     assert [(item.question_id, item.prompt) for item in items] == [(0, "What is x?"), (1, "Who?"), (2, "Why?")]
-    assert items[0].images[0].open().size == (4, 3)
+    assert open_image_ref(items[0].images[0]).size == (4, 3)
     assert MMVet().load(vet_root / "mm-vet") == items
     (vet_root / "mm-vet/llava-mm-vet.jsonl").unlink()
     assert MMVet().load(vet_root) == items
@@ -294,7 +295,7 @@ def test_llava_bench_parquet(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/train-00000-of-00001.parquet", [row | {"image": cell(png())}])
     (item,) = LLaVABench().load(tmp_path, "hf")
     assert item.reference == {"caption": "A cat.", "question": "Name?", "gpt4": "Tom"}
-    assert item.images[0].open().size == (4, 3)
+    assert open_image_ref(item.images[0]).size == (4, 3)
 
 
 def test_a_question_without_caption_or_reference_is_named(wild_root: Path) -> None:

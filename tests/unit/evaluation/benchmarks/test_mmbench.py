@@ -14,6 +14,7 @@ from tests.unit.evaluation.benchmarks.disk import by_id, cell, given, png, score
 from tests.unit.evaluation.judge_server import completion, judge_server
 from tinylmm.errors import ConfigError, DataError
 from tinylmm.evaluation.benchmarks.mmbench import MMBench
+from tinylmm.evaluation.images import open_image_ref
 from tinylmm.evaluation.judge import Judge
 
 COLUMNS = "index question hint A B C D answer category image source l2-category comment split".replace(" ", ",").split(
@@ -68,7 +69,7 @@ def test_every_row_is_asked_once_with_hint_and_present_options(root: Path) -> No
 
 def test_images_are_decoded_from_base64_and_shared_by_rotations(root: Path) -> None:
     items = MMBench().load(root)
-    assert items[1].images[0].open().getpixel((0, 0)) == (0, 0, 255)
+    assert open_image_ref(items[1].images[0]).getpixel((0, 0)) == (0, 0, 255)
     assert items[0].images[0].key == items[2].images[0].key != items[1].images[0].key
 
 
@@ -154,7 +155,7 @@ def test_three_useless_replies_end_in_a_counted_guess(root: Path) -> None:
 def test_of_all_rounds_only_the_first_counts(root: Path) -> None:
     items = MMBench().load(root)
     rows = [{"question_id": 5, "round_id": 0, "text": "A"}, {"question_id": 5, "round_id": 1, "text": "B"}]
-    assert MMBench().join(items, rows)["5"].text == "A"
+    assert MMBench().pair(items, rows)["5"].text == "A"
 
 
 def test_the_upload_has_the_columns_of_llavas_converter(root: Path, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_parquet_spells_absent_options_nan_and_its_columns_otherwise(tmp_path: P
     write_parquet(tmp_path / "en/dev-00000-of-00001.parquet", [row, rotated])
     items = MMBench().load(tmp_path, "hf")
     assert items[0].prompt == f"Which?\nA. red\nB. banana\n{SUFFIX}"
-    assert items[0].images[0].open().size == (4, 3)
+    assert open_image_ref(items[0].images[0]).size == (4, 3)
     assert items[1].images == items[0].images  # the tower runs once a question
     assert scored(MMBench(), items, {5: "A", 1_000_005: "B"}).aggregate["l2/perception"] == 100.0
 

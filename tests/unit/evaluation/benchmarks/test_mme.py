@@ -86,9 +86,9 @@ def test_other_answers_and_missing_ones_are_wrong(tmp_path: Path) -> None:
 def test_answers_of_one_image_are_told_apart_by_their_prompt(tmp_path: Path) -> None:
     items = MME().load(mme_folder(tmp_path))
     rows = answer_rows(items, ["Yes", "No"] * 3)[::-1]
-    assert MME().score(items, MME().join(items, rows)).aggregate["perception"] == 200.0
+    assert MME().score(items, MME().pair(items, rows)).aggregate["perception"] == 200.0
     rows = [{key: row[key] for key in ("question_id", "text")} for row in answer_rows(items, ["Yes", "No"] * 3)]
-    assert MME().score(items, MME().join(items, rows)).aggregate["perception"] == 200.0
+    assert MME().score(items, MME().pair(items, rows)).aggregate["perception"] == 200.0
 
 
 def test_a_question_that_the_release_lacks_is_refused(tmp_path: Path) -> None:

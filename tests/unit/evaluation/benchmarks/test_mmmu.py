@@ -12,6 +12,7 @@ import pytest
 from tests.unit.evaluation.benchmarks.disk import by_id, cell, png, scored, write_image, write_json, write_parquet
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.mmmu import DOMAINS, MMMU, SUBJECTS, normalise, open_is_right, parse_open
+from tinylmm.evaluation.images import open_image_ref
 
 LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."
@@ -54,7 +55,7 @@ def test_items_keep_the_order_and_the_image_marks_of_the_file(root: Path) -> Non
     items = MMMU().load(root)
     assert [item.item_id for item in items] == [ART, CHOICE, OPEN, MANY]
     assert items[0].prompt == f"<image 1> Which?\n(A) red\n\n{LETTER}"
-    assert items[0].images[0].open().size == (4, 3)
+    assert open_image_ref(items[0].images[0]).size == (4, 3)
     assert [len(item.images) for item in items] == [1, 1, 1, 0]
     assert [item.options for item in items] == [3, 3, 0, 3]
     assert [item.category for item in items] == ["Art_Theory", "Accounting", "Math", "Music"]
@@ -179,7 +180,7 @@ def test_parquet_options_and_answers_are_strings_of_lists(tmp_path: Path) -> Non
     items = MMMU().load(tmp_path, "hf")
     assert items[0].prompt == f"<image 1> Which?\n(A) red\n(B) it's green\n\n{LETTER}"
     assert items[1].prompt == f"<image 1> Which?\n{WORD}"
-    assert items[0].images[0].open().size == (4, 3) and len(items[0].images) == 1
+    assert open_image_ref(items[0].images[0]).size == (4, 3) and len(items[0].images) == 1
     scores = scored(MMMU(), items, {CHOICE: "B", OPEN: "It is seven"})
     assert scores.aggregate["overall"] == 100.0
     # an open answer that is no list is one answer, also where it looks like a number
@@ -201,7 +202,7 @@ def test_a_string_that_is_no_list_is_named(tmp_path: Path) -> None:
 
 def test_the_upload_is_letters_and_texts_by_id(root: Path, tmp_path: Path) -> None:
     items = MMMU().load(root)
-    answers = MMMU().join(items, [{"question_id": CHOICE, "text": "(B)"}, {"question_id": OPEN, "text": "about 5"}])
+    answers = MMMU().pair(items, [{"question_id": CHOICE, "text": "(B)"}, {"question_id": OPEN, "text": "about 5"}])
     MMMU().write_submission(items, answers, tmp_path / "upload.json")
     assert json.loads((tmp_path / "upload.json").read_text()) == {CHOICE: "B", OPEN: "about 5"}
 

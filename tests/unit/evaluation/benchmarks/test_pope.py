@@ -18,6 +18,7 @@ from tests.unit.evaluation.benchmarks.qa_folders import (
 )
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.pope import POPE, lmms_answer, official_answer
+from tinylmm.evaluation.images import open_image_ref
 
 
 @pytest.mark.parametrize(
@@ -165,5 +166,5 @@ def test_parquet_ids_that_start_anew_are_told_apart(tmp_path: Path, full: bool) 
     items = POPE().load(tmp_path, "hf")
     assert [item.question_id for item in items] == ["0", "1", "2"]
     assert items[2].prompt == "Is it?" + SHORT
-    assert items[2].images[0].open().getpixel((0, 0)) == (2, 0, 0)
+    assert open_image_ref(items[2].images[0]).getpixel((0, 0)) == (2, 0, 0)
     assert POPE().score(items, said(items, "Yes", "yes", "No")).aggregate["accuracy"] == pytest.approx(200 / 3)

@@ -22,6 +22,7 @@ from tests.unit.evaluation.benchmarks.disk import (
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.qbench import QBench
 from tinylmm.evaluation.benchmarks.seed import SEED
+from tinylmm.evaluation.images import open_image_ref
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 CHOICES = {"choice_a": "one", "choice_b": "two", "choice_c": "three", "choice_d": "four"}
@@ -91,7 +92,7 @@ def test_seed_videos_are_left_out_where_their_frames_are_not_there(seed_root: Pa
     write_image(seed_root / "seed_bench/SEED-Bench-image/pic_102")
     items = SEED().load(seed_root)
     assert [item.question_id for item in items] == [102, 101]
-    assert items[0].images[0].open().size == (4, 3)
+    assert open_image_ref(items[0].images[0]).size == (4, 3)
     scores = scored(SEED(), items, {102: "B", 101: "A", "v7": "C"})
     assert scores.aggregate["image"] == 100.0 and "all" not in scores.aggregate
     (seed_root / "seed_bench/SEED-Bench-video-image").mkdir()
@@ -120,7 +121,7 @@ def test_seed_parquet_holds_lists_of_images(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", [video, record])
     (item,) = SEED().load(tmp_path, "hf")
     assert item.prompt == f"How many?\n{LISTED}\n{SUFFIX}"
-    assert item.images[0].open().getpixel((0, 0)) == (200, 30, 30)
+    assert open_image_ref(item.images[0]).getpixel((0, 0)) == (200, 30, 30)
     assert scored(SEED(), [item], {"101": "A"}).aggregate == {"image": 100.0, "type/1": 100.0}
 
 
@@ -145,7 +146,7 @@ def qbench_root(tmp_path: Path) -> Path:
 def test_qbench_prompt_and_breakdowns(qbench_root: Path) -> None:
     items = QBench().load(qbench_root)
     assert items[0].prompt == "Is it sharp?\nChoose between one of the options as follows:\nA. Yes\nB. No\n"
-    assert items[0].images[0].open().size == (4, 3)
+    assert open_image_ref(items[0].images[0]).size == (4, 3)
     scores = scored(QBench(), items, {0: "B", 1: "A"})
     assert scores.aggregate == {
         "accuracy": 50.0,

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.evaluation.benchmarks.disk import by_id, cell, png, scored, write_image, write_json, write_parquet
 from tinylmm.errors import ConfigError, DataError
 from tinylmm.evaluation.benchmarks.sqa import SQA, parse_llava, parse_lmms
+from tinylmm.evaluation.images import open_image_ref
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 
@@ -54,7 +55,7 @@ def test_items_come_in_file_order_with_the_prompt_of_the_script(root: Path) -> N
     assert items[0].prompt == f"Which is bigger?\nA. sun\nB. moon\n{SUFFIX}"
     assert items[2].prompt == f"Context: Look at it.\nWhat is it?\nA. cat\nB. dog\n{SUFFIX}"
     assert [len(item.images) for item in items] == [1, 0, 1, 0]
-    assert items[2].images[0].open().size == (4, 3)
+    assert open_image_ref(items[2].images[0]).size == (4, 3)
     assert [item.options for item in items] == [2, 3, 2, 3]
     # the benchmark's own folder is as good a root as the one around it
     assert SQA().load(root / "scienceqa") == items
@@ -140,7 +141,7 @@ def test_parquet_rows_are_asked_in_the_same_words(tmp_path: Path) -> None:
     assert items[0].prompt == f"Context: Look at it.\nWhat is it?\nA. cat\nB. dog\n{SUFFIX}"
     assert items[1].prompt == f"What is it?\nA. cat\nB. dog\n{SUFFIX}"
     assert [len(item.images) for item in items] == [1, 0]
-    assert items[0].images[0].open().size == (4, 3)
+    assert open_image_ref(items[0].images[0]).size == (4, 3)
     assert scored(SQA(), items, {0: "B", 1: "A"}).aggregate["img_accuracy"] == 100.0
 
 

@@ -35,7 +35,7 @@ def test_annotations_are_found_by_image_and_question(tmp_path: Path) -> None:
 def test_answers_are_joined_by_the_question_in_their_prompt_not_by_position(tmp_path: Path) -> None:
     items = TextVQA().load(textvqa_folder(tmp_path))
     rows = answer_rows(items, ["nokia", "bob", "women's", "3.5"])[::-1]
-    assert values(TextVQA().score(items, TextVQA().join(items, rows))) == [1.0, 0.9, 1.0, 0.6]
+    assert values(TextVQA().score(items, TextVQA().pair(items, rows))) == [1.0, 0.9, 1.0, 0.6]
 
 
 def test_all_variants_normalise_by_m4c_on_both_sides(tmp_path: Path) -> None:
@@ -63,14 +63,14 @@ def test_a_prompt_of_another_shape_is_refused(tmp_path: Path) -> None:
     items = TextVQA().load(textvqa_folder(tmp_path))
     row = {"question_id": "bb", "prompt": "a\nb\nc\nd", "text": "bob"}
     with pytest.raises(DataError, match="answer 1, question_id 'bb': none of its 1 questions is the one in the prompt"):
-        TextVQA().join(items, [row])
+        TextVQA().pair(items, [row])
 
 
 def test_tokens_can_be_left_out(tmp_path: Path) -> None:
     items = TextVQA(ocr=False).load(textvqa_folder(tmp_path))
     assert [item.prompt for item in items[:2]] == ["What is it?" + SHORT, "Who?" + SHORT]
     rows = answer_rows(items, ["nokia", "bob", "women's", "3.5"])
-    assert len(TextVQA(ocr=False).join(items, rows)) == 4
+    assert len(TextVQA(ocr=False).pair(items, rows)) == 4
 
 
 def test_ten_references_are_required(tmp_path: Path) -> None:

@@ -122,26 +122,26 @@ def test_mvbench_answers_without_known_ids_are_joined_by_what_was_asked(mv_root:
         {"question_id": 1, "text": "sequence", "prompt": "<image>\n" + items[0].prompt},
         {"question_id": 2, "text": "second count", "prompt": count},
     ]
-    joined = MVBench().join(items, rows)
+    joined = MVBench().pair(items, rows)
     assert {name: answer.text for name, answer in joined.items()} == {
         "action_sequence/0": "sequence",
         "moving_count/0": "first count",
         "moving_count/1": "second count",
     }
     with pytest.raises(DataError, match="answer 4, question_id 3: its prompt asks no question"):
-        MVBench().join(items, [*rows, {"question_id": 3, "text": "x", "prompt": count}])
+        MVBench().pair(items, [*rows, {"question_id": 3, "text": "x", "prompt": count}])
 
 
 def test_mvbench_ids_may_be_spelt_freely_and_numbers_are_places(mv_root: Path) -> None:
     items = MVBench().load(mv_root)
     rows = [{"question_id": name, "text": name} for name in ("Moving Count_1", "action_sequence_0", "moving-count/0")]
-    assert MVBench().join(items, rows)["moving_count/1"].text == "Moving Count_1"
+    assert MVBench().pair(items, rows)["moving_count/1"].text == "Moving Count_1"
     for first in (0, 1):
         numbered = [{"question_id": n + first, "text": str(n), "prompt": "?"} for n in (2, 0, 1)]
-        assert [MVBench().join(items, numbered)[name].text for name in IDS] == ["0", "1", "2"]
+        assert [MVBench().pair(items, numbered)[name].text for name in IDS] == ["0", "1", "2"]
     with pytest.raises(DataError, match="2 answers to 3 questions have neither known ids nor prompts"):
-        MVBench().join(items, numbered[:2])
-    assert MVBench().join(items, []) == {}
+        MVBench().pair(items, numbered[:2])
+    assert MVBench().pair(items, []) == {}
 
 
 def test_mvbench_faults_are_named(mv_root: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.unit.evaluation.benchmarks.qa_folders import (
 )
 from tinylmm.errors import ConfigError, DataError
 from tinylmm.evaluation.benchmarks.vqav2 import VQAv2
+from tinylmm.evaluation.images import open_image_ref
 
 TEN_YES = ["yes"] * 10
 MIXED = ["two"] * 3 + ["3"] * 7
@@ -152,5 +153,5 @@ def test_parquet_columns_score_alike(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/validation-00001-of-00002.parquet", rows[1:])
     items = VQAv2().load(tmp_path, "hf")
     assert items[1].prompt == "Q?" + SHORT
-    assert items[1].images[0].open().getpixel((0, 0)) == (1, 0, 0)
+    assert open_image_ref(items[1].images[0]).getpixel((0, 0)) == (1, 0, 0)
     assert values(VQAv2().score(items, said(items, "yes", "two"))) == [1.0, 0.9]

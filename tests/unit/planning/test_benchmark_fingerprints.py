@@ -13,8 +13,10 @@ import pytest
 
 from tests.integration.project import write_images
 from tinylmm.config.compose import compose_run
+from tinylmm.config.spec import EvalSpec
 from tinylmm.errors import ConfigError, DataError
-from tinylmm.planning.benchmark_files import benchmark_fingerprint
+from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.planning.fingerprints import benchmark_fingerprint
 from tinylmm.planning.planner import RunPlan, plan_run, require_files
 
 ROW = {"question_id": "1", "text": "what?", "category": "digit", "answer": "3", "options": 10}
@@ -27,7 +29,8 @@ def write_benchmark(root: Path) -> Path:
 
 
 def identity(root: Path, cache: Path, limit: int | None = None) -> tuple[str, str]:
-    found = benchmark_fingerprint("digits", root, "llava", limit, cache)
+    spec = EvalSpec(benchmark="digits", root=str(root), limit=limit, max_new_tokens=8)
+    found = benchmark_fingerprint(Digits(), spec, cache)
     assert found["num_missing"] == 0
     return found["items"], found["images"]
 
@@ -45,14 +48,6 @@ def test_the_same_questions_anywhere_are_the_same_and_any_change_is_another(tmp_
     assert identity(here, cache)[0] != first[0]
     (there / "images/0-red.png").write_bytes(b"longer than it was before" * 50)
     assert identity(there, tmp_path / "other")[0] == first[0] and identity(there, tmp_path / "other")[1] != first[1]
-
-
-def test_an_unknown_benchmark_is_refused_with_those_that_exist(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gqa"):
-        benchmark_fingerprint("gqaa", tmp_path, "llava", None, tmp_path)
-    for options in ({"split": "val"}, {"ocr": False}):
-        with pytest.raises(ConfigError, match=r"split|options: do not fit benchmark digits.*ocr"):
-            benchmark_fingerprint("digits", tmp_path, "llava", None, tmp_path, options)
 
 
 def plan(tmp_path: Path, root: Path, *words: str) -> RunPlan:
@@ -90,16 +85,19 @@ def test_missing_files_stop_a_run_before_it_starts_naming_each(tmp_path: Path) -
         require_files(plan(tmp_path, tmp_path / "nowhere"))
 
 
-def test_reading_a_benchmark_loads_no_torch(tmp_path: Path) -> None:
+def test_reading_a_benchmark_loads_neither_torch_nor_pillow(tmp_path: Path) -> None:
     root = write_benchmark(tmp_path / "a")
     code = f"""
 import sys, pathlib
-from tinylmm.planning.benchmark_files import benchmark_fingerprint
-benchmark_fingerprint("digits", pathlib.Path({str(root)!r}), "llava", None, pathlib.Path({str(tmp_path)!r}))
-print("torch" in sys.modules)
+from tinylmm.config.spec import EvalSpec
+from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.planning.fingerprints import benchmark_fingerprint
+spec = EvalSpec(benchmark="digits", root={str(root)!r}, max_new_tokens=8)
+benchmark_fingerprint(Digits(), spec, pathlib.Path({str(tmp_path)!r}))
+print([name for name in ("torch", "PIL") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> None:
