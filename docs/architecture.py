@@ -17,12 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/tinylmm"
 PICTURE = ROOT / "docs/architecture.svg"
-WIDTH, BOX, GAP, MARGIN = 1120, 84, 44, 28
+WIDTH, BOX, GAP, MARGIN = 1120, 88, 46, 24
 ROWS = (
-    ("cli",),
-    ("launch", "reports", "convert"),
+    ("", "", "cli"),
+    ("launch", "reports", ""),
     ("stages", "", ""),
-    ("training", "planning", "evaluation", "generation"),
+    ("training", "planning", "evaluation", "generation", "convert"),
     ("data", "models"),
     ("config",),
     ("sizing", "store"),
@@ -147,7 +147,7 @@ def _arrow(upper: tuple[float, float, float], lower: tuple[float, float, float])
 def _box(room: str, x: float, y: float, width: float) -> str:
     words = [
         f"<text x='{x + 12:.0f}' y='{y + 42 + 15 * number:.0f}' font-size='12' fill='#52606d' {FONT}>{escape(line)}</text>"
-        for number, line in enumerate(_wrapped(purpose(room), int(width / 6.9)))
+        for number, line in enumerate(_wrapped(purpose(room), int(width / 7.1)))
     ]
     return (
         f"<rect x='{x:.0f}' y='{y:.0f}' width='{width:.0f}' height='{BOX}' rx='6' fill='#f5f7fa' stroke='#cbd2d9'/>"

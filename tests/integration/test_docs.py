@@ -22,6 +22,8 @@ SECTIONS = dict(SECTION.findall(PAGE.read_text(encoding="utf-8")))
 SUFFIXES = {
     "A connector": [".py", ".yaml"],
     "An LLM": [".yaml"],
+    "A benchmark": [".py", ".yaml", ".jsonl"],  # the last one is data
+    "A checkpoint format": [".py"],
     "A kind of stage": [".py", ".py"],
     "A launch backend": [".py", ".yaml"],
 }
@@ -72,6 +74,15 @@ def test_a_connector_is_added_by_one_class_and_one_yaml(tmp_path: Path) -> None:
 def test_an_llm_is_added_by_one_yaml(tmp_path: Path) -> None:
     project = follow("An LLM", tmp_path)
     assert json.loads((project.model("finetune") / "llm/config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_a_benchmark_is_added_by_one_module_and_one_yaml(tmp_path: Path) -> None:
+    project = follow("A benchmark", tmp_path)
+    (evaluated,) = project.stages("eval")
+    scores = json.loads((evaluated / "output/scores.json").read_text())
+    assert scores["protocol"] == "colours-exact" and scores["counts"]["scored"] == 3
+    shown = [json.loads(line)["truth"] for line in (evaluated / "output/generations.jsonl").read_text().splitlines()]
+    assert shown == ["yes", "no", "no"]
 
 
 def test_a_kind_of_stage_is_added_by_one_row_and_one_body(tmp_path: Path) -> None:

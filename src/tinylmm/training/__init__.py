@@ -1,1 +1,1 @@
-"""The Trainer's thin subclass, sampler, feature cache, and the loop that builds parts."""
+"""The Trainer's subclass, sampler, feature cache, and the loop that builds parts."""
