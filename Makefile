@@ -50,8 +50,8 @@ gpu-check: $(STAMP)  ## Train a few steps at Phi-2 + SigLIP shapes on one GPU (s
 picture: $(STAMP)  ## Draw the README's picture from the newest finished run in STORE
 	$(BIN)/tinylmm report --store $(STORE) --picture docs/quickstart.png
 
-docs: $(STAMP)  ## Write docs/components.md from conf/, and the picture of the rooms from the code
-	$(BIN)/python docs/components.py
+docs: $(STAMP)  ## Write docs/choices.md from conf/, and the picture of the rooms from the code
+	$(BIN)/python docs/choices.py
 	$(BIN)/python docs/architecture.py
 
 clean:  ## Remove caches and build products (not .venv, not the store)

@@ -52,7 +52,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, base: float) -> tuple[Ten
 
 
 def rotate(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn (B, H, L, E) by its positions: component i and i + E/2 are a pair; fp32 in between."""
+    """Turn (B, H, L, E) by its positions: element i and element i + E/2 are a pair; fp32 in between."""
     cos, sin = angles
     first, second = heads.float().chunk(2, dim=-1)
     return heads.float() * cos + torch.cat((-second, first), dim=-1) * sin

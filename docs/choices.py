@@ -1,4 +1,4 @@
-"""Write docs/components.md: every choice of every config group, read from the YAML files themselves.
+"""Write docs/choices.md: every choice of every config group, read from the YAML files themselves.
 
 `make docs` writes it; a test compares it with what is committed, so the page cannot fall behind the configuration.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "components.md"
+PAGE = ROOT / "docs" / "choices.md"
 GROUPS = {
     "llm": "Language models",
     "vision_tower": "Vision towers",
@@ -21,9 +21,9 @@ GROUPS = {
     "eval": "Evaluations",
     "launch": "Launchers",
 }
-INTRO = """# Components
+INTRO = """# What can be chosen
 
-Everything that can be chosen, one row a file under `conf/`. `tinylmm-train group=choice` selects it, `group.key=value`
+One row a file under `conf/`. `tinylmm-train group=choice` selects it, `group.key=value`
 changes a field of it. Made from the files by `make docs`.
 """
 
