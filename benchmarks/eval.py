@@ -31,10 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
+from tinylmm.data.slots import question
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.evaluation.benchmarks.records import Item
 from tinylmm.evaluation.images import open_image_ref
-from tinylmm.generation.engine import Engine, Prompt, end_tokens, make_prompt
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.engine import Engine
+from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower
@@ -126,9 +129,9 @@ def _write_set(folder: Path, options: argparse.Namespace) -> list[Item]:
             patch = Image.new("RGB", (draw.randrange(20, 120),) * 2, tuple(draw.randrange(256) for _ in range(3)))
             image.paste(patch, (draw.randrange(300), draw.randrange(220)))
         image.save(folder / "images" / f"{number}.jpg")
-        for question in range(options.questions):
+        for turn in range(options.questions):
             text = f"Is there a {draw.choice(OBJECTS)} in the image?{SUFFIX}"
-            row = {"question_id": f"{number}-{question}", "image": f"{number}.jpg", "text": text}
+            row = {"question_id": f"{number}-{turn}", "image": f"{number}.jpg", "text": text}
             rows.append({**row, "category": "adversarial", "answer": draw.choice(["yes", "no"]), "options": 2})
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Digits().load(folder)
@@ -137,11 +140,11 @@ def _write_set(folder: Path, options: argparse.Namespace) -> list[Item]:
 def _measure(
     options: argparse.Namespace, model: LMM, tokenizer: PreTrainedTokenizerFast, items: list[Item]
 ) -> dict[str, Any]:
-    template = get_template("llama")
+    maker = PromptMaker(get_template("llama"), tokenizer)
     refs = {item.images[0].key: item.images[0] for item in items}
     transform = ImageTransform(options.size, (0.5,) * 3, (0.5,) * 3, "squash")
     prompts = [
-        make_prompt(item.item_id, item.prompt, [item.images[0].key], template, tokenizer, [model.image_tokens])
+        maker.prompt(item.item_id, [question(item.prompt, 1)], [item.images[0].key], [model.image_tokens])
         for item in items
     ]
 
@@ -151,14 +154,19 @@ def _measure(
     def alone(prompt: Prompt) -> list[int]:
         with torch.no_grad():
             features = model.tower_features(load(prompt.images[0])[None])
-        return model.generate([list(prompt.ids)], features, options.new_tokens, 1, 3)[0]
+            embeddings, _ = model.embed(torch.tensor([prompt.ids]), None, features)
+        end = int(tokenizer.eos_token_id)
+        choice: dict[str, Any] = {"do_sample": False, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+        new: Any = model.llm.generate(inputs_embeds=embeddings, max_new_tokens=options.new_tokens, **choice)  # type: ignore[operator]
+        ids: list[int] = new[0].tolist()
+        return ids[: ids.index(end)] if end in ids else ids
 
     chosen = random.Random(1).sample(prompts, min(options.baseline, len(prompts)))
     halves = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
     alone(prompts[0])  # the first call of anything is slow
     said: dict[str, list[int]] = {}
     slow = _timed(lambda: said.update({prompt.item_id: alone(prompt) for prompt in halves[0]}))
-    engine = Engine(model, load, end_tokens(template, tokenizer), options.new_tokens)
+    engine = Engine(model, load, maker.ends, Sampling(max_new_tokens=options.new_tokens))
     found: dict[str, list[int]] = {}
     fast = _timed(lambda: found.update({r.item_id: r.ids for batch in engine.replies(prompts) for r in batch}))
     slow += _timed(lambda: said.update({prompt.item_id: alone(prompt) for prompt in halves[1]}))

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from tests.builders import LLAMA, VISION, WIDTH, tiny_tokenizer
-from tinylmm.convert.importer import ImportReport, import_checkpoint
+from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.convert.conversion import ImportReport, import_model
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.lmm import IMAGE_TOKEN_ID
 
 Tensors = dict[str, Tensor]
 TYPES = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}
@@ -216,7 +216,7 @@ def lora_pair(targets: list[str], shapes: Tensors, rank: int = 4) -> Tensors:
 
 
 def load_imported(source: Path, target: Path, **options: Any) -> tuple[LoadedModel, ImportReport]:
-    report = import_checkpoint(source, target, **options)
+    report = import_model(source, target, **options)
     loaded = load_model(target, [])
     loaded.model.eval()
     return loaded, report

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.frozen import product
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    product.freeze_versions(monkeypatch.setitem)
     for name in ("TINYLMM_STORE", "TINYLMM_DATA"):
         monkeypatch.delenv(name, raising=False)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.frozen import product
 from tests.frozen.record import FOLDER, RECORDS
 
 
@@ -19,6 +20,7 @@ def main(names: list[str]) -> int:
     """Write the named files, or all; each is made in an empty folder."""
     for variable in ("TINYLMM_STORE", "TINYLMM_DATA"):
         os.environ.pop(variable, None)
+    product.freeze_versions(dict.__setitem__)
     home = Path.cwd()
     for name in names or RECORDS:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,29 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tinylmm.convert.format import find_names
+
 NAMES_SHOWN = 5
-
-
-class Layout(StrEnum):
-    """What can be imported; `convert/importer.py` has a reader for each."""
-
-    AUTO = "auto"
-    FACTORY_FOLDERS = "factory-folders"
-    FACTORY = "factory"
-    FACTORY_LORA = "factory-lora"
-    BENCH = "bench"
-    LLAVA = "llava"
-    LLAVA_PROJECTOR = "llava-projector"
-    LLAVA_LORA = "llava-lora"
-    TRANSFORMERS = "transformers"
-
-
-class Format(StrEnum):
-    """What can be written."""
-
-    HF = "hf"
-    FACTORY = "factory"
-    FACTORY_FOLDERS = "factory-folders"
+LAYOUTS = ("auto", *find_names("readers"))
+"""Shown by --help; whoever reads or writes refuses other names, and says which one was meant."""
+FORMATS = tuple(find_names("writers"))
 
 
 class Dtype(StrEnum):
@@ -48,7 +31,7 @@ class Dtype(StrEnum):
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The checkpoint's folder; nothing is downloaded.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new model folder; must not exist.")],
-    layout: Annotated[Layout, typer.Option(help="The checkpoint's layout.")] = Layout.AUTO,
+    layout: Annotated[str, typer.Option(metavar=f"<{'|'.join(LAYOUTS)}>", help="The checkpoint's layout.")] = "auto",
     llm: Annotated[
         Path | None, typer.Option(help="Local folder of the base LLM (and its tokenizer), if the checkpoint lacks it.")
     ] = None,
@@ -64,17 +47,17 @@ def import_(
     No code of the checkpoint is run, and every tensor in it is used exactly once or named.
     """
     _quiet()
-    from tinylmm.convert.importer import import_checkpoint
+    from tinylmm.convert.conversion import import_model
+    from tinylmm.convert.tensors import listed
 
-    report = import_checkpoint(source, destination, str(layout), llm, tower, template)
+    report = import_model(source, destination, layout, llm, tower, template)
     console = Console(highlight=False)
     sizes = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
     _line(console, f"read {source} as {report.layout}; parameters: {sizes}")
     _line(console, f"chat template {report.description['template']}, images {report.description['image']}")
     for reason in sorted(set(report.ignored.values())):
         names = sorted(name for name, why in report.ignored.items() if why == reason)
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        _line(console, f"left out ({reason}): {', '.join(names[:NAMES_SHOWN])}{more}")
+        _line(console, f"left out ({reason}): {listed(names, NAMES_SHOWN)}")
     for note in report.notes:
         _line(console, f"note: {note}")
     _line(console, f"wrote {destination}")
@@ -83,7 +66,9 @@ def import_(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new folder; must not exist.")],
-    format_: Annotated[Format, typer.Option("--format", help="The layout to write.")] = Format.HF,
+    format_: Annotated[
+        str, typer.Option("--format", metavar=f"<{'|'.join(FORMATS)}>", help="The layout to write.")
+    ] = "hf",
     dtype: Annotated[Dtype, typer.Option(help="Of the written weights.")] = Dtype.FP32,
     llm: Annotated[str | None, typer.Option(help="factory: what to load the tokenizer from (a hub id).")] = None,
     tower: Annotated[
@@ -94,9 +79,9 @@ def export(
 ) -> None:
     """Write a model for other tools: hf for transformers alone, with equal logits, or a layout of TinyLLaVA Factory's."""
     _quiet()
-    from tinylmm.convert.exporter import export_checkpoint
+    from tinylmm.convert.conversion import export_model
 
-    report = export_checkpoint(checkpoint, destination, str(format_), str(dtype), llm, tower, store, trust or [])
+    report = export_model(checkpoint, destination, format_, str(dtype), llm, tower, store, trust or [])
     console = Console(highlight=False)
     for note in report.notes:
         _line(console, f"note: {note}")

@@ -65,13 +65,13 @@ def _groups() -> str:
         folders = [conf_folder() / group, *([user / group] if user is not None else [])]
         lines.append(f"  {group}")
         lines += _choices({path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")})
-    studies = {
+    experiments = {
         path.relative_to(folder).with_suffix("").as_posix(): path
         for folder in reversed(experiment_folders())
         for path in folder.rglob("*.yaml")
     }
-    if studies:
-        lines += [f"  +{EXPERIMENTS}", *_choices(studies)]
+    if experiments:
+        lines += [f"  +{EXPERIMENTS}", *_choices(experiments)]
     return "\n".join([*lines, ""])
 
 

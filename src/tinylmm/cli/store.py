@@ -17,7 +17,7 @@ from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
 from tinylmm.store.claims import held
 from tinylmm.store.gc import folders
 from tinylmm.store.layout import StoreLayout
-from tinylmm.store.runs import RunRecord, read_runs, used_digests
+from tinylmm.store.runs import RunRecord, describe, read_runs, used_digests
 from tinylmm.store.store import Store
 
 app = typer.Typer(help="Look after the store of finished stages.", no_args_is_help=True)
@@ -150,7 +150,7 @@ def _remarks(run: RunRecord) -> str:
         return run.problem
     if run.status == "running":
         active = [stage.name for stage in run.stages if stage.status == "running"]
-        return f"process {run.process.get('pid')} on {run.host}" + (f": {', '.join(active)}" if active else "")
+        return describe(run) + (f": {', '.join(active)}" if active else "")
     return ", ".join(f"{stage.name} failed" for stage in run.stages if stage.status == "failed")
 
 

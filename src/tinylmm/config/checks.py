@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinylmm.config.faults import show
@@ -15,7 +15,7 @@ from tinylmm.config.fields import PARTS
 from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.part_checks import check_parts
 from tinylmm.config.plain import mapping_at, walk
-from tinylmm.config.targets import Role, check_target, check_trust
+from tinylmm.config.targets import Role, backend_target, check_target, check_trust, shipped_backends
 from tinylmm.config.trainer import TrainerSpec, refused_field
 from tinylmm.errors import Fault, suggestion
 from tinylmm.sizing.compatibility import check_compatibility
@@ -78,7 +78,9 @@ def check_targets(raw: Mapping[str, Any]) -> list[Fault]:
     for path, value in walk(raw):
         key = path.rsplit(".", 1)[-1]
         role = next((role for pattern, role in _ROLES if pattern.fullmatch(path)), None)
-        if role is not None:
+        if path == "launch.backend" and isinstance(value, str):
+            faults += _check_backend(value, trust)
+        elif role is not None:
             wrong = check_target(value, trust, role) if isinstance(value, str) else None
             faults += [Fault(path, wrong if wrong.endswith("?") else f"{wrong}.")] if wrong else []
         elif key == "_target_":
@@ -88,6 +90,14 @@ def check_targets(raw: Mapping[str, Any]) -> list[Fault]:
                 Fault(path, "is refused: it could choose code to be run, and nothing here needs it.", "Remove it.")
             )
     return faults
+
+
+def _check_backend(name: str, trust: Sequence[str]) -> list[Fault]:
+    if "." not in name and name not in (shipped := shipped_backends()):
+        fix = f"{suggestion(name, shipped)} There are {', '.join(shipped)}, or a class of a package that `trust` names."
+        return [Fault("launch.backend", f"is {name!r}, which is no launch backend.", fix.strip())]
+    wrong = check_target(backend_target(name), trust, "backend")
+    return [Fault("launch.backend", f"{wrong}.")] if wrong else []
 
 
 def _check_trainer(raw: Mapping[str, Any]) -> list[Fault]:

@@ -267,7 +267,8 @@ class EvalSpec(Frozen):
 class LaunchSpec(Frozen):
     """How stages are run. Nothing here decides a result, so nothing here is part of a digest."""
 
-    backend: Literal["local", "torchrun"] = "local"
+    backend: str = "local"
+    """Module of `launch/backends/`, or the class of a backend of your own by its dotted path."""
     nproc: Positive = 1
     """Ranks on this machine."""
     deepspeed_stage: Literal[2, 3] | None = None

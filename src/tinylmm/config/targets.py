@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tinylmm.errors import ConfigError, Fault, suggestion
 
-Role = Literal["llm", "vision_tower", "encoder", "connector", "data", "benchmark"]
+Role = Literal["llm", "vision_tower", "encoder", "connector", "data", "benchmark", "backend"]
 MAX_LENGTH = 200
 
 _MODULES = r"(?:[a-z][a-z0-9_]*\.)+"
@@ -33,6 +33,7 @@ _ENCODER = re.compile(rf"(?:{_TRANSFORMERS}(?!Auto|PreTrained){_CLASS}Model|tiny
 _TOWER = re.compile(rf"tinylmm\.models\.{_MODULES}{_CLASS}")
 _CONNECTOR = re.compile(rf"(?:tinylmm\.models\.{_MODULES}{_CLASS}|torch\.nn\.(?:modules\.[a-z]+\.)?{_CLASS})")
 _DATA = re.compile(rf"tinylmm\.data\.{_MODULES}(?:[a-z][a-z0-9_]*|{_CLASS})")
+_BACKEND = re.compile(rf"tinylmm\.launch\.backends\.[a-z][a-z0-9_]*\.{_CLASS}")
 _BENCHMARK = re.compile(rf"tinylmm\.evaluation\.benchmarks\.{_MODULES}{_CLASS}")
 _TRUSTED_CLASS = re.compile(rf"{_MODULES}{_CLASS}")
 _TRUSTED_ANY = re.compile(rf"{_MODULES}(?:[a-z][a-z0-9_]*|{_CLASS})")
@@ -50,6 +51,7 @@ _FORMS: dict[Role, tuple[re.Pattern[str], str]] = {
     ),
     "connector": (_CONNECTOR, "a connector's class, tinylmm.models.<module>.<Class> or torch.nn.<Class>"),
     "data": (_DATA, "a data builder, tinylmm.data.<module>.<function>"),
+    "backend": (_BACKEND, "the name of a module in tinylmm.launch.backends"),
     "benchmark": (_BENCHMARK, "a benchmark's class, tinylmm.evaluation.benchmarks.<module>.<Class>"),
 }
 _PREFIXES: dict[Role, tuple[str, ...]] = {
@@ -58,8 +60,21 @@ _PREFIXES: dict[Role, tuple[str, ...]] = {
     "encoder": ("transformers.models.", "tinylmm.models."),
     "connector": ("tinylmm.models.", "torch.nn.modules."),
     "data": ("tinylmm.data.",),
+    "backend": ("tinylmm.launch.backends.",),
     "benchmark": ("tinylmm.evaluation.benchmarks.",),
 }
+
+
+def backend_target(name: str) -> str:
+    """Return the dotted path of a launch backend's class; a shipped one goes by its module's name."""
+    return name if "." in name else f"tinylmm.launch.backends.{name}.Backend"
+
+
+def shipped_backends() -> list[str]:
+    """Names of the launch backends that tinylmm has."""
+    root = package_folder("tinylmm")
+    found = (root / "launch" / "backends").glob("*.py") if root else ()
+    return sorted(path.stem for path in found if path.stem != "__init__")
 
 
 def check_trust(package: str) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tinylmm.data.chat import IMAGE_SLOT, ChatTemplate, Turn
+from tinylmm.constants import IMAGE_SLOT
+from tinylmm.data.chat import ChatTemplate, Turn
 
 _PROBES = (
     (("What is it?", None),),
@@ -16,6 +17,8 @@ _PROBES = (
     ((f"  Look: {IMAGE_SLOT} what is it? ", "a cat"), ("Sure?", None)),
     ((f"{IMAGE_SLOT} or {IMAGE_SLOT}?", "the first"), (f"and {IMAGE_SLOT}", "no"), ('Why "not"?\n', None)),
     (("one", "two"), ("three", "four")),
+    ((IMAGE_SLOT, None),),
+    ((f"{IMAGE_SLOT}\n\n", "Two ducks."), ("Sure?", "yes"), (f" \n{IMAGE_SLOT}", None)),
 )
 
 
@@ -57,6 +60,8 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
     """Put constants into the one layout that chat templates of this kind share.
 
+    Where images stand in a question is what `data/slots.py` says, in Jinja.
+
     Args:
         pieces: what stands before the first question, before answers, behind them, before later questions, and behind an
             open question.
@@ -68,7 +73,7 @@ def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
     slot = json.dumps(IMAGE_SLOT)
     moved = (
         "{% if ns.text.count(" + slot + ") == 1 %}"
-        "{% set ns.text = " + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip() %}{% endif %}"
+        "{% set ns.text = (" + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip()).strip() %}{% endif %}"
     )
     stripped = "{% set ns.text = ns.text.strip() %}"
     return (

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinylmm.convert.tensors import Tensors
 from tinylmm.errors import UserError
 
 MODULE = "tinylmm.models.connectors"
-MOF, RESAMPLER = f"{MODULE}.MoFMLPConnector", "tinylmm.models.query_connectors.PerceiverConnector"
+MLP, MOF = f"{MODULE}.MLPConnector", f"{MODULE}.MoFMLPConnector"
+RESAMPLER = "tinylmm.models.query_connectors.PerceiverConnector"
 QFORMER = "tinylmm.models.query_connectors.QFormerConnector"
-OUR_PREFIX = {
-    MOF: "",
-    RESAMPLER: "",
-    f"{MODULE}.IdentityConnector": "",
-    f"{MODULE}.LinearConnector": "linear.",
-    f"{MODULE}.MLPConnector": "layers.",
-}
-"""Connector class -> what our tensor names have in front of the family's (`0.weight` there is `layers.0.weight` here)."""
+MLP_DEFAULTS = {"depth": 2, "activation": "gelu"}
+QUERY_NORM = "qformer.layernorm."
+"""Norm of our Q-Former's queries. The Factory's has no weights, which is as if they were one and zero."""
 _QFORMER = (("qformer.encoder.", "bert.encoder."), ("attention.attention.", "attention.self."))
 """Part of our name -> part of the Factory's, whose Q-Former is BERT's code."""
-_MLP = re.compile(r"mlp(\d+)x_(gelu|relu)")
+_MLP_TYPE = re.compile(r"mlp(\d+)x_(gelu|relu)")
+_HOW_DRAWN = ("init", "dropout")
+"""Options that decide nothing about a trained connector."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A connector of ours that the LLaVA family has too, under a name of its own.
+
+    Attributes:
+        target: our class.
+        prefix: what our tensor names have in front of the family's (`0.weight` there is `layers.0.weight` here).
+        fields: our option -> the Factory's field of config.json and its default.
+        fixed: our option -> the one value that the family's has.
+        factory_only: TinyLLaVA Factory alone has it.
+    """
+
+    target: str
+    prefix: str = ""
+    fields: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    factory_only: bool = False
+
+
+_QUERIES = ("num_queries", 128)
+_FAMILY = {
+    "identity": _Family(f"{MODULE}.IdentityConnector"),
+    "linear": _Family(f"{MODULE}.LinearConnector", "linear."),
+    "mof_mlp": _Family(MOF, fixed=MLP_DEFAULTS, factory_only=True),
+    "resampler": _Family(
+        RESAMPLER,
+        fields={"num_queries": _QUERIES, "depth": ("num_resampler_layers", 3)},
+        fixed={"heads": 8, "head_dim": 64},
+        factory_only=True,
+    ),
+    "qformer": _Family(
+        QFORMER,
+        fields={"num_queries": _QUERIES},
+        fixed={"hidden_size": 768, "layers": 12, "heads": 12, "cross_attention_every": 2},
+        factory_only=True,
+    ),
+}
+"""`connector_type` / `mm_projector_type` -> ours; MLPs have a number and an activation in their names."""
 
 
 def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -30,59 +69,66 @@ def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> dic
 
     Args:
         type_name: the family's name.
-        config: the Factory's config.json, which says `num_queries` and `num_resampler_layers`.
+        config: the Factory's config.json, which says how many queries and layers there are; None: not the Factory's.
 
     Raises:
         UserError: the type is none that can be imported.
     """
-    if type_name in ("linear", "identity"):
-        return {"_target_": f"{MODULE}.{type_name.capitalize()}Connector", "options": {}}
-    if found := _MLP.fullmatch(type_name):
-        return {"_target_": f"{MODULE}.MLPConnector", "options": {"depth": int(found[1]), "activation": found[2]}}
-    fields = config or {}
-    if type_name == "mof_mlp":
-        return {"_target_": MOF, "options": {}}
-    if type_name == "resampler" and config is not None:
-        options = {"num_queries": fields.get("num_queries", 128), "depth": fields.get("num_resampler_layers", 3)}
-        return {"_target_": RESAMPLER, "options": options}
-    if type_name == "qformer":
-        return {"_target_": QFORMER, "options": {"num_queries": fields.get("num_queries", 128)}}
-    raise UserError(
-        f"the checkpoint's connector is '{type_name}', which cannot be imported. "
-        "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, and the Factory's mof_mlp, resampler and qformer."
-    )
+    if found := _MLP_TYPE.fullmatch(type_name):
+        return {"_target_": MLP, "options": {"depth": int(found[1]), "activation": found[2]}}
+    known = _FAMILY.get(type_name)
+    if known is None or (known.factory_only and config is None):
+        raise UserError(
+            f"the checkpoint's connector is '{type_name}', which cannot be imported. "
+            "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, and the Factory's mof_mlp, resampler and qformer."
+        )
+    options = {option: (config or {}).get(key, default) for option, (key, default) in known.fields.items()}
+    return {"_target_": known.target, "options": options}
 
 
-def type_of_spec(spec: dict[str, Any]) -> str:
-    """Return the family's name of one of our connectors, the reverse of `spec_of_type`.
+def fields_of_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the Factory's config.json says of one of our connectors, the reverse of `spec_of_type`.
 
     Raises:
-        UserError: the family has no such connector.
+        UserError: the Factory has no such connector.
     """
-    others = {MOF: "mof_mlp", RESAMPLER: "resampler", QFORMER: "qformer"}
-    if spec["_target_"] in others:
-        return others[spec["_target_"]]
+    options = spec.get("options", {})
+    if spec["_target_"] == MLP:
+        depth, activation = ({**MLP_DEFAULTS, **options}[key] for key in MLP_DEFAULTS)
+        return {"connector_type": f"mlp{depth}x_{activation}"}
     name = str(spec["_target_"]).rpartition(".")[2]
-    if spec["_target_"] not in OUR_PREFIX:
+    found = [(type_name, known) for type_name, known in _FAMILY.items() if known.target == spec["_target_"]]
+    if not found:
         raise UserError(f"the connector is {name}, for which TinyLLaVA Factory's layout has no name here.")
-    if name == "MLPConnector":
-        options = spec.get("options", {})
-        return f"mlp{options.get('depth', 2)}x_{options.get('activation', 'gelu')}"
-    return name.removesuffix("Connector").lower()
+    type_name, known = found[0]
+    said = {*known.fields, *known.fixed, *_HOW_DRAWN}
+    other = {option: value for option, value in options.items() if known.fixed.get(option, value) != value}
+    if other or set(options) - said:
+        differing = ", ".join(f"{option}={options[option]}" for option in sorted({*other, *(set(options) - said)}))
+        raise UserError(f"the connector is {name} with {differing}, which the Factory's {type_name} cannot have.")
+    return {"connector_type": type_name} | {
+        key: options.get(option, default) for option, (key, default) in known.fields.items()
+    }
 
 
-def to_ours(spec: dict[str, Any], tensors: Tensors) -> Tensors:
+def to_ours(spec: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Rename the family's connector tensors (`0.weight`, or `weight` of a linear one) to ours."""
     if spec["_target_"] == QFORMER:
         return {_replaced(name, [(theirs, ours) for ours, theirs in _QFORMER]): t for name, t in tensors.items()}
-    return {OUR_PREFIX[spec["_target_"]] + name: tensor for name, tensor in tensors.items()}
+    prefix = _prefix(spec)
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def from_ours(spec: dict[str, Any], tensors: Tensors) -> Tensors:
+def from_ours(spec: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Rename our connector tensors to the family's."""
     if spec["_target_"] == QFORMER:
         return {_replaced(name, _QFORMER): tensor for name, tensor in tensors.items()}
-    return {name.removeprefix(OUR_PREFIX[spec["_target_"]]): tensor for name, tensor in tensors.items()}
+    prefix = _prefix(spec)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _prefix(spec: Mapping[str, Any]) -> str:
+    return {MLP: "layers.", **{known.target: known.prefix for known in _FAMILY.values()}}.get(spec["_target_"], "")
 
 
 def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:

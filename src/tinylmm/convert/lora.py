@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,33 +10,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylmm.convert.source import ADAPTER_CONFIG, Source, read_json
 from tinylmm.convert.tensors import Tensors, listed, read_file
 from tinylmm.errors import DataError, UserError
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-CONFIG_FILE = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+_WRAPPERS = (".modules_to_save.default", ".base_layer")
+"""Modules that peft puts between a name and its weight."""
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """Read a peft folder: its config, and its tensors without peft's `base_model.model.` in front.
+    """Read a peft folder: its config, and its tensors without peft's `base_model.model.` in front. See `merge_lora`.
 
     Raises:
         DataError: a file is missing or damaged.
         UserError: it is no plain LoRA.
     """
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
         raise UserError(
-            f"{folder / CONFIG_FILE}: only plain LoRA can be merged (peft_type is {config.get('peft_type')}, "
+            f"{folder / ADAPTER_CONFIG}: only plain LoRA can be merged (peft_type is {config.get('peft_type')}, "
             f"use_dora {config.get('use_dora', False)}, fan_in_fan_out {config.get('fan_in_fan_out', False)}). "
             "Merge it with peft first."
         )
     for name in ADAPTER_FILES:
         if (folder / name).is_file():
             return config, {key.removeprefix(PEFT_PREFIX): value for key, value in read_file(folder / name).items()}
-    raise DataError(f"{folder} has {CONFIG_FILE} but none of {', '.join(ADAPTER_FILES)}.")
+    raise DataError(f"{folder} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}.")
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a tensor of a model wrapped by peft has in the plain model."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def merge_run(source: Source, base: Tensors, config: dict[str, Any], adapter: Tensors) -> Tensors:
+    """Merge the adapter that `read_adapter` found in a checkpoint, and note it. See `merge_lora`."""
+    source.notes.append(
+        f"the LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']}) is merged into the weights"
+    )
+    return merge_lora(base, config, adapter, str(source.folder))
 
 
 def merge_lora(base: Tensors, config: dict[str, Any], adapter: Tensors, source: str) -> Tensors:
@@ -60,7 +76,7 @@ def merge_lora(base: Tensors, config: dict[str, Any], adapter: Tensors, source: 
             side = found["side"] + ("e" if found["kind"] else "")
             pairs.setdefault(found["module"], {})[side] = tensor
             continue
-        target = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+        target = plain_name(name)
         if target not in merged or merged[target].shape != tensor.shape:
             raise UserError(f"{source}: the adapter's tensor {name} has no tensor of its shape in the base model.")
         merged[target] = tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,21 +10,21 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from tinylmm.config.targets import resolve_target
-from tinylmm.convert.configs import choose_template, image_settings, read_tokenizer
 from tinylmm.convert.connectors import to_ours
+from tinylmm.convert.images import image_settings
 from tinylmm.convert.source import Source
 from tinylmm.convert.tensors import Ledger, Tensors, listed
+from tinylmm.convert.tokenizer import choose_template, read_tokenizer
+from tinylmm.convert.tower import fitted_tower
 from tinylmm.errors import UserError
 from tinylmm.models.build import build_connector
 from tinylmm.models.checkpoint import LoadedModel, describe
 from tinylmm.models.encoders import find_anatomy
 from tinylmm.models.lmm import LMM
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
 from tinylmm.models.vision import HFVisionTower, make_tower
 
 TOWER = "tinylmm.models.vision.HFVisionTower"
 _ROTARY = r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
-_WHOLE_CLIP = r"(text_model\..*|visual_projection\..*|text_projection\..*|logit_scale|logit_bias)"
 
 
 @dataclass
@@ -69,7 +67,7 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     where = str(source.folder)
     llm_class = causal_class(parts.llm_config)
     llm = build_part("language model", llm_class, parts.llm_config, _llm_tensors(parts, source), where)
-    encoder_config, tensors, layer = _tower_tensors(parts, source)
+    encoder_config, tensors, layer = fitted_tower(parts.tower_config, parts.tower, parts.select_layer, source)
     encoder_class = cast(type[PreTrainedModel], MODEL_MAPPING[type(encoder_config)])
     encoder = build_part("vision tower", encoder_class, encoder_config, tensors, where)
     has_cls = bool(find_anatomy(encoder).num_cls)
@@ -87,12 +85,9 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     connector.load_state_dict(weights)
     tokenizer = read_tokenizer(source)
     template = choose_template(source, tokenizer, str(parts.llm_config.model_type))
-    target = f"transformers.{llm_class.__name__}"
-    if llm_class is OpenELMForCausalLM:
-        target = f"{OpenELMForCausalLM.__module__}.{OpenELMForCausalLM.__name__}"
     identities: dict[str, dict[str, Any]] = {
-        "llm": {"_target_": target},
-        "vision_tower": {"_target_": TOWER, "encoder": f"transformers.{encoder_class.__name__}", "image": image},
+        "llm": {"_target_": _target_of(llm_class)},
+        "vision_tower": {"_target_": TOWER, "encoder": _target_of(encoder_class), "image": image},
     }
     # Gemma multiplied all embeddings inside the model when the family trained it; transformers 5 does the tokens' alone.
     scaled = parts.scales_images and parts.llm_config.model_type == "gemma"
@@ -106,19 +101,21 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return transformers' causal LM for a config.
+    """Return the causal LM that transformers knows for a config, its own or one that was registered with it.
 
     Raises:
         UserError: it has none.
     """
-    if isinstance(config, OpenELMConfig):
-        return OpenELMForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
         raise UserError(f"transformers has no causal language model of type '{config.model_type}'.")
-    found = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    return cast(
-        type[PreTrainedModel], resolve_target(f"transformers.{found.__name__}", (), PreTrainedModel, role="llm")
-    )
+    return cast(type[PreTrainedModel], resolve_target(_target_of(found), (), PreTrainedModel, role="llm"))
+
+
+def _target_of(model_class: type[PreTrainedModel]) -> str:
+    """The dotted path of a class as specs write it: transformers' own ones have short paths."""
+    home = model_class.__module__
+    return f"{'transformers' if home.startswith('transformers.') else home}.{model_class.__name__}"
 
 
 def _llm_tensors(parts: Parts, source: Source) -> Tensors:
@@ -126,39 +123,6 @@ def _llm_tensors(parts: Parts, source: Source) -> Tensors:
     ledger.ignore(_ROTARY, "rotary buffers are computed from the config")
     source.ignored |= ledger.ignored
     return ledger.take("")
-
-
-def _tower_tensors(parts: Parts, source: Source) -> tuple[PreTrainedConfig, Tensors, int]:
-    """Return config, tensors and layer to read, fitted to the blocks that the checkpoint has.
-
-    What lies behind the layer that is read never runs, and some checkpoints leave it out: TinyLLaVABench deletes the last
-    block. The config then says so (fewer blocks, no pooling head), and a missing last norm is filled with the identity.
-    """
-    ledger = Ledger(parts.tower, str(source.folder))
-    ledger.ignore(_WHOLE_CLIP, "the text half of a CLIP or SigLIP model")
-    ledger.put(ledger.take("vision_model."))
-    ledger.ignore(r"embeddings\.position_ids", "a buffer of 0, 1, 2, ...")
-    source.ignored |= ledger.ignored
-    tensors = ledger.take("")
-    config = copy.deepcopy(parts.tower_config)
-    depth = int(config.num_hidden_layers)
-    run = parts.select_layer if parts.select_layer >= 0 else depth + 1 + parts.select_layer
-    present = {int(found[1]) for name in tensors if (found := re.match(r"encoder\.layers\.(\d+)\.", name))}
-    layer = parts.select_layer
-    if present == set(range(len(present))) and run <= len(present) < depth:
-        config.num_hidden_layers, layer = len(present), run - len(present) - 1
-        source.notes.append(
-            f"the tower has {len(present)} of {depth} blocks; the missing ones lie behind the layer that is read"
-        )
-    if getattr(config, "vision_use_head", False) and not any(name.startswith("head.") for name in tensors):
-        config.vision_use_head = False
-        source.notes.append("the tower has no pooling head, which is never run")
-    if "post_layernorm.weight" not in tensors and "embeddings.patch_embedding.weight" in tensors:
-        like = tensors["embeddings.patch_embedding.weight"]
-        tensors["post_layernorm.weight"] = like.new_ones(config.hidden_size)
-        tensors["post_layernorm.bias"] = like.new_zeros(config.hidden_size)
-        source.notes.append("the tower has no last norm, which is never run; it is filled with the identity")
-    return config, tensors, layer
 
 
 def build_part(

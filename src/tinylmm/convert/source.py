@@ -1,4 +1,4 @@
-"""What an importer is given: the checkpoint's folder, base parts, and what the user says about it."""
+"""What a reader is given: the checkpoint's folder, base parts, and what the user says about it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinylmm.convert.tensors import Tensors, has_weights, read_weights
+from tinylmm.convert.tensors import Tensors, read_weights
 from tinylmm.errors import DataError, UserError
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+"""peft's, beside an adapter's weights."""
 
 
 @dataclass
 class Source:
-    """A checkpoint to import.
+    """A checkpoint to import: what a reader is given, and adds its notes to.
 
     Attributes:
         folder: where it lies.
         config: its config.json, {} if it has none.
         llm, tower: local folders of base parts, for layouts that hold only what was trained.
         template: the chat template's name, None to derive it.
-        notes: what the user should know about the result, one sentence each; importers add to it.
+        notes: what the user should know about the result, one sentence each.
         ignored: tensors that are left out on purpose -> why.
     """
 
@@ -31,6 +35,21 @@ class Source:
     template: str | None = None
     notes: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        """What config.json says the model is, "" if it does not."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def architectures(self) -> list[str]:
+        """Names of the classes that config.json says."""
+        return [str(name) for name in self.config.get("architectures") or []]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a peft adapter."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
 
     def base_folder(self, role: str, name: str) -> Path:
         """Return the given folder of a base part.
@@ -60,12 +79,12 @@ class Source:
         """
         folder = self.base_folder(role, name)
         self.notes.append(f"the {role} is the base part in {folder}")
-        return read_json(folder / "config.json"), read_weights(folder)
+        return read_json(folder / CONFIG), read_weights(folder)
 
     def part_config(self, role: str) -> dict[str, Any] | None:
         """Return config.json of a base part that was given, else None."""
         folder = self.llm if role == "llm" else self.tower
-        return None if folder is None else read_json(folder / "config.json")
+        return None if folder is None else read_json(folder / CONFIG)
 
 
 def open_source(folder: Path, llm: Path | None, tower: Path | None, template: str | None) -> Source:
@@ -77,8 +96,7 @@ def open_source(folder: Path, llm: Path | None, tower: Path | None, template: st
     for name, path in (("SOURCE", folder), ("--llm", llm), ("--tower", tower)):
         if path is not None and not path.is_dir():
             raise DataError(f"{name}: {path} is no folder. Give a local folder; nothing is downloaded.")
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return Source(folder, config, llm, tower, template)
+    return Source(folder, read_json_if_any(folder / CONFIG), llm, tower, template)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,32 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def layout_of(source: Source) -> str:
-    """Tell the layout from file names and config.json alone; the names are those of `--layout`.
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """Read a JSON object, {} if there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
-    Raises:
-        UserError: it is none that is known, or our own.
-    """
-    folder, config = source.folder, source.config
-    kind, names = str(config.get("model_type", "")), [*map(str, config.get("architectures") or [])]
-    adapter = (folder / "adapter_config.json").is_file()
-    if kind == "tinylmm":
-        raise UserError(f"{folder} is a tinylmm model already; it needs no import.")
-    if (folder / "language_model").is_dir() and (folder / "connector").is_dir():
-        return "factory-lora" if adapter else "factory-folders"
-    if adapter:
-        return "llava-lora"
-    if kind == "llava" and "vision_config" in config:
-        return "transformers"
-    if kind == "tinyllava" or "TinyLlavaForConditionalGeneration" in names:
-        return "factory"
-    if not has_weights(folder) and (folder / "mm_projector.bin").is_file():
-        return "llava-projector"
-    if kind.startswith("tiny_llava"):
-        return "bench"
-    if kind.startswith("llava"):
-        return "llava"
-    raise UserError(
-        f"{folder} is of no layout that can be imported (model_type '{kind}', architectures {names}). "
-        "Name the layout with --layout if you know it."
-    )
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object as every file of ours is written."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,8 @@ from tinylmm.errors import DataError, UserError
 
 Tensors = dict[str, Tensor]
 NAMES_SHOWN = 20
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+"""transformers' names of a folder's weights, in the order in which it looks for them."""
 
 
 def read_weights(folder: Path) -> Tensors:
@@ -31,17 +32,20 @@ def read_weights(folder: Path) -> Tensors:
         DataError: there are none, a shard is missing or damaged, or index and shards disagree.
         UserError: a pickle holds more than plain tensors.
     """
-    for name in WEIGHT_FILES:
-        if (folder / f"{name}.index.json").is_file():
-            return _read_shards(folder / f"{name}.index.json")
-        if (folder / name).is_file():
-            return read_file(folder / name)
-    raise DataError(f"{folder} holds no weights: looked for {', '.join(WEIGHT_FILES)} and their .index.json.")
+    found = _weight_file(folder)
+    if found is None:
+        raise DataError(f"{folder} holds no weights: looked for {SAFETENSORS}, {PICKLE} and their .index.json.")
+    return _read_shards(found) if found.suffix == ".json" else read_file(found)
 
 
 def has_weights(folder: Path) -> bool:
     """Whether `read_weights` would find a file."""
-    return any((folder / name).is_file() or (folder / f"{name}.index.json").is_file() for name in WEIGHT_FILES)
+    return _weight_file(folder) is not None
+
+
+def _weight_file(folder: Path) -> Path | None:
+    names = (f"{SAFETENSORS}.index.json", SAFETENSORS, f"{PICKLE}.index.json", PICKLE)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def read_file(path: Path) -> Tensors:
@@ -53,7 +57,7 @@ def read_file(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise DataError(f"{path} is missing.")
-    if path.suffix != ".safetensors":
+    if path.suffix != Path(SAFETENSORS).suffix:
         return _read_pickle(path)
     try:
         return load_file(path)
@@ -154,7 +158,7 @@ class Ledger:
             )
 
 
-def listed(names: list[str]) -> str:
-    """Join names for a message: the first NAMES_SHOWN, and how many more."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+def listed(names: list[str], shown: int = NAMES_SHOWN) -> str:
+    """Join names for a message: the first ones, and how many more."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -19,10 +19,11 @@ from typing import Any
 
 from PIL import Image
 
+from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.image_names import is_embedded
 from tinylmm.data.images import DECODE_ERRORS, FORMATS, check_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
-from tinylmm.data.segments import IGNORE_INDEX, Rendered
+from tinylmm.data.segments import Rendered
 from tinylmm.errors import DataError
 
 CHUNK = 512

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinylmm.data.chat import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.data.slots import expand, positions_of
 from tinylmm.errors import DataError
 
 ROW_LENGTHS_TRIED = 8
@@ -51,9 +52,8 @@ def supervised_after_cut(record: Mapping[str, Any], image_tokens: ImageTokens, m
     The first token of a row is never predicted, so it does not count. 0 means that the sample teaches nothing.
     """
     position = count = 0
-    widths = iter(image_widths(record, image_tokens))
-    for token, label in zip(record["input_ids"], record["labels"], strict=True):
-        width = next(widths) if token == IMAGE_TOKEN_ID else 1
+    widths = positions_of(record["input_ids"], image_widths(record, image_tokens))
+    for width, label in zip(widths, record["labels"], strict=True):
         if position + width > max_length:
             break
         count += label != IGNORE_INDEX and position > 0
@@ -139,19 +139,16 @@ class Collator:
         return batch
 
     def _piece(self, sample: Mapping[str, Any]) -> _Piece:
-        ids: list[int] = []
-        labels: list[int] = []
-        num_kept = 0
-        widths = iter(image_widths(sample, self.image_tokens))
-        for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-            width = next(widths) if token == IMAGE_TOKEN_ID else 1
+        widths = positions_of(sample["input_ids"], image_widths(sample, self.image_tokens))
+        num_kept = start = 0
+        for token, width in zip(sample["input_ids"], widths, strict=True):
             if token == IMAGE_TOKEN_ID:
-                if len(ids) < self.max_length < len(ids) + width:
-                    raise self._half_an_image(sample, len(ids), width)
-                num_kept += len(ids) < self.max_length
-            ids += [token] * width
-            labels += [label] * width
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
+                if start < self.max_length < start + width:
+                    raise self._half_an_image(sample, start, width)
+                num_kept += start < self.max_length
+            start += width
+        ids = expand(sample["input_ids"], widths)[: self.max_length]
+        labels = expand(sample["labels"], widths)[: self.max_length]
         targets = [*labels[1:], IGNORE_INDEX]
         return _Piece(sample["sample_id"], ids, targets, list(sample["images"][:num_kept]))
 

@@ -23,6 +23,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from PIL import Image
 
+from tinylmm.constants import IMAGE_SLOT
 from tinylmm.data.scenes import (
     CATEGORIES,
     Question,
@@ -47,7 +48,6 @@ SCENES = {"pretrain": 6000, "share": 3000, "finetune": 4000, "text": 6000, "test
 PAIRS_REQUEST = "list the pairs."
 OPENING_SHARE = 0.4
 """Of the finetuning conversations that open with one more question of what is there."""
-IMAGE_TOKEN = "<image>"
 CAPTION_REQUESTS = ("describe the picture.", "what do you see?", "what is in the picture?")
 
 
@@ -130,7 +130,7 @@ def _captioned(
 ) -> dict[str, Any]:
     scene, path, rng = _draw(split, index, seed, scans, output)
     request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
-    turns = [(f"{IMAGE_TOKEN}\n{request}", say(scene, rng))]
+    turns = [(f"{IMAGE_SLOT}\n{request}", say(scene, rng))]
     return {"id": f"{split}-{index:06d}", "image": path, "conversations": _conversation(turns)}
 
 
@@ -143,7 +143,7 @@ def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, 
     if rng.random() < OPENING_SHARE:
         opening = ask("yesno", scene, rng)
         turns.insert(0, (opening.text, opening.answer))
-    turns[0] = (f"{IMAGE_TOKEN}\n{turns[0][0]}", turns[0][1])
+    turns[0] = (f"{IMAGE_SLOT}\n{turns[0][0]}", turns[0][1])
     return {"id": f"finetune-{index:06d}", "image": path, "conversations": _conversation(turns)}
 
 

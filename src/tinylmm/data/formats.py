@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinylmm.data.segments import IMAGE_SLOT, Turn
+from tinylmm.constants import IMAGE_SLOT
+from tinylmm.data.segments import Turn
 
 USER_ROLES = ("human", "user")
 ASSISTANT_ROLES = ("gpt", "assistant")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image
 
+from tinylmm.constants import MAX_PIXELS
 from tinylmm.errors import DataError
 from tinylmm.sizing.tiling import Tiling
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """GIF because OCR-VQA in LLaVA's mix has some; of an animation, the first frame counts."""
-MAX_PIXELS = 50_000_000
 
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError, *_BOMBS)
@@ -77,6 +77,16 @@ def open_image(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
             raise _damaged(path, error) from error
 
 
+def as_rgb(image: Image.Image, what: str = "the image") -> Image.Image:
+    """An image that somebody else opened, as RGB, under the same limit.
+
+    Raises:
+        DataError: it has more than MAX_PIXELS.
+    """
+    _check_size(what, *image.size)
+    return image.convert("RGB")
+
+
 def check_image(path: Path | BinaryIO) -> None:
     """Raise what `open_image` would raise, but decode JPEG at an eighth of its size (all its data is still read)."""
     with _open_header(path) as image:
@@ -110,11 +120,18 @@ def _open_header(path: Path | BinaryIO, data: bytes | None = None) -> Image.Imag
         raise DataError(
             f"{path}: not a readable {', '.join(FORMATS)} image ({type(error).__name__}). Fetch or convert it again."
         ) from error
-    if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height} = {image.width * image.height:,} pixels"
+    try:
+        _check_size(str(path), *image.size)
+    except DataError:
         image.close()
-        raise DataError(f"{path}: image is too large ({size}); at most {MAX_PIXELS:,} pixels. Scale it down.")
+        raise
     return image
+
+
+def _check_size(what: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        size = f"{width} x {height} = {width * height:,} pixels"
+        raise DataError(f"{what}: image is too large ({size}); at most {MAX_PIXELS:,} pixels. Scale it down.")
 
 
 def _damaged(path: Path | BinaryIO, error: BaseException) -> DataError:

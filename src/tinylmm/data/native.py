@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.data.segments import Segment, Turn, structure
-from tinylmm.data.templates import ChatTemplate, fitting_templates, user_segments
+from tinylmm.data.slots import user_segments
+from tinylmm.data.templates import ChatTemplate, Choices, fitting_templates
 from tinylmm.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class NativeTemplate(ChatTemplate):
         Raises:
             UserError: the tokenizer has no chat template, or one that cannot be trained with.
         """
-        return _fitted(tokenizer, self.name)
+        return _fitted(tokenizer, self.name, self.choices)
 
     def segments(self, turns: Sequence[Turn], system: str) -> list[Segment]:
         raise ValueError("template 'native' is the tokenizer's own: use fitted(tokenizer)")
@@ -55,15 +56,15 @@ class _Slot:
 
 
 @lru_cache(maxsize=8)
-def _fitted(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatTemplate:
+def _fitted(tokenizer: PreTrainedTokenizerBase, name: str, choices: Choices) -> ChatTemplate:
     if not tokenizer.chat_template:
         raise UserError(
             f"template '{name}' is the tokenizer's own, but '{tokenizer.name_or_path}' has no chat template. Set "
             "llm.template to chatml, gemma_chat, phi3, llama3 or another one by name."
         )
     added = frozenset(tokenizer.get_added_vocab())
-    end = _end_token(_Layouts(tokenizer, added).complete(1, with_system=False))
-    return _FittedNative(name, "", end, _Layouts(tokenizer, added), added)
+    layouts = _Layouts(tokenizer, added, choices)
+    return _FittedNative(name, "", _end_token(layouts.complete(1, with_system=False)), layouts, added)
 
 
 def _end_token(layout: Sequence[Segment | _Slot]) -> str | None:
@@ -117,9 +118,10 @@ def _placed(content: list[Segment], slot: _Slot) -> list[Segment]:
 class _Layouts:
     """Layouts of one tokenizer's template by shape of conversation, each rendered and checked once."""
 
-    def __init__(self, tokenizer: Any, added: frozenset[str]) -> None:
+    def __init__(self, tokenizer: Any, added: frozenset[str], choices: Choices) -> None:
         self._tokenizer = tokenizer
         self._added = added
+        self._choices = choices
         self._known: dict[tuple[int, bool, bool], list[Segment | _Slot]] = {}
 
     def complete(self, num_turns: int, with_system: bool) -> list[Segment | _Slot]:
@@ -215,7 +217,7 @@ class _Layouts:
         return self._refusal("it closes answers with no special token, so a model would never learn to stop", "")
 
     def _refusal(self, why: str, advice: str) -> UserError:
-        fitting = ", ".join(fitting_templates(self._tokenizer)) or "none"
+        fitting = ", ".join(fitting_templates(self._tokenizer, self._choices)) or "none"
         return UserError(
             f"the chat template of the tokenizer '{self._tokenizer.name_or_path}' cannot be used for training: {why}. "
             f"{advice or 'Use a template by name.'} Set llm.template or the stage's template; those that fit: {fitting}."

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinylmm.constants import IMAGE_SLOT
 from tinylmm.data.formats import PARSERS, RecordFaultError, kind
 from tinylmm.data.image_names import name_images
-from tinylmm.data.segments import IMAGE_SLOT, Turn
+from tinylmm.data.segments import Turn
 from tinylmm.errors import DataError
 
 

@@ -15,16 +15,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from tinylmm.constants import IGNORE_INDEX, IMAGE_SLOT, IMAGE_TOKEN_ID
 from tinylmm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IMAGE_TOKEN_ID = -200
-"""Stands for one image in `input_ids`; replaced by image features, never embedded (LLaVA's IMAGE_TOKEN_INDEX)."""
-IGNORE_INDEX = -100
-"""Label of a position without loss (PyTorch's cross-entropy default)."""
-IMAGE_SLOT = "<image>"
 
 
 @dataclass(frozen=True)

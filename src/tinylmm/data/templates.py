@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tinylmm.data.segments import IMAGE, Rendered, Segment, Turn, encode, structure, token_id
+from tinylmm.data.slots import user_segments
 from tinylmm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Choices = tuple[tuple[str, frozenset[str]], ...]
+"""Names of templates that end answers with a token, each with its structural tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class ChatTemplate(ABC):
         name: key in TEMPLATES, stored in checkpoints.
         system: the system message of conversations that bring none of their own.
         eos: text of the token that closes each answer; None for none.
+        choices: the templates that may be named where this one does not fit a tokenizer.
     """
 
     name: str
     system: str
     eos: str | None
+    choices: Choices = field(default=(), kw_only=True, compare=False, repr=False)
 
     @property
     def tokens(self) -> frozenset[str]:
@@ -51,7 +58,7 @@ class ChatTemplate(ABC):
         missing = sorted(token for token in self.tokens if token_id(tokenizer, token) is None)
         if not missing:
             return self
-        fitting = fitting_templates(tokenizer)
+        fitting = fitting_templates(tokenizer, self.choices)
         texts = ", ".join(f"'{token}'" for token in missing)
         use = "ends answers with" if missing == [self.eos] else "needs"
         raise UserError(
@@ -93,7 +100,10 @@ class ChatTemplate(ABC):
         return self._encode(turns, tokenizer, system).input_ids
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Ids that end a generated answer: the template's end token first, then the tokenizer's own EOS."""
+        """Ids that end a generated answer: the end token of the fitted template first, then the tokenizer's own EOS.
+
+        This is the only rule of what ends an answer; whoever generates, or writes a generation config, asks here.
+        """
         found = [token_id(tokenizer, self.fitted(tokenizer).eos), tokenizer.eos_token_id]
         return list(dict.fromkeys(token for token in found if isinstance(token, int)))
 
@@ -110,15 +120,9 @@ class ChatTemplate(ABC):
         return [] if self.eos is None else [Segment(self.eos, supervised=True, special="token")]
 
 
-def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Names of the templates with an end token whose structural tokens the tokenizer has."""
-    from tinylmm.data.chat import TEMPLATES
-
-    return [
-        template.name
-        for template in TEMPLATES.values()
-        if template.eos is not None and all(token_id(tokenizer, token) is not None for token in template.tokens)
-    ]
+def fitting_templates(tokenizer: PreTrainedTokenizerBase, choices: Choices) -> list[str]:
+    """Names of the templates whose structural tokens the tokenizer has."""
+    return [name for name, tokens in choices if all(token_id(tokenizer, token) is not None for token in tokens)]
 
 
 @dataclass(frozen=True)
@@ -273,17 +277,3 @@ class RoleTemplate(ChatTemplate):
     def _block(self, role: str, content: list[Segment]) -> list[Segment]:
         opening = structure(self.opening.format(role=role), self.tokens)
         return [*opening, *content, *structure(f"{self.eos or ''}{self.closing}", self.tokens)]
-
-
-def user_segments(turn: Turn, strips: bool = False) -> list[Segment]:
-    """A question's one slot goes in front, on a line of its own (the Factory's rule); several slots stay in place."""
-    texts = list(turn.texts)
-    if len(texts) == 2:
-        return [IMAGE, Segment("\n" + "".join(texts).strip())]
-    if strips:
-        texts[0] = texts[0].lstrip()
-        texts[-1] = texts[-1].rstrip()
-    segments = [Segment(texts[0])]
-    for text in texts[1:]:
-        segments += [IMAGE, Segment(text)]
-    return segments

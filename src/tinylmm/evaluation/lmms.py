@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,21 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from torch import Tensor
 
-from tinylmm.data.chat import IMAGE_SLOT, IMAGE_TOKEN_ID, Turn, get_template
-from tinylmm.data.images import ImageTransform
+from tinylmm.constants import IGNORE_INDEX
+from tinylmm.data.chat import Turn, get_template
+from tinylmm.data.images import ImageTransform, as_rgb
+from tinylmm.data.slots import expand, positions_of, question
 from tinylmm.errors import DataError, UserError
-from tinylmm.generation.engine import Engine, Prompt, end_tokens, make_prompt
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.engine import Engine
+from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import load_model
+from tinylmm.models.devices import DTYPES, named_device
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 128
 """Where a task names no `max_new_tokens`; LLaVA's scripts use as many."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def manifest() -> ModelManifest:
@@ -72,10 +77,9 @@ class TinyLMM(lmms):
         if precision not in DTYPES:
             raise UserError(f"precision={precision} is none of {', '.join(DTYPES)}; correct --model_args.")
         loaded = load_model(Path(pretrained), [])
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = named_device(device or "auto")
         self.model = loaded.model.to(self._device, DTYPES[precision]).eval()
-        self.tokenizer = loaded.tokenizer
-        self.template = get_template(template or loaded.description["template"])
+        self.prompts = PromptMaker(get_template(template or loaded.description["template"]), loaded.tokenizer)
         self.rows, self.tokens = int(batch_size), int(tokens)
         self._transform = ImageTransform(**loaded.description["image"])
 
@@ -92,20 +96,18 @@ class TinyLMM(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer greedily, in the order of the requests; an answer ends before the first of the task's `until` texts."""
         images: dict[str, Image.Image] = {}
-        prompts: dict[int, list[Prompt]] = {}
+        prompts: list[Prompt] = []
         for index, request in enumerate(requests):
             context, options, *where = request.args
             keys = self._register(self._visuals(*where), images)
-            counts = [self.model.image_tokens] * len(keys)
-            prompt = make_prompt(str(index), context, keys, self.template, self.tokenizer, counts)
-            prompts.setdefault(int(options.get("max_new_tokens", DEFAULT_NEW_TOKENS)), []).append(prompt)
+            counts = [self.model.tokens_of(*images[key].size) for key in keys]
+            prompt = self.prompts.prompt(str(index), [question(context, len(keys))], keys, counts)
+            prompts.append(replace(prompt, limit=int(options.get("max_new_tokens", DEFAULT_NEW_TOKENS))))
             if options.get("do_sample") and options.get("temperature", 1):
                 log.warning("task %s asks for sampling; it is answered greedily", request.task_name)
         answers: dict[int, str] = {}
-        for limit, asked in prompts.items():
-            engine = self._engine(images, limit)
-            for reply in (reply for batch in engine.replies(asked) for reply in batch):
-                answers[int(reply.item_id)] = str(self.tokenizer.decode(reply.ids, skip_special_tokens=True))
+        for reply in (reply for batch in self._engine(images, prompts).replies(prompts) for reply in batch):
+            answers[int(reply.item_id)] = self.prompts.text(reply.ids)
         return [_cut(answers[index], request.args[1].get("until")) for index, request in enumerate(requests)]
 
     @torch.no_grad()
@@ -114,21 +116,13 @@ class TinyLMM(lmms):
         found = []
         for request in requests:
             context, continuation, *where = request.args
-            visuals = self._visuals(*where)
-            user = f"{IMAGE_SLOT}\n" * len(visuals) + context.replace(IMAGE_SLOT, "").strip()
-            rendered = self.template.render([Turn(user, str(continuation).strip())], self.tokenizer)
-            ids, targets = [], []
-            for token, label in zip(rendered.input_ids, rendered.labels, strict=True):
-                count = self.model.image_tokens if token == IMAGE_TOKEN_ID else 1
-                ids += [token] * count
-                targets += [label] * count
-            if self.template.eos is not None:  # the end of the answer is no part of the continuation
-                ids, targets = ids[:-1], targets[:-1]
-            features = self.model.tower_features(torch.stack([self._pixels(v) for v in visuals])) if visuals else None
-            embeddings, _ = self.model.embed(torch.tensor([ids], device=self._device), None, features)
+            visuals = [as_rgb(visual) for visual in self._visuals(*where)]
+            turn = question(context, len(visuals), str(continuation).strip())
+            ids, targets = self._rendered(turn, visuals)
+            embeddings = self._embed(ids, visuals)
             logits: Tensor = self.model.llm(inputs_embeds=embeddings).logits[0, :-1].float()
             wanted = torch.tensor(targets[1:], device=self._device)
-            spoken = wanted != -100
+            spoken = wanted != IGNORE_INDEX
             chosen, wanted = logits[spoken].log_softmax(-1), wanted[spoken]
             total = chosen.gather(1, wanted[:, None]).sum()
             found.append((float(total), bool((chosen.argmax(-1) == wanted).all())))
@@ -157,18 +151,40 @@ class TinyLMM(lmms):
         """Keys by content: questions about one image share its computation, wherever each has its copy from."""
         keys = []
         for visual in visuals:
-            picture = visual.convert("RGB")
+            picture = as_rgb(visual)
             key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
             images.setdefault(key, picture)
             keys.append(key)
         return keys
 
-    def _pixels(self, visual: Image.Image) -> Tensor:
-        return self._transform(visual.convert("RGB"))
+    def _rendered(self, turn: Turn, visuals: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
+        """Ids of a question with its answer, placeholders expanded, and the answer's words as targets."""
+        rendered = self.prompts.template.render([turn], self.prompts.tokenizer)
+        positions = positions_of(rendered.input_ids, [self.model.tokens_of(*visual.size) for visual in visuals])
+        ids, targets = expand(rendered.input_ids, positions), expand(rendered.labels, positions)
+        last = max(place for place, label in enumerate(targets) if label != IGNORE_INDEX)
+        if targets[last] in self.prompts.ends:  # the end of the answer is no part of the continuation
+            targets[last] = IGNORE_INDEX
+        return ids, targets
 
-    def _engine(self, images: dict[str, Image.Image], max_new_tokens: int) -> Engine:
-        ends = end_tokens(self.template, self.tokenizer)
-        return Engine(self.model, lambda key: self._pixels(images[key]), ends, max_new_tokens, self.rows, self.tokens)
+    def _embed(self, ids: Sequence[int], visuals: Sequence[Image.Image]) -> Tensor:
+        """(1, L, Dl) of ids with expanded placeholders and their images."""
+        views = [pixels if pixels.ndim == 4 else pixels[None] for pixels in map(self._transform, visuals)]
+        features = self.model.tower_features(torch.cat(views)) if visuals else None
+        sizes = torch.tensor([visual.size for visual in visuals]) if visuals and self.model.tiled else None
+        return self.model.embed(torch.tensor([ids], device=self._device), None, features, sizes)[0]
+
+    def _engine(self, images: dict[str, Image.Image], prompts: Sequence[Prompt]) -> Engine:
+        most = max((prompt.limit or 0 for prompt in prompts), default=1)
+        return Engine(
+            self.model,
+            lambda key: self._transform(images[key]),
+            self.prompts.ends,
+            Sampling(max_new_tokens=most),
+            rows=self.rows,
+            tokens=self.tokens,
+            sizes={key: image.size for key, image in images.items()} if self.model.tiled else None,
+        )
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:

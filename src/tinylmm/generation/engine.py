@@ -1,9 +1,11 @@
-"""Greedy answers to many prompts: each image is encoded once, what its prompts share is computed once, batches are bounded.
+"""Answers to many prompts: each image is encoded once, what its prompts share is computed once, batches are bounded.
 
-Prompts about the same images share everything up to the last image token, and the words behind it that all prompts have in
-common. `Engine.replies` walks over windows of such groups: their prefixes are computed together and kept for as long as the
-window lasts, then all that follows them is answered in batches sorted by length, each at most `rows` rows and about
-`tokens` tokens. What a prompt is answered does not depend on its batch; see `decode.py` for why.
+Evaluation, chat, streams and lmms-eval all ask here. Prompts about the same images share everything up to the last image
+token, and the words behind it that all prompts have in common. `Engine.replies` walks over windows of such groups: their
+prefixes are computed together and kept for as long as the window lasts, then all that follows them is answered in batches
+sorted by length, each at most `rows` rows and about `tokens` tokens. A row is followed in its batch only while no choice is in
+doubt (`choose.py`); otherwise it is answered again by `decode_alone`, whose answer is the definition. Then every answer is that
+of `decode_alone`, in whatever batch it was asked.
 """
 
 from __future__ import annotations
@@ -16,40 +18,22 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from tinylmm.data.chat import IMAGE_SLOT, IMAGE_TOKEN_ID, ChatTemplate, Turn
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import StoppedError
-from tinylmm.generation.decode import (
-    TIE,
-    CacheKind,
-    Continued,
-    cache_kind,
-    decode_alone,
-    decode_batch,
-    join_rows,
-    new_cache,
-    prefill,
-    select_rows,
-)
+from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
+from tinylmm.generation.choose import TIE, Chooser, Sampling
+from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
+from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.prompts import Prompt
 from tinylmm.models.lmm import LMM
 from tinylmm.stop import stop_requested
 
 log = logging.getLogger(__name__)
 
-ENCODE_IMAGES = 64
 MASKING = ("sdpa", "eager")
 """Attention implementations that take a mask with padding in the middle of a row."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to ask: `ids` with Q placeholders an image, and as many `images` (keys) in their order."""
-
-    item_id: str
-    ids: tuple[int, ...]
-    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,45 +66,22 @@ class _Group:
     prompts: list[Prompt] = field(default_factory=list)
 
 
-def make_prompt(
-    item_id: str,
-    text: str,
-    images: Sequence[str],
-    template: ChatTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    image_tokens: Sequence[int],
-) -> Prompt:
-    """Render a question with its images in front, one a line, as LLaVA's scripts do; `<image>` in the text is taken out.
-
-    Args:
-        images: keys, and
-        image_tokens: how many placeholders each takes.
-    """
-    user = f"{IMAGE_SLOT}\n" * len(images) + text.replace(IMAGE_SLOT, "").strip()
-    ids = template.render_prompt([Turn(user, None)], tokenizer)
-    counts = iter(image_tokens)
-    expanded = (token for i in ids for token in ([i] * next(counts) if i == IMAGE_TOKEN_ID else [i]))
-    return Prompt(item_id, tuple(expanded), tuple(images))
-
-
-def end_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's end of sequence and the one that the template trains."""
-    ends = {tokenizer.eos_token_id}
-    if template.eos is not None:
-        ends.add(tokenizer.convert_tokens_to_ids(template.eos))
-    return frozenset(int(token) for token in ends if token is not None)
-
-
 class Engine:
     """Answers prompts with one model.
 
     Args:
         load: image key -> (3, H, W), normalised for the tower; where the model takes images in tiles, (T, 3, H, W).
-        ends: token ids that end an answer.
+        ends: token ids that end an answer: `PromptMaker.ends`.
+        sampling: how tokens are chosen, and how many at most.
         rows: most prompts in a batch.
         tokens: most tokens (prompt and answer) in a batch, and most prefix tokens kept at a time; one prompt always fits.
         share: whether prompts may share the computation of what they begin with.
         sizes: image key -> width and height in pixels; needed where the model takes images in tiles.
+        images: where features are kept; shared by engines that ask about the same images.
+
+    Attributes:
+        exact: whether an answer is promised to be the same tokens in any batch, with and without shared prefixes.
+        near_ties: answers that were in doubt in their batch and settled alone.
     """
 
     def __init__(
@@ -128,23 +89,26 @@ class Engine:
         model: LMM,
         load: Callable[[str], Tensor],
         ends: frozenset[int],
-        max_new_tokens: int,
+        sampling: Sampling,
         rows: int = 64,
         tokens: int = 32768,
         share: bool = True,
         sizes: Mapping[str, tuple[int, int]] | None = None,
+        images: EncodedImages | None = None,
     ) -> None:
         self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
-        self.max_new_tokens, self.rows, self.tokens, self.share = max_new_tokens, rows, tokens, share
+        self.sampling, self.rows, self.tokens, self.share = sampling, rows, tokens, share
         parameter = next(model.llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.kind: CacheKind = cache_kind(model.llm)
         self.exact = self.dtype in TIE
-        """Whether an answer is promised to be the same tokens in any batch, with and without shared prefixes."""
         self.near_ties = 0
-        self.images_encoded = 0
-        self._features: dict[str, Tensor] = {}
-        self._uses: Counter[str] = Counter()
+        self._images = images or EncodedImages(model)
+
+    @property
+    def images_encoded(self) -> int:
+        """Images that went through the tower."""
+        return self._images.encoded
 
     def replies(self, prompts: Sequence[Prompt]) -> Iterator[list[Reply]]:
         """Answer the prompts, a list of replies at a time as batches are done, in an order of the engine's own.
@@ -153,19 +117,46 @@ class Engine:
             StoppedError: a stop was asked for; replies given so far count, the batch at hand does not.
             FloatingPointError: the model's logits are not finite.
         """
-        longest = max((len(prompt.ids) for prompt in prompts), default=0) + self.max_new_tokens
-        self._say_what_is_promised(longest)
+        longest = max(map(self._cost, prompts), default=0)
+        if len(prompts) > 1:
+            self._say_what_is_promised(longest)
         together = self.kind.shareable and (self.kind.long_from is None or longest <= self.kind.long_from)
         groups = self._groups(prompts, self.share and together)
-        self._uses = Counter(key for group in groups for key in group.images)
-        for window in self._windows(groups):
-            self._encode(window)
-            if together:
-                yield from self._answer_window(window)
-            else:
-                for prompt in (prompt for group in window for prompt in group.prompts):
-                    yield [self._reply(prompt, self._alone(prompt), 1, alone=True)]
-            self._forget(window)
+        uses = Counter(key for group in groups for key in group.images)
+        self._images.announce(uses.elements())
+        try:
+            for window in self._windows(groups):
+                keys = [key for group in window for key in group.images]
+                self._images.encode(keys, self.load, _check_stop)
+                yield from self._replies(window, together)
+                self._images.release(keys)
+                uses.subtract(keys)
+        finally:  # also where the caller leaves, or an answer fails
+            self._images.release((+uses).elements())
+
+    def _replies(self, window: list[_Group], together: bool) -> Iterator[list[Reply]]:
+        if together:
+            yield from self._answer_window(window)
+            return
+        for prompt in (prompt for group in window for prompt in group.prompts):
+            yield [self._reply(prompt, last(self._alone(prompt)), 1, alone=True)]
+
+    def stream(self, prompt: Prompt) -> Iterator[int]:
+        """Yield the ids of one answer as they are chosen; they are those of its reply.
+
+        The prompt's images are encoded before this returns, so that their faults come before the first id.
+        """
+        self._images.announce(prompt.images)
+        self._images.encode(prompt.images, self.load, _check_stop)
+        steps = self._alone(prompt)
+        self._images.release(prompt.images)
+        return self._new_ids(steps)
+
+    def _new_ids(self, steps: Iterator[Continued]) -> Iterator[int]:
+        sent = 0
+        for answer in steps:
+            yield from answer.ids[sent:]
+            sent = len(answer.ids)
 
     def _say_what_is_promised(self, longest: int) -> None:
         if not self.exact:
@@ -227,9 +218,10 @@ class Engine:
             )
             lengths = [len(prompt.ids) - past for prompt in batch]
             embeddings = self._embed([prompt.ids[past:] for prompt in batch], [] if past else _images(batch))
-            found = decode_batch(
-                self.model.llm, cache, past, embeddings, lengths, self.ends, self.max_new_tokens, _check_stop
-            )
+            limits = [self._limit(prompt) for prompt in batch]
+            choose = Chooser(self.sampling, len(batch), self.device)
+            start = Start(cache, past, embeddings, lengths)
+            found = last(decode(self.model.llm, start, choose, self.ends, limits, _check_stop))
             yield [self._settled(prompt, answer, len(batch)) for prompt, answer in zip(batch, found, strict=True)]
 
     def _settled(self, prompt: Prompt, answer: Continued, rows: int) -> Reply:
@@ -237,26 +229,32 @@ class Engine:
         if not answer.tied:
             return self._reply(prompt, answer, rows, alone=False)
         self.near_ties += 1
-        again = self._alone(prompt)
+        again = last(self._alone(prompt))
         again.seconds += answer.seconds
         return self._reply(prompt, again, rows, alone=True)
 
     def _batches(self, prompts: list[Prompt], past: int) -> Iterator[list[Prompt]]:
         """Cut prompts, longest first, into batches within both bounds; of equal length where padding would change them."""
         batch: list[Prompt] = []
+        largest = 0
         for prompt in prompts:
             if batch:
-                full = len(batch) == self.rows or (len(batch) + 1) * self._cost(batch[0]) > self.tokens
-                pads = past > 0 and self._can_pad(self._cost(batch[0]))
+                full = len(batch) == self.rows or (len(batch) + 1) * max(largest, self._cost(prompt)) > self.tokens
+                pads = past > 0 and self._can_pad(max(largest, self._cost(prompt)))
                 if full or (not pads and len(prompt.ids) != len(batch[0].ids)):
                     yield batch
-                    batch = []
+                    batch, largest = [], 0
             batch.append(prompt)
+            largest = max(largest, self._cost(prompt))
         if batch:
             yield batch
 
     def _cost(self, prompt: Prompt) -> int:
-        return len(prompt.ids) + self.max_new_tokens
+        return len(prompt.ids) + self._limit(prompt)
+
+    def _limit(self, prompt: Prompt) -> int:
+        most = self.sampling.max_new_tokens
+        return most if prompt.limit is None else min(most, prompt.limit)
 
     def _can_pad(self, tokens: int) -> bool:
         return self.kind.pads(tokens) and getattr(self.model.llm.config, "_attn_implementation", "") in MASKING
@@ -278,35 +276,16 @@ class Engine:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of `images` at the placeholders."""
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.device)
-        features = torch.cat([self._features[key] for key in images]) if images else None
         sizes = (torch.tensor([self.sizes[key] for key in images]),) if images and self.sizes is not None else ()
-        return self.model.embed(ids, None, features, *sizes)[0]
+        return self.model.embed(ids, None, self._images.features(images), *sizes)[0]
 
-    def _alone(self, prompt: Prompt) -> Continued:
+    def _alone(self, prompt: Prompt) -> Iterator[Continued]:
         embeddings = self._embed([prompt.ids], prompt.images)
-        return decode_alone(self.model.llm, embeddings, self.ends, self.max_new_tokens, _check_stop)
+        choose = Chooser(self.sampling, 1, self.device, doubts=False)
+        return decode_alone(self.model.llm, embeddings, choose, self.ends, self._limit(prompt), _check_stop)
 
     def _reply(self, prompt: Prompt, answer: Continued, rows: int, alone: bool) -> Reply:
         return Reply(prompt.item_id, answer.ids, len(prompt.ids), answer.steps, answer.seconds, rows, alone)
-
-    @torch.no_grad()
-    def _encode(self, window: list[_Group]) -> None:
-        """Run the tower on the window's images that no earlier window has left."""
-        keys = [key for key in dict.fromkeys(k for group in window for k in group.images) if key not in self._features]
-        for first in range(0, len(keys), ENCODE_IMAGES):
-            _check_stop()
-            chunk = keys[first : first + ENCODE_IMAGES]
-            views = [pixels if self.sizes is not None else pixels[None] for pixels in map(self.load, chunk)]
-            features = self.model.tower_features(torch.cat(views))
-            self._features |= dict(zip(chunk, features.split([len(view) for view in views]), strict=True))
-            self.images_encoded += len(chunk)
-
-    def _forget(self, window: list[_Group]) -> None:
-        """Let go of images that no later window asks about."""
-        for key in (key for group in window for key in group.images):
-            self._uses[key] -= 1
-            if self._uses[key] == 0:
-                del self._features[key]
 
 
 def _images(prompts: Sequence[Prompt]) -> list[str]:

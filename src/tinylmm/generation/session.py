@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinylmm.data.chat import IMAGE_SLOT, Turn, get_template
-from tinylmm.data.images import MAX_PIXELS, ImageTransform, open_image
+from tinylmm.constants import IMAGE_SLOT
+from tinylmm.data.chat import get_template
+from tinylmm.data.images import ImageTransform, as_rgb, open_image
+from tinylmm.data.slots import question
 from tinylmm.errors import DataError, UserError
-from tinylmm.generation.sampling import Sampling, generate_tokens
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.engine import Engine
+from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.lmm import IMAGE_TOKEN_ID
-from tinylmm.models.vision import encode_images
+from tinylmm.models.devices import DTYPES, named_device
 from tinylmm.store.find_model import find_model
 
 ImageInput = str | Path | Image.Image
 Images = ImageInput | Sequence[ImageInput] | None
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT_FEATURES = 32
 """Images whose tower features are kept, so that a conversation encodes its image once."""
 
@@ -63,10 +65,8 @@ def load(
     """
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype is '{dtype}'; allowed: auto, {', '.join(DTYPES)}.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device is '{device}', but no CUDA GPU was found (torch {torch.__version__}). Use device=cpu.")
+    target = named_device(device)
     folder = find_model(where, store)
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
     loaded = load_model(folder, list(trust))
     loaded.model.to(device=target, dtype=kind)
@@ -74,12 +74,11 @@ def load(
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A prompt's token ids with placeholders, and for each image its pixels, and its width and height."""
+class _Loaded:
+    """Images that prompts come with, by key: pixels as the tower takes them, and width and height."""
 
-    ids: list[int]
-    pixels: list[Tensor]
-    sizes: list[tuple[int, int]]
+    pixels: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class ChatModel:
@@ -93,10 +92,9 @@ class ChatModel:
         self.loaded = loaded
         self.model = loaded.model.eval()
         self.tokenizer = loaded.tokenizer
-        self.template = get_template(self.model.template)
+        self.prompts = PromptMaker(get_template(self.model.template), self.tokenizer)
         self.transform = ImageTransform(**loaded.description["image"])
-        self._ends = set(self.template.stop_ids(self.tokenizer))
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._features = EncodedImages(self.model, keep=KEPT_FEATURES)
 
     def chat(self, prompt: str | Sequence[str], image: Any = None, history: Any = (), **options: Any) -> Any:
         """Answer one prompt, or a list of prompts (then see `chat_batch`, whose lists `image` and `history` are).
@@ -126,7 +124,7 @@ class ChatModel:
         batch_size: int = 8,
         **options: Any,
     ) -> list[str]:
-        """Answer many prompts, `batch_size` at once; the answers are those of single calls.
+        """Answer many prompts, `batch_size` at once; in fp32 the answers are those of single calls.
 
         Args:
             prompts: questions.
@@ -146,14 +144,13 @@ class ChatModel:
             )
         sampling = Sampling(**options)
         texts: list[str] = []
-        for first in range(0, len(prompts), batch_size):
+        for first in range(0, len(prompts), batch_size):  # no more images in memory than are asked about at once
+            loaded = _Loaded()
             rows = range(first, min(first + batch_size, len(prompts)))
-            prepared = [self._prepare(prompts[i], images[i], histories[i]) for i in rows]
-            answers: list[list[int]] = [[] for _ in rows]
-            for step in self._steps(prepared, sampling):
-                for answer, token in zip(answers, step, strict=True):
-                    answer += [] if token is None else [token]
-            texts += [self._text(answer).strip() for answer in answers]
+            asked = [self._prepare(str(i), prompts[i], images[i], histories[i], loaded) for i in rows]
+            replies = self._engine(loaded, sampling, batch_size).replies(asked)
+            answers = {reply.item_id: reply.ids for batch in replies for reply in batch}
+            texts += [self.prompts.text(answers[prompt.item_id]).strip() for prompt in asked]
         return texts
 
     def stream(self, prompt: str, image: Images = None, history: History = (), **options: Any) -> Iterator[str]:
@@ -161,72 +158,62 @@ class ChatModel:
 
         Args, Raises: as `chat`, and errors come before the first piece.
         """
-        prepared, sampling = self._prepare(prompt, image, history), Sampling(**options)
-        return self._pieces(self._steps([prepared], sampling))
+        loaded = _Loaded()
+        asked = self._prepare("", prompt, image, history, loaded)
+        return self._pieces(self._engine(loaded, Sampling(**options)).stream(asked))
 
     def conversation(self, image: Images = None) -> Conversation:
         """Begin a conversation; its first question comes with the image."""
         return Conversation(self, image)
 
-    def _pieces(self, steps: Iterator[list[int | None]]) -> Iterator[str]:
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         ids: list[int] = []
         sent = ""
-        for (token,) in steps:
-            ids += [] if token is None else [token]
+        for token in tokens:
+            ids.append(token)
             # Behind a half-written character and trailing white space more may come that changes them: hold them back.
-            text = self._text(ids).lstrip()
+            text = self.prompts.text(ids).lstrip()
             ready = text.rstrip("\ufffd").rstrip()
             if ready.startswith(sent) and len(ready) > len(sent):
                 yield ready[len(sent) :]
                 sent = ready
-        final = self._text(ids).strip()
+        final = self.prompts.text(ids).strip()
         if len(final) > len(sent):
             yield final[len(sent) :]
 
-    def _steps(self, prepared: list[Prepared], sampling: Sampling) -> Iterator[list[int | None]]:
-        """Check lengths, encode images, and hand on to the decoding loop."""
-        prompts = [one.ids for one in prepared]
+    def _engine(self, loaded: _Loaded, sampling: Sampling, rows: int = 1) -> Engine:
+        sizes = loaded.sizes if self.model.tiled else None
+        load = loaded.pixels.__getitem__
+        return Engine(self.model, load, self.prompts.ends, sampling, rows=rows, sizes=sizes, images=self._features)
+
+    def _prepare(self, name: str, prompt: str, image: Images, history: History, loaded: _Loaded) -> Prompt:
+        """Make a prompt, put its images into `loaded`, and see that it leaves room for an answer."""
+        turns, keys = [], []
+        past = [item if isinstance(item, Exchange) else Exchange(*item) for item in history]
+        for asked, answer, images in [(e.question, e.answer, e.images) for e in past] + [(prompt, None, image)]:
+            found = _as_list(images)
+            _check_slots(asked, len(found))
+            turns.append(question(asked, len(found), answer))
+            keys += [self._load(item, loaded) for item in found]
+        counts = [self.model.tokens_of(*loaded.sizes[key]) for key in keys]
+        made = self.prompts.prompt(name, turns, keys, counts)
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = max(map(len, prompts))
-        if limit is not None and longest >= limit:
+        if limit is None:
+            return made
+        if len(made.ids) >= limit:
             raise UserError(
-                f"the prompt is {longest} tokens long with its images, and the model reads {limit} at most. "
+                f"the prompt is {len(made.ids)} tokens long with its images, and the model reads {limit} at most. "
                 "Shorten it, or start a new conversation."
             )
-        room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - longest)
-        fitted = Sampling(**{**sampling.__dict__, "max_new_tokens": room})
-        pixels = [tensor for one in prepared for tensor in one.pixels]
-        features = torch.cat([self._encode(tensor) for tensor in pixels]) if pixels else None
-        sizes = torch.tensor([size for one in prepared for size in one.sizes]) if pixels and self.model.tiled else None
-        pad_id = int(self.tokenizer.pad_token_id)
-        return generate_tokens(self.model, prompts, features, fitted, self._ends, pad_id, sizes)
+        return replace(made, limit=limit - len(made.ids))
 
-    def _prepare(self, prompt: str, image: Images, history: History) -> Prepared:
-        """Return the prompt's ids with placeholders, and its images in their order."""
-        turns, pixels, sizes = [], [], []
-        past = [item if isinstance(item, Exchange) else Exchange(*item) for item in history]
-        for question, answer, images in [(e.question, e.answer, e.images) for e in past] + [(prompt, None, image)]:
-            found = _as_list(images)
-            turns.append(Turn(_with_slots(question, len(found)), answer))
-            opened = [_open(item) for item in found]
-            pixels += [self.transform(item) for item in opened]
-            sizes += [item.size for item in opened]
-        ids = self.template.render_prompt(turns, self.tokenizer)
-        counts = iter(self.model.tokens_of(*size) for size in sizes)
-        return Prepared([t for i in ids for t in ([i] * next(counts) if i == IMAGE_TOKEN_ID else [i])], pixels, sizes)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """(3, H, W) or (T, 3, H, W) of tiles to (1 or T, P, Dv), from memory if the same pixels came before."""
-        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
-        if key not in self._features:
-            self._features[key] = encode_images(self.model.vision_tower, pixels.view(-1, *pixels.shape[-3:]))
-            if len(self._features) > KEPT_FEATURES:
-                self._features.popitem(last=False)
-        self._features.move_to_end(key)
-        return self._features[key]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _load(self, image: ImageInput, loaded: _Loaded) -> str:
+        """Open an image, and return its key: of its size and pixels, so that the same image is encoded once."""
+        opened = _open(image)
+        pixels = self.transform(opened)
+        key = hashlib.sha256(repr(opened.size).encode() + pixels.numpy().tobytes()).hexdigest()
+        loaded.pixels[key], loaded.sizes[key] = pixels, opened.size
+        return key
 
 
 class Conversation:
@@ -266,25 +253,17 @@ def _as_list(image: Images) -> list[ImageInput]:
     return [image] if isinstance(image, str | Path | Image.Image) else list(image)
 
 
-def _with_slots(question: str, count: int) -> str:
-    """Give a question a slot for each image: those it has itself, or all in front."""
-    slots = question.count(IMAGE_SLOT)
-    if slots == 0:
-        return f"{IMAGE_SLOT}\n" * count + question
-    if slots != count:
+def _check_slots(prompt: str, images: int) -> None:
+    slots = prompt.count(IMAGE_SLOT)
+    if slots not in (0, images):
         raise UserError(
-            f"the prompt has {slots} `{IMAGE_SLOT}` slots, but {count} images came with it. Give one for each slot."
+            f"the prompt has {slots} `{IMAGE_SLOT}` slots, but {images} images came with it. Give one for each slot."
         )
-    return question
 
 
 def _open(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"the image has {image.width * image.height:,} pixels; at most {MAX_PIXELS:,}. Scale it down."
-            )
-        return image.convert("RGB")
+        return as_rgb(image)
     if not Path(image).is_file():
         raise DataError(f"{image}: no such image file. Give the path of a local file; nothing is downloaded.")
     return open_image(Path(image))

@@ -24,7 +24,7 @@ from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import STOP_FILE, stop_requested, watch_for_stop
-from tinylmm.store.claims import Claim
+from tinylmm.store.claims import Claim, Owner
 from tinylmm.store.gc import remove
 from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.provenance import now
@@ -199,11 +199,11 @@ class _Ledger:
                 highlight=False,
             )
 
-    def waiting(self, title: str) -> Callable[[dict[str, Any]], None]:
+    def waiting(self, title: str) -> Callable[[Owner], None]:
         """Return what tells of another process that works on the stage."""
 
-        def tell(owner: dict[str, Any]) -> None:
-            waits = f"{title}  waiting: process {owner.get('pid')} on {owner.get('host')} is doing it"
+        def tell(owner: Owner) -> None:
+            waits = f"{title}  waiting: process {owner.pid} on {owner.host} is doing it"
             self.console.print(escape(waits), highlight=False)
 
         return tell

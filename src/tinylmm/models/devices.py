@@ -1,4 +1,4 @@
-"""Which device a stage runs on; a GPU that is needed and missing is an error, never a silent CPU run."""
+"""On which device and in which number type a model runs; a missing GPU is an error where one is needed or named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,31 @@ import os
 import torch
 
 from tinylmm.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number types by the names that recipes and commands have for them."""
+
+
+def named_device(wanted: str) -> torch.device:
+    """Return the device that a user names outside of a stage.
+
+    Args:
+        wanted: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        UserError: a GPU is named and none is there, or there is no such device.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return torch.device("cuda" if found else "cpu")
+    name, _, number = wanted.partition(":")
+    if name not in ("cpu", "cuda") or (number and not (name == "cuda" and number.isdigit())):
+        raise UserError(f"device is '{wanted}'; allowed: auto, cpu, cuda and cuda:N.")
+    if name == "cuda" and not found:
+        raise UserError(f"device is '{wanted}', but no CUDA GPU was found (torch {torch.__version__}). Use device=cpu.")
+    if name == "cuda" and int(number or 0) >= found:
+        raise UserError(f"device is '{wanted}', but only {found} CUDA GPUs were found, counted from 0.")
+    return torch.device(wanted)
 
 
 def choose_device(wanted: str, precision: str) -> torch.device:

@@ -15,10 +15,16 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from tinylmm.errors import ConfigError, Fault, UserError
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models import openelm  # noqa: F401  registers its classes with transformers
 
 PACKS = "tinylmm_packs"
 """Attribute of an examined LLM: whether samples that share a row stay apart."""
@@ -251,8 +257,6 @@ def _make_config(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]
 def _config_for(fields: dict[str, Any]) -> PreTrainedConfig:
     """The config object of a config.json's fields; code that the checkpoint may name is not run."""
     model_type = fields.get("model_type")
-    if model_type == OpenELMConfig.model_type:
-        return _make_config(OpenELMConfig, fields)
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"llm: the installed transformers knows no model of type '{model_type}', and code that comes with a checkpoint "
@@ -262,10 +266,6 @@ def _config_for(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _causal_lm_class(config: PreTrainedConfig, what: str) -> type[PreTrainedModel]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if isinstance(config, OpenELMConfig):
-        return OpenELMForCausalLM
     try:
         return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     except KeyError as error:

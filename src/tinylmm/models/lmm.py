@@ -12,14 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.models.anyres import TiledConnector
 from tinylmm.models.connectors import Connector
 from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
 from tinylmm.models.vision import HFVisionTower
-
-IMAGE_TOKEN_ID = -200
-"""Placeholder in `input_ids`, one an image token; replaced by features before the first block, never embedded."""
 
 
 @dataclass
@@ -107,7 +105,7 @@ class LMM(nn.Module):
         Args:
             input_ids: (R, L) int64; `IMAGE_TOKEN_ID` marks image tokens.
             position_ids: (R, L) int64, restarting at 0 with each sample; attention never crosses a restart.
-            targets: (R, L) int64, the token to predict at each position, -100 where there is none (already shifted).
+            targets: (R, L) int64, the token to predict at each position, IGNORE_INDEX where there is none (already shifted).
             pixel_values: (N, 3, H, W), or
             image_features: (N, P, Dv), the frozen tower's output computed before; neither if no row has an image.
             image_sizes: (N, 2) int64, width and height of each image, where images are tiled; N is then T, the tiles of
@@ -120,7 +118,7 @@ class LMM(nn.Module):
         decoder = decoder_of(self.llm)
         # No attention mask: restarting positions are what transformers' mask builder reads packing from.
         hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
-        supervised = targets != -100
+        supervised = targets != IGNORE_INDEX
         loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised])
         if blank is None and self.training and torch.is_grad_enabled() and not loss_sum.requires_grad:
             blank = self._blank_features(embeddings)  # text alone through a frozen LLM: backward still needs a graph
@@ -190,47 +188,3 @@ class LMM(nn.Module):
         return cast(
             Tensor, self.connector(like.new_zeros(1, self.vision_tower.num_tokens, self.vision_tower.hidden_size))
         )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        image_features: Tensor | None,
-        max_new_tokens: int,
-        eos_token_id: int | list[int],
-        pad_token_id: int,
-        image_sizes: Tensor | None = None,
-    ) -> list[list[int]]:
-        """Continue prompts greedily and return the new token ids of each, without the end token.
-
-        Args:
-            prompts: token ids, with Q placeholders an image.
-            image_features: (N, P, Dv) in the order of the placeholders over all prompts.
-            image_sizes: (N, 2), where images are tiled, as in `forward`.
-        """
-        device = next(self.llm.parameters()).device
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), pad_token_id, device=device)
-        attention = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # left padding: every row's next token is at the same place
-            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            attention[row, width - len(prompt) :] = 1
-        embeddings, _ = self.embed(ids, None, image_features, image_sizes)
-        new_ids = self.llm.generate(  # type: ignore[operator]
-            inputs_embeds=embeddings,
-            attention_mask=attention,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-        return [_until(row, ends) for row in new_ids.tolist()]
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    for index, token in enumerate(ids):
-        if token in ends:
-            return ids[:index]
-    return ids

@@ -2,6 +2,7 @@
 
 Every block has its own number of heads and its own feed-forward width ("layer-wise scaling"); keys and values are shared
 by groups of heads, queries and keys are normalised a head at a time, and the head is the embedding table.
+Importing this module registers it with transformers' AutoConfig and AutoModelForCausalLM; nothing else treats it apart.
 Tensors are named as in Apple's released safetensors (`transformer.layers.0.attn.qkv_proj.weight`), which load as they are.
 
 Shapes: B rows, L new tokens, T tokens seen so far and new, D width, H and K query and key heads of a block, E width of a head.
@@ -9,13 +10,12 @@ Shapes: B rows, L new tokens, T tokens seen so far and new, D width, H and K que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -24,123 +24,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from tinylmm.models.openelm_config import OpenELMConfig
+
 NORM_EPS = 1e-6
 """Not part of OpenELM's config: a constant of its RMSNorm."""
-
-
-def make_divisible(value: float, divisor: int) -> int:
-    """Round to the nearest multiple of `divisor`, never to 0 and never down by more than a tenth (MobileNet's rule)."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
-
-
-def per_layer(multipliers: float | Sequence[float], layers: int, what: str) -> list[float]:
-    """Return one multiplier a layer: a number is the same for all, two are the ends of a line, rounded to 0.01.
-
-    Raises:
-        ValueError: there are neither one, nor two, nor `layers` of them.
-    """
-    if isinstance(multipliers, int | float):
-        return [float(multipliers)] * layers
-    values = [float(value) for value in multipliers]
-    if len(values) == layers:
-        return values
-    if len(values) != 2:
-        raise ValueError(
-            f"{what} has {len(values)} numbers; give one, the first and the last, or one for each of {layers} layers"
-        )
-    step = (values[1] - values[0]) / max(1, layers - 1)
-    return [round(values[0] + step * layer, 2) for layer in range(layers)]
-
-
-class OpenELMConfig(PreTrainedConfig):
-    """Fields of Apple's config.json, under Apple's names."""
-
-    model_type = "openelm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "model_dim",
-        "num_hidden_layers": "num_transformer_layers",
-        "max_position_embeddings": "max_context_length",
-    }
-
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        max_context_length: int = 2048,
-        num_transformer_layers: int = 12,
-        model_dim: int = 2048,
-        head_dim: int = 128,
-        qkv_multipliers: float | Sequence[float] = 1.0,
-        num_gqa_groups: int = 1,
-        ffn_multipliers: float | Sequence[float] = 4.0,
-        ffn_with_glu: bool = True,
-        ffn_dim_divisor: int = 256,
-        activation_fn_name: str = "swish",
-        normalize_qk_projections: bool = False,
-        share_input_output_layers: bool = False,
-        rope_freq_constant: float = 10000,
-        rope_max_length: int = 4096,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        **kwargs: Any,
-    ) -> None:
-        """Derive heads and feed-forward widths of every layer.
-
-        Args:
-            qkv_multipliers: width of a layer's queries / `model_dim`: for all layers, or of the first and last one.
-            num_gqa_groups: query heads that share one key head.
-            ffn_multipliers: feed-forward width / `model_dim`: for all layers, of the first and last one, or of each.
-            ffn_dim_divisor: feed-forward widths are multiples of it.
-            rope_max_length: kept for Apple's config.json alone; rotary angles are computed for any position.
-
-        Raises:
-            ValueError: the multipliers do not fit the layers, or a checkpoint's own lists of heads contradict them.
-        """
-        self.vocab_size = vocab_size
-        self.max_context_length = max_context_length
-        self.num_transformer_layers = num_transformer_layers
-        self.model_dim = model_dim
-        self.head_dim = head_dim
-        self.qkv_multipliers = qkv_multipliers
-        self.num_gqa_groups = num_gqa_groups
-        self.ffn_with_glu = ffn_with_glu
-        self.ffn_dim_divisor = ffn_dim_divisor
-        self.activation_fn_name = activation_fn_name
-        self.normalization_layer_name = kwargs.pop("normalization_layer_name", "rms_norm")
-        if self.normalization_layer_name != "rms_norm":
-            raise ValueError(
-                f"normalization_layer_name is {self.normalization_layer_name!r}; OpenELM has rms_norm only"
-            )
-        self.normalize_qk_projections = normalize_qk_projections
-        self.share_input_output_layers = share_input_output_layers
-        self.rope_freq_constant = rope_freq_constant
-        self.rope_max_length = rope_max_length
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-
-        qkv = per_layer(qkv_multipliers, num_transformer_layers, "qkv_multipliers")
-        heads = [make_divisible(model_dim * value, head_dim * num_gqa_groups) // head_dim for value in qkv]
-        given = kwargs.pop("num_query_heads", None)
-        if isinstance(given, list) and given != heads:
-            raise ValueError(f"num_query_heads is {given}, but qkv_multipliers {qkv_multipliers} give {heads}")
-        self.num_query_heads = heads
-        self.num_kv_heads = [count // num_gqa_groups for count in heads]
-        self.ffn_multipliers = per_layer(ffn_multipliers, num_transformer_layers, "ffn_multipliers")
-        for derived in ("num_kv_heads", "tie_word_embeddings", "auto_map"):  # auto_map names Apple's code; we run none
-            kwargs.pop(derived, None)
-        super().__init__(
-            tie_word_embeddings=share_input_output_layers,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
-
-    def ffn_width(self, layer: int) -> int:
-        """Return the width between the two projections of a layer's feed-forward part."""
-        return make_divisible(self.ffn_multipliers[layer] * self.model_dim, self.ffn_dim_divisor)
 
 
 class OpenELMRMSNorm(nn.Module):
@@ -408,3 +295,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+
+AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
+AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)

@@ -36,10 +36,10 @@ class Kind:
 KINDS = {
     "data": Kind(DataStage, 2, "tinylmm.stages.data"),
     "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss"),
-    "prepare": Kind(PrepareStage, 1, "tinylmm.stages.prepare", scratch=("scratch",)),
+    "prepare": Kind(PrepareStage, 2, "tinylmm.stages.prepare", scratch=("scratch",)),
     "train": Kind(
         TrainStage, 1, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
     ),
-    "eval": Kind(EvalStage, 2, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",)),
+    "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",)),
 }
 """Kind -> what it is; the names stand in digests and folder names."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.data.chat import ChatTemplate, get_template
 from tinylmm.data.check import Renderer, SourceFiles
 from tinylmm.data.images import ImageTransform, open_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
-from tinylmm.data.segments import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, Fault, UserError, suggestion
 from tinylmm.models.build import load_tokenizer
 from tinylmm.planning.fingerprints import checkpoint_fingerprint

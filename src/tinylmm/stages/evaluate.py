@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
+from tinylmm.data.slots import question
 from tinylmm.errors import ConfigError, DataError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -27,9 +27,11 @@ from tinylmm.evaluation.benchmarks.records import Answer, ImageRef, Item, Scores
 from tinylmm.evaluation.benchmarks.registry import get_benchmark
 from tinylmm.evaluation.images import cluster_of, content_keys, first_refs, open_image_ref
 from tinylmm.evaluation.score_rows import score_rows
-from tinylmm.generation.engine import Engine, Prompt, Reply, end_tokens, make_prompt
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.engine import Engine, Reply
+from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.devices import choose_device
+from tinylmm.models.devices import DTYPES, choose_device
 from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER
@@ -43,7 +45,6 @@ log = logging.getLogger(__name__)
 ANSWERS = "answers"
 GENERATIONS, SCORES = "generations.jsonl", "scores.json"
 MODES = ("image", "blind")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS_WAIT_S = 7 * 24 * 3600.0
 """Ranks meet when the slowest has answered its share; until then only a rank's end ends the others."""
 
@@ -130,8 +131,7 @@ def _answer(
     keys: Mapping[str, str],
 ) -> tuple[Engine, float]:
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
-    launch, tokenizer = job.settings.launch, loaded.tokenizer
-    template = get_template(job.spec.template)
+    launch, maker = job.settings.launch, PromptMaker(get_template(job.spec.template), loaded.tokenizer)
     refs = first_refs(items, keys)
     model = loaded.model
     sizes = {key: open_image_ref(ref).size for key, ref in refs.items()} if model.tiled else None
@@ -141,8 +141,8 @@ def _answer(
     engine = Engine(
         model,
         _Pixels(refs, ImageTransform(**loaded.description["image"])),
-        end_tokens(template, tokenizer),
-        job.spec.max_new_tokens,
+        maker.ends,
+        Sampling(max_new_tokens=job.spec.max_new_tokens),
         rows=launch.eval_batch,
         tokens=launch.eval_tokens,
         sizes=sizes,
@@ -151,11 +151,11 @@ def _answer(
     for item in items:
         images = [keys[ref.key] for ref in item.images] if mode == "image" else []
         tokens = [counts[key] for key in images]
-        prompts.append(make_prompt(item.item_id, item.prompt, images, template, tokenizer, tokens))
+        prompts.append(maker.prompt(item.item_id, [question(item.prompt, len(images))], images, tokens))
     done, began = 0, time.perf_counter()
     with AnswerFile(folder / f"rank{rank()}.jsonl") as file:
         for replies in engine.replies(prompts):
-            file.append(_row(mode, reply, tokenizer.decode) for reply in replies)
+            file.append(_row(mode, reply, maker) for reply in replies)
             done += len(replies)
             if rank() == 0:
                 speed = done / (time.perf_counter() - began)
@@ -174,11 +174,11 @@ class _Pixels:
         return self.transform(open_image_ref(self.refs[key]))
 
 
-def _row(mode: str, reply: Reply, decode: Callable[..., Any]) -> dict[str, Any]:
+def _row(mode: str, reply: Reply, maker: PromptMaker) -> dict[str, Any]:
     return {
         "mode": mode,
         "id": reply.item_id,
-        "text": str(decode(reply.ids, skip_special_tokens=True)).strip(),
+        "text": maker.text(reply.ids).strip(),
         "prompt_tokens": reply.prompt_tokens,
         "new_tokens": reply.new_tokens,
         "latency_s": round(reply.seconds, 4),

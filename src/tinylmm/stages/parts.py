@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinylmm.config.identities import PART_FILE
 from tinylmm.config.targets import resolve_target
-from tinylmm.data.chat import IGNORE_INDEX, get_template
+from tinylmm.constants import IGNORE_INDEX
+from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform, open_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.errors import ConfigError, DataError, Fault

@@ -23,7 +23,8 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from tinylmm.data.chat import IGNORE_INDEX, ChatTemplate, Rendered, get_template
+from tinylmm.constants import IGNORE_INDEX
+from tinylmm.data.chat import ChatTemplate, Rendered, get_template
 from tinylmm.data.image_names import embedded_path, is_embedded
 from tinylmm.data.images import check_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples

@@ -123,27 +123,16 @@ def build_trainer(
         sampler.accumulation,
         use_cpu=device.type == "cpu",
     )
+    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch.deepspeed_stage}
     loaded.model.touch_vision_always = world_size() > 1
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
-    if launch.packing and not loaded.model.packs:
-        log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
-    collator = Collator(
-        image_tokens=images.tokens,
-        pad_id=int(loaded.tokenizer.pad_token_id),
-        row_tokens=launch.row_tokens or spec.max_length,
-        packing=launch.packing and loaded.model.packs,
-        image=images.pixels if cache is None else None,
-        max_length=spec.max_length,
-        size=images.size if loaded.model.tiled else None,
-    )
-    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch.deepspeed_stage}
     trainer = LMMTrainer(
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=_WithFeatures(collator, cache) if cache is not None else collator,
+        collate=_collate(job, loaded, images, cache),
         checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, identity),
         learning_rates=peak_learning_rates(spec.lr),
         schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
@@ -156,6 +145,25 @@ def build_trainer(
             f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
+
+
+def _collate(
+    job: StageJob[TrainStage], loaded: LoadedModel, images: _Images, cache: FeatureCache | None
+) -> Collator | _WithFeatures:
+    """Return what makes batches of samples: with their images, or with the features that a frozen tower gave them."""
+    spec, launch, packs = job.spec, job.settings.launch, loaded.model.packs
+    if launch.packing and not packs:
+        log.info("packing is off: samples that share a row would see each other in %s", type(loaded.model.llm).__name__)
+    collator = Collator(
+        image_tokens=images.tokens,
+        pad_id=int(loaded.tokenizer.pad_token_id),
+        row_tokens=launch.row_tokens or spec.max_length,
+        packing=launch.packing and packs,
+        image=images.pixels if cache is None else None,
+        max_length=spec.max_length,
+        size=images.size if loaded.model.tiled else None,
+    )
+    return collator if cache is None else _WithFeatures(collator, cache)
 
 
 def _prepared(job: StageJob[TrainStage]) -> list[Path]:

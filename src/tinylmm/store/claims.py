@@ -13,15 +13,15 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from filelock import FileLock
 
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
-from tinylmm.store.provenance import ended_with_boot, is_running, now, this_process
+from tinylmm.store.provenance import Process, ended_with_boot, is_running, now, this_process
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -30,10 +30,19 @@ FIRST_POLL_SECONDS = 0.2
 LAST_POLL_SECONDS = 2.0
 POLL_GROWTH = 1.5
 
-Owner = dict[str, Any]
-"""What `provenance.this_process` says of the owner, with `since` (ISO 8601) and `token` (unique to one claim)."""
-
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner(Process):
+    """A process that holds a claim: `since` when (ISO 8601), `token` unique to one claim. The JSON of its file."""
+
+    since: str
+    token: str
+
+
+UNKNOWN = Owner(0, "?", None, None, 0.0, "?", "")
+"""Stands for whoever wrote a file that cannot be read; it is judged by its heartbeat alone."""
 
 
 class Claim:
@@ -58,7 +67,7 @@ class Claim:
         self._path = _owner_file(store_root, key)
         self._on_wait = on_wait
         self._heartbeat_seconds = heartbeat_seconds
-        self._owner: Owner = {}
+        self._owner = UNKNOWN
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -66,8 +75,8 @@ class Claim:
         seen: set[str] = set()
         pause = FIRST_POLL_SECONDS
         while (owner := self.try_acquire()) is not None:
-            if owner.get("token", "") not in seen:
-                seen.add(owner.get("token", ""))
+            if owner.token not in seen:
+                seen.add(owner.token)
                 log.info("%s is being worked on by %s; waiting", self.key, describe(owner))
                 if self._on_wait is not None:
                     self._on_wait(owner)
@@ -89,11 +98,11 @@ class Claim:
                 return present
             if present is not None:
                 log.warning("%s: taking over the claim of %s, which is gone", self.key, describe(present))
-            self._owner = {**this_process(), "since": now(), "token": secrets.token_hex(8)}
+            self._owner = Owner(**vars(this_process()), since=now(), token=secrets.token_hex(8))
             self._stop.clear()
             self.lost = False
             try:
-                write_atomic(self._path, json.dumps(self._owner, indent=1))
+                write_atomic(self._path, json.dumps(vars(self._owner), indent=1))
                 self._thread = threading.Thread(target=self._beat, name=f"claim-{self.key}", daemon=True)
                 self._thread.start()
             except BaseException:  # also a signal: a claim that nobody will give back must not stay
@@ -104,7 +113,7 @@ class Claim:
     def release(self) -> None:
         """Give the claim back; does nothing if it is not held, was lost, or came here through a fork."""
         self._stop.set()
-        if self._thread is None or self._owner.get("pid") != os.getpid():
+        if self._thread is None or self._owner.pid != os.getpid():
             return
         self._thread.join()
         self._thread = None
@@ -127,7 +136,7 @@ class Claim:
 
     def _is_ours(self) -> bool:
         owner = _read_owner(self._path)
-        return owner is not None and owner.get("token") == self._owner["token"]
+        return owner is not None and owner.token == self._owner.token
 
 
 def claim(store_root: Path, key: str, on_wait: Callable[[Owner], None] | None = None) -> Claim:
@@ -150,7 +159,7 @@ def held(store_root: Path, key: str) -> Owner | None:
 
 def describe(owner: Owner) -> str:
     """Return `process 17 on host since 2026-01-31T12:00:00.000+00:00`."""
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
+    return f"process {owner.pid or '?'} on {owner.host} since {owner.since}"
 
 
 def _owner_file(store_root: Path, key: str) -> Path:
@@ -163,14 +172,13 @@ def _lock(owner_file: Path) -> FileLock:
 
 
 def _read_owner(path: Path) -> Owner | None:
-    """Return the owner, None if there is no file, {} (judged by its heartbeat alone) if the file is garbage."""
+    """Return the owner, None if there is no file, UNKNOWN if the file is garbage."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}
+    except (ValueError, TypeError):
+        return UNKNOWN
 
 
 def _is_live(path: Path, owner: Owner) -> bool:

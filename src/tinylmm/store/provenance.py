@@ -12,10 +12,10 @@ import resource
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -23,59 +23,70 @@ from tinylmm.version import __version__
 
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 PID_NAMESPACE_LINK = Path("/proc/self/ns/pid")
-PROCESS_FIELDS = ("pid", "host", "boot_id", "pid_namespace", "process_start")
-"""What `this_process` says."""
 START_TOLERANCE_SECONDS = 2.0
 """The kernel's boot time, from which a start time is counted, wavers by a second when the clock is adjusted."""
 
 
-def this_process() -> dict[str, Any]:
-    """Return what identifies this process: pid, host, boot_id, pid_namespace, process_start (seconds after boot).
+@dataclass(frozen=True)
+class Process:
+    """What identifies a process, also after it has ended. The fields are those of JSON files.
 
-    `boot_id` and `pid_namespace` are None where the system has no such thing.
+    Attributes:
+        boot_id, pid_namespace: None where the system has no such thing.
+        process_start: seconds after boot.
     """
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "boot_id": BOOT_ID_FILE.read_text().strip() if BOOT_ID_FILE.exists() else None,
+
+    pid: int
+    host: str
+    boot_id: str | None
+    pid_namespace: str | None
+    process_start: float
+
+
+def this_process() -> Process:
+    """Return what identifies this process."""
+    return Process(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        boot_id=BOOT_ID_FILE.read_text().strip() if BOOT_ID_FILE.exists() else None,
         # Containers that share a host's name do not share its pids: there a pid proves nothing.
-        "pid_namespace": str(PID_NAMESPACE_LINK.readlink()) if PID_NAMESPACE_LINK.exists() else None,
-        "process_start": _start_after_boot(psutil.Process()),
-    }
+        pid_namespace=str(PID_NAMESPACE_LINK.readlink()) if PID_NAMESPACE_LINK.exists() else None,
+        process_start=_start_after_boot(psutil.Process()),
+    )
 
 
-def shares_pids(record: dict[str, Any]) -> bool:
-    """Whether the process of `record` would be seen from here by its pid: same host, boot and PID namespace."""
+def shares_pids(other: Process) -> bool:
+    """Whether a process would be seen from here by its pid: same host, boot and PID namespace."""
     here = this_process()
-    return all(record.get(name) == here[name] for name in ("host", "boot_id", "pid_namespace"))
+    return (other.host, other.boot_id, other.pid_namespace) == (here.host, here.boot_id, here.pid_namespace)
 
 
-def is_running(record: dict[str, Any]) -> bool | None:
+def is_running(recorded: Process) -> bool | None:
     """Whether the process that `this_process` described still runs; None if that cannot be seen from here.
 
     A reused pid (another start time) and a zombie count as not running.
     """
-    if not shares_pids(record):
+    if not shares_pids(recorded):
         return None
     try:
-        process = psutil.Process(record["pid"])
+        process = psutil.Process(recorded.pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return abs(_start_after_boot(process) - record["process_start"]) < START_TOLERANCE_SECONDS
+        return abs(_start_after_boot(process) - recorded.process_start) < START_TOLERANCE_SECONDS
     except psutil.NoSuchProcess:
-        return None if _is_hidden(record["pid"]) else False
+        return None if _is_hidden(recorded.pid) else False
 
 
-def ended_with_boot(record: dict[str, Any], last_sign: float) -> bool:
-    """Whether the process of `record` ran before this host's last boot, so that it must be gone.
+def ended_with_boot(recorded: Process, last_sign: float) -> bool:
+    """Whether a process ran before this host's last boot, so that it must be gone.
 
     Args:
-        record: what `this_process` said there.
+        recorded: what `this_process` said there.
         last_sign: when it last gave a sign of life, in seconds since the epoch. Hosts may share a name, so another boot
             alone proves nothing; silence since before this boot does.
     """
     here = this_process()
-    other_boot = record.get("host") == here["host"] and record.get("boot_id") != here["boot_id"]
+    other_boot = recorded.host == here.host and recorded.boot_id != here.boot_id
     return other_boot and last_sign < psutil.boot_time()
 
 

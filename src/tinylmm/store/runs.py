@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,7 +18,7 @@ from tinylmm.errors import IntegrityError, UserError
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import RUN_FILE, StoreLayout
 from tinylmm.store.provenance import (
-    PROCESS_FIELDS,
+    Process,
     ended_with_boot,
     is_running,
     iso,
@@ -75,7 +75,7 @@ class RunRecord:
         versions: of the software (`provenance.software_versions`).
         overrides: the words that the user gave.
         spec: the run's whole configuration, as plain JSON.
-        process: what `provenance.this_process` said; empty in an unreadable record.
+        process: what works or worked on it; None if the record does not say.
         problem: a sentence that says why run.json cannot be read; else empty.
     """
 
@@ -87,7 +87,7 @@ class RunRecord:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
-    process: Mapping[str, Any] = field(default_factory=dict)
+    process: Process | None = None
     problem: str = ""
 
     @property
@@ -98,7 +98,7 @@ class RunRecord:
     @property
     def host(self) -> str:
         """The host that the run was started on; empty if unknown."""
-        return str(self.process.get("host") or "")
+        return "" if self.process is None else self.process.host
 
     @property
     def trainings(self) -> tuple[StageRow, ...]:
@@ -117,7 +117,7 @@ class RunRecord:
             "versions": dict(self.versions),
             "overrides": list(self.overrides),
             "spec": dict(self.spec),
-            **self.process,
+            **(vars(self.process) if self.process else {}),
         }
 
 
@@ -133,9 +133,8 @@ def read_run(folder: Path) -> RunRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         run = _parsed(folder, content)
-        if run.status == "running" and (is_running(content) is False or ended_with_boot(content, path.stat().st_mtime)):
-            return replace(run, status="stopped")
-        return run
+        gone = run.process and (is_running(run.process) is False or ended_with_boot(run.process, path.stat().st_mtime))
+        return replace(run, status="stopped") if run.status == "running" and gone else run
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise IntegrityError(f"{path} cannot be read ({reason}).") from error
@@ -158,8 +157,13 @@ def _parsed(folder: Path, content: Mapping[str, Any]) -> RunRecord:
         content.get("versions") or {},
         tuple(content.get("overrides") or ()),
         content.get("spec") or {},
-        {key: content[key] for key in PROCESS_FIELDS if key in content},
+        _parsed_process(content),
     )
+
+
+def _parsed_process(content: Mapping[str, Any]) -> Process | None:
+    names = [one.name for one in fields(Process)]
+    return Process(**{name: content[name] for name in names}) if content.keys() >= set(names) else None
 
 
 def _parsed_row(content: Mapping[str, Any]) -> StageRow:
@@ -250,6 +254,11 @@ def read_runs(store_root: Path) -> list[RunRecord]:
     return sorted(map(_readable_or_not, folders), key=lambda run: (run.created, run.name), reverse=True)
 
 
+def describe(run: RunRecord) -> str:
+    """Return `process 17 on host`, who works or worked on a run."""
+    return f"process {run.process.pid if run.process else '?'} on {run.host or '?'}"
+
+
 def used_digests(store_root: Path) -> set[str]:
     """Return the digests of all stages that some run refers to: what `Store.gc` has to keep.
 
@@ -283,9 +292,9 @@ def _series(runs: Path, name: str) -> Iterator[str]:
             yield candidate  # whoever comes back here lost it to another process: it exists now, and is looked at
             continue
         run = _readable_or_not(runs / candidate)
-        if run.status == "running" and run.process.get("pid") != os.getpid():
+        if run.status == "running" and (run.process is None or run.process.pid != os.getpid()):
             raise UserError(
-                f"name: the run {candidate!r} is still running, as process {run.process.get('pid')} on {run.host} since "
+                f"name: the run {candidate!r} is still running, as {describe(run)} since "
                 f"{run.created}. Wait for it, stop it, or choose another name."
             )
         number += 1

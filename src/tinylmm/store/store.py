@@ -242,7 +242,7 @@ class Store:
     def _mark_if_whole(self, stage: Stage) -> bool:
         folder = self.folder(stage)
         owner = held(self.root, stage.key)
-        if owner is not None and owner.get("pid") != os.getpid():
+        if owner is not None and owner.pid != os.getpid():
             return False  # its publisher is about to mark it
         problems = check_files(folder, deep=True) or _digest_problems(folder, stage)
         for problem in problems:

@@ -65,7 +65,7 @@ def training_arguments(
         disable_tqdm=True,
         # Trainer quietly leaves DeepSpeed out where use_cpu is set; without a GPU it takes the CPU anyway.
         use_cpu=use_cpu and not launch.deepspeed_stage,
-        ddp_backend="gloo" if use_cpu and launch.backend == "torchrun" else None,
+        ddp_backend="gloo" if use_cpu and launch.nproc > 1 else None,
         dataloader_num_workers=launch.num_workers,
         remove_unused_columns=False,
         deepspeed=deepspeed_config(launch, spec, accumulation) if launch.deepspeed_stage else None,

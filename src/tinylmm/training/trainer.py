@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tinylmm.constants import IGNORE_INDEX
 from tinylmm.errors import IntegrityError, NonFiniteError
 from tinylmm.models.lmm import LMM
 from tinylmm.stop import stop_requested
@@ -103,7 +104,7 @@ class LMMTrainer(Trainer):
         for batch in batches:
             for extra in ("segment_ids", "num_samples", "image_paths"):
                 batch.pop(extra, None)
-        tokens = torch.stack([(batch["targets"] != -100).sum() for batch in batches]).sum().to(device)
+        tokens = torch.stack([(batch["targets"] != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
         if world_size() > 1:
             torch.distributed.all_reduce(tokens)
         return batches, tokens

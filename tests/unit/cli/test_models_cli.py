@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 
 from tests.builders import tiny_loaded
 from tests.foreign import foreign, write_factory_folders
-from tinylmm.cli.convert import Format, Layout
+from tinylmm.cli.convert import FORMATS, LAYOUTS
 from tinylmm.cli.main import app
-from tinylmm.convert.exporter import FORMATS
-from tinylmm.convert.importer import READERS
+from tinylmm.convert.format import all_formats
 from tinylmm.errors import UserError
 from tinylmm.generation.session import load
 from tinylmm.models.checkpoint import save_model
@@ -81,5 +80,7 @@ def test_import_and_export_tell_what_they_did(tmp_path: Path) -> None:
 
 
 def test_the_command_line_names_every_layout_and_format() -> None:
-    assert {layout.value for layout in Layout} == {"auto", *READERS}
-    assert {name.value for name in Format} == set(FORMATS)
+    formats = all_formats()
+    assert ("auto", *(name for known in formats for name in known.readers)) == LAYOUTS
+    assert tuple(name for known in formats for name in known.writers) == FORMATS
+    assert "factory-folders" in LAYOUTS and "hf" in FORMATS

@@ -22,7 +22,7 @@ from tinylmm.models.query_connectors import QFormerConnector
         ("transformers.Gemma3ForCausalLM", "transformers.models.gemma3.configuration_gemma3.Gemma3TextConfig"),
         ("transformers.SiglipVisionModel", "transformers.models.siglip.configuration_siglip.SiglipVisionConfig"),
         ("transformers.models.phi.modeling_phi.PhiForCausalLM", "transformers.models.phi.configuration_phi.PhiConfig"),
-        ("tinylmm.models.openelm.OpenELMForCausalLM", "tinylmm.models.openelm.OpenELMConfig"),
+        ("tinylmm.models.openelm.OpenELMForCausalLM", "tinylmm.models.openelm_config.OpenELMConfig"),
         ("tinylmm.models.mof.MoFEncoder", "tinylmm.models.mof.MoFConfig"),
         ("tinylmm.models.llm.HubCausalLM", None),
         ("no_such_package.Model", None),

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.builders import tiny_loaded
+from tests.builders import VISION, WIDTH, tiny_loaded
 from tests.foreign import foreign, write_factory_folders
-from tinylmm.convert.factory_writer import export_factory
-from tinylmm.convert.importer import import_checkpoint
+from tinylmm.convert.conversion import import_model, write_model
+from tinylmm.convert.format import Export
+from tinylmm.convert.formats import factory
 from tinylmm.errors import UserError
-from tinylmm.models.checkpoint import load_model
+from tinylmm.models.checkpoint import LoadedModel, load_model
+from tinylmm.models.connectors import Connector
+from tinylmm.models.query_connectors import PerceiverConnector, QFormerConnector
 
 NAMES = ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "google/siglip-so400m-patch14-384")
 
@@ -22,8 +25,10 @@ NAMES = ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "google/siglip-so400m-patch14-384
 @pytest.mark.parametrize("folders", [False, True], ids=["merged", "folders"])
 def test_a_model_goes_to_the_factory_and_comes_back_equal(tmp_path: Path, folders: bool) -> None:
     loaded = tiny_loaded()
-    report = export_factory(loaded, tmp_path / "factory", torch.float32, folders, *NAMES)
-    imported = import_checkpoint(tmp_path / "factory", tmp_path / "again")
+    report = write_model(
+        loaded, tmp_path / "factory", "factory-folders" if folders else "factory", torch.float32, *NAMES
+    )
+    imported = import_model(tmp_path / "factory", tmp_path / "again")
     assert imported.layout == ("factory-folders" if folders else "factory") and not imported.ignored
     again = load_model(tmp_path / "again", [])
     before = loaded.model.state_dict() | loaded.model.vision_tower.whole_encoder_state()
@@ -37,7 +42,7 @@ def test_a_model_goes_to_the_factory_and_comes_back_equal(tmp_path: Path, folder
 
 
 def test_the_merged_save_has_the_factorys_names(tmp_path: Path) -> None:
-    export_factory(tiny_loaded(), tmp_path / "factory", torch.float16, False, *NAMES)
+    write_model(tiny_loaded(), tmp_path / "factory", "factory", torch.float16, *NAMES)
     tensors = load_file(tmp_path / "factory/model.safetensors")
     assert {
         "language_model.model.layers.0.mlp.up_proj.weight",
@@ -53,11 +58,49 @@ def test_the_merged_save_has_the_factorys_names(tmp_path: Path) -> None:
     assert config["llm_model_name_or_path"] == NAMES[0] and config["vision_config"]["model_name_or_path"] == NAMES[1]
 
 
+def loaded_with(connector: Connector, name: str, **options: object) -> LoadedModel:
+    loaded = tiny_loaded()
+    loaded.model.connector = connector
+    loaded.description["connector"] = {"_target_": f"tinylmm.models.query_connectors.{name}", "options": options}
+    return loaded
+
+
+def test_a_resampler_goes_with_its_number_of_queries_and_layers(tmp_path: Path) -> None:
+    options = {"num_queries": 5, "depth": 2}
+    loaded = loaded_with(PerceiverConnector(VISION["hidden_size"], WIDTH, **options), "PerceiverConnector", **options)
+    write_model(loaded, tmp_path / "factory", "factory", torch.float32, *NAMES)
+    config = json.loads((tmp_path / "factory/config.json").read_text())
+    assert [config[key] for key in ("connector_type", "num_queries", "num_resampler_layers")] == ["resampler", 5, 2]
+    import_model(tmp_path / "factory", tmp_path / "again")
+    again = load_model(tmp_path / "again", []).model
+    assert again.image_tokens == 5
+    before, after = loaded.model.connector.state_dict(), again.connector.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_the_factory_cannot_have_is_refused_with_every_reason(tmp_path: Path) -> None:
+    few = PerceiverConnector(VISION["hidden_size"], WIDTH, num_queries=5, heads=4)
+    loaded = loaded_with(few, "PerceiverConnector", num_queries=5, heads=4, init="normal")
+    with pytest.raises(UserError) as raised:
+        write_model(loaded, tmp_path / "a", "factory", torch.float32)
+    text = str(raised.value)
+    assert "this model cannot be a checkpoint of TinyLLaVA Factory" in text and "give --llm and --tower" in text
+    assert "PerceiverConnector with heads=4, which the Factory's resampler cannot have" in text
+    small = {"hidden_size": 24, "layers": 2, "heads": 2}
+    queries = QFormerConnector(VISION["hidden_size"], WIDTH, num_queries=5, **small)
+    trained = loaded_with(queries, "QFormerConnector", num_queries=5)
+    assert factory.obstacles(Export(trained, torch.float32, *NAMES)) == []
+    with torch.no_grad():
+        queries.qformer.layernorm.bias += 1
+    reasons = factory.obstacles(Export(trained, torch.float32, *NAMES))
+    assert reasons == ["the norm of the Q-Former's queries was trained, and the Factory's has no weights."]
+
+
 def test_names_are_asked_for_unless_the_model_was_imported_with_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --llm and --tower"):
-        export_factory(tiny_loaded(), tmp_path / "a", torch.float32, False, None, None)
+        write_model(tiny_loaded(), tmp_path / "a", "factory", torch.float32)
     write_factory_folders(tmp_path / "source", foreign())
-    import_checkpoint(tmp_path / "source", tmp_path / "model")
-    export_factory(load_model(tmp_path / "model", []), tmp_path / "b", torch.float32, False, None, None)
+    import_model(tmp_path / "source", tmp_path / "model")
+    write_model(load_model(tmp_path / "model", []), tmp_path / "b", "factory", torch.float32)
     config = json.loads((tmp_path / "b/config.json").read_text())
     assert config["llm_model_name_or_path"] == NAMES[0] and config["vision_feature_select_strategy"] == "patch"

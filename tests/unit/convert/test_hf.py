@@ -21,18 +21,28 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.builders import LLAMA, VISION, WIDTH, tiny_loaded, tiny_tower
+from tests.builders import LLAMA, VISION, VOCAB, WIDTH, tiny_loaded, tiny_tower
 from tests.foreign import PHI
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.chat_template import jinja_template, messages
-from tinylmm.convert.hf_writer import export_hf, obstacles
-from tinylmm.convert.importer import import_checkpoint
-from tinylmm.data.chat import IMAGE_TOKEN_ID, TEMPLATES, Turn
+from tinylmm.convert.conversion import ExportReport, import_model, write_model
+from tinylmm.convert.format import Export
+from tinylmm.convert.formats.hf import obstacles
+from tinylmm.data.chat import TEMPLATES, Turn
 from tinylmm.data.images import ImageTransform
 from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.connectors import LinearConnector, MLPConnector
 from tinylmm.models.lmm import LMM
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig
+
+
+def export_hf(loaded: LoadedModel, folder: Path, dtype: torch.dtype = torch.float32) -> ExportReport:
+    return write_model(loaded, folder, "hf", dtype)
+
 
 CLIP = {"select_layer": -1, "select": "patch", "drop_first_token": False}
 
@@ -88,14 +98,14 @@ def test_transformers_alone_gives_the_same_logits_from_words_and_image(
     tmp_path: Path, llm: Any, kind: str, mode: str, tower: dict[str, Any]
 ) -> None:
     loaded = loaded_with(llm(), kind, mode, **tower)
-    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    report = export_hf(loaded, tmp_path / "hf")
     assert report.difference is not None and report.difference < 1e-5 and report.notes == []
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]
     ours, theirs = ours_and_theirs(loaded, tmp_path / "hf", turns, Image.fromarray(pixels))
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    import_model(tmp_path / "hf", tmp_path / "again")
     again = load_model(tmp_path / "again", [])
     before, after = loaded.model.state_dict(), again.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -107,12 +117,12 @@ def test_a_full_vocabulary_gets_rows_for_the_image_token_and_loses_them_again(tm
     loaded = tiny_loaded()
     rows = len(loaded.tokenizer)
     loaded.model.llm.resize_token_embeddings(rows, mean_resizing=False)
-    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    report = export_hf(loaded, tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["image_token_index"] == rows and config["text_config"]["vocab_size"] % 64 == 0
     assert any("rows of zeros" in note for note in report.notes)
     assert json.loads((tmp_path / "hf/generation_config.json").read_text())["suppress_tokens"] == [rows]
-    import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    import_model(tmp_path / "hf", tmp_path / "again")
     assert torch.equal(load_model(tmp_path / "again", []).model.llm.lm_head.weight, loaded.model.llm.lm_head.weight)
 
 
@@ -122,26 +132,66 @@ def test_a_narrow_dtype_is_written_and_still_compared(tmp_path: Path) -> None:
     assert (tmp_path / "hf/model.safetensors").stat().st_size < 150_000  # fp32 takes 260 kB
 
 
+def test_rounding_weights_leaves_rotary_frequencies_as_transformers_computes_them(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    with torch.no_grad():  # sharp attention, so that positions matter
+        for layer in loaded.model.llm.model.layers:
+            layer.self_attn.q_proj.weight *= 30
+            layer.self_attn.k_proj.weight *= 30
+    frequencies = loaded.model.llm.model.rotary_emb.inv_freq.clone()
+    report = export_hf(loaded, tmp_path / "hf", torch.bfloat16)
+    assert report.difference is not None and report.difference < 1e-5
+    assert torch.equal(loaded.model.llm.model.rotary_emb.inv_freq, frequencies)
+
+
+def test_an_llm_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
+    shape = {"model_dim": WIDTH, "num_transformer_layers": 2, "head_dim": 8, "vocab_size": VOCAB, "ffn_dim_divisor": 8}
+    loaded = loaded_with(OpenELMForCausalLM(OpenELMConfig(**shape)))
+    with pytest.raises(UserError, match=r"AutoModel builds from its config, and OpenELMForCausalLM is none"):
+        export_hf(loaded, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vision_feature_select_strategy", "mean", "vision_feature_select_strategy=mean; importable are one layer"),
+        ("vision_feature_layer", [-2, -5], r"vision_feature_layer=\[-2, -5\]"),
+        ("projector_hidden_act", "silu", "projector_hidden_act=silu"),
+        ("image_token_index", "many", "config.json is no LlavaConfig"),
+    ],
+)
+def test_settings_that_cannot_be_kept_are_refused_by_name(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    export_hf(tiny_loaded(), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | {field: value}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        import_model(tmp_path / "hf", tmp_path / "model")
+
+
 def test_what_the_class_cannot_hold_is_refused_with_every_reason(tmp_path: Path) -> None:
     phi = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4))
     nn.init.ones_(phi.lm_head.bias)
     loaded = loaded_with(phi, "clip", connector=LinearConnector(24, WIDTH), drop_first_token=True)
     with pytest.raises(UserError) as raised:
-        export_hf(loaded, tmp_path / "hf", torch.float32)
+        export_hf(loaded, tmp_path / "hf")
     text = str(raised.value)
     assert "this connector is LinearConnector" in text and "drops two" in text
     assert "output layer has no bias, and that of PhiForCausalLM has one" in text
     assert not list(tmp_path.iterdir())
-    three = loaded_with(phi, connector=MLPConnector(24, WIDTH, depth=3)).model
-    assert any("MLPConnector of 3 linear layers" in reason for reason in obstacles(three))
+    three = loaded_with(phi, connector=MLPConnector(24, WIDTH, depth=3))
+    assert any("MLPConnector of 3 linear layers" in reason for reason in obstacles(Export(three, torch.float32)))
     gemma = Gemma2ForCausalLM(Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.5)).eval()
-    assert any("final_logit_softcapping is 0.5" in reason for reason in obstacles(loaded_with(gemma).model))
+    assert any(
+        "final_logit_softcapping is 0.5" in reason for reason in obstacles(Export(loaded_with(gemma), torch.float32))
+    )
 
 
 def test_a_phi_whose_bias_is_zero_fits(tmp_path: Path) -> None:
     phi = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4))
     nn.init.zeros_(phi.lm_head.bias)
-    report = export_hf(loaded_with(phi), tmp_path / "hf", torch.float32)
+    report = export_hf(loaded_with(phi), tmp_path / "hf")
     assert report.difference is not None and report.difference < 1e-5
 
 
@@ -153,6 +203,15 @@ def test_jinja_renders_what_the_template_renders_and_captions_have_none() -> Non
         assert (source is None) == (name in ("pretrain", "plain")), name
 
 
+def test_the_jinja_of_a_question_that_is_only_an_image_has_no_newline_behind_it() -> None:
+    source = jinja_template(TEMPLATES["llama"])
+    for user in ("<image>", "<image>\n\n", "\n<image>"):
+        turns = [Turn(user, "Two ducks."), Turn(user, None)]
+        (text,), _ = render_jinja_template([messages(turns)], chat_template=source, add_generation_prompt=True)
+        assert text == TEMPLATES["llama"].text(turns)
+        assert text.endswith(" USER: <image> ASSISTANT: Two ducks.</s>USER: <image> ASSISTANT:")
+
+
 def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     loaded = tiny_loaded()
     loaded.tokenizer.chat_template = (
@@ -160,7 +219,7 @@ def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -
         "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
     loaded.model.template = loaded.description["template"] = "native"
-    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    report = export_hf(loaded, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]
     text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)

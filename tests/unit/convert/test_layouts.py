@@ -29,9 +29,10 @@ from tests.foreign import (
     write_merged,
     write_pickle,
 )
-from tinylmm.convert.configs import choose_template, flat_llm_config, known_tower, known_tower_config
+from tinylmm.convert.configs import flat_llm_config, known_tower, known_tower_config
 from tinylmm.convert.parts import build_part
 from tinylmm.convert.source import open_source
+from tinylmm.convert.tokenizer import choose_template
 from tinylmm.errors import DataError, UserError
 from tinylmm.models.checkpoint import LoadedModel
 

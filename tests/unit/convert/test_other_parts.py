@@ -13,11 +13,10 @@ from transformers import Dinov2Config, Dinov2Model, GemmaConfig, GemmaForCausalL
 from tests.builders import LLAMA, VISION, VOCAB, WIDTH
 from tests.foreign import Foreign, factory_config, factory_tensors, foreign, load_imported, our_logits, write_merged
 from tinylmm.convert.connectors import QFORMER, RESAMPLER, from_ours
-from tinylmm.convert.factory_writer import export_factory
-from tinylmm.convert.hf_writer import export_hf
-from tinylmm.convert.importer import import_checkpoint
+from tinylmm.convert.conversion import import_model, write_model
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig
 from tinylmm.models.query_connectors import PerceiverConnector, QFormerConnector
 
 BEFORE, AFTER = [5, 6, 7], [8, 9, 10, 11]
@@ -62,8 +61,8 @@ def test_openelm_comes_in_goes_out_and_comes_in_equal(tmp_path: Path) -> None:
     parts.llm = OpenELMForCausalLM(OpenELMConfig(**shape, share_input_output_layers=True)).eval()
     loaded = imported(tmp_path, parts)
     same_logits(parts, loaded)
-    export_factory(loaded, tmp_path / "back", torch.float32, False, None, None)
-    import_checkpoint(tmp_path / "back", tmp_path / "again")
+    write_model(loaded, tmp_path / "back", "factory", torch.float32)
+    import_model(tmp_path / "back", tmp_path / "again")
     before, after = loaded.model.state_dict(), load_model(tmp_path / "again", []).model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -78,7 +77,7 @@ def test_gemma_scales_image_features_as_it_was_trained_and_exports_so(tmp_path: 
         last.weight *= WIDTH**0.5
         last.bias *= WIDTH**0.5
     same_logits(parts, loaded)
-    report = export_hf(loaded, tmp_path / "hf", torch.float32)
+    report = write_model(loaded, tmp_path / "hf", "hf", torch.float32)
     assert report.difference is not None and report.difference < 1e-5
 
 

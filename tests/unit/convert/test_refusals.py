@@ -19,7 +19,7 @@ from tests.foreign import (
     write_factory_folders,
     write_merged,
 )
-from tinylmm.convert.importer import import_checkpoint
+from tinylmm.convert.conversion import import_model
 from tinylmm.convert.lora import merge_lora, read_adapter
 from tinylmm.convert.tensors import read_file, read_weights
 from tinylmm.errors import DataError, UserError
@@ -42,7 +42,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_nothing(tmp_path: Path
     payload = {"_connector.0.weight": torch.ones(1), "x": Malicious(witness)}
     torch.save(payload, evil, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(UserError, match=r"connector/pytorch_model\.bin is refused: .*posix.*could run code"):
-        import_checkpoint(tmp_path / "factory", tmp_path / "model")
+        import_model(tmp_path / "factory", tmp_path / "model")
     assert not witness.exists() and not (tmp_path / "model").exists()
     torch.load(evil, weights_only=False)  # the trap is live
     assert witness.exists()
@@ -73,7 +73,7 @@ def test_every_tensor_has_a_place_and_every_place_a_tensor(tmp_path: Path) -> No
     for name, (changed, message) in cases.items():
         write_merged(tmp_path / name, config, changed)
         with pytest.raises(UserError, match=message):
-            import_checkpoint(tmp_path / name, tmp_path / "model")
+            import_model(tmp_path / name, tmp_path / "model")
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".model*"))
 
 
@@ -83,7 +83,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     tensors["language_model.lm_head.weight"] += 1
     write_merged(tmp_path / "tied", factory_config(parts), tensors)
     with pytest.raises(UserError, match=r"the config ties .*lm_head\.weight.*but their tensors differ"):
-        import_checkpoint(tmp_path / "tied", tmp_path / "model")
+        import_model(tmp_path / "tied", tmp_path / "model")
 
 
 def test_settings_that_cannot_be_kept_are_refused_by_name(tmp_path: Path) -> None:
@@ -97,15 +97,15 @@ def test_settings_that_cannot_be_kept_are_refused_by_name(tmp_path: Path) -> Non
     for key, (value, message) in wrong.items():
         (tmp_path / "factory/config.json").write_text(json.dumps(factory_config(parts, **{key: value})))
         with pytest.raises(UserError, match=message):
-            import_checkpoint(tmp_path / "factory", tmp_path / "model")
+            import_model(tmp_path / "factory", tmp_path / "model")
     write_merged(tmp_path / "llava", llava_config(parts, mm_patch_merge_type="spatial_unpad"), llava_tensors(parts))
     with pytest.raises(UserError, match="mm_patch_merge_type=spatial_unpad"):
-        import_checkpoint(tmp_path / "llava", tmp_path / "model")
+        import_model(tmp_path / "llava", tmp_path / "model")
     with pytest.raises(UserError, match=r"unknown layout 'factry'\. Did you mean 'factory'"):
-        import_checkpoint(tmp_path / "llava", tmp_path / "model", layout="factry")
+        import_model(tmp_path / "llava", tmp_path / "model", layout="factry")
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        import_checkpoint(tmp_path / "llava", tmp_path / "model")
+        import_model(tmp_path / "llava", tmp_path / "model")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from tinylmm.data.chat import IGNORE_INDEX, IMAGE_TOKEN_ID, TEMPLATES, VICUNA_SYSTEM, Turn, get_template
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.data.chat import TEMPLATES, VICUNA_SYSTEM, Turn, get_template
 from tinylmm.errors import ConfigError, UserError
 
 CORPUS = [

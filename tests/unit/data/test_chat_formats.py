@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinylmm.data.chat import IGNORE_INDEX, IMAGE_TOKEN_ID, TEMPLATES, Turn, get_template
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.data.chat import TEMPLATES, Turn, get_template
 from tinylmm.errors import UserError
 
 CORPUS = ["A chat between a curious user and an assistant. USER: what is it? ASSISTANT: The cat is black.\n"] * 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinylmm.data.chat import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.data.collate import Collator, sample_length, supervised_after_cut
 from tinylmm.errors import DataError
 

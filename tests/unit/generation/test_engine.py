@@ -29,18 +29,24 @@ from transformers import (
 )
 
 from tests.builders import IMAGE_SIZE, LLAMA, VOCAB, WIDTH, tiny_lmm, tiny_tower
-from tinylmm.data.chat import IMAGE_TOKEN_ID
+from tests.reference import generate
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import StoppedError
-from tinylmm.generation import decode
-from tinylmm.generation import engine as generate
-from tinylmm.generation.decode import cache_kind, decode_alone
-from tinylmm.generation.engine import Engine, Prompt, Reply
+from tinylmm.generation import cache, choose, decode
+from tinylmm.generation import engine as generation
+from tinylmm.generation.cache import cache_kind
+from tinylmm.generation.choose import Chooser, Sampling
+from tinylmm.generation.decode import decode_alone
+from tinylmm.generation.engine import Engine, Reply
+from tinylmm.generation.prompts import Prompt
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig
 
 ENDS = frozenset({1})
 NEW = 7
+GREEDY = Sampling(max_new_tokens=NEW)
 SYSTEM = (5, 6, 7, 8, 9)
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 OPENELM = {"vocab_size": VOCAB, "model_dim": WIDTH, "num_transformer_layers": 2, "head_dim": 8, "ffn_dim_divisor": 8}
@@ -92,7 +98,7 @@ def answers(engine: Engine, prompts: list[Prompt]) -> dict[str, list[int]]:
 def reference(model: LMM, prompt: Prompt) -> list[int]:
     """What transformers' own greedy generation says to one prompt, alone."""
     features = model.tower_features(torch.stack([pixels(key) for key in prompt.images])) if prompt.images else None
-    return model.generate([list(prompt.ids)], features, NEW, 1, 3)[0]
+    return generate(model, [list(prompt.ids)], features, NEW, 1, 3)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +115,7 @@ def test_answers_are_those_of_plain_generation_in_any_batch_with_and_without_sha
         (64, 60, True),
         (8, 10**6, False),
     ):
-        engine = Engine(model, pixels, ENDS, NEW, rows=rows, tokens=tokens, share=share)
+        engine = Engine(model, pixels, ENDS, GREEDY, rows=rows, tokens=tokens, share=share)
         assert answers(engine, prompts) == expected, (rows, tokens, share)
         assert engine.images_encoded == 4
 
@@ -117,17 +123,17 @@ def test_answers_are_those_of_plain_generation_in_any_batch_with_and_without_sha
 def test_an_order_of_prompts_does_not_change_answers() -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
-    first = answers(Engine(model, pixels, ENDS, NEW), prompts)
-    assert answers(Engine(model, pixels, ENDS, NEW), prompts[::-1]) == first
+    first = answers(Engine(model, pixels, ENDS, GREEDY), prompts)
+    assert answers(Engine(model, pixels, ENDS, GREEDY), prompts[::-1]) == first
 
 
 def test_near_ties_are_settled_by_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
-    expected = answers(Engine(model, pixels, ENDS, NEW), prompts)
+    expected = answers(Engine(model, pixels, ENDS, GREEDY), prompts)
     plain = decode_batch_calls(monkeypatch)
-    monkeypatch.setitem(decode.TIE, torch.float32, 10.0)  # every lead is now a near-tie
-    engine = Engine(model, pixels, ENDS, NEW)
+    monkeypatch.setitem(choose.TIE, torch.float32, 10.0)  # every lead is now a near-tie
+    engine = Engine(model, pixels, ENDS, GREEDY)
     replies: list[Reply] = [reply for batch in engine.replies(prompts) for reply in batch]
     assert plain  # batches were tried first
     assert engine.near_ties == len(prompts) and all(reply.alone for reply in replies)
@@ -137,13 +143,13 @@ def test_near_ties_are_settled_by_decoding_alone(monkeypatch: pytest.MonkeyPatch
 def decode_batch_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the rows of every batch."""
     rows: list[int] = []
-    real = generate.decode_batch
+    real = generation.decode
 
-    def recorded(llm, cache, past, embeddings, *more):  # type: ignore[no-untyped-def]
-        rows.append(len(embeddings))
-        return real(llm, cache, past, embeddings, *more)
+    def recorded(llm, start, *more):  # type: ignore[no-untyped-def]
+        rows.append(len(start.embeddings))
+        return real(llm, start, *more)
 
-    monkeypatch.setattr(generate, "decode_batch", recorded)
+    monkeypatch.setattr(generation, "decode", recorded)
     return rows
 
 
@@ -155,26 +161,26 @@ def test_rounding_in_a_batch_stays_far_below_what_counts_as_a_near_tie() -> None
     past = rows[0][:, :12]
     with torch.no_grad():
         alone = [model.llm(inputs_embeds=torch.cat([past, row], 1)).logits[0, -1] for row in rows]
-        cache = decode.select_rows(decode.prefill(model.llm, past), torch.zeros(6, dtype=torch.long))
+        kept = cache.select_rows(cache.prefill(model.llm, past), torch.zeros(6, dtype=torch.long))
         width = max(row.shape[1] for row in rows)
         padded = torch.stack([torch.cat([torch.zeros(width - row.shape[1], WIDTH), row[0]]) for row in rows])
         pads = torch.tensor([width - row.shape[1] for row in rows])[:, None]
         mask = torch.cat([torch.ones(6, 12), (torch.arange(width) >= pads).float()], 1).long()
         positions = 12 + (torch.arange(width) - pads).clamp(min=0)
-        together = decode._next_logits(model.llm, {"inputs_embeds": padded}, mask, positions, cache)
+        together = decode._next_logits(model.llm, {"inputs_embeds": padded}, mask, positions, kept)
     largest = torch.stack(alone).abs().amax(-1, keepdim=True)
-    assert float(((together - torch.stack(alone)).abs() / largest).max()) < decode.TIE[torch.float32] / 10
+    assert float(((together - torch.stack(alone)).abs() / largest).max()) < choose.TIE[torch.float32] / 10
 
 
 def test_batches_keep_to_both_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
     sizes = decode_batch_calls(monkeypatch)
-    answers(Engine(model, pixels, ENDS, NEW, rows=5, tokens=10**6), prompts)
+    answers(Engine(model, pixels, ENDS, GREEDY, rows=5, tokens=10**6), prompts)
     assert max(sizes) == 5
     sizes.clear()
     longest = max(len(prompt.ids) for prompt in prompts) + NEW
-    replies = list(Engine(model, pixels, ENDS, NEW, rows=64, tokens=3 * longest).replies(prompts))
+    replies = list(Engine(model, pixels, ENDS, GREEDY, rows=64, tokens=3 * longest).replies(prompts))
     assert max(sizes) > 1
     for batch in replies:
         assert len(batch) * max(reply.prompt_tokens + NEW for reply in batch) <= 3 * longest
@@ -183,8 +189,8 @@ def test_batches_keep_to_both_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_models_whose_cache_can_be_shared_share_it(caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
-    expected = answers(Engine(model, pixels, ENDS, NEW), prompts)
-    engine = Engine(model, pixels, ENDS, NEW)
+    expected = answers(Engine(model, pixels, ENDS, GREEDY), prompts)
+    engine = Engine(model, pixels, ENDS, GREEDY)
     engine.kind = replace(engine.kind, shareable=False, why="the cache has layers of kind Odd")
     assert answers(engine, prompts) == expected
     assert "one by one: the cache has layers of kind Odd" in caplog.text
@@ -200,7 +206,7 @@ def test_prompts_beyond_a_length_dependent_rotary_embedding_are_answered_alone(
     stretched = model_of(LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=rope)))
     assert cache_kind(stretched.llm).long_from == 16
     prompts = ask(stretched)
-    engine = Engine(stretched, pixels, ENDS, NEW)
+    engine = Engine(stretched, pixels, ENDS, GREEDY)
     found = answers(engine, prompts[:4])
     assert "rotary embedding changes with the length" in caplog.text and engine.exact
     assert found == {prompt.item_id: reference(stretched, prompt) for prompt in prompts[:4]}
@@ -209,7 +215,7 @@ def test_prompts_beyond_a_length_dependent_rotary_embedding_are_answered_alone(
 def test_a_narrow_type_promises_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(FAMILIES["llama"]()).to(torch.bfloat16)  # type: ignore[arg-type]
     prompts = ask(model)
-    engine = Engine(model, lambda key: pixels(key).bfloat16(), ENDS, NEW)
+    engine = Engine(model, lambda key: pixels(key).bfloat16(), ENDS, GREEDY)
     assert not engine.exact
     assert set(answers(engine, prompts)) == {prompt.item_id for prompt in prompts}
     assert "bfloat16: answers may differ" in caplog.text
@@ -219,9 +225,9 @@ def test_a_stop_ends_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FAMILIES["llama"]())
     done = 0
     with pytest.raises(StoppedError, match="continues with the questions not answered"):
-        for batch in Engine(model, pixels, ENDS, NEW, rows=2).replies(ask(model)):
+        for batch in Engine(model, pixels, ENDS, GREEDY, rows=2).replies(ask(model)):
             done += len(batch)
-            monkeypatch.setattr(generate, "stop_requested", lambda: True)
+            monkeypatch.setattr(generation, "stop_requested", lambda: True)
     assert done == 2
 
 
@@ -230,15 +236,15 @@ def test_damaged_weights_are_an_error_and_no_answer() -> None:
     with torch.no_grad():
         model.llm.get_output_embeddings().weight[4] = float("nan")  # type: ignore[operator]
     with pytest.raises(FloatingPointError, match="not finite"):
-        answers(Engine(model, pixels, ENDS, NEW), ask(model))
+        answers(Engine(model, pixels, ENDS, GREEDY), ask(model))
     with pytest.raises(FloatingPointError):
-        decode_alone(model.llm, torch.zeros(1, 3, WIDTH), ENDS, NEW)
+        next(decode_alone(model.llm, torch.zeros(1, 3, WIDTH), Chooser(GREEDY, 1, torch.device("cpu")), ENDS, NEW))
 
 
 def test_a_rotary_embedding_with_a_memory_promises_nothing(caplog: pytest.LogCaptureFixture) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 16}, rope_parameters=rope)  # type: ignore[arg-type]
     model = model_of(LlamaForCausalLM(config))
-    engine = Engine(model, pixels, ENDS, NEW)
+    engine = Engine(model, pixels, ENDS, GREEDY)
     answers(engine, ask(model)[:2])
     assert not engine.exact and "depends on what was asked before" in caplog.text

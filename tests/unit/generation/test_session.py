@@ -11,10 +11,13 @@ from torch import nn
 
 import tinylmm
 from tests.builders import tiny_loaded
-from tinylmm.data.chat import IMAGE_TOKEN_ID, TEMPLATES, Turn
+from tests.reference import generate
+from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.data.chat import TEMPLATES, Turn
 from tinylmm.errors import DataError, UserError
-from tinylmm.generation.sampling import Sampling
-from tinylmm.generation.session import ChatModel, Exchange
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.session import ChatModel, Exchange, _Loaded
 from tinylmm.models.anyres import with_tiles
 from tinylmm.models.checkpoint import save_model
 
@@ -36,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 
 def by_generate(model: ChatModel, turns: list[Turn], images: list[Image.Image]) -> str:
-    """The answer by the evaluation's own path, from ids put together by hand."""
+    """The answer by transformers' own generation, from ids put together by hand."""
     ids = TEMPLATES["llama"].render_prompt(turns, model.tokenizer)
     row = [t for i in ids for t in ([i] * model.model.image_tokens if i == IMAGE_TOKEN_ID else [i])]
     features = None
@@ -45,7 +48,7 @@ def by_generate(model: ChatModel, turns: list[Turn], images: list[Image.Image]) 
             features = model.model.vision_tower(
                 torch.stack([model.transform(image.convert("RGB")) for image in images])
             )
-    [new] = model.model.generate([row], features, N, model.tokenizer.eos_token_id, model.tokenizer.pad_token_id)
+    [new] = generate(model.model, [row], features, N, model.tokenizer.eos_token_id, model.tokenizer.pad_token_id)
     return model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -93,15 +96,20 @@ def test_an_answer_stops_at_any_of_the_end_tokens_and_its_neighbour_goes_on(
     prompts = ["Who?", "Who are you, and what is it?"]
     whole = [tokens_of(model, prompt) for prompt in prompts]
     end = next(token for token in whole[0][2:] if token not in whole[0][:2] and token not in whole[1])
-    monkeypatch.setattr(model, "_ends", {*model._ends, end})
+    monkeypatch.setattr(model.prompts, "ends", model.prompts.ends | {end})
     short, other = model.chat_batch(prompts, max_new_tokens=N)
-    assert short == model._text(whole[0][: whole[0].index(end)]).strip() == model.chat(prompts[0], max_new_tokens=N)
-    assert other == model._text(whole[1]).strip()
+    assert (
+        short == model.prompts.text(whole[0][: whole[0].index(end)]).strip() == model.chat(prompts[0], max_new_tokens=N)
+    )
+    assert other == model.prompts.text(whole[1]).strip()
 
 
 def tokens_of(model: ChatModel, prompt: str) -> list[int]:
-    steps = model._steps([model._prepare(prompt, None, ())], Sampling(max_new_tokens=N))
-    return [token for (token,) in steps if token is not None]
+    return list(model._engine(_Loaded(), Sampling(max_new_tokens=N)).stream(asked(model, prompt)))
+
+
+def asked(model: ChatModel, prompt: str) -> Prompt:
+    return model._prepare("", prompt, None, (), _Loaded())
 
 
 def test_draws_follow_the_seed_alone_and_narrow_to_greedy(model: ChatModel) -> None:
@@ -112,6 +120,11 @@ def test_draws_follow_the_seed_alone_and_narrow_to_greedy(model: ChatModel) -> N
     assert "".join(model.stream("Who are you?", seed=1, **options)) == first
     assert model.chat_batch(["And you?", "Who are you?"], seed=1, **options)[1] == first
     assert model.chat("Who are you?", seed=2, **options) != first
+    asked_often = ["Who are you?", "And you, who are you?", "Who?", "What is it?"]
+    single = [model.chat(prompt, seed=3, repetition_penalty=1.3, **options) for prompt in asked_often]
+    for size in (1, 2, 8):
+        drawn = model.chat_batch(asked_often, seed=3, repetition_penalty=1.3, batch_size=size, **options)
+        assert drawn == single
     greedy = model.chat("Who are you?", max_new_tokens=N)
     assert model.chat("Who are you?", temperature=3.0, top_k=1, max_new_tokens=N) == greedy
     assert model.chat("Who are you?", repetition_penalty=50.0, max_new_tokens=N) != greedy
@@ -138,10 +151,14 @@ def test_wrong_input_is_told_in_a_sentence(model: ChatModel, tmp_path: Path) -> 
 
 
 def test_an_answer_ends_where_the_context_ends(model: ChatModel) -> None:
-    prompt = "it " * 60
+    prompt = ("it " * 60).strip()
     used = len(TEMPLATES["llama"].render_prompt([Turn(prompt, None)], model.tokenizer))
-    tokens = list(model._steps([model._prepare(prompt, None, ())], Sampling(max_new_tokens=1000)))
+    whole = asked(model, prompt)
+    assert len(whole.ids) == used and whole.limit == 256 - used
+    tokens = list(model._engine(_Loaded(), Sampling(max_new_tokens=1000)).stream(whole))
     assert 0 < len(tokens) <= 256 - used
+    short = model.chat("Who?", max_new_tokens=200)
+    assert model.chat_batch([prompt, "Who?"], max_new_tokens=200) == [model.chat(prompt, max_new_tokens=200), short]
 
 
 def test_tiled_images_take_tokens_after_their_size_in_every_way_of_asking(tmp_path: Path) -> None:
@@ -153,10 +170,36 @@ def test_tiled_images_take_tokens_after_their_size_in_every_way_of_asking(tmp_pa
     model = tinylmm.load(tmp_path / "model", device="cpu")
     wide = Image.new("RGB", (40, 12), (0, 255, 0))
     assert model.model.tokens_of(*wide.size) != model.model.tokens_of(*RED.size)
-    prepared = model._prepare("What is it?", [wide, RED], ())
-    features = torch.cat([model.model.tower_features(pixels) for pixels in prepared.pixels])
+    images = _Loaded()
+    prepared = model._prepare("", "What is it?", [wide, RED], (), images)
+    features = torch.cat([model.model.tower_features(images.pixels[key]) for key in prepared.images])
     ends, pad = int(model.tokenizer.eos_token_id), int(model.tokenizer.pad_token_id)
-    [new] = model.model.generate([prepared.ids], features, N, ends, pad, torch.tensor(prepared.sizes))
-    assert model.chat("What is it?", [wide, RED], max_new_tokens=N) == model._text(new).strip()
+    sizes = torch.tensor([images.sizes[key] for key in prepared.images])
+    [new] = generate(model.model, [list(prepared.ids)], features, N, ends, pad, sizes)
+    assert model.chat("What is it?", [wide, RED], max_new_tokens=N) == model.prompts.text(new).strip()
     both = model.chat_batch(["What is it?", "Who?"], [[wide, RED], None], max_new_tokens=N)
-    assert both == [model._text(new).strip(), model.chat("Who?", max_new_tokens=N)]
+    assert both == [model.prompts.text(new).strip(), model.chat("Who?", max_new_tokens=N)]
+
+
+def test_an_image_is_encoded_once_in_a_conversation_and_the_oldest_are_let_go(
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model._features.encoded
+    talk = model.conversation(Image.new("RGB", (16, 16), (0, 77, 0)))
+    for asked_now in ("What is it?", "Sure?", "Really?"):
+        talk.ask(asked_now, max_new_tokens=1)
+    assert model._features.encoded == before + 1
+    monkeypatch.setattr(model._features, "keep", 2)
+    for shade in range(5):
+        model.chat("What is it?", Image.new("RGB", (16, 16), (0, 0, shade)), max_new_tokens=1)
+    assert len(model._features._features) == 2
+
+
+def test_an_image_of_too_many_pixels_is_refused_however_it_comes(
+    model: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinylmm.data.images.MAX_PIXELS", 100)
+    RED.save(tmp_path / "red.png")
+    for image in (RED, tmp_path / "red.png"):
+        with pytest.raises(DataError, match=r"image is too large \(20 x 30 = 600 pixels\); at most 100 pixels"):
+            model.chat("What is it?", image)

@@ -15,11 +15,15 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 from tests.builders import IMAGE, IMAGE_SIZE, WIDTH, record, tiny_lmm, tiny_loaded
+from tests.reference import generate
 from tinylmm.data.chat import get_template
 from tinylmm.data.collate import Collator
 from tinylmm.data.images import ImageTransform, image_size, open_image
+from tinylmm.data.slots import question
 from tinylmm.errors import ConfigError
-from tinylmm.generation.engine import Engine, end_tokens, make_prompt
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.engine import Engine
+from tinylmm.generation.prompts import PromptMaker
 from tinylmm.models.anyres import TiledConnector, with_tiles
 from tinylmm.models.checkpoint import load_model, save_model
 from tinylmm.models.connectors import IdentityConnector, MLPConnector
@@ -180,25 +184,25 @@ def test_a_saved_model_brings_its_newline_back(tmp_path: Path) -> None:
 
 def test_answers_do_not_depend_on_the_other_images_of_the_batch(images: dict[str, Path]) -> None:
     model, tokenizer = tiled_lmm().eval(), tiny_loaded().tokenizer
-    transform, template = ImageTransform(**ANYRES), get_template("llama")
+    transform, maker = ImageTransform(**ANYRES), PromptMaker(get_template("llama"), tokenizer)
     sizes = {name: image_size(path) for name, path in images.items()}
     prompts = [
-        make_prompt(f"{name}{n}", f"what is it? {n}", [name], template, tokenizer, [model.tokens_of(*sizes[name])])
+        maker.prompt(f"{name}{n}", [question(f"what is it? {n}", 1)], [name], [model.tokens_of(*sizes[name])])
         for name in images
         for n in range(3)
     ]
 
     def answers(rows: int) -> dict[str, list[int]]:
-        ends = end_tokens(template, tokenizer)
+        greedy = Sampling(max_new_tokens=4)
         engine = Engine(
-            model, lambda name: transform(open_image(images[name])), ends, max_new_tokens=4, rows=rows, sizes=sizes
+            model, lambda name: transform(open_image(images[name])), maker.ends, greedy, rows=rows, sizes=sizes
         )
         return {reply.item_id: reply.ids for batch in engine.replies(prompts) for reply in batch}
 
     expected = {}
     for prompt in prompts:
         tiles, shape = transform(open_image(images[prompt.images[0]])), sizes[prompt.images[0]]
-        (ids,) = model.generate([list(prompt.ids)], model.tower_features(tiles), 4, 1, 3, torch.tensor([shape]))
+        (ids,) = generate(model, [list(prompt.ids)], model.tower_features(tiles), 4, 1, 3, torch.tensor([shape]))
         expected[prompt.item_id] = ids
     assert answers(64) == answers(1) == expected
 

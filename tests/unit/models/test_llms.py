@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from tests.builders import IMAGE, IMAGE_SIZE, record, tiny_tokenizer
+from tests.reference import generate
 from tests.unit.models.llms import NAMES, VOCAB, choice, tiny, tiny_llm
 from tinylmm.config.targets import resolve_target
+from tinylmm.constants import IMAGE_TOKEN_ID as SLOT
 from tinylmm.data.collate import Collator
 from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
 from tinylmm.models.llm import reconcile
-from tinylmm.models.lmm import IMAGE_TOKEN_ID as SLOT
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import decoder_blocks
 
@@ -159,7 +160,7 @@ def test_generation_with_a_cache_equals_the_best_token_of_the_whole_text(name: s
     image = [SLOT] * model.image_tokens
     prompts = [[1, *image, 7, 8, 9, 10, 11], [20, 21, 22], [1, *image, *range(30, 42)]]
     features = model.tower_features(PIXELS[:2])
-    found = model.generate(prompts, features, 6, eos_token_id=VOCAB, pad_token_id=0)  # an id that no model gives
+    found = generate(model, prompts, features, 6, eos_token_id=VOCAB, pad_token_id=0)  # an id that no model gives
     for prompt, answer, own in zip(prompts, found, (features[:1], None, features[1:]), strict=True):
         text = list(prompt)
         for _ in range(6):

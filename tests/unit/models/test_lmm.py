@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.builders import IMAGE_SIZE, VOCAB, record, tiny_lmm
+from tests.reference import generate
 from tinylmm.data.collate import Collator
 
 IMAGE = -200
@@ -121,10 +122,10 @@ def test_generation_does_not_depend_on_what_else_is_in_the_batch() -> None:
     model = tiny_lmm().eval()
     prompts = [[IMAGE] * model.image_tokens + [7, 8, 9], [20, 21], [IMAGE] * model.image_tokens + [30] * 9]
     features = model.tower_features(torch.stack([PIXELS["a"], PIXELS["b"]]))
-    together = model.generate(prompts, features, 6, 2, 3)
+    together = generate(model, prompts, features, 6, 2, 3)
     alone = [
-        model.generate([prompts[0]], features[:1], 6, 2, 3)[0],
-        model.generate([prompts[1]], None, 6, 2, 3)[0],
-        model.generate([prompts[2]], features[1:], 6, 2, 3)[0],
+        generate(model, [prompts[0]], features[:1], 6, 2, 3)[0],
+        generate(model, [prompts[1]], None, 6, 2, 3)[0],
+        generate(model, [prompts[2]], features[1:], 6, 2, 3)[0],
     ]
     assert together == alone and all(len(row) <= 6 for row in together)

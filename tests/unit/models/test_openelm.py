@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.unit.models.llms import VOCAB, tiny_llm
-from tinylmm.models.openelm import OpenELMConfig, OpenELMForCausalLM, make_divisible
+from tinylmm.models.llm import HubCausalLM, load_llm
+from tinylmm.models.openelm import OpenELMForCausalLM
+from tinylmm.models.openelm_config import OpenELMConfig, make_divisible
 
 OPENELM_270M = {  # of Apple's config.json
     "num_query_heads": [12, 12, 12, 12, 12, 16, 16, 16, 16, 16, 16, 16, 20, 20, 20, 20],
@@ -151,3 +154,16 @@ def test_ungated_untied_and_labelled() -> None:
     torch.testing.assert_close(llm(input_ids=ids, logits_to_keep=1).logits, output.logits[:, -1:])
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         llm()
+
+
+def test_transformers_automatic_classes_know_it(tmp_path: Path) -> None:
+    llm = tiny_llm("openelm").eval()
+    llm.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, local_files_only=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True, dtype=torch.float32).eval()
+    assert type(config) is OpenELMConfig and type(again) is OpenELMForCausalLM
+    from_hub = load_llm(HubCausalLM, tmp_path, None, "auto", local_only=True)
+    assert type(from_hub) is OpenELMForCausalLM
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, llm(input_ids=ids).logits)

@@ -15,11 +15,13 @@ import yaml
 from torch import Tensor
 
 from tests.builders import build, tiny_tokenizer, tuning
+from tests.reference import generate
 from tests.unit.models.llms import WIDTH, choice, shrink
 from tinylmm.config.groups import conf_folder
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError
 from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
-from tinylmm.models.lmm import IMAGE_TOKEN_ID, LMM
+from tinylmm.models.lmm import LMM
 
 LLMS = (
     "tinyllama",
@@ -123,5 +125,5 @@ def test_any_three_parts_make_a_model(llm: str, tower: str, connector: str, tmp_
     again = load_model(tmp_path / "model", []).model
     assert torch.equal(logits(again, ids, pixels), after)
     features = model.tower_features(pixels)
-    answers = [one.eval().generate([prompt], features, 4, 2, 0) for one in (model, again)]
+    answers = [generate(one.eval(), [prompt], features, 4, 2, 0) for one in (model, again)]
     assert answers[0] == answers[1] and len(answers[0][0]) <= 4

@@ -9,6 +9,7 @@ import pytest
 from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
 from tinylmm.planning.graph import build_graph
+from tinylmm.planning.kinds import KINDS
 
 EVERYTHING = {
     "digits",
@@ -33,6 +34,15 @@ def changed(*words: str) -> set[str]:
     """Names of the default run's stages whose digest is another with these words."""
     before, after = digests(), digests(*words)
     return {name for name in before if after.get(name) != before[name]}
+
+
+def test_versions_are_raised_where_results_change_and_nowhere_else() -> None:
+    """data 2: more first questions are about yes and no. prepare 2: a question that is only an image has no newline.
+
+    eval 2: intervals; eval 3: answers end at the turn's end of the template as fitted to the tokenizer.
+    """
+    versions = {kind: row.version for kind, row in KINDS.items()}
+    assert versions == {"data": 2, "parts": 1, "prepare": 2, "train": 1, "eval": 3}
 
 
 def test_the_default_run_has_these_stages() -> None:

@@ -191,7 +191,7 @@ def test_a_killed_run_is_stopped_in_its_report_as_in_the_list_of_runs(store: Sto
     store.stage("train", "pretrain")
     folder = store.run("killed", status="running", finished=None)
     record = json.loads((folder / "run.json").read_text())
-    write(folder / "run.json", {**record, **this_process(), "process_start": 1.0})
+    write(folder / "run.json", {**record, **vars(this_process()), "process_start": 1.0})
     (run,) = collect_report(store.root, ["killed"]).runs
     assert run.record.status == read_runs(store.root)[0].status == "stopped"
     assert verdict(run) == "The run was stopped: 1 of 1 stages are done."

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import tinylmm
 from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
+from tests.unit.generation.test_prompts import model_that_ends_turns
 from tinylmm.errors import IntegrityError, StoppedError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
@@ -129,6 +131,20 @@ def test_batches_of_one_give_the_same_answers(
     job = job_of(tmp_path, model, {"eval_batch": 1})
     evaluate.run(job)
     assert texts(job) == texts(plain[0])
+
+
+def test_a_native_templates_turn_end_ends_answers_as_in_chat(tmp_path: Path) -> None:
+    output = tmp_path / "train-0123/output"
+    output.mkdir(parents=True)
+    save_model(model_that_ends_turns("chatml").loaded, output / "model", None, {})
+    job = make_job(tmp_path, output, template="native", max_new_tokens=12, blind=False, limit=12)
+    evaluate.run(job)
+    chat = tinylmm.load(output / "model", device="cpu")
+    rows = lines(job.output / "generations.jsonl")
+    root = Path(job.settings["location"]["root"])
+    assert min(row["new_tokens"] for row in rows) < 12
+    for row in rows:
+        assert chat.chat(row["prompt"], root / row["image"], max_new_tokens=12) == row["text"]
 
 
 def test_a_rank_killed_while_generating_loses_nothing_and_asks_nothing_twice(

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinylmm.data.chat import IMAGE_TOKEN_ID
+from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, UserError
 from tinylmm.planning.specs import PrepareStage, StageSettings
 from tinylmm.stages import prepare

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ from tinylmm.store.provenance import ended_with_boot, is_running, now, peak_rss_
 
 def test_this_process_is_running() -> None:
     assert is_running(this_process()) is True
-    assert this_process()["pid"] == os.getpid()
+    assert this_process().pid == os.getpid()
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "zombie"])
@@ -25,18 +26,17 @@ def test_a_process_that_ended_is_not_running(reaped: bool) -> None:
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     if reaped:
         child.wait()
-    assert is_running({**this_process(), "pid": child.pid}) is False
+    assert is_running(replace(this_process(), pid=child.pid)) is False
     child.wait()
 
 
 def test_a_reused_pid_is_told_by_its_start() -> None:
-    assert is_running({**this_process(), "process_start": this_process()["process_start"] + 100}) is False
+    assert is_running(replace(this_process(), process_start=this_process().process_start + 100)) is False
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"boot_id": "other"}, {"pid_namespace": "pid:[1]"}])
 def test_nothing_is_said_of_processes_that_cannot_be_seen(change: dict[str, Any]) -> None:
-    assert is_running({**this_process(), **change}) is None
-    assert is_running({}) is None
+    assert is_running(replace(this_process(), **change)) is None
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_nothing_is_said_of_processes_that_cannot_be_seen(change: dict[str, Any]
 )
 def test_a_reboot_ends_processes(change: dict[str, Any], before_boot: bool, ended: bool) -> None:
     last_sign = psutil.boot_time() - 100 if before_boot else time.time()
-    assert ended_with_boot({**this_process(), **change}, last_sign) is ended
+    assert ended_with_boot(replace(this_process(), **change), last_sign) is ended
 
 
 def test_versions_and_memory_are_known_without_importing_torch() -> None:

@@ -5,11 +5,10 @@ A backend starts a stage's job and says how it goes; claims, the store and the r
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Protocol, cast
 
 from tinylmm.config.spec import LaunchSpec
-from tinylmm.config.targets import resolve_target
+from tinylmm.config.targets import backend_target, resolve_target
 from tinylmm.stages.job import StageJob
 
 
@@ -36,9 +35,11 @@ def make_backend(launch: LaunchSpec, uses_ranks: bool, trust: tuple[str, ...] = 
 
     Args:
         uses_ranks: whether the stage's kind runs on every rank of the launch.
-        trust: packages besides ours that a dotted name may come from.
+        trust: packages besides ours that a backend may come from.
+
+    Raises:
+        ConfigError: there is no such backend.
     """
     name = launch.backend if uses_ranks else "local"
-    if "." in name:
-        return cast(LaunchBackend, resolve_target(name, trust, role="data")(launch))
-    return cast(LaunchBackend, import_module(f"{__name__}.{name}").Backend(launch))
+    backend = resolve_target(backend_target(name), trust, role="backend")
+    return cast(LaunchBackend, backend(launch))

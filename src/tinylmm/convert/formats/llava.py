@@ -8,10 +8,11 @@ from transformers import PreTrainedConfig
 
 from tinylmm.convert.configs import flat_llm_config, known_tower_config, make_config, vision_config
 from tinylmm.convert.connectors import spec_of_type
-from tinylmm.convert.lora import PEFT_PREFIX, merge_lora, read_adapter
+from tinylmm.convert.format import Format
+from tinylmm.convert.lora import merge_run, plain_name, read_adapter
 from tinylmm.convert.parts import Parts
 from tinylmm.convert.source import Source
-from tinylmm.convert.tensors import Ledger, Tensors, read_file, read_weights
+from tinylmm.convert.tensors import Ledger, Tensors, has_weights, read_file, read_weights
 from tinylmm.errors import UserError
 
 LLM_KINDS = {
@@ -28,7 +29,25 @@ LLM_KINDS = {
 }
 """`model_type` -> transformers' type of the LLM inside."""
 TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
+PROJECTOR_FILE, TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 SELECTS = {"patch": "patch", "cls_patch": "all"}
+"""`mm_vision_select_feature` -> `Parts.select`."""
+
+
+def detect(source: Source) -> str | None:
+    """Tell the layout by what was saved: an adapter, a projector alone, or a model of one of LLaVA's or Bench's types."""
+    folder, kind = source.folder, source.model_type
+    if (folder / "language_model").is_dir():  # LLaVA has no folder a part, TinyLLaVA Factory has
+        return None
+    if source.has_adapter:
+        return "llava-lora"
+    if kind == "tinyllava" or (kind == "llava" and "vision_config" in source.config):  # the Factory's and transformers'
+        return None
+    if not has_weights(folder) and (folder / PROJECTOR_FILE).is_file():
+        return "llava-projector"
+    if kind.startswith("tiny_llava"):
+        return "bench"
+    return "llava" if kind.startswith("llava") else None
 
 
 def read_full(source: Source) -> Parts:
@@ -38,7 +57,7 @@ def read_full(source: Source) -> Parts:
 
 def read_projector(source: Source) -> Parts:
     """Read `mm_projector.bin` of a pretraining; tower and LLM are base parts."""
-    tensors = read_file(source.folder / "mm_projector.bin")
+    tensors = read_file(source.folder / PROJECTOR_FILE)
     name = str(source.config.get("_name_or_path", "see its config.json"))
     fields, llm = source.base_tensors("llm", name)
     return _parts(source, {**_renamed(tensors), **llm}, make_config(fields))
@@ -48,17 +67,13 @@ def read_lora(source: Source) -> Parts:
     """Read a peft adapter with `non_lora_trainables.bin`, on a base LLM."""
     config, adapter = read_adapter(source.folder)
     fields, llm = source.base_tensors("llm", str(config.get("base_model_name_or_path")))
-    trained = _renamed(read_file(source.folder / "non_lora_trainables.bin"))
-    source.notes.append(
-        f"the LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']}) is merged into the weights"
-    )
-    merged = merge_lora({**llm, **trained}, config, adapter, str(source.folder))
-    return _parts(source, merged, make_config(fields))
+    trained = _renamed(read_file(source.folder / TRAINED_FILE))
+    return _parts(source, merge_run(source, {**llm, **trained}, config, adapter), make_config(fields))
 
 
 def _renamed(tensors: Tensors) -> Tensors:
-    """Names as in the whole model: without peft's prefix, and always below `model.`."""
-    plain = {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+    """Names as in the whole model: without what peft adds, and always below `model.`."""
+    plain = {plain_name(name): tensor for name, tensor in tensors.items()}
     return {
         name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor for name, tensor in plain.items()
     }
@@ -72,22 +87,13 @@ def _parts(source: Source, tensors: Tensors, llm_config: PreTrainedConfig | None
             f"mm_patch_merge_type={config.get('mm_patch_merge_type')}; importable are models without start and end tokens "
             "around images, and with the merge type 'flat'."
         )
-    kind = str(config.get("model_type"))
     ledger = Ledger(tensors, str(source.folder))
     tower, connector = ledger.take(TOWER), ledger.take(PROJECTOR)
     ledger.ignore(r"model\.image_newline", "the merge type 'flat' puts no newline token between rows of tiles")
     llm = ledger.take("model.", "model.") | ledger.take("lm_head.", "lm_head.")
     ledger.finish()
     source.ignored |= ledger.ignored
-    if llm_config is None:
-        if kind not in LLM_KINDS:
-            raise UserError(f"{source.folder}: model_type is '{kind}'; importable are {', '.join(LLM_KINDS)}.")
-        llm_config = flat_llm_config(config, LLM_KINDS[kind])
-    if llm_config.model_type == "phi" and "lm_head.weight" in llm and "lm_head.bias" not in llm:
-        llm["lm_head.bias"] = llm["lm_head.weight"].new_zeros(llm["lm_head.weight"].shape[0])
-        source.notes.append(
-            "Phi's output layer has a bias in transformers, but none in this checkpoint; it is filled with zeros"
-        )
+    llm_config, llm = _llm(source, llm, llm_config)
     tower_name = str(config.get("mm_vision_tower") or config.get("vision_tower", ""))
     tower_config, tower = _tower(source, tower, tower_name)
     feature = str(config.get("mm_vision_select_feature", "patch"))
@@ -110,6 +116,21 @@ def _parts(source: Source, tensors: Tensors, llm_config: PreTrainedConfig | None
     )
 
 
+def _llm(source: Source, tensors: Tensors, config: PreTrainedConfig | None) -> tuple[PreTrainedConfig, Tensors]:
+    """Config and weights of the LLM; without a base part's config, its fields lie among LLaVA's own."""
+    kind = source.model_type
+    if config is None:
+        if kind not in LLM_KINDS:
+            raise UserError(f"{source.folder}: model_type is '{kind}'; importable are {', '.join(LLM_KINDS)}.")
+        config = flat_llm_config(source.config, LLM_KINDS[kind])
+    if config.model_type == "phi" and "lm_head.weight" in tensors and "lm_head.bias" not in tensors:
+        tensors = tensors | {"lm_head.bias": tensors["lm_head.weight"].new_zeros(len(tensors["lm_head.weight"]))}
+        source.notes.append(
+            "Phi's output layer has a bias in transformers, but none in this checkpoint; it is filled with zeros"
+        )
+    return config, tensors
+
+
 def _tower(source: Source, tensors: Tensors, name: str) -> tuple[PreTrainedConfig, Tensors]:
     """Config and weights of the tower: weights from the checkpoint if it was trained, else from the base part."""
     if not tensors:
@@ -123,3 +144,10 @@ def _tower(source: Source, tensors: Tensors, name: str) -> tuple[PreTrainedConfi
             "Give a folder with the tower's config.json: --tower FOLDER."
         )
     return config, tensors
+
+
+FORMAT = Format(
+    holds="a checkpoint of LLaVA",
+    readers={"bench": read_full, "llava": read_full, "llava-projector": read_projector, "llava-lora": read_lora},
+    detect=detect,
+)

@@ -1,0 +1,174 @@
+"""A checkpoint of another tool becomes one of our model folders, and one of our models a checkpoint of another tool."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinylmm.config.fields import PARTS
+from tinylmm.convert.format import Export, all_formats, detect_layout
+from tinylmm.convert.parts import assemble
+from tinylmm.convert.source import open_source
+from tinylmm.errors import UserError, suggestion
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
+from tinylmm.models.devices import DTYPES
+from tinylmm.models.lmm import LMM
+from tinylmm.store.find_model import find_model
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did.
+
+    Attributes:
+        layout: the layout that was read.
+        parameters: part -> number of parameters.
+        ignored: tensors left out on purpose -> why.
+        notes: what was assumed, filled in, or taken from elsewhere.
+        description: the new model's config.json.
+    """
+
+    layout: str
+    parameters: dict[str, int]
+    ignored: dict[str, str]
+    notes: list[str]
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        format: its name.
+        tensors: how many were written.
+        difference: largest absolute difference of logits between our model and the folder as the other tool loads it; None
+            where nothing here can load it.
+        notes: what the user should know.
+    """
+
+    format: str
+    tensors: int
+    difference: float | None
+    notes: list[str]
+
+
+def import_model(
+    folder: Path,
+    destination: Path,
+    layout: str = "auto",
+    llm: Path | None = None,
+    tower: Path | None = None,
+    template: str | None = None,
+) -> ImportReport:
+    """Read a foreign checkpoint and write it as a model folder of ours, whole or not at all.
+
+    Args:
+        folder: the checkpoint; nothing is downloaded and no code in it is run.
+        destination: a folder that does not exist yet.
+        layout: a format's reader, or "auto".
+        llm, tower: local folders of base parts, for layouts that hold only what was trained.
+        template: chat template; None derives it from the tokenizer's end token.
+
+    Raises:
+        UserError, DataError: the layout is unknown, a file is missing or refused, or tensors do not fit one to one.
+    """
+    _refuse_existing(destination)
+    source = open_source(folder, llm, tower, template)
+    if layout == "auto":
+        layout = detect_layout(source)
+    readers = {name: read for known in all_formats() for name, read in known.readers.items()}
+    if layout not in readers:
+        hint = suggestion(layout, readers)
+        raise UserError(f"--layout: unknown layout '{layout}'. {hint} Allowed: auto, {', '.join(readers)}.")
+    loaded = assemble(readers[layout](source), source)
+    with _draft_of(destination) as draft:
+        save_model(loaded, draft, None, {})
+    sizes = {part: sum(p.numel() for p in getattr(loaded.model, part).parameters()) for part in PARTS}
+    return ImportReport(layout, sizes, source.ignored, source.notes, loaded.description)
+
+
+def export_model(
+    where: str | Path,
+    destination: Path,
+    format_: str = "hf",
+    dtype: str = "fp32",
+    llm: str | None = None,
+    tower: str | None = None,
+    store: Path | None = None,
+    trust: Sequence[str] = (),
+) -> ExportReport:
+    """Load one of our models and write it for another tool, whole or not at all.
+
+    Args:
+        where: a model, stage or run folder, or the name of a run.
+        destination: a folder that does not exist yet.
+        format_: a format's writer.
+        dtype: of the written weights: fp32, bf16 or fp16.
+        llm, tower: what a tool that loads tokenizer and image processor by name (TinyLLaVA Factory) loads them from.
+        store: where runs are found by name.
+        trust: packages besides tinylmm and transformers whose classes the model may be made of.
+
+    Raises:
+        UserError: there is no such model, format or dtype, or the format cannot hold this model.
+        IntegrityError: the model is damaged, or the written folder gives other logits.
+    """
+    writers = [name for known in all_formats() for name in known.writers]
+    if format_ not in writers or dtype not in DTYPES:
+        raise UserError(f"format {format_}, dtype {dtype}; allowed: {', '.join(writers)}, and {', '.join(DTYPES)}.")
+    loaded = load_model(find_model(where, store), list(trust))
+    return write_model(loaded, destination, format_, DTYPES[dtype], llm, tower)
+
+
+def write_model(
+    loaded: LoadedModel,
+    destination: Path,
+    format_: str,
+    dtype: torch.dtype,
+    llm: str | None = None,
+    tower: str | None = None,
+) -> ExportReport:
+    """Write a model that is loaded, in fp32 on the CPU; its weights are rounded to `dtype` in place. See `export_model`."""
+    chosen = next(known for known in all_formats() if format_ in known.writers)
+    _round_weights(loaded.model, dtype)
+    loaded.model.eval()
+    export = Export(loaded, dtype, llm, tower)
+    if reasons := chosen.obstacles(export):
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        raise UserError(f"this model cannot be {chosen.holds}:\n{listed}\nNothing was written.")
+    with _draft_of(destination) as draft:
+        written = chosen.writers[format_](export, draft)
+    return ExportReport(format_, written.tensors, written.difference, export.notes)
+
+
+@contextmanager
+def _draft_of(destination: Path) -> Iterator[Path]:
+    """Yield a folder beside `destination` that takes its name when the block ends well, and goes when it does not."""
+    _refuse_existing(destination)
+    draft = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(destination)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse_existing(destination: Path) -> None:
+    if destination.exists():
+        raise UserError(f"{destination} exists already. Name a folder that does not, or delete it first.")
+
+
+@torch.no_grad()
+def _round_weights(model: LMM, dtype: torch.dtype) -> None:
+    """Round what is saved, and that alone: rotary frequencies are computed in fp32 by whoever loads the weights."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
