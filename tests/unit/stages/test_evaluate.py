@@ -141,7 +141,7 @@ def test_a_native_templates_turn_end_ends_answers_as_in_chat(tmp_path: Path) -> 
     evaluate.run(job)
     chat = tinylmm.load(output / "model", device="cpu")
     rows = lines(job.output / "generations.jsonl")
-    root = Path(job.settings["location"]["root"])
+    root = job.root_of(*job.locations)
     assert min(row["new_tokens"] for row in rows) < 12
     for row in rows:
         assert chat.chat(row["prompt"], root / row["image"], max_new_tokens=12) == row["text"]
