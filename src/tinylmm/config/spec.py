@@ -234,7 +234,7 @@ class EvalSpec(Frozen):
     """
 
     benchmark: str
-    """Name in `evaluation/benchmarks/registry.py`, or `digits`."""
+    """A shipped one (a module of `evaluation/benchmarks`), or the dotted path of a class in a package that `trust` names."""
     root: str | None = None
     layout: Literal["llava", "hf"] = "llava"
     """Question files of LLaVA's eval.zip beside the official annotations, or Hugging Face parquet files."""

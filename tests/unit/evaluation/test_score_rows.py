@@ -1,4 +1,4 @@
-"""Rows of scores.json: the headline first, each figure with the interval that fits it."""
+"""Rows of scores.json: the headline first, each metric with the interval that fits it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def rows_for(said: Sequence[str]) -> dict[str, dict[str, object]]:
     return {str(row["metric"]): row for row in rows}
 
 
-def test_a_mean_over_questions_is_bootstrapped_and_any_other_figure_scored_on_halves() -> None:
+def test_a_mean_over_questions_is_bootstrapped_and_any_other_metric_scored_on_halves() -> None:
     found = rows_for(["yes" if n % 4 or n > 60 else "no" for n in range(80)])
     assert {name: row["interval_by"] for name, row in found.items()} == {
         "points": "half-samples",

@@ -137,11 +137,11 @@ def test_a_native_templates_turn_end_ends_answers_as_in_chat(tmp_path: Path) -> 
     output = tmp_path / "train-0123/output"
     output.mkdir(parents=True)
     save_model(model_that_ends_turns("chatml").loaded, output / "model", None, {})
-    job = make_job(tmp_path, output, template="native", max_new_tokens=12, blind=False, limit=12)
+    job = job_of(tmp_path, output, template="native", max_new_tokens=12, blind=False, limit=12)
     evaluate.run(job)
     chat = tinylmm.load(output / "model", device="cpu")
     rows = lines(job.output / "generations.jsonl")
-    root = Path(job.settings["location"]["root"])
+    root = job.root_of(*job.locations)
     assert min(row["new_tokens"] for row in rows) < 12
     for row in rows:
         assert chat.chat(row["prompt"], root / row["image"], max_new_tokens=12) == row["text"]

@@ -92,8 +92,9 @@ class Benchmark(ABC):
         """
 
     def truth(self, item: Item) -> str:
-        """The expected answer in words, for reports; benchmarks whose references are records of their own override it."""
-        return "" if item.reference is None else str(item.reference)
+        """The expected answer in words, for reports: the reference, or its `answer` if it is a mapping; others override it."""
+        reference = item.reference["answer"] if isinstance(item.reference, Mapping) else item.reference
+        return "" if reference is None else str(reference)
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """Pair the rows of an answer file (`question_id`, `text`, `prompt`) with items, by content, never by position.

@@ -98,6 +98,29 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({_reason(error)}). Fetch the file again.") from error
 
 
+def read_list(path: Path) -> list[Any]:
+    """Read a JSON file that holds a list of records.
+
+    Raises:
+        DataError: as `read_json`, or it holds something else.
+    """
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list, found {type(records).__name__}. Fetch the file again.")
+    return records
+
+
+def read_object(path: Path, *fields: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object with all of `fields`.
+
+    Raises:
+        DataError: as `read_json`, or it holds something else.
+    """
+    record: dict[str, Any] = read_json(path)
+    require(record, fields, str(path))
+    return record
+
+
 def read_jsonl(path: Path, required: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Read one JSON object a line, whatever the file is called (POPE's labels are JSON lines in `.json`).
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import image_file, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
@@ -80,9 +80,7 @@ class GQA(Benchmark):
         if layout == "hf":
             return self._load_hf(files)
         path = files.file(*ANNOTATIONS)
-        records = read_json(path)
-        if not isinstance(records, dict):
-            raise DataError(f"{path}: expected an object of questions by id, found {type(records).__name__}. {GET}")
+        records = read_object(path)
         found = files.find(QUESTIONS)
         questions = read_questions(found) if found else _official_questions(records, path)
         folder = files.image_folder("data/images", "images")

@@ -23,7 +23,7 @@ from tinylmm.evaluation.benchmarks.choice import (
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
 from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, write_sheet
 
 if TYPE_CHECKING:
@@ -107,10 +107,6 @@ class MMBench(Benchmark):
         table = read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL)
         suffix = _SUFFIXES[_language(found)]
         return [_item(values, f"{path}, row {n}", image, suffix) for n, (values, image) in enumerate(table, 1)]
-
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
 
     def score(
         self,
@@ -282,8 +278,5 @@ def _aggregate(groups: Mapping[int, Sequence[Item]], hits: Mapping[int, float]) 
         return {}
     aggregate = {"accuracy": percent(hits.values())}
     for label, read in (("category", lambda item: item.category), ("l2", lambda item: item.reference["l2"])):
-        names: dict[str, list[float]] = defaultdict(list)
-        for base, group in groups.items():
-            names[read(group[0])].append(hits[base])
-        aggregate |= {f"{label}/{name}": percent(scores) for name, scores in names.items() if name}
+        aggregate |= percent_by(label, (read(group[0]) for group in groups.values()), (hits[base] for base in groups))
     return aggregate

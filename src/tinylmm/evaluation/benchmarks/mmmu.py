@@ -20,10 +20,10 @@ from tinylmm.evaluation.benchmarks.choice import (
     listing,
     parse_listed,
 )
-from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_list, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -208,9 +208,7 @@ def _aggregate(items: Sequence[Item], rows: Sequence[ItemScore]) -> dict[str, fl
         within = [score for subject, score in pairs if subject in subjects]
         if within:
             aggregate[f"domain/{domain}"] = percent(within, 1)
-    for subject in dict.fromkeys(subject for subject, _ in pairs):
-        aggregate[f"subject/{subject}"] = percent((score for name, score in pairs if name == subject), 1)
-    return aggregate
+    return aggregate | percent_by("subject", (name for name, _ in pairs), (score for _, score in pairs), 1)
 
 
 def subject_of(item_id: str) -> str:
@@ -222,12 +220,9 @@ def _load_tinyllava(files: BenchmarkFiles) -> list[Item]:
     path = files.file("anns_for_eval.json")
     gold_path = files.file("answer_dict_val.json", "eval/answer_dict_val.json")
     folder = files.image_folder("all_images")
-    gold = read_json(gold_path)
-    records = read_json(path)
-    if not isinstance(records, list) or not isinstance(gold, dict):
-        raise DataError(f"{path} must hold a list and {gold_path} an object. Fetch the files again.")
+    gold = read_object(gold_path)
     items = []
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read_list(path), 1):
         where = f"{path}, record {number}"
         require(record, ("id", "prompt", "question_type"), where)
         truth = gold.get(record["id"])

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_jsonl, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import pair_by_key
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
@@ -88,10 +87,6 @@ class MMVet(Benchmark):
         """Read `mm-vet/llava-mm-vet.jsonl` with mm-vet.json (alone, it says what to ask too), or lmms-lab/MMVet."""
         files = BenchmarkFiles.under(root, GET, "mm-vet", "mmvet")
         return _load_hf(files) if layout == "hf" else _load_llava(files)
-
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
 
     def score(
         self,
@@ -195,9 +190,7 @@ def _aggregate(items: Sequence[Item], scores: Sequence[float], runs: Sequence[Se
 
 def _load_llava(files: BenchmarkFiles) -> list[Item]:
     path = files.file("mm-vet.json", "mm-vet/mm-vet.json")
-    metadata = read_json(path)
-    if not isinstance(metadata, dict):
-        raise DataError(f"{path}: expected an object of questions by id. Fetch the file again.")
+    metadata = read_object(path)
     folder = files.image_folder("images", "mm-vet/images")
     asked_path = files.find("llava-mm-vet.jsonl")
     if asked_path:

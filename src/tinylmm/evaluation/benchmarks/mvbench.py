@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered, listing, parse_leading
-from tinylmm.evaluation.benchmarks.files import read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
@@ -80,10 +80,6 @@ class MVBench(Benchmark):
             names = [f"json/{task}.json" for task in TASKS]
             raise files.missing("json/<task>.json", files.candidates(names[:1]))
         return items
-
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
 
     def score(
         self,
@@ -189,10 +185,7 @@ def read_lmms(text: str) -> str:
 def _records(files: BenchmarkFiles, task: str, layout: Format) -> list[tuple[dict[str, Any], str]]:
     path = files.find(f"json/{task}.json", f"{task}.json")
     if path is not None:
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise DataError(f"{path}: expected a list of questions. Fetch the file again.")
-        return [(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+        return [(record, f"{path}, record {number}") for number, record in enumerate(read_list(path), 1)]
     folder = files.find(task) if layout == "hf" else None
     if folder is None:
         return []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tinylmm.evaluation.benchmarks.choice import WORD_SUFFIX
 from tinylmm.evaluation.benchmarks.files import read_jsonl
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+SHORT_ANSWER = f"\n{WORD_SUFFIX}"
 """Suffix of VQAv2, GQA, TextVQA, POPE and MME in LLaVA's question files."""
 
 

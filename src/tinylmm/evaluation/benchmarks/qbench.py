@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, guess, lettered, listing, parse_listed
-from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import image_file, read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -45,10 +45,6 @@ class QBench(Benchmark):
         files = BenchmarkFiles.under(root, GET, "qbench", "Q-Bench")
         return _load_hf(files) if layout == "hf" else _load_json(files)
 
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
-
     def score(
         self,
         items: Sequence[Item],
@@ -70,21 +66,18 @@ class QBench(Benchmark):
             rows.append(ItemScore(item.item_id, float(chosen == item.reference["answer"]), letter))
         aggregate = {"accuracy": percent(row.score or 0.0 for row in rows)}
         for field in ("type", "concern"):
-            for name in dict.fromkeys(item.reference[field] for item in items if item.reference[field]):
-                within = [row.score or 0.0 for i, row in zip(items, rows, strict=True) if i.reference[field] == name]
-                aggregate[f"{field}/{name}"] = percent(within)
+            aggregate |= percent_by(
+                field, (item.reference[field] for item in items), (row.score or 0.0 for row in rows)
+            )
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows, guessed=guessed))
 
 
 def _load_json(files: BenchmarkFiles) -> list[Item]:
     path = files.file("llvisionqa_dev.json")
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of questions. Fetch the file again.")
     # LLaVA's page on evaluation and its script spell the folder differently
     folder = files.image_folder("images_llvisionqa", "images_llviqionqa", "images")
     items = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(read_list(path)):
         where = f"{path}, record {number + 1}"
         require(record, ("img_path", "question", "candidates", "correct_ans"), where)
         if not isinstance(record["candidates"], list):

@@ -42,6 +42,21 @@ def count_items(
     }
 
 
+def percent_by(label: str, groups: Iterable[str], scores: Iterable[float], digits: int | None = 2) -> dict[str, float]:
+    """`label/group` -> `percent` of the scores of each group, in the order in which groups first occur.
+
+    Args:
+        label: what the groups are.
+        groups: of each score; an empty name is none.
+        scores: in [0, 1], as many.
+    """
+    grouped: dict[str, list[float]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        if group:
+            grouped.setdefault(group, []).append(score)
+    return {f"{label}/{group}": percent(within, digits) for group, within in grouped.items()}
+
+
 def percent(values: Iterable[float], digits: int | None = 2) -> float:
     """100 times the mean, rounded to `digits` decimals as the official scorers print it (None: not at all); 0 of nothing."""
     listed = list(values)

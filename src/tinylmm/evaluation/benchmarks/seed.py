@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, lettered, listing
-from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_jsonl, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -49,10 +49,6 @@ class SEED(Benchmark):
         files = BenchmarkFiles.under(root, GET, "seed_bench", "SEED-Bench", "seed")
         return _load_hf(files) if layout == "hf" else _load_llava(files)
 
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
-
     def score(
         self,
         items: Sequence[Item],
@@ -79,9 +75,7 @@ class SEED(Benchmark):
         if "video" in kinds:
             aggregate["video"] = percent(score for kind, score in zip(kinds, scores, strict=True) if kind == "video")
             aggregate["all"] = percent(scores)
-        for category in dict.fromkeys(item.category for item in items):
-            within = [score for item, score in zip(items, scores, strict=True) if item.category == category]
-            aggregate[f"type/{category}"] = percent(within)
+        aggregate |= percent_by("type", (item.category for item in items), scores)
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
@@ -102,8 +96,7 @@ class SEED(Benchmark):
 
 def _load_llava(files: BenchmarkFiles) -> list[Item]:
     path = files.file("SEED-Bench.json")
-    data = read_json(path)
-    require(data, ("questions",), str(path))
+    data = read_object(path, "questions")
     require(data.get("question_type", {}), (), f"{path}, question_type")
     type_names = {number: name for name, number in data.get("question_type", {}).items()}
     records = {}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, infer_vlmeval, lettered, listing
-from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import image_file, read_list, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -72,10 +72,6 @@ class SQA(Benchmark):
         files = BenchmarkFiles.under(root, GET, "scienceqa", "ScienceQA", "sqa")
         return _load_hf(files) if layout == "hf" else _load_llava(files)
 
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
-
     def score(
         self,
         items: Sequence[Item],
@@ -101,8 +97,7 @@ class SQA(Benchmark):
             "img_accuracy": percent(score for item, score in pairs if item.reference["has_image"]),
             "accuracy": percent(score for _, score in pairs),
         }
-        for subject in dict.fromkeys(item.category for item, _ in pairs if item.category):
-            aggregate[f"subject/{subject}"] = percent(score for item, score in pairs if item.category == subject)
+        aggregate |= percent_by("subject", (item.category for item, _ in pairs), (score for _, score in pairs))
         return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
 
 
@@ -116,20 +111,13 @@ _READERS: dict[str, Callable[[str, Mapping[str, str]], str | None]] = {
 def _load_llava(files: BenchmarkFiles) -> list[Item]:
     path = files.file("llava_test_CQM-A.json")
     problems_path, splits_path = files.find("problems.json"), files.find("pid_splits.json")
-    problems = read_json(problems_path) if problems_path else {}
-    if not isinstance(problems, dict):
-        raise DataError(f"{problems_path}: expected an object of problems by id. Fetch the file again.")
+    problems = read_object(problems_path) if problems_path else {}
     split = None
     if splits_path:
-        splits = read_json(splits_path)
-        require(splits, ("test",), str(splits_path))
-        split = {str(pid) for pid in splits["test"]}
+        split = {str(pid) for pid in read_object(splits_path, "test")["test"]}
     folder = files.image_folder("images/test", "test", "images")
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of questions. Fetch the file again.")
     items = []
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read_list(path), 1):
         where = f"{path}, record {number}"
         require(record, ("id", "conversations"), where)
         items.append(_llava_item(record, where, folder, problems, split))

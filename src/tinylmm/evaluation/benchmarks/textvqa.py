@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.files import image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import image_file, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import FreeTextReference, answer_texts, m4c_rule, score_free_text
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import pair_by_prompt, unique_ids
@@ -123,10 +123,8 @@ def _without_ocr(text: str) -> str:
 
 
 def _read_annotations(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
-    content = read_json(path)
-    require(content, ("data",), str(path))
     references = {}
-    for number, record in enumerate(content["data"], 1):
+    for number, record in enumerate(read_object(path, "data")["data"], 1):
         where = f"{path}, record {number}"
         require(record, ("image_id", "question", "answers"), where)
         key = (str(record["image_id"]), str(record["question"]).strip().lower())

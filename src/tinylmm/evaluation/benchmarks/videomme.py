@@ -13,7 +13,7 @@ from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, parse_lea
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
 
 if TYPE_CHECKING:
@@ -95,10 +95,6 @@ class VideoMME(Benchmark):
             )
         return items
 
-    def truth(self, item: Item) -> str:
-        """As `Benchmark.truth`."""
-        return str(item.reference["answer"])
-
     def score(
         self,
         items: Sequence[Item],
@@ -162,7 +158,5 @@ def _aggregate(items: Sequence[Item], rows: Sequence[ItemScore]) -> dict[str, fl
         if within:
             aggregate[duration] = percent(within, 1)
     for label in ("domain", "task"):
-        for name in dict.fromkeys(item.reference[label] for item, _ in pairs if item.reference[label]):
-            within = [score for item, score in pairs if item.reference[label] == name]
-            aggregate[f"{label}/{name}"] = percent(within, 1)
+        aggregate |= percent_by(label, (item.reference[label] for item, _ in pairs), (score for _, score in pairs), 1)
     return aggregate

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import ConfigError, DataError, Fault
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_json, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import (
     FreeTextReference,
     answer_texts,
@@ -107,12 +107,9 @@ def _image_name(item: Item) -> str:
 
 def _load_val(files: BenchmarkFiles) -> list[Item]:
     path = files.file(*ANNOTATIONS)
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of questions, found {type(records).__name__}. {GET}")
     folder = files.image_folder("val")
     items = []
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read_list(path), 1):
         where = f"{path}, record {number}"
         require(record, ("image", "question", "answers"), where)
         reference = _reference(record, record.get("answer_type"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import ConfigError, DataError, Fault
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_json, read_jsonl, read_parquet, require
+from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_jsonl, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.free_text import (
     FreeTextReference,
     always_rule,
@@ -146,10 +146,8 @@ def _read_question_file(path: Path, split: str) -> list[dict[str, Any]]:
     """Questions as LLaVA writes them, from its file or from the official one."""
     if path.suffix == ".jsonl":
         return read_questions(path)
-    content = read_json(path)
-    require(content, ("questions",), str(path))
     questions = []
-    for number, question in enumerate(content["questions"], 1):
+    for number, question in enumerate(read_object(path, "questions")["questions"], 1):
         require(question, ("question_id", "image_id", "question"), f"{path}, question {number}")
         questions.append(
             {
@@ -164,16 +162,12 @@ def _read_question_file(path: Path, split: str) -> list[dict[str, Any]]:
 def _read_ids(path: Path) -> list[Any]:
     if path.suffix == ".jsonl":
         return [row["question_id"] for row in read_jsonl(path, ("question_id",))]
-    content = read_json(path)
-    require(content, ("questions",), str(path))
-    return [question["question_id"] for question in content["questions"]]
+    return [question["question_id"] for question in read_object(path, "questions")["questions"]]
 
 
 def _read_annotations(path: Path) -> dict[str, FreeTextReference]:
-    content = read_json(path)
-    require(content, ("annotations",), str(path))
     references = {}
-    for number, record in enumerate(content["annotations"], 1):
+    for number, record in enumerate(read_object(path, "annotations")["annotations"], 1):
         require(record, ("question_id", "answers"), f"{path}, annotation {number}")
         references[str(record["question_id"])] = _reference(record)
     return references

@@ -8,7 +8,14 @@ import pytest
 
 from tests.unit.evaluation.benchmarks.qa_folders import write_json, write_jsonl, write_parquet
 from tinylmm.errors import DataError
-from tinylmm.evaluation.benchmarks.files import read_answer_file, read_json, read_jsonl, read_parquet
+from tinylmm.evaluation.benchmarks.files import (
+    read_answer_file,
+    read_json,
+    read_jsonl,
+    read_list,
+    read_object,
+    read_parquet,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -40,6 +47,16 @@ class TestReaders:
         (tmp_path / "y.json").write_text("{", encoding="utf-8")
         with pytest.raises(DataError, match=r"y\.json: not valid JSON \(line 1, column 2"):
             read_json(tmp_path / "y.json")
+
+    def test_a_list_or_an_object_is_told_from_anything_else(self, tmp_path: Path) -> None:
+        listed, keyed = write_json(tmp_path / "a.json", [1]), write_json(tmp_path / "b.json", {"a": 1})
+        assert (read_list(listed), read_object(keyed, "a")) == ([1], {"a": 1})
+        with pytest.raises(DataError, match=r"b\.json: expected a list, found dict"):
+            read_list(keyed)
+        with pytest.raises(DataError, match=r"a\.json: expected an object, found list"):
+            read_object(listed)
+        with pytest.raises(DataError, match=r"b\.json: field c missing; needed are a, c"):
+            read_object(keyed, "a", "c")
 
     def test_a_parquet_file_lacking_a_column_lists_what_it_has(self, tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "x.parquet", [{"a": 1, "b": 2}])

@@ -43,7 +43,7 @@ def test_only_lmms_ignores_punctuation_inside() -> None:
     assert llava_text("yes. ") == "yes. "
 
 
-def test_figures_by_type_and_length(tmp_path: Path) -> None:
+def test_metrics_by_type_and_length(tmp_path: Path) -> None:
     items = GQA().load(gqa_folder(tmp_path))
     scores = GQA().score(items, said(items, *TEXTS))
     assert scores.counts == {"scored": 5, "missing": 0, "unparsed": 0, "unbalanced": 1}

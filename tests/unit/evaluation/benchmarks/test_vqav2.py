@@ -103,7 +103,7 @@ class TestVal:
 
 
 class TestUpload:
-    def test_testdev_has_no_figure_but_an_upload_over_all_test_questions(self, tmp_path: Path) -> None:
+    def test_testdev_has_no_metric_but_an_upload_over_all_test_questions(self, tmp_path: Path) -> None:
         items = VQAv2().load(folder_of_testdev(tmp_path))
         answers = said(items, "Women's, two.", None)
         scores = VQAv2().score(items, answers)
