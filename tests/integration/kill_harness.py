@@ -38,6 +38,7 @@ from tinylmm.launch.backends import torchrun
 from tinylmm.stages.job import StageJob
 
 MAX_ATTEMPTS = 4
+FORKED = "tests.integration.kill_harness.ForkedRanks"
 STAGING = "work/train-*/checkpoints/staging/checkpoint-*"
 
 
@@ -159,9 +160,7 @@ def main() -> None:
     ranks = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     torch.set_num_threads(1)
     project, draw = tiny_project(folder), random.Random(seed)
-    words = ["launch=torchrun", "launch.nproc=2"] if ranks == 2 else []
-    if ranks == 2:
-        torchrun.Backend = ForkedRanks  # type: ignore[misc]
+    words = ["launch=torchrun", "launch.nproc=2", f"launch.backend={FORKED}", "trust=[tests]"] if ranks == 2 else []
     reference_store = folder / "reference"
     started = time.monotonic()
     assert attempt(project, reference_store, None, words) == 0, (project.root / "attempts.log").read_text()
