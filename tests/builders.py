@@ -17,11 +17,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import ConnectorIdentity, PartIdentity, TowerIdentity, TowerOutput
 from tinylmm.config.recipe import TuneSpec
-from tinylmm.config.spec import DataSpec, EvalSpec
+from tinylmm.config.spec import DataSpec, EvalSpec, ImageSpec
 from tinylmm.models.build import PartSource, build_lmm
-from tinylmm.models.checkpoint import LoadedModel, describe
+from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import PartTuning, apply_tuning
@@ -81,6 +82,26 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
+
+
+def describe(
+    identities: dict[str, dict[str, Any]],
+    tower_output: dict[str, Any],
+    connector: dict[str, Any],
+    template: str,
+    scaled: bool = False,
+) -> ModelDescription:
+    """The description of a model whose parts are given as the YAMLs have them."""
+    tower = identities["vision_tower"]
+    targets = (identities["llm"]["_target_"], tower["_target_"], tower["encoder"])
+    read = TowerOutput(**tower_output)
+    joined = ConnectorIdentity(**{key: connector[key] for key in ("_target_", "options") if key in connector})
+    return ModelDescription.of_targets(*targets, read, joined, ImageSpec(**tower["image"]), template, scaled)
+
+
+def redescribe(loaded: LoadedModel, **changes: Any) -> None:
+    """Change what a loaded model's config.json says."""
+    loaded.description = ModelDescription.model_validate(loaded.description.as_json() | changes)
 
 
 def tiny_loaded(seed: int = 0) -> LoadedModel:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.builders import tiny_loaded, tiny_tokenizer
+from tests.builders import describe, tiny_loaded, tiny_tokenizer
 from tests.integration.project import Project, tiny_project
 from tests.unit.evaluation.benchmarks import qa_folders
 from tests.unit.reports.conftest import StoreBuilder
@@ -124,7 +124,7 @@ def save_tiny(folder: Path) -> None:
 def save_small(words: list[str], folder: Path) -> None:
     """Build the model that these words begin with, of random parts, and save it as the first training stage would."""
     from tests.builders import build
-    from tinylmm.models.checkpoint import LoadedModel, describe, save_model
+    from tinylmm.models.checkpoint import LoadedModel, save_model
 
     spec = next(stage.spec for stage in stages(words) if stage.kind == "train")
     scaled = spec.get("scale_image_features", False)

@@ -47,4 +47,4 @@ def test_a_model_saved_before_loads_with_every_weight(name: str, tmp_path: Path)
     others = [key for key, value in parameters.items() if not torch.equal(value, torch.full_like(value, FILL))]
     assert others == [], "weights that are not in the files any more"
     described = frozen("small_models")[name]["configs"]["config.json"]
-    assert {key: loaded.description[key] for key in described} == described
+    assert {key: loaded.description.as_json()[key] for key in described} == described

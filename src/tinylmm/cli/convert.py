@@ -54,7 +54,7 @@ def import_(
     console = Console(highlight=False)
     sizes = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
     _line(console, f"read {source} as {report.layout}; parameters: {sizes}")
-    _line(console, f"chat template {report.description['template']}, images {report.description['image']}")
+    _line(console, f"chat template {report.description.template}, images {report.description.as_json()['image']}")
     for reason in sorted(set(report.ignored.values())):
         names = sorted(name for name, why in report.ignored.items() if why == reason)
         _line(console, f"left out ({reason}): {listed(names, NAMES_SHOWN)}")

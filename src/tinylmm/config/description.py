@@ -61,8 +61,9 @@ class ModelDescription(Recorded):
     """config.json of a saved model."""
 
     model_type: Literal["tinylmm"]
-    format: int
-    tinylmm_version: str
+    format: int = FORMAT
+    tinylmm_version: str | None = None
+    """That wrote it."""
     llm: LLMEntry
     vision_tower: TowerEntry
     connector: ConnectorIdentity
@@ -85,17 +86,35 @@ class ModelDescription(Recorded):
         scale_image_features: bool = False,
     ) -> Self:
         """Return the description of a model of these parts."""
+        targets = (llm.target, tower.target, tower.encoder)
+        return cls.of_targets(*targets, output, connector, tower.image, template, scale_image_features)
+
+    @classmethod
+    def of_targets(
+        cls,
+        llm: str,
+        tower: str,
+        encoder: str,
+        output: TowerOutput,
+        connector: ConnectorIdentity,
+        image: ImageSpec,
+        template: str,
+        scale_image_features: bool = False,
+        origin: dict[str, str] | None = None,
+    ) -> Self:
+        """Return the description of a model of these classes; `origin` is where an imported model's parts came from."""
         fields = {
             "model_type": MODEL_TYPE,
             "format": FORMAT,
             "tinylmm_version": __version__,
-            "llm": {"_target_": llm.target},
-            "vision_tower": {"_target_": tower.target, "encoder": tower.encoder, **output.as_json()},
+            "llm": {"_target_": llm},
+            "vision_tower": {"_target_": tower, "encoder": encoder, **output.as_json()},
             "connector": connector.as_json(),
-            "image": tower.image.model_dump(mode="json", exclude_unset=True),
+            "image": image.model_dump(mode="json", exclude_unset=True),
             "template": template,
         }
-        return cls.model_validate(fields | ({"scale_image_features": True} if scale_image_features else {}))
+        fields |= {"scale_image_features": True} if scale_image_features else {}
+        return cls.model_validate(fields | ({} if origin is None else {"origin": origin}))
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
-PARTS = ("llm", "vision_tower", "connector")
 PartName = Literal["llm", "vision_tower", "connector"]
+PARTS: tuple[str, ...] = get_args(PartName)
 TemplateName = Literal[
     "phi", "llama", "gemma", "qwen2_base", "qwen2_instruct", "pretrain", "plain", "tiny_llama", "tiny_llama_bench",
     "llava_llama_2", "mpt", "hf_llava", "chatml", "gemma_chat", "phi3", "llama3", "native",

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS
 from tinylmm.errors import Fault, IntegrityError, UserError
 from tinylmm.store.find_model import find_model
@@ -41,7 +42,7 @@ def take_parts(cfg: DictConfig, words: Sequence[str]) -> list[Fault]:
         return [Fault(KEY, f"names no model: {error}")]
     try:
         parts = _parts(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (IntegrityError, OSError, ValueError, KeyError, TypeError) as error:
         return [Fault(KEY, f"is '{given}', whose files do not describe a model: {type(error).__name__}: {error}.")]
     keys = {word.lstrip("+~").partition("=")[0] for word in words}
     faults = []
@@ -90,16 +91,15 @@ def _given_scale(composed: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:
     """The groups' values as the model's folder has them."""
-    description = _read(folder / "config.json")
-    llm, tower = dict(description["llm"]), dict(description["vision_tower"])
+    description = ModelDescription.of_folder(folder)
+    said = description.as_json()
     tokenizer = {"pretrained": str(folder / "tokenizer"), "revision": None, "pad_token": None, "vocab_size": None}
-    llm |= _origin(folder / "llm") | {"tokenizer": tokenizer, "template": description["template"]}
-    if "scale_image_features" in description:
-        llm["scale_image_features"] = description["scale_image_features"]
-    tower |= _origin(folder / "vision_tower") | {"image": description["image"]}
-    connector = {"options": {}, **description["connector"]}
-    connector["name"] = str(connector["_target_"]).rpartition(".")[2]
-    return {"llm": llm, "vision_tower": tower, "connector": connector}
+    llm = said["llm"] | _origin(folder / "llm") | {"tokenizer": tokenizer, "template": description.template}
+    if "scale_image_features" in said:
+        llm["scale_image_features"] = description.scale_image_features
+    tower = said["vision_tower"] | _origin(folder / "vision_tower") | {"image": said["image"]}
+    name = description.connector.target.rpartition(".")[2]
+    return {"llm": llm, "vision_tower": tower, "connector": {"options": {}, **said["connector"], "name": name}}
 
 
 def _origin(folder: Path) -> dict[str, Any]:

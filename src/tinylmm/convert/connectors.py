@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinylmm.config.identities import ConnectorIdentity
 from tinylmm.convert.tensors import Tensors
 from tinylmm.errors import UserError
 
@@ -64,8 +65,13 @@ _FAMILY = {
 """`connector_type` / `mm_projector_type` -> ours; MLPs have a number and an activation in their names."""
 
 
-def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return our connector spec for a `connector_type` / `mm_projector_type` of the LLaVA family.
+def connector_of(target: str, options: Mapping[str, Any]) -> ConnectorIdentity:
+    """Return the identity of a connector of ours."""
+    return ConnectorIdentity.model_validate({"_target_": target, "options": dict(options)})
+
+
+def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> ConnectorIdentity:
+    """Return our connector for a `connector_type` / `mm_projector_type` of the LLaVA family.
 
     Args:
         type_name: the family's name.
@@ -75,7 +81,7 @@ def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> dic
         UserError: the type is none that can be imported.
     """
     if found := _MLP_TYPE.fullmatch(type_name):
-        return {"_target_": MLP, "options": {"depth": int(found[1]), "activation": found[2]}}
+        return connector_of(MLP, {"depth": int(found[1]), "activation": found[2]})
     known = _FAMILY.get(type_name)
     if known is None or (known.factory_only and config is None):
         raise UserError(
@@ -83,21 +89,21 @@ def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> dic
             "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, and the Factory's mof_mlp, resampler and qformer."
         )
     options = {option: (config or {}).get(key, default) for option, (key, default) in known.fields.items()}
-    return {"_target_": known.target, "options": options}
+    return connector_of(known.target, options)
 
 
-def fields_of_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of_spec(spec: ConnectorIdentity) -> dict[str, Any]:
     """Return what the Factory's config.json says of one of our connectors, the reverse of `spec_of_type`.
 
     Raises:
         UserError: the Factory has no such connector.
     """
-    options = spec.get("options", {})
-    if spec["_target_"] == MLP:
+    options = spec.options
+    if spec.target == MLP:
         depth, activation = ({**MLP_DEFAULTS, **options}[key] for key in MLP_DEFAULTS)
         return {"connector_type": f"mlp{depth}x_{activation}"}
-    name = str(spec["_target_"]).rpartition(".")[2]
-    found = [(type_name, known) for type_name, known in _FAMILY.items() if known.target == spec["_target_"]]
+    name = str(spec.target).rpartition(".")[2]
+    found = [(type_name, known) for type_name, known in _FAMILY.items() if known.target == spec.target]
     if not found:
         raise UserError(f"the connector is {name}, for which TinyLLaVA Factory's layout has no name here.")
     type_name, known = found[0]
@@ -111,24 +117,24 @@ def fields_of_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_ours(spec: Mapping[str, Any], tensors: Tensors) -> Tensors:
+def to_ours(spec: ConnectorIdentity, tensors: Tensors) -> Tensors:
     """Rename the family's connector tensors (`0.weight`, or `weight` of a linear one) to ours."""
-    if spec["_target_"] == QFORMER:
+    if spec.target == QFORMER:
         return {_replaced(name, [(theirs, ours) for ours, theirs in _QFORMER]): t for name, t in tensors.items()}
     prefix = _prefix(spec)
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def from_ours(spec: Mapping[str, Any], tensors: Tensors) -> Tensors:
+def from_ours(spec: ConnectorIdentity, tensors: Tensors) -> Tensors:
     """Rename our connector tensors to the family's."""
-    if spec["_target_"] == QFORMER:
+    if spec.target == QFORMER:
         return {_replaced(name, _QFORMER): tensor for name, tensor in tensors.items()}
     prefix = _prefix(spec)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _prefix(spec: Mapping[str, Any]) -> str:
-    return {MLP: "layers.", **{known.target: known.prefix for known in _FAMILY.values()}}.get(spec["_target_"], "")
+def _prefix(spec: ConnectorIdentity) -> str:
+    return {MLP: "layers.", **{known.target: known.prefix for known in _FAMILY.values()}}.get(spec.target, "")
 
 
 def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS
 from tinylmm.convert.format import Export, all_formats, detect_layout
 from tinylmm.convert.parts import assemble
@@ -39,7 +39,7 @@ class ImportReport:
     parameters: dict[str, int]
     ignored: dict[str, str]
     notes: list[str]
-    description: dict[str, Any]
+    description: ModelDescription
 
 
 @dataclass(frozen=True)

@@ -42,29 +42,29 @@ def image_settings(source: Source, config: PreTrainedConfig, name: str, aspect: 
     Raises:
         UserError: anything else is asked for, or nobody knows the tower's preprocessing.
     """
-    settings = None
+    image = None
     for folder in (source.folder, source.tower):
-        settings = settings or (None if folder is None else _processor_settings(folder))
-    if settings is None and (known := known_tower(name)):
-        settings = dict(known["image"]) | ({"size": config.image_size} if config.model_type in FIXED_SIZE else {})
+        image = image or (None if folder is None else _processor_settings(folder))
+    if image is None and (known := known_tower(name)):
+        image = dict(known["image"]) | ({"size": config.image_size} if config.model_type in FIXED_SIZE else {})
         source.notes.append(f"image preprocessing is not stored in the checkpoint; taken from the published '{name}'")
-    if settings is None and config.model_type in USUAL_IMAGES:
-        settings = {"size": config.image_size, **USUAL_IMAGES[config.model_type]}
+    if image is None and config.model_type in USUAL_IMAGES:
+        image = {"size": config.image_size, **USUAL_IMAGES[config.model_type]}
         source.notes.append(
             f"image preprocessing is not stored in the checkpoint; the usual one of {config.model_type} is taken"
         )
-    if settings is None:
+    if image is None:
         raise UserError(
             f"how images are prepared for the tower '{name}' ({config.model_type}) is stored nowhere. "
             "Give its folder with its preprocessor_config.json: --tower FOLDER."
         )
     if aspect == "pad":
-        settings["mode"] = "pad"
+        image["mode"] = "pad"
     elif aspect not in (None, "square"):
         raise UserError(f"image_aspect_ratio is '{aspect}', which cannot be imported. Importable are: square and pad.")
-    if settings["size"] != config.image_size and config.model_type in FIXED_SIZE:
-        raise UserError(f"images are prepared at {settings['size']} pixels, but the tower takes {config.image_size}.")
-    return settings
+    if image["size"] != config.image_size and config.model_type in FIXED_SIZE:
+        raise UserError(f"images are prepared at {image['size']} pixels, but the tower takes {config.image_size}.")
+    return image
 
 
 def _processor_settings(folder: Path) -> dict[str, Any] | None:

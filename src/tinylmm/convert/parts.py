@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from tinylmm.config.description import ModelDescription
+from tinylmm.config.identities import ConnectorIdentity, TowerOutput
+from tinylmm.config.spec import ImageSpec
 from tinylmm.config.targets import resolve_target
 from tinylmm.convert.connectors import to_ours
 from tinylmm.convert.images import image_settings
@@ -18,7 +21,7 @@ from tinylmm.convert.tokenizer import choose_template, read_tokenizer
 from tinylmm.convert.tower import fitted_tower
 from tinylmm.errors import UserError
 from tinylmm.models.build import build_connector
-from tinylmm.models.checkpoint import LoadedModel, describe
+from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.encoders import find_anatomy
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower, make_tower
@@ -36,7 +39,7 @@ class Parts:
         llm: tensors by the names of the causal LM (`model.layers...`, `lm_head...`).
         tower: tensors of the encoder, with or without `vision_model.` in front.
         connector: tensors by the family's names (`0.weight`).
-        connector_spec: `_target_` and options.
+        connector_spec: our connector.
         select_layer: index into the tower's hidden states.
         select: "patch" (drop the CLS token), "all", or "cut" (drop index 0 whatever it is, as the Factory does).
         aspect: LLaVA's image_aspect_ratio, or None.
@@ -49,7 +52,7 @@ class Parts:
     llm: Tensors
     tower: Tensors
     connector: Tensors
-    connector_spec: dict[str, Any]
+    connector_spec: ConnectorIdentity
     select_layer: int
     select: str
     aspect: str | None
@@ -71,12 +74,12 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     encoder_class = cast(type[PreTrainedModel], MODEL_MAPPING[type(encoder_config)])
     encoder = build_part("vision tower", encoder_class, encoder_config, tensors, where)
     has_cls = bool(find_anatomy(encoder).num_cls)
-    output: dict[str, Any] = {
-        "select_layer": layer,
-        "select": "all" if parts.select == "all" else "patch",
-        "drop_first_token": parts.select == "cut" and not has_cls,
-    }
-    image = image_settings(source, encoder_config, parts.tower_name, parts.aspect)
+    output = TowerOutput(
+        select_layer=layer,
+        select="all" if parts.select == "all" else "patch",
+        drop_first_token=parts.select == "cut" and not has_cls,
+    )
+    image = ImageSpec.model_validate(image_settings(source, encoder_config, parts.tower_name, parts.aspect))
     tower = make_tower(HFVisionTower, encoder, output, image)
     connector = build_connector(parts.connector_spec, tower.hidden_size, llm, [])
     weights = to_ours(parts.connector_spec, parts.connector)
@@ -85,18 +88,15 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     connector.load_state_dict(weights)
     tokenizer = read_tokenizer(source)
     template = choose_template(source, tokenizer, str(parts.llm_config.model_type))
-    identities: dict[str, dict[str, Any]] = {
-        "llm": {"_target_": _target_of(llm_class)},
-        "vision_tower": {"_target_": TOWER, "encoder": _target_of(encoder_class), "image": image},
-    }
     # Gemma multiplied all embeddings inside the model when the family trained it; transformers 5 does the tokens' alone.
     scaled = parts.scales_images and parts.llm_config.model_type == "gemma"
-    description = describe(identities, output, parts.connector_spec, template, scaled)
+    targets = (_target_of(llm_class), TOWER, _target_of(encoder_class))
     names = {"llm": parts.llm_name, "vision_tower": parts.tower_name}
     # A path of the author's disk says nothing here, and is nobody's business.
-    description["origin"] = {
-        part: name for part, name in names.items() if name and not name.startswith(("/", ".", "~"))
-    }
+    origin = {part: name for part, name in names.items() if name and not name.startswith(("/", ".", "~"))}
+    description = ModelDescription.of_targets(
+        *targets, output, parts.connector_spec, image, template, scaled, origin=origin
+    )
     return LoadedModel(LMM(llm, tower, connector, template, scaled), tokenizer, description, None)
 
 

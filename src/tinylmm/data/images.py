@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image
 
+from tinylmm.config.spec import ImageSpec
 from tinylmm.constants import MAX_PIXELS
 from tinylmm.errors import DataError
 from tinylmm.sizing.tiling import Tiling
@@ -189,6 +190,11 @@ class ImageTransform:
         self.fill = tuple(int(value * 255) for value in mean)
         self._mean = np.array(mean, dtype=np.float32)
         self._std = np.array(std, dtype=np.float32)
+
+    @classmethod
+    def of(cls, spec: ImageSpec) -> ImageTransform:
+        """The transform that a spec describes."""
+        return cls(**spec.model_dump(mode="json"))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB image of any size."""

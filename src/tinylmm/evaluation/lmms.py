@@ -79,9 +79,9 @@ class TinyLMM(lmms):
         loaded = load_model(Path(pretrained), [])
         self._device = named_device(device or "auto")
         self.model = loaded.model.to(self._device, DTYPES[precision]).eval()
-        self.prompts = PromptMaker(get_template(template or loaded.description["template"]), loaded.tokenizer)
+        self.prompts = PromptMaker(get_template(template or loaded.description.template), loaded.tokenizer)
         self.rows, self.tokens = int(batch_size), int(tokens)
-        self._transform = ImageTransform(**loaded.description["image"])
+        self._transform = ImageTransform.of(loaded.description.image)
 
     @property
     def device(self) -> torch.device:

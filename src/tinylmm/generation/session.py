@@ -93,7 +93,7 @@ class ChatModel:
         self.model = loaded.model.eval()
         self.tokenizer = loaded.tokenizer
         self.prompts = PromptMaker(get_template(self.model.template), self.tokenizer)
-        self.transform = ImageTransform(**loaded.description["image"])
+        self.transform = ImageTransform.of(loaded.description.image)
         self._features = EncodedImages(self.model, keep=KEPT_FEATURES)
 
     def chat(self, prompt: str | Sequence[str], image: Any = None, history: Any = (), **options: Any) -> Any:

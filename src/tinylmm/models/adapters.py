@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinylmm.config.description import QuantizationEntry
 from tinylmm.config.recipe import LoraSpec, QLoraSpec
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.models.lmm import LMM
-from tinylmm.models.quantize import Quantization, import_bitsandbytes, quantize_linears, round_trip
+from tinylmm.models.quantize import import_bitsandbytes, quantize_linears, round_trip
 
 NAME = "default"
 PREFIX = "base_model.model."
@@ -37,7 +38,7 @@ class Adapter:
     """
 
     config: dict[str, Any]
-    quantization: Quantization | None
+    quantization: QuantizationEntry | None
 
 
 def adapter_root(model: LMM, part: str) -> tuple[str, nn.Module]:
@@ -85,7 +86,8 @@ def add_adapter(
     targets = _targets(part, linears, settings.targets)
     quantization = None
     if isinstance(settings, QLoraSpec):
-        quantization = Quantization(settings.bits, settings.quant_type, settings.double_quant)
+        held = {name: getattr(settings, name) for name in QuantizationEntry.model_fields}
+        quantization = QuantizationEntry(**held)
     _, root = adapter_root(model, part)
     if quantization is not None:
         quantize_linears(root, linears, quantization, compute, device)
@@ -126,7 +128,7 @@ def save_adapter(adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> 
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def merge_adapter(model: LMM, part: str, folder: Path, quantization: Quantization | None) -> None:
+def merge_adapter(model: LMM, part: str, folder: Path, quantization: QuantizationEntry | None) -> None:
     """Add a saved adapter to a part's weights, in fp32, so that nothing of it is left but its effect.
 
     With `quantization` the base weights first become what their quantised forms stood for, which the adapter was trained on.

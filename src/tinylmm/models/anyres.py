@@ -5,13 +5,12 @@ Shapes: N images with T tiles in all, P tower tokens a tile, side x side connect
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinylmm.config.spec import ImageSpec
 from tinylmm.errors import ConfigError, Fault
 from tinylmm.models.connectors import Connector
 from tinylmm.sizing.tiling import Tiling
@@ -85,15 +84,15 @@ class TiledConnector(Connector):
         return torch.cat([whole, torch.cat([shown, newline], dim=1).flatten(0, 1)])
 
 
-def with_tiles(connector: Connector, image: Mapping[str, Any], tower_tokens: int) -> Connector:
+def with_tiles(connector: Connector, image: ImageSpec, tower_tokens: int) -> Connector:
     """Return the connector as images of this preprocessing need it: for `anyres`, a `TiledConnector` around it.
 
     Raises:
         ConfigError: its tokens cannot be laid out on a grid.
     """
-    if image["mode"] != "anyres":
+    if image.mode != "anyres":
         return connector
     try:
-        return TiledConnector(connector, Tiling(image["size"], image["tiles"]), tower_tokens)
+        return TiledConnector(connector, Tiling(image.size, image.tiles), tower_tokens)
     except ValueError as error:
         raise ConfigError([Fault("vision_tower.image.mode", f"{error}.")]) from error

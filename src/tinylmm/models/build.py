@@ -82,22 +82,22 @@ def build_lmm(
     llm = _load_llm(llm_source, trust, attention)
     encoder = _load_encoder(tower_source, trust, choose_attention(attention))
     tower_class = resolve_target(tower_source.identity.target, trust, nn.Module, role="vision_tower")
-    image = tower_source.identity.image.model_dump(mode="json")
-    tower = make_tower(tower_class, encoder, tower_output.as_json(), image)
+    image = tower_source.identity.image
+    tower = make_tower(tower_class, encoder, tower_output, image)
     # Drawn after the parts, from the seed alone: whether a part is random or loaded does not move the connector.
     torch.manual_seed(seed)
-    connector = build_connector(connector_identity.as_json(), tower.hidden_size, llm, trust)
+    connector = build_connector(connector_identity, tower.hidden_size, llm, trust)
     check_fit(tower, connector)
     connector = with_tiles(connector, image, tower.num_tokens)
     return LMM(llm, tower, connector, template, scale_image_features)
 
 
-def build_connector(spec: dict[str, Any], vision_dim: int, llm: nn.Module, trust: Sequence[str]) -> Connector:
+def build_connector(identity: ConnectorIdentity, vision_dim: int, llm: nn.Module, trust: Sequence[str]) -> Connector:
     """Build a connector between a tower of width `vision_dim` and the LLM's input embeddings."""
     llm_dim = llm.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    connector_class = resolve_target(spec["_target_"], trust, Connector, role="connector")
+    connector_class = resolve_target(identity.target, trust, Connector, role="connector")
     try:
-        return cast(Connector, connector_class(vision_dim, llm_dim, **spec.get("options", {})))
+        return cast(Connector, connector_class(vision_dim, llm_dim, **identity.options))
     except (TypeError, ValueError) as error:
         raise ConfigError([Fault("connector", str(error))]) from error
 
@@ -179,7 +179,7 @@ def _load_encoder(source: PartSource[TowerIdentity], trust: Sequence[str], imple
         return cast(PreTrainedModel, model_class._from_config(config, **options))
     try:
         if model_class is HubEncoder:
-            refuse_other_normalisation(source.where, identity.revision, identity.image.model_dump(mode="json"))
+            refuse_other_normalisation(source.where, identity.revision, identity.image)
         return model_class.from_pretrained(source.where, revision=identity.revision, **options)
     except OSError as error:
         raise _unavailable("vision_tower", source.where, error) from error

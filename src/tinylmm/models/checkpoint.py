@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tinylmm.config.description import CONFIG_FILE, AdapterEntry, ModelDescription
+from tinylmm.config.fields import PARTS
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
 from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
@@ -36,14 +38,11 @@ from tinylmm.models.anyres import with_tiles
 from tinylmm.models.build import build_connector
 from tinylmm.models.llm import choose_attention, load_llm
 from tinylmm.models.lmm import LMM
-from tinylmm.models.quantize import Quantization
 from tinylmm.models.vision import make_tower
-from tinylmm.version import __version__
 
 WEIGHTS = "model.safetensors"
 ADAPTERS = "adapters"
-"""Folder of peft folders, and the key of config.json that lists them."""
-FORMAT = 1
+"""Folder of peft folders; config.json lists them."""
 
 
 @dataclass
@@ -53,36 +52,14 @@ class LoadedModel:
     Attributes:
         description: the folder's config.json, without `adapters`.
         folder: where it was loaded from (source of hard links for parts that stay unchanged).
-        adapters: part -> entry of config.json, for parts whose folder there lacks the adapter that is merged in memory.
+        adapters: part -> its adapter, for parts whose folder there lacks what is merged in memory.
     """
 
     model: LMM
     tokenizer: PreTrainedTokenizerBase
-    description: dict[str, Any]
+    description: ModelDescription
     folder: Path | None
-    adapters: dict[str, Any] = field(default_factory=dict)
-
-
-def describe(
-    identities: dict[str, dict[str, Any]],
-    tower_output: dict[str, Any],
-    connector: dict[str, Any],
-    template: str,
-    scale_image_features: bool = False,
-) -> dict[str, Any]:
-    """Return the content of config.json for a model of these parts."""
-    tower = identities["vision_tower"]
-    return {
-        "model_type": "tinylmm",
-        "format": FORMAT,
-        "tinylmm_version": __version__,
-        "llm": {"_target_": identities["llm"]["_target_"]},
-        "vision_tower": {"_target_": tower["_target_"], "encoder": tower["encoder"], **tower_output},
-        "connector": connector,
-        "image": tower["image"],
-        "template": template,
-        **({"scale_image_features": True} if scale_image_features else {}),
-    }
+    adapters: dict[str, AdapterEntry] = field(default_factory=dict)
 
 
 def save_model(
@@ -104,7 +81,7 @@ def save_model(
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     model = loaded.model
-    listed: dict[str, Any] = {}
+    listed: dict[str, AdapterEntry] = {}
     for part, source in unchanged.items():
         _link_tree(source, folder / part)
         if part in loaded.adapters and loaded.folder is not None and source == loaded.folder / part:
@@ -112,13 +89,13 @@ def save_model(
             listed[part] = loaded.adapters[part]
     for part, adapter in adapters.items():
         save_adapter(adapter, adapter_state(model, part, state), folder / ADAPTERS / part)
-        listed[part] = {"quantization": None if adapter.quantization is None else asdict(adapter.quantization)}
-    for part in ("llm", "vision_tower", "connector"):
+        listed[part] = AdapterEntry(quantization=adapter.quantization)
+    for part in PARTS:
         if part not in unchanged:
             save_part(model, part, folder / part, state)
     loaded.tokenizer.save_pretrained(folder / "tokenizer")
-    description = loaded.description | ({ADAPTERS: listed} if listed else {})
-    (folder / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    description = loaded.description.with_adapters(listed).as_json()
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def save_part(model: LMM, part: str, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -147,28 +124,21 @@ def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> L
         IntegrityError: a file is missing, or the tensors of connector or adapter are not those of its class.
         UserError: an adapter was trained on quantised weights, and bitsandbytes is not installed.
     """
-    try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{folder} is no tinylmm model: config.json is missing") from error
+    description = ModelDescription.of_folder(folder)
     options: dict[str, Any] = {
         "attn_implementation": choose_attention(attention),
         "dtype": torch.float32,
         "local_files_only": True,
     }
-    llm_class = cast(
-        type[PreTrainedModel], resolve_target(description["llm"]["_target_"], trust, PreTrainedModel, role="llm")
-    )
+    llm_class = cast(type[PreTrainedModel], resolve_target(description.llm.target, trust, PreTrainedModel, role="llm"))
     llm = load_llm(llm_class, folder / "llm", None, attention, local_only=True)
-    tower_spec = dict(description["vision_tower"])
-    tower_class = resolve_target(tower_spec.pop("_target_"), trust, nn.Module, role="vision_tower")
-    encoder_class = cast(
-        type[PreTrainedModel], resolve_target(tower_spec.pop("encoder"), trust, PreTrainedModel, role="encoder")
-    )
+    entry, image = description.vision_tower, description.image
+    tower_class = resolve_target(entry.target, trust, nn.Module, role="vision_tower")
+    encoder_class = cast(type[PreTrainedModel], resolve_target(entry.encoder, trust, PreTrainedModel, role="encoder"))
     encoder = encoder_class.from_pretrained(folder / "vision_tower", **options)
-    tower = make_tower(tower_class, encoder, tower_spec, description["image"])
-    connector = build_connector(description["connector"], tower.hidden_size, llm, trust)
-    connector = with_tiles(connector, description["image"], tower.num_tokens)
+    tower = make_tower(tower_class, encoder, entry.output, image)
+    connector = build_connector(description.connector, tower.hidden_size, llm, trust)
+    connector = with_tiles(connector, image, tower.num_tokens)
     weights = load_file(folder / "connector" / WEIGHTS)
     if set(weights) != set(connector.state_dict()):
         raise IntegrityError(
@@ -176,13 +146,11 @@ def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> L
         )
     connector.load_state_dict(weights)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
-    model = LMM(llm, tower, connector, description["template"], description.get("scale_image_features", False))
-    adapters = description.pop(ADAPTERS, {})
-    for part, entry in adapters.items():
-        held_as = entry["quantization"]
-        quantization = None if held_as is None else Quantization(**held_as)
-        merge_adapter(model, part, folder / ADAPTERS / part, quantization)
-    return LoadedModel(model, tokenizer, description, folder, adapters)
+    model = LMM(llm, tower, connector, description.template, description.scale_image_features)
+    adapters = description.adapters or {}
+    for part, adapter in adapters.items():
+        merge_adapter(model, part, folder / ADAPTERS / part, adapter.quantization)
+    return LoadedModel(model, tokenizer, description.without_adapters(), folder, adapters)
 
 
 def _part_state(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:

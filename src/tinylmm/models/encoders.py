@@ -7,13 +7,14 @@ pooling) that a tower never reads. They differ in names alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from tinylmm.config.spec import ImageSpec
 
 _BLOCKS = ("encoder.layers", "encoder.layer", "model.layer", "layers", "layer")
 _PRE_NORMS = ("pre_layrnorm", "pre_layernorm")
@@ -145,7 +146,7 @@ class HubEncoder(PreTrainedModel):
         return getattr(transformers, KINDS[kind]).from_pretrained(where, *args, **options)
 
 
-def refuse_other_normalisation(where: str, revision: str | None, image: Mapping[str, Any]) -> None:
+def refuse_other_normalisation(where: str, revision: str | None, image: ImageSpec) -> None:
     """Compare `image` with the preprocessor_config.json of a checkpoint, where it has one.
 
     Args:
@@ -166,7 +167,7 @@ def refuse_other_normalisation(where: str, revision: str | None, image: Mapping[
     )
     fields = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     for key in ("mean", "std"):
-        own, set_to = fields.get(f"image_{key}"), list(image[key])
+        own, set_to = fields.get(f"image_{key}"), list(getattr(image, key))
         if own is not None and max(abs(a - b) for a, b in zip(own, set_to, strict=True)) > 1e-4:
             raise ValueError(
                 f"image.{key} is {set_to}, but '{where}' was trained with {own} (its preprocessor_config.json); "

@@ -5,7 +5,6 @@ The patches of both lie on the same grid, so token 2i is CLIP's and token 2i + 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PreTrainedConfig, PreTrainedModel
 
+from tinylmm.config.spec import ImageSpec
 from tinylmm.models.encoders import find_anatomy, get_blocks, renormalise, run_blocks
 from tinylmm.models.vision import HFVisionTower, checked_size, cut_behind, whole_state
 
@@ -105,7 +105,7 @@ class MoFTower(HFVisionTower):
         select_layer: int,
         select: str,
         drop_first_token: bool,
-        image: Mapping[str, Any],
+        image: ImageSpec,
         reference: bool = False,
     ) -> None:
         nn.Module.__init__(self)
@@ -122,7 +122,7 @@ class MoFTower(HFVisionTower):
         cut = {name: cut_behind(getattr(encoder, name), anatomy, select_layer) for name, anatomy in self._parts}
         self.depth = cut["clip"][0]
         self._unused = {name: blocks for name, (_, blocks) in cut.items()}
-        own = (torch.tensor(tuple(image["mean"])), torch.tensor(tuple(image["std"])))
+        own = (torch.tensor(image.mean), torch.tensor(image.std))
         self._normalisations = (own, (torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)))
 
     def _refuse_mismatch(self) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tinylmm.config.spec import TextTowerSpec
 
 PAD, UNKNOWN = 0, 1
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -91,7 +92,7 @@ class ContrastivePair(nn.Module):
     """An image encoder with a pooling head and a text encoder, under one sigmoid loss."""
 
     def __init__(
-        self, tower: nn.Module, tower_width: int, vocabulary: int, max_words: int, text_tower: dict[str, Any]
+        self, tower: nn.Module, tower_width: int, vocabulary: int, max_words: int, text_tower: TextTowerSpec
     ) -> None:
         """Wrap `tower` (called with `pixel_values=`, gives `pooler_output` (B, tower_width)).
 
@@ -100,11 +101,11 @@ class ContrastivePair(nn.Module):
             tower_width: width of its pooled output.
             vocabulary: size of the captions' vocabulary.
             max_words: longest caption.
-            text_tower: further keyword arguments of `TextEncoder`.
+            text_tower: size of the text encoder, where it is not the usual one.
         """
         super().__init__()
         self.tower = tower
-        self.text = TextEncoder(vocabulary, max_words=max_words, **text_tower)
+        self.text = TextEncoder(vocabulary, max_words=max_words, **text_tower.given())
         self.project = nn.Linear(self.text.norm.normalized_shape[0], tower_width)
         # Initial values of SigLIP, section 3.2: t = 10 and b = -10 start near the prior that most pairs do not match.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))

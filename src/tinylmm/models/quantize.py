@@ -6,30 +6,20 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tinylmm.config.description import QuantizationEntry
 from tinylmm.errors import UserError
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are held (`QLoraSpec` has the meanings)."""
-
-    bits: int
-    quant_type: str
-    double_quant: bool
-
 
 OUTLIER_THRESHOLD = 6.0
 """Columns of 8-bit layers' inputs with a value above it are multiplied in 16 bits (LLM.int8, section 3.2)."""
 
 
 def quantize_linears(
-    root: nn.Module, names: Iterable[str], held_as: Quantization, compute: torch.dtype, device: torch.device
+    root: nn.Module, names: Iterable[str], held_as: QuantizationEntry, compute: torch.dtype, device: torch.device
 ) -> None:
     """Replace linear layers of `root` by quantised ones, a layer at a time, so that no second whole copy exists.
 
@@ -48,7 +38,7 @@ def quantize_linears(
         setattr(module, leaf, _quantized(module.get_submodule(leaf), held_as, compute, device))
 
 
-def round_trip(root: nn.Module, names: Iterable[str], held_as: Quantization) -> None:
+def round_trip(root: nn.Module, names: Iterable[str], held_as: QuantizationEntry) -> None:
     """Give linear layers the values that their quantised forms stand for: what a quantised model computes with, in fp32.
 
     Raises:
@@ -104,7 +94,7 @@ def require_bitsandbytes() -> Any:
     return found
 
 
-def _quantized(linear: nn.Module, held_as: Quantization, compute: torch.dtype, device: torch.device) -> nn.Module:
+def _quantized(linear: nn.Module, held_as: QuantizationEntry, compute: torch.dtype, device: torch.device) -> nn.Module:
     """A frozen quantised copy of a linear layer, on `device`."""
     bnb = require_bitsandbytes()
     assert isinstance(linear, nn.Linear)

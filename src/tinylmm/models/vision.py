@@ -5,12 +5,13 @@ Shapes: B images, H = W = input size in pixels, P tokens an image, Dv the tower'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from tinylmm.config.identities import TowerOutput
+from tinylmm.config.spec import ImageSpec
 from tinylmm.errors import ConfigError, Fault
 from tinylmm.models.encoders import Anatomy, find_anatomy, get_blocks, run_blocks, set_blocks
 
@@ -41,7 +42,7 @@ class HFVisionTower(nn.Module):
         select_layer: int,
         select: str,
         drop_first_token: bool,
-        image: Mapping[str, Any] | None = None,
+        image: ImageSpec | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -115,14 +116,14 @@ class HFVisionTower(nn.Module):
         return whole_state(self.encoder, self._anatomy, self._unused_blocks)
 
 
-def checked_size(encoder: nn.Module, anatomy: Anatomy, image: Mapping[str, Any] | None) -> int:
+def checked_size(encoder: nn.Module, anatomy: Anatomy, image: ImageSpec | None) -> int:
     """H = W in pixels that the encoder is to be given.
 
     Raises:
         ValueError: it takes another size alone, or one that its patches do not fill.
     """
     own, patch = int(encoder.config.image_size), int(encoder.config.patch_size)  # type: ignore[union-attr, arg-type]
-    size = own if image is None else int(image["size"])
+    size = own if image is None else image.size
     if size != own and anatomy.fixed_size:
         raise ValueError(f"image.size is {size}, but {type(encoder).__name__} takes {own} pixels alone; set {own}")
     if not anatomy.fixed_size and size % patch:
@@ -157,22 +158,19 @@ def whole_state(encoder: nn.Module, anatomy: Anatomy, unused_blocks: list[nn.Mod
     return state
 
 
-def make_tower(
-    tower_class: Any, encoder: nn.Module, output: Mapping[str, Any], image: Mapping[str, Any]
-) -> HFVisionTower:
+def make_tower(tower_class: Any, encoder: nn.Module, output: TowerOutput, image: ImageSpec) -> HFVisionTower:
     """Put a tower class around a loaded encoder.
 
     Args:
-        output: how its output is read: `select_layer`, `select`, `drop_first_token`, and `options` of the class, if any.
+        output: how its output is read; its options are the class's own.
         image: the tower's image preprocessing.
 
     Raises:
         ConfigError: the encoder, the layer or an option does not fit.
     """
-    fields = dict(output)
-    options = fields.pop("options", {})
+    read = {"select_layer": output.select_layer, "select": output.select, "drop_first_token": output.drop_first_token}
     try:
-        return cast(HFVisionTower, tower_class(encoder, **fields, image=image, **options))
+        return cast(HFVisionTower, tower_class(encoder, **read, image=image, **output.options))
     except (TypeError, ValueError) as error:
         raise ConfigError([Fault("vision_tower", str(error))]) from error
 

@@ -20,7 +20,7 @@ from tinylmm.config.identities import (
     TowerOutput,
 )
 from tinylmm.config.recipe import TuneSpec
-from tinylmm.config.spec import ImageSpec, LaunchSpec, TrackingSpec
+from tinylmm.config.spec import ImageSpec, LaunchSpec, TextTowerSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
 
 Content = dict[str, Any]
@@ -65,7 +65,7 @@ class PartBuild(Recorded):
     weight_decay: float
     max_length: int
     seed: int
-    text_tower: dict[str, Any] = Field(default_factory=dict)
+    text_tower: TextTowerSpec = TextTowerSpec()
 
 
 class PartsStage(Recorded):
@@ -128,7 +128,8 @@ class TrainStage(Recorded):
     max_grad_norm: float
     precision: Literal["fp32", "bf16", "fp16"]
     seed: int
-    trainer: dict[str, Any]
+    trainer: TrainerSpec
+    """The fields of TrainingArguments that decide what is learnt."""
     mixture: list[float] | None = None
     """Weights of the prepared sources, in the order of the parents `prepared.0`, `prepared.1`; None for a single one."""
 

@@ -144,7 +144,7 @@ class RunData:
         data = sample.embedded.get(name)
         image = open_image(safe_path(files.images, name) if data is None else io.BytesIO(data))
         spec = self.run.vision_tower.image
-        pixels = ImageTransform(**spec.model_dump(mode="json"))(image)
+        pixels = ImageTransform.of(spec)(image)
         tiles = pixels if pixels.ndim == 4 else pixels[None]  # (T, 3, H, W)
         return SeenImage(name, image.size, tuple(_picture(tile, spec.mean, spec.std) for tile in tiles))
 

@@ -140,7 +140,7 @@ def _answer(
         counts = {key: model.tokens_of(*size) for key, size in sizes.items()}
     engine = Engine(
         model,
-        _Pixels(refs, ImageTransform(**loaded.description["image"])),
+        _Pixels(refs, ImageTransform.of(loaded.description.image)),
         maker.ends,
         Sampling(max_new_tokens=job.spec.max_new_tokens),
         rows=launch.eval_batch,

@@ -185,7 +185,7 @@ def _build_tower(job: StageJob[PartsStage]) -> dict[str, Any]:
 
 def _load_images(job: StageJob[PartsStage], samples: Sequence[Sample]) -> Tensor:
     """Return all images as the tower sees them, (N, 3, H, W) float32: embedded data sets are small enough."""
-    transform = ImageTransform(**_given(job.spec.image).model_dump(mode="json"))
+    transform = ImageTransform.of(_given(job.spec.image))
     folder = job.parents["data"] / job.spec.source.images
     return torch.stack([transform.one_view(open_image(safe_path(folder, sample.images[0]))) for sample in samples])
 

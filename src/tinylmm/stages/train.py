@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS
 from tinylmm.config.identities import PartIdentity, TowerIdentity
 from tinylmm.config.recipe import TuneHow
@@ -18,7 +19,7 @@ from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
-from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model, save_part
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
@@ -181,7 +182,7 @@ class _Images:
         for location, prepared in zip(job.locations, _prepared(job), strict=True):
             folders.append(ImageFolder(job.root_of(location) / location.source.images, prepared / EMBEDDED_FOLDER))
         self.folders = ImageFolders(folders)
-        self.transform = ImageTransform(**loaded.description["image"])
+        self.transform = ImageTransform.of(loaded.description.image)
         self._sizes: dict[str, tuple[int, int]] = {}
         model = loaded.model
         self.tokens: ImageTokens = (
@@ -234,8 +235,8 @@ def _start_model(job: StageJob[TrainStage]) -> LoadedModel:
     template, scaled = spec.chat_template, spec.scale_image_features
     model = build_lmm(llm, tower, spec.connector, spec.tower_output, template, spec.seed, trust, attention, scaled)
     tokenizer = load_tokenizer(spec.tokenizer, parents.get("tokenizer"), folders.get("tokenizer"))
-    identities = {"llm": llm.identity.as_json(), "vision_tower": tower.identity.as_json()}
-    description = describe(identities, spec.tower_output.as_json(), spec.connector.as_json(), template, scaled)
+    parts = (llm.identity, tower.identity, spec.tower_output, spec.connector)
+    description = ModelDescription.of(*parts, template, scaled)
     return LoadedModel(model, tokenizer, description, None)
 
 
@@ -281,7 +282,8 @@ def _open_cache(
             size,
         )
         return None
-    description = {"image": loaded.description["image"], "tower": loaded.description["vision_tower"]}
+    described = loaded.description.as_json()
+    description = {"image": described["image"], "tower": described["vision_tower"]}
     root = StoreLayout(job.store).features
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
 

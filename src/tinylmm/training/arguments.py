@@ -73,7 +73,7 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         ddp_timeout=launch.step_timeout_s,
     )
-    return TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer))
+    return TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
 
 
 def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.builders import VISION, WIDTH, tiny_loaded
+from tests.builders import VISION, WIDTH, redescribe, tiny_loaded
 from tests.foreign import foreign, write_factory_folders
 from tinylmm.convert.conversion import import_model, write_model
 from tinylmm.convert.format import Export
@@ -61,7 +61,7 @@ def test_the_merged_save_has_the_factorys_names(tmp_path: Path) -> None:
 def loaded_with(connector: Connector, name: str, **options: object) -> LoadedModel:
     loaded = tiny_loaded()
     loaded.model.connector = connector
-    loaded.description["connector"] = {"_target_": f"tinylmm.models.query_connectors.{name}", "options": options}
+    redescribe(loaded, connector={"_target_": f"tinylmm.models.query_connectors.{name}", "options": options})
     return loaded
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.builders import LLAMA, VISION, VOCAB, WIDTH, tiny_loaded, tiny_tower
+from tests.builders import LLAMA, VISION, VOCAB, WIDTH, redescribe, tiny_loaded, tiny_tower
 from tests.foreign import PHI
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.chat_template import jinja_template, messages
@@ -56,9 +56,13 @@ def loaded_with(
     vision = tiny_tower(kind, output["select_layer"], output["select"], output["drop_first_token"])
     connector = connector or MLPConnector(VISION["hidden_size"], WIDTH)
     encoder = {"siglip": "transformers.SiglipVisionModel", "clip": "transformers.CLIPVisionModel"}[kind]
-    loaded.description["llm"]["_target_"] = f"transformers.{type(llm).__name__}"
-    loaded.description["vision_tower"] |= {"encoder": encoder, **output}
-    loaded.description["image"] = {**loaded.description["image"], "mode": mode}
+    said = loaded.description.as_json()
+    redescribe(
+        loaded,
+        llm={"_target_": f"transformers.{type(llm).__name__}"},
+        vision_tower=said["vision_tower"] | {"encoder": encoder, **output},
+        image=said["image"] | {"mode": mode},
+    )
     loaded.model = LMM(llm, vision, connector, "llama")
     return loaded
 
@@ -75,7 +79,7 @@ def ours_and_theirs(
     model = loaded.model.eval()
     ids = TEMPLATES[model.template].render_prompt(turns, loaded.tokenizer)
     row = torch.tensor([[t for i in ids for t in ([i] * model.image_tokens if i == IMAGE_TOKEN_ID else [i])]])
-    pixels = ImageTransform(**loaded.description["image"])(image)[None]
+    pixels = ImageTransform.of(loaded.description.image)(image)[None]
     processor = AutoProcessor.from_pretrained(folder)
     exported = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
@@ -109,7 +113,7 @@ def test_transformers_alone_gives_the_same_logits_from_words_and_image(
     again = load_model(tmp_path / "again", [])
     before, after = loaded.model.state_dict(), again.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert again.description["image"] == loaded.description["image"] and again.model.template == "llama"
+    assert again.description.image == loaded.description.image and again.model.template == "llama"
     assert again.model.image_tokens == loaded.model.image_tokens
 
 
@@ -218,7 +222,8 @@ def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -
         "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
-    loaded.model.template = loaded.description["template"] = "native"
+    loaded.model.template = "native"
+    redescribe(loaded, template="native")
     report = export_hf(loaded, tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]

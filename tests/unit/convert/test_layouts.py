@@ -52,10 +52,10 @@ def test_the_factorys_three_folders_give_its_728_token_model_and_say_what_was_as
     loaded, report = load_imported(tmp_path / "factory", tmp_path / "model")
     same_logits(parts, loaded)
     assert report.layout == "factory-folders"
-    assert loaded.description["vision_tower"]["drop_first_token"] is True
+    assert loaded.description.vision_tower.drop_first_token is True
     assert loaded.model.image_tokens == 3  # four patches, one cut
     assert loaded.model.llm.lm_head.weight is loaded.model.llm.model.embed_tokens.weight
-    assert loaded.description["image"] == {
+    assert loaded.description.as_json()["image"] == {
         "size": 16,
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
@@ -88,9 +88,7 @@ def test_a_merged_factory_model_keeps_its_dtype_and_padding_mode(tmp_path: Path)
     config = factory_config(parts, image_aspect_ratio="pad", torch_dtype="float16")
     write_merged(tmp_path / "merged", config, tensors, pickled=True)
     loaded, _ = load_imported(tmp_path / "merged", tmp_path / "model")
-    assert (
-        loaded.description["image"]["mode"] == "pad" and loaded.description["vision_tower"]["drop_first_token"] is False
-    )
+    assert loaded.description.image.mode == "pad" and loaded.description.vision_tower.drop_first_token is False
     for name, tensor in loaded.model.llm.state_dict().items():
         assert torch.equal(tensor.half(), tensors[f"language_model.{name}"]), name
     assert (tmp_path / "model/llm/model.safetensors").stat().st_size < 100_000  # fp32 would be 158 kB
@@ -134,7 +132,7 @@ def test_a_bench_model_comes_in_with_a_block_less_and_all_its_tokens(tmp_path: P
     loaded, report = load_imported(tmp_path / "bench", tmp_path / "model", tower=tower)
     same_logits(parts, loaded)
     assert report.layout == "bench" and loaded.model.image_tokens == 4
-    assert loaded.description["image"]["mode"] == "pad" and loaded.tokenizer.get_vocab() == tiny.get_vocab()
+    assert loaded.description.image.mode == "pad" and loaded.tokenizer.get_vocab() == tiny.get_vocab()
     assert any("2 of 3 blocks" in note for note in report.notes) and any("bias" in note for note in report.notes)
 
 

@@ -12,7 +12,7 @@ from transformers import Dinov2Config, Dinov2Model, GemmaConfig, GemmaForCausalL
 
 from tests.builders import LLAMA, VISION, VOCAB, WIDTH
 from tests.foreign import Foreign, factory_config, factory_tensors, foreign, load_imported, our_logits, write_merged
-from tinylmm.convert.connectors import QFORMER, RESAMPLER, from_ours
+from tinylmm.convert.connectors import QFORMER, RESAMPLER, connector_of, from_ours
 from tinylmm.convert.conversion import import_model, write_model
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.openelm import OpenELMForCausalLM
@@ -31,7 +31,9 @@ def same_logits(parts: Foreign, loaded: LoadedModel, size: int = 16) -> None:
 def imported(tmp_path: Path, parts: Foreign, **config: Any) -> LoadedModel:
     tensors = {k: v for k, v in factory_tensors(parts).items() if not k.startswith("connector.")}
     spec = {"resampler": RESAMPLER, "qformer": QFORMER}.get(config.get("connector_type", ""))
-    connector = parts.connector_tensors() if spec is None else from_ours({"_target_": spec}, parts.connector_tensors())
+    connector = (
+        parts.connector_tensors() if spec is None else from_ours(connector_of(spec, {}), parts.connector_tensors())
+    )
     tensors |= {f"connector._connector.{k}": v for k, v in connector.items() if "bert.layernorm" not in k}
     write_merged(tmp_path / "factory", factory_config(parts, **config), tensors)
     loaded, _ = load_imported(tmp_path / "factory", tmp_path / "model", template="llama")
@@ -90,4 +92,4 @@ def test_dinov2_comes_in_with_its_own_crop(tmp_path: Path) -> None:
     parts.tower_tensors = lambda: {k: v.clone() for k, v in parts.encoder.state_dict().items()}  # type: ignore[method-assign]
     loaded = imported(tmp_path, parts, vision_model_name_or_path="facebook/dinov2-large")
     same_logits(parts, loaded, size=224)
-    assert loaded.description["image"]["short_edge"] == 256 and loaded.model.image_tokens == (224 // 8) ** 2
+    assert loaded.description.image.short_edge == 256 and loaded.model.image_tokens == (224 // 8) ** 2

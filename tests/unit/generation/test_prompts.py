@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from tests.builders import IMAGE, VOCAB, tiny_loaded, tiny_tokenizer
+from tests.builders import IMAGE, VOCAB, redescribe, tiny_loaded, tiny_tokenizer
 from tests.unit.data.test_chat_formats import CHATML, GEMMA
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.formats.hf import _set_generation
@@ -40,7 +40,8 @@ def model_that_ends_turns(kind: str) -> ChatModel:
     """A random model that says its turn's end as the third token of its first answer, and never the EOS."""
     loaded = tiny_loaded()
     loaded.tokenizer = with_turn_ends(kind)
-    loaded.model.template = loaded.description["template"] = "native"
+    loaded.model.template = "native"
+    redescribe(loaded, template="native")
     for module in (loaded.model.llm, loaded.model.connector, loaded.model.vision_tower):
         for parameter in module.parameters():
             if parameter.dim() > 1:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import tinylmm
-from tests.builders import tiny_loaded
+from tests.builders import redescribe, tiny_loaded
 from tests.reference import generate
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.data.chat import TEMPLATES, Turn
@@ -163,8 +163,8 @@ def test_an_answer_ends_where_the_context_ends(model: ChatModel) -> None:
 
 def test_tiled_images_take_tokens_after_their_size_in_every_way_of_asking(tmp_path: Path) -> None:
     loaded = tiny_loaded()
-    image = {**loaded.description["image"], "mode": "anyres", "tiles": [[1, 2], [2, 1]]}
-    loaded.description["image"] = image
+    redescribe(loaded, image=loaded.description.as_json()["image"] | {"mode": "anyres", "tiles": [[1, 2], [2, 1]]})
+    image = loaded.description.image
     loaded.model.connector = with_tiles(loaded.model.connector, image, loaded.model.vision_tower.num_tokens)
     save_model(loaded, tmp_path / "model", None, {})
     model = tinylmm.load(tmp_path / "model", device="cpu")

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
-from tests.builders import IMAGE, IMAGE_SIZE, WIDTH, record, tiny_lmm, tiny_loaded
+from tests.builders import IMAGE, IMAGE_SIZE, WIDTH, record, redescribe, tiny_lmm, tiny_loaded
 from tests.reference import generate
+from tinylmm.config.spec import ImageSpec
 from tinylmm.data.chat import get_template
 from tinylmm.data.collate import Collator
 from tinylmm.data.images import ImageTransform, image_size, open_image
@@ -42,7 +43,7 @@ SHAPES = [(40, 30), (30, 40), (33, 33), (500, 20), (3, 700), (16, 16), (97, 31),
 
 def tiled_lmm() -> LMM:
     model = tiny_lmm()
-    connector = with_tiles(model.connector, ANYRES, model.vision_tower.num_tokens)
+    connector = with_tiles(model.connector, ImageSpec(**ANYRES), model.vision_tower.num_tokens)
     assert isinstance(connector, TiledConnector)
     return LMM(model.llm, model.vision_tower, connector, "llama")
 
@@ -174,7 +175,7 @@ def test_lengths_of_prepared_samples_count_each_image_by_its_shape(images: dict[
 
 def test_a_saved_model_brings_its_newline_back(tmp_path: Path) -> None:
     loaded = tiny_loaded()
-    loaded.description["image"] = ANYRES
+    redescribe(loaded, image=ANYRES)
     loaded.model = tiled_lmm()
     save_model(loaded, tmp_path / "model", None, {})
     again = load_model(tmp_path / "model", []).model
@@ -211,9 +212,9 @@ def test_a_connector_without_a_grid_cannot_be_tiled() -> None:
     tower = tiny_lmm().vision_tower
     resampler = PerceiverConnector(tower.hidden_size, WIDTH, num_queries=5, heads=2, head_dim=4)
     with pytest.raises(ConfigError, match=r"PerceiverConnector gives 5 a tile, which form none. Choose connector=mlp"):
-        with_tiles(resampler, ANYRES, tower.num_tokens)
+        with_tiles(resampler, ImageSpec(**ANYRES), tower.num_tokens)
     with pytest.raises(ConfigError, match="MLPConnector gives 3 a tile"):
-        with_tiles(MLPConnector(tower.hidden_size, WIDTH), ANYRES, 3)
+        with_tiles(MLPConnector(tower.hidden_size, WIDTH), ImageSpec(**ANYRES), 3)
 
 
 def test_an_untiled_view_of_the_same_image_is_the_first_tile(images: dict[str, Path]) -> None:

@@ -10,8 +10,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tests.builders import WIDTH, tiny_lmm, tiny_loaded
+from tests.builders import WIDTH, redescribe, tiny_lmm, tiny_loaded
 from tinylmm.config.groups import conf_folder
+from tinylmm.config.identities import ConnectorIdentity
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError
 from tinylmm.models.build import build_connector, check_fit
@@ -69,7 +70,9 @@ def test_it_gives_as_many_tokens_as_it_says_and_every_weight_learns(name: str) -
 def test_identity_hands_the_features_on() -> None:
     assert connector("identity")(features()).equal(features())
     with pytest.raises(ConfigError, match="needs equal widths, but the tower's is 24 and the LLM's 32"):
-        build_connector(yaml_of("identity"), DV, tiny_lmm().llm, [])
+        build_connector(
+            ConnectorIdentity.model_validate({"_target_": yaml_of("identity")["_target_"]}), DV, tiny_lmm().llm, []
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,9 +104,9 @@ def test_a_model_with_it_trains_saves_and_comes_back_equal(name: str, tmp_path: 
         **({"side": 2} if "side" in SMALL.get(name, {}) else {}),
     }
     loaded = tiny_loaded()
-    loaded.description["connector"] = {"_target_": spec["_target_"], "options": options}
+    redescribe(loaded, connector={"_target_": spec["_target_"], "options": options})
     tower, llm = loaded.model.vision_tower, loaded.model.llm
-    made = build_connector(loaded.description["connector"], tower.hidden_size, llm, [])
+    made = build_connector(loaded.description.connector, tower.hidden_size, llm, [])
     check_fit(tower, made)
     loaded.model = LMM(llm, tower, made, "llama")
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.builders import IMAGE, IMAGE_SIZE, record, tiny_tokenizer
+from tests.builders import IMAGE, IMAGE_SIZE, describe, record, tiny_tokenizer
 from tests.reference import generate
 from tests.unit.models.llms import NAMES, VOCAB, choice, tiny, tiny_llm
 from tinylmm.config.targets import resolve_target
 from tinylmm.constants import IMAGE_TOKEN_ID as SLOT
 from tinylmm.data.collate import Collator
 from tinylmm.errors import UserError
-from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.llm import reconcile
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import decoder_blocks

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.builders import IMAGE_SIZE, VISION, tiny_tower
+from tinylmm.config.spec import TextTowerSpec
 from tinylmm.models.pretraining import PAD, UNKNOWN, ContrastivePair, TextEncoder, Vocabulary, sigmoid_loss
 
 
@@ -51,7 +52,7 @@ def test_padding_does_not_change_a_caption_s_embedding() -> None:
 def test_the_pair_learns_four_images_by_heart() -> None:
     torch.manual_seed(0)
     tower = tiny_tower(select_layer=-1).encoder
-    pair = ContrastivePair(tower, VISION["hidden_size"], 8, 4, {"width": 16, "layers": 1, "heads": 2})
+    pair = ContrastivePair(tower, VISION["hidden_size"], 8, 4, TextTowerSpec(width=16, layers=1, heads=2))
     pixels = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE)
     words = torch.tensor([[2, 3], [2, 4], [5, 3], [5, 4]])
     optimizer = torch.optim.AdamW(pair.parameters(), lr=3e-3)

@@ -14,13 +14,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.builders import build, tiny_tokenizer, tuning
+from tests.builders import build, describe, tiny_tokenizer, tuning
 from tests.reference import generate
 from tests.unit.models.llms import WIDTH, choice, shrink
 from tinylmm.config.groups import conf_folder
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError
-from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.lmm import LMM
 
 LLMS = (

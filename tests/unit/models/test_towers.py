@@ -13,11 +13,13 @@ import yaml
 from torch import nn
 
 from tests import builders
-from tests.builders import LLAMA, WIDTH, tiny_tokenizer, tuning
+from tests.builders import LLAMA, WIDTH, describe, tiny_tokenizer, tuning
 from tinylmm.config.groups import conf_folder
+from tinylmm.config.identities import TowerOutput
+from tinylmm.config.spec import ImageSpec
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError
-from tinylmm.models.checkpoint import LoadedModel, describe, load_model, save_model
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.encoders import find_anatomy, get_blocks
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower, encode_images, make_tower
@@ -321,9 +323,8 @@ def test_at_its_published_size_a_tower_has_the_published_shape(name: str) -> Non
     unknown = [key for key in identity["architecture"] if not hasattr(config, key)]
     parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
     output = DEFAULTS | {key: identity[key] for key in OUTPUT if key in identity}
-    tower = make_tower(
-        resolve_target(identity["_target_"], (), nn.Module, "vision_tower"), encoder, output, identity["image"]
-    )
+    tower_class = resolve_target(identity["_target_"], (), nn.Module, "vision_tower")
+    tower = make_tower(tower_class, encoder, TowerOutput(**output), ImageSpec(**identity["image"]))
     tokens, millions = PUBLISHED[name]
     assert not unknown and tower.num_tokens == tokens and tower.hidden_size == WIDTHS.get(name, 1024)
     assert parameters == pytest.approx(millions, rel=0.03)

@@ -110,7 +110,7 @@ def obstacles(export: Export) -> list[str]:
             f"give {' and '.join(missing)} (a hub id such as microsoft/phi-2, or a folder)."
         )
     try:
-        fields_of_spec(loaded.description["connector"])
+        fields_of_spec(loaded.description.connector)
     except UserError as error:
         reasons.append(str(error))
     state = loaded.model.connector.state_dict()
@@ -163,7 +163,7 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
         tower_config=tower_config,
         llm=llm,
         tower=tower,
-        connector=_with_query_norm(source, connector) if spec["_target_"] == QFORMER else connector,
+        connector=_with_query_norm(source, connector) if spec.target == QFORMER else connector,
         connector_spec=spec,
         select_layer=int(config.get(LAYER, -2)),
         select=next(select for select, word in STRATEGIES.items() if word == strategy),
@@ -193,7 +193,7 @@ def _with_query_norm(source: Source, connector: Tensors) -> Tensors:
 
 def _names(export: Export) -> dict[str, str | None]:
     """Option -> what the Factory loads tokenizer or image processor from; the checkpoint's own names by default."""
-    origin = export.loaded.description.get("origin", {})
+    origin = export.loaded.description.origin or {}
     return {"llm": export.llm or origin.get("llm"), "tower": export.tower or origin.get("vision_tower")}
 
 
@@ -212,7 +212,7 @@ def _write_common(export: Export, folder: Path) -> dict[str, Tensors]:
     parts: dict[str, Tensors] = {
         "llm": dict(loaded.model.llm.named_parameters()),  # tied ones once, as the Factory saves them
         "vision_tower": {f"vision_model.{k}": v for k, v in loaded.model.vision_tower.whole_encoder_state().items()},
-        "connector": from_ours(loaded.description["connector"], kept),
+        "connector": from_ours(loaded.description.connector, kept),
     }
     return {
         part: {name: tensor.detach().to(export.dtype).contiguous() for name, tensor in tensors.items()}
@@ -221,7 +221,7 @@ def _write_common(export: Export, folder: Path) -> dict[str, Tensors]:
 
 
 def _note_images(export: Export, tower_name: str) -> None:
-    image = export.loaded.description["image"]
+    image = export.loaded.description.as_json()["image"]
     usual = USUAL_IMAGES.get(str(export.loaded.model.vision_tower.config.model_type), {})
     differs = any(image[key] != value for key, value in usual.items() if key != "mode")
     if differs or mode_of(image) not in ("pad", usual.get("mode")):
@@ -231,7 +231,7 @@ def _note_images(export: Export, tower_name: str) -> None:
 
 
 def _config(loaded: LoadedModel, llm_name: str, tower_name: str) -> dict[str, Any]:
-    model, tower, image = loaded.model, loaded.model.vision_tower, loaded.description["image"]
+    model, tower, image = loaded.model, loaded.model.vision_tower, loaded.description.image
     llm = model.config
     return {
         "model_type": MODEL_TYPE,
@@ -240,13 +240,13 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str) -> dict[str, An
         "tokenizer_name_or_path": llm_name,
         TOWER_NAME: tower_name,
         f"{TOWER_NAME}2": "",
-        **fields_of_spec(loaded.description["connector"]),
+        **fields_of_spec(loaded.description.connector),
         "hidden_size": model.connector.llm_dim,
         "vocab_size": llm.vocab_size,
         "vision_hidden_size": tower.hidden_size,
         LAYER: layer_read(tower),
         STRATEGY: STRATEGIES[selection_of(tower)],
-        ASPECT: "pad" if image["mode"] == "pad" else "square",
+        ASPECT: "pad" if image.mode == "pad" else "square",
         "image_token_index": -200,
         "ignore_index": -100,
         "pad_token": loaded.tokenizer.pad_token,

@@ -26,7 +26,7 @@ from transformers import (
 from tinylmm.constants import IMAGE_SLOT, IMAGE_TOKEN_ID
 from tinylmm.convert.chat_template import jinja_template
 from tinylmm.convert.configs import make_config
-from tinylmm.convert.connectors import MLP, from_ours
+from tinylmm.convert.connectors import MLP, connector_of, from_ours
 from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.images import image_processor
 from tinylmm.convert.parts import Parts, causal_class
@@ -86,7 +86,7 @@ def read(source: Source) -> Parts:
         llm=llm,
         tower=tower,
         connector=_renamed(projector, {theirs: family for family, theirs in LAYERS.items()}),
-        connector_spec={"_target_": MLP, "options": {"depth": 2, "activation": whole.projector_hidden_act}},
+        connector_spec=connector_of(MLP, {"depth": 2, "activation": whole.projector_hidden_act}),
         select_layer=whole.vision_feature_layer,
         select=next(ours for ours, word in STRATEGIES.items() if word == whole.vision_feature_select_strategy),
         aspect="pad" if ours.get("image_mode") == "pad" else None,
@@ -246,7 +246,7 @@ def _state(loaded: LoadedModel, rows: int) -> Tensors:
     state = _llm_state(llm, rows)
     for name, tensor in model.vision_tower.whole_encoder_state().items():
         state[f"{MODEL}{TOWER}{name}"] = tensor
-    projector = _renamed(from_ours(loaded.description["connector"], dict(model.connector.state_dict())), LAYERS)
+    projector = _renamed(from_ours(loaded.description.connector, dict(model.connector.state_dict())), LAYERS)
     for name, tensor in projector.items():
         # What multiplies the connector's output (Gemma of the Factory) goes into its last layer, which is linear.
         scale = model.image_scale if name.startswith(LAYERS["2."]) else 1.0
@@ -297,7 +297,7 @@ def _processor(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, template
     """Build the processor that prepares images and text as our own code does; the tokenizer knows the image token."""
     tower = loaded.model.vision_tower
     return LlavaProcessor(
-        image_processor(loaded.description["image"]),
+        image_processor(loaded.description.as_json()["image"]),
         tokenizer,
         patch_size=int(tower.config.patch_size),
         vision_feature_select_strategy=STRATEGIES[selection_of(tower)],
@@ -310,7 +310,7 @@ def _write_ours(folder: Path, loaded: LoadedModel, rows: int) -> None:
     content = {
         "about": "written by `tinylmm export --format hf`, read by `tinylmm import`; transformers does not need it",
         "template": loaded.model.template,
-        "image_mode": loaded.description["image"]["mode"],
+        "image_mode": loaded.description.image.mode,
         "vocab_size": rows,
     }
     write_json(folder / OURS_FILE, content)
