@@ -32,7 +32,7 @@ from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import load_model
-from tinylmm.models.devices import DTYPES, named_device
+from tinylmm.models.devices import DTYPES, named_device, to_precision
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ class TinyLMM(lmms):
             raise UserError(f"precision={precision} is none of {', '.join(DTYPES)}; correct --model_args.")
         loaded = load_model(Path(pretrained), [])
         self._device = named_device(device or "auto")
-        self.model = loaded.model.to(self._device, DTYPES[precision]).eval()
+        to_precision(loaded.model, self._device, DTYPES[precision])
+        self.model = loaded.model.eval()
         self.prompts = PromptMaker(get_template(template or loaded.description.template), loaded.tokenizer)
         self.rows, self.tokens = int(batch_size), int(tokens)
         self._transform = ImageTransform.of(loaded.description.image)

@@ -22,7 +22,7 @@ from tinylmm.generation.engine import Engine
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.devices import DTYPES, named_device
+from tinylmm.models.devices import DTYPES, named_device, to_precision
 from tinylmm.store.find_model import find_model
 
 ImageInput = str | Path | Image.Image
@@ -69,7 +69,7 @@ def load(
     folder = find_model(where, store)
     kind = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
     loaded = load_model(folder, list(trust))
-    loaded.model.to(device=target, dtype=kind)
+    to_precision(loaded.model, target, kind)
     return ChatModel(loaded)
 
 

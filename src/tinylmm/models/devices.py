@@ -5,11 +5,28 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from tinylmm.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number types by the names that recipes and commands have for them."""
+
+
+ROTARY = "inv_freq"
+"""In the names of buffers with rotary frequencies, `inv_freq` and `original_inv_freq`."""
+
+
+def to_precision(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model to a device and cast it, but keep rotary frequencies in the type they are in, as transformers does.
+
+    Rounded to bf16, a frequency is off by up to 0.2 %: at position 700 a fast angle is then off by as much as a radian.
+    """
+    buffers = {name: buffer for name, buffer in model.named_buffers() if ROTARY in name.rpartition(".")[2]}
+    model.to(device, dtype)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
 
 
 def named_device(wanted: str) -> torch.device:

@@ -31,7 +31,7 @@ from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.devices import DTYPES, choose_device
+from tinylmm.models.devices import DTYPES, choose_device, to_precision
 from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER
@@ -118,7 +118,8 @@ def _load(job: StageJob[EvalStage]) -> LoadedModel:
     launch, precision = job.settings.launch, job.spec.precision
     device = choose_device(launch.device, precision)
     loaded = load_model(job.parents["model"] / MODEL_FOLDER, job.settings.trust, launch.attention)
-    loaded.model.to(device, DTYPES[precision]).eval()
+    to_precision(loaded.model, device, DTYPES[precision])
+    loaded.model.eval()
     return loaded
 
 
