@@ -85,6 +85,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         "data": asdict(samples.report),
         "world_size": world_size(),
+        **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
     }
 

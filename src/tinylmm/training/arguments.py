@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tinylmm.config.spec import LaunchSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
 from tinylmm.planning.specs import TrainStage
 from tinylmm.store.layout import CHECKPOINT_FOLDER
+
+log = logging.getLogger(__name__)
 
 
 def peak_learning_rates(lr: float | dict[Any, float]) -> dict[str, float]:
@@ -73,7 +76,11 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         ddp_timeout=launch.step_timeout_s,
     )
-    return TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
+    arguments = TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
+    if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
+        log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:

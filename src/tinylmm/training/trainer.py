@@ -5,6 +5,7 @@ Everything that touches Trainer's private methods is in this file; an upgrade of
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, world_size
 from tinylmm.training.sampler import StepSampler
 
+log = logging.getLogger(__name__)
+
 TRAINED_WEIGHTS = "trained.safetensors"
+SCALE_FLOOR = 1.0
+"""Loss scale below which a gradient that is not finite is no overflow of scaling."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class LMMTrainer(Trainer):
         self._losses: list[Tensor] = []
         self._gradients_finite = True
         self.stopped = False
+        self.skipped_steps = 0
         self._schedule = schedule
         self._last_save = time.monotonic()
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
@@ -135,9 +141,23 @@ class LMMTrainer(Trainer):
         """Check loss and gradient norm on every rank before the optimiser step that follows this call."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.is_deepspeed_enabled:
-            losses_finite = torch.isfinite(torch.stack(self._losses)).all()
-            self._agree(bool(losses_finite & torch.isfinite(torch.as_tensor(norm))))
+            losses_finite = bool(torch.isfinite(torch.stack(self._losses)).all())
+            norm_finite = bool(torch.isfinite(torch.as_tensor(norm)))
+            self._agree(losses_finite and (norm_finite or self._scaler_skips()))
         return norm
+
+    def _scaler_skips(self) -> bool:
+        """Whether a loss scaler (fp16) skips the step at hand, whose gradients are not finite, and goes on with less scale.
+
+        That is what it is there for: it doubles its scale until gradients overflow. At its floor there is nothing to halve.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= SCALE_FLOOR:
+            return False
+        self.skipped_steps += 1
+        step, scale = self.state.global_step + 1, scaler.get_scale()
+        log.info("step %d is skipped: a gradient overflows fp16 at loss scale %g", step, scale)
+        return True
 
     def _agree(self, finite: bool) -> None:
         """Let all ranks learn whether one of them saw a non-finite number or was asked to stop.
@@ -178,7 +198,7 @@ class LMMTrainer(Trainer):
             step = model.step
 
             def checked_step(*args: Any, **kwargs: Any) -> Any:
-                self._agree(self._gradients_finite)
+                self._agree(self._gradients_finite or self.args.fp16)  # DeepSpeed's own scaler skips and halves
                 return step(*args, **kwargs)
 
             model.step = checked_step

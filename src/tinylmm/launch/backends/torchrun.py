@@ -43,6 +43,7 @@ class Backend:
     def start(self, job: StageJob[Any]) -> None:
         """Start torchrun on the job."""
         self._job = job
+        _refuse_more_ranks_than_gpus(self._launch)
         for stale in [job.folder / STOP_FILE, job.folder / RESULT_FILE, *job.folder.glob(RANK_RESULTS)]:
             stale.unlink(missing_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -80,6 +81,24 @@ class Backend:
             self._process.wait()
         else:
             (self._job.folder / STOP_FILE).touch()
+
+
+def _refuse_more_ranks_than_gpus(launch: LaunchSpec) -> None:
+    """Say before anything starts what NCCL would say after half a minute as an invalid device ordinal.
+
+    Raises:
+        UserError: there are GPUs, but fewer than ranks.
+    """
+    if launch.device == "cpu" or not has_gpu_driver():
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if 0 < found < launch.nproc:
+        raise UserError(
+            f"launch.nproc is {launch.nproc}, but only {found} CUDA GPUs can be seen, and each rank needs its own. "
+            f"Set launch.nproc={found}, or launch.device=cpu."
+        )
 
 
 def _environment(launch: LaunchSpec) -> dict[str, str]:
