@@ -73,7 +73,7 @@ def open_image(path: Path | BinaryIO, data: bytes | None = None) -> Image.Image:
     """
     with _open_header(path, data) as image:
         try:
-            return image.convert("RGB")
+            return _rgb(image)
         except DECODE_ERRORS as error:
             raise _damaged(path, error) from error
 
@@ -85,6 +85,13 @@ def as_rgb(image: Image.Image, what: str = "the image") -> Image.Image:
         DataError: it has more than MAX_PIXELS.
     """
     _check_size(what, *image.size)
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Of grey values of 16 bits, the 8 upper bits are kept: Pillow's own conversion makes all above 255 white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -186,6 +186,7 @@ class _Ledger:
         self.folder = folder
         self.console = console
         self._run = read_run(folder)
+        self._mark = "✓" if console.encoding.lower().startswith("utf") else "ok"
         self._rows = {row.digest: row for row in self._run.stages}
 
     def mark(self, stage: Stage, status: StageStatus, seconds: float | None = None) -> None:
@@ -194,7 +195,7 @@ class _Ledger:
         self._write()
         if row.finished:
             self.console.print(
-                f"  [green]✓[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  "
+                f"  [green]{self._mark}[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  "
                 + ("reused" if seconds is None else f"{seconds:.1f} s"),
                 highlight=False,
             )

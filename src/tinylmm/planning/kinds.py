@@ -38,7 +38,7 @@ KINDS = {
     "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss"),
     "prepare": Kind(PrepareStage, 2, "tinylmm.stages.prepare", scratch=("scratch",)),
     "train": Kind(
-        TrainStage, 1, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
+        TrainStage, 2, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
     ),
     "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",)),
 }

@@ -33,7 +33,7 @@ from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
-from tinylmm.training.trackers import configure_trackers
+from tinylmm.training.trackers import configure_tensorboard, wandb_run
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
     spec, launch = job.spec, job.settings.launch
     device = choose_device(launch.device, spec.precision)
-    configure_trackers(job.settings.tracking, job.folder, job.name)
+    configure_tensorboard(job.folder)
     loaded = _start_model(job)
     model = loaded.model
     kept = _kept_parts(job, loaded)
@@ -68,7 +68,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"

@@ -5,6 +5,7 @@ runs/<name>     run.json, log.txt
 claims/         who works on which stage
 features/       features of frozen towers, cache/ fingerprints of files outside the store: made again when deleted
 reports/        pages and tables
+tracking/       files of Weights & Biases, for `wandb sync`
 trash/          about to be deleted
 """
 
@@ -21,6 +22,7 @@ CLAIMS_FOLDER = "claims"
 FEATURES_FOLDER = "features"
 CACHE_FOLDER = "cache"
 REPORTS_FOLDER = "reports"
+TRACKING_FOLDER = "tracking"
 TRASH_FOLDER = "trash"
 
 RUN_FILE = "run.json"
@@ -93,6 +95,11 @@ class StoreLayout:
     def reports(self) -> Path:
         """Folder that reports are written to where the user names no other."""
         return self.root / REPORTS_FOLDER
+
+    @property
+    def tracking(self) -> Path:
+        """Folder of what trackers keep for themselves."""
+        return self.root / TRACKING_FOLDER
 
     @property
     def trash(self) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.project import environment, tiny_project
+
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=60)
@@ -50,3 +52,18 @@ def test_hydra_shows_the_composed_config(tmp_path: Path) -> None:
 def test_wrong_use_exits_2_with_one_message(words: tuple[str, ...], tmp_path: Path) -> None:
     done = run("tinylmm.cli.main", *words, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk", "ascii"])
+def test_a_console_of_another_encoding_never_ends_the_work(tmp_path: Path, encoding: str) -> None:
+    project = tiny_project(tmp_path)
+    words = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
+    done = subprocess.run(
+        project.command(*words),
+        cwd=project.root,
+        env=environment() | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"ok" in done.stdout and project.model("finetune").is_dir()

@@ -262,3 +262,11 @@ def test_only_the_header_is_read_for_an_images_size(tmp_path: Path) -> None:
     (tmp_path / "y.png").write_bytes(png_header(14_000, 14_000))
     with pytest.raises(DataError, match="too large"):
         image_size(tmp_path / "y.png")
+
+
+@pytest.mark.parametrize("top", [65535, 4095])
+def test_a_grey_picture_of_16_bits_is_scaled_not_clipped(tmp_path: Path, top: int) -> None:
+    ramp = np.linspace(0, top, 64).astype(np.uint16)
+    Image.fromarray(np.tile(ramp, (4, 1))).save(tmp_path / "ramp.png")
+    opened = np.asarray(open_image(tmp_path / "ramp.png"))
+    assert opened.shape == (4, 64, 3) and np.array_equal(opened[0, :, 0], ramp >> 8)
