@@ -55,7 +55,7 @@ def follow(section: str, folder: Path) -> Project:
             env=environment() | {"PYTHONPATH": "."},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     return project
