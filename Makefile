@@ -44,7 +44,8 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.eval
 
-gpu-check: $(STAMP)  ## Train a few steps at Phi-2 + SigLIP shapes on one GPU (skipped without one)
+gpu-check: $(STAMP)  ## Run the tests that need a GPU, and train a few steps at Phi-2 + SigLIP shapes (skipped without one)
+	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu_check
 
 picture: $(STAMP)  ## Draw the README's picture from the newest finished run in STORE

@@ -19,6 +19,7 @@ import torch
 from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
 from tinylmm.data.collate import Collator
+from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
@@ -51,6 +52,7 @@ def main() -> int:
     with torch.device("cuda"):
         parts = (PartSource(first.llm), PartSource(first.vision_tower), first.connector, first.tower_output)
         model = build_lmm(*parts, template=run.llm.template, seed=0, trust=[])
+    model.set_attention(choose_attention("auto", first.precision, torch.device("cuda", torch.cuda.current_device())))
     rows = [measure(model, name, spec) for name, spec in train.items()]
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "stages": rows}
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -282,6 +282,7 @@ class LaunchSpec(Frozen):
     """Length of a packed row; by default the stage's `max_length`."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto` is flash-attn for a bf16 or fp16 stage on a GPU where it is installed, else SDPA (eager where SDPA cannot)."""
     gradient_checkpointing: bool = False
     cache_features: bool = True
     """Compute a frozen tower's features once and keep them on disk."""

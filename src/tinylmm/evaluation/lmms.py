@@ -31,6 +31,7 @@ from tinylmm.errors import DataError, UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt, PromptMaker
+from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import load_model
 from tinylmm.models.devices import DTYPES, named_device, to_precision
 
@@ -79,6 +80,7 @@ class TinyLMM(lmms):
         loaded = load_model(Path(pretrained), [])
         self._device = named_device(device or "auto")
         to_precision(loaded.model, self._device, DTYPES[precision])
+        loaded.model.set_attention(choose_attention("auto", precision, self._device))
         self.model = loaded.model.eval()
         self.prompts = PromptMaker(get_template(template or loaded.description.template), loaded.tokenizer)
         self.rows, self.tokens = int(batch_size), int(tokens)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prompts import Prompt, PromptMaker
+from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, named_device, to_precision
 from tinylmm.store.find_model import find_model
@@ -67,9 +67,10 @@ def load(
         raise UserError(f"dtype is '{dtype}'; allowed: auto, {', '.join(DTYPES)}.")
     target = named_device(device)
     folder = find_model(where, store)
-    kind = DTYPES.get(dtype, torch.bfloat16 if target.type == "cuda" else torch.float32)
+    precision = dtype if dtype != "auto" else "bf16" if target.type == "cuda" else "fp32"
     loaded = load_model(folder, list(trust))
-    to_precision(loaded.model, target, kind)
+    to_precision(loaded.model, target, DTYPES[precision])
+    loaded.model.set_attention(choose_attention("auto", precision, target))
     return ChatModel(loaded)
 
 

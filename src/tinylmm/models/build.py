@@ -15,9 +15,10 @@ from tinylmm.config.identities import ConnectorIdentity, PartIdentity, Tokenizer
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models.anyres import with_tiles
+from tinylmm.models.attention import loading_attention
 from tinylmm.models.connectors import Connector
 from tinylmm.models.encoders import HubEncoder, refuse_other_normalisation
-from tinylmm.models.llm import choose_attention, load_llm, random_llm
+from tinylmm.models.llm import load_llm, random_llm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower, make_tower
 
@@ -72,7 +73,7 @@ def build_lmm(
         template: chat template's name.
         seed: draws the connector (and parts with init=random).
         trust: packages besides ours whose classes may be built.
-        attention: transformers' attention implementation; "auto" is flash-attn where it can be imported on a GPU, else SDPA.
+        attention: launch.attention; flash-attn, which cannot compute in fp32 on the CPU, is left to `LMM.set_attention`.
         scale_image_features: see `LMM`.
 
     Raises:
@@ -80,7 +81,7 @@ def build_lmm(
     """
     torch.manual_seed(seed)
     llm = _load_llm(llm_source, trust, attention)
-    encoder = _load_encoder(tower_source, trust, choose_attention(attention))
+    encoder = _load_encoder(tower_source, trust, loading_attention(attention))
     tower_class = resolve_target(tower_source.identity.target, trust, nn.Module, role="vision_tower")
     image = tower_source.identity.image
     tower = make_tower(tower_class, encoder, tower_output, image)

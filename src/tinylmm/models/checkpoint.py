@@ -35,8 +35,9 @@ from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
 from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
 from tinylmm.models.anyres import with_tiles
+from tinylmm.models.attention import loading_attention
 from tinylmm.models.build import build_connector
-from tinylmm.models.llm import choose_attention, load_llm
+from tinylmm.models.llm import load_llm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import make_tower
 
@@ -126,7 +127,7 @@ def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> L
     """
     description = ModelDescription.of_folder(folder)
     options: dict[str, Any] = {
-        "attn_implementation": choose_attention(attention),
+        "attn_implementation": loading_attention(attention),
         "dtype": torch.float32,
         "local_files_only": True,
     }

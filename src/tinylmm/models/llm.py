@@ -23,14 +23,19 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tinylmm.config.attention import FLASH
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models import openelm  # noqa: F401  registers its classes with transformers
+from tinylmm.models.attention import REHEARSAL, caps_scores, decode_rows, exact_attention, without_flash
 
 PACKS = "tinylmm_packs"
-"""Attribute of an examined LLM: whether samples that share a row stay apart."""
+"""Attribute of an examined LLM: the attention implementations under which samples that share a row stay apart."""
 
 FREE_FIELDS = {"max_position_embeddings", "max_context_length", "rope_max_length", "initializer_range", "use_cache"}
 """Fields of an architecture that decide nothing about a trained checkpoint's numbers; token ids are others."""
+
+TRIED = 7
+"""Tokens in each of the rows that `examine` tries."""
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest number, that counts as rounding (fp32)."""
@@ -54,7 +59,7 @@ def load_llm(
         target: its class, or HubCausalLM to take the class from the checkpoint.
         where: hub id or folder.
         revision: commit of the hub repository.
-        attention: what was asked for; "auto" chooses.
+        attention: what was asked for; see `llm_attention`.
         architecture: the spec's fields. Dropout rates are set from it, all others must be the checkpoint's own; None
             (a folder that tinylmm wrote) takes the checkpoint's as they are.
         local_only: never ask the hub.
@@ -104,34 +109,30 @@ def random_llm(target: type[PreTrainedModel], architecture: Mapping[str, Any], a
     return examine(llm) if target is HubCausalLM else llm
 
 
-def choose_attention(wanted: str) -> str:
-    """Resolve launch.attention=auto: flash-attn where it is installed beside a GPU, SDPA otherwise."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        from transformers.utils import is_flash_attn_2_available
-
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-    return "sdpa"
-
-
 def llm_attention(model_class: type[PreTrainedModel], config: PreTrainedConfig, wanted: str) -> str:
-    """Return the attention implementation for one LLM. SDPA knows no soft cap on scores (Gemma 2): eager takes its place.
+    """Return the attention implementation with which an LLM is loaded, in fp32 on the CPU; `set_attention` may follow.
+
+    SDPA knows no soft cap on scores (Gemma 2): eager takes its place.
 
     Raises:
-        UserError: SDPA was asked for by name, but would compute something else.
+        UserError: what was asked for by name is not to be had, or would compute something else.
     """
-    chosen = choose_attention(wanted)
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if chosen == "sdpa" and (capped or not model_class._supports_sdpa):
-        if wanted == "sdpa":
-            reason = "caps its attention scores, which SDPA cannot" if capped else "has no SDPA implementation"
-            raise UserError(
-                f"launch.attention is sdpa, but {model_class.__name__} {reason}. Set launch.attention to auto or eager."
-            )
-        return "eager"
-    return chosen
+    if wanted == FLASH and not model_class._supports_flash_attn:
+        raise _not_had(wanted, model_class, "has no flash-attn implementation")
+    if wanted == "eager":
+        return wanted
+    exact = exact_attention(model_class, config)
+    if wanted == "sdpa" and exact != wanted:
+        cannot = "caps its attention scores, which SDPA cannot"
+        raise _not_had(wanted, model_class, cannot if caps_scores(config) else "has no SDPA implementation")
+    return exact
+
+
+def _not_had(wanted: str, model_class: type[PreTrainedModel], reason: str) -> UserError:
+    other = "auto or sdpa" if wanted == FLASH else "auto or eager"
+    return UserError(
+        f"launch.attention is {wanted}, but {model_class.__name__} {reason}. Set launch.attention to {other}."
+    )
 
 
 def reconcile(config: PreTrainedConfig, architecture: Mapping[str, Any], where: str) -> None:
@@ -178,7 +179,7 @@ def head_logits(llm: nn.Module, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def examine(llm: PreTrainedModel) -> PreTrainedModel:
-    """Try once whether a causal LM's pieces make the whole, and note whether it can share rows (`PACKS`); returns it.
+    """Try once whether a causal LM's pieces make the whole, and note under what it can share rows (`PACKS`); returns it.
 
     Raises:
         UserError: its class takes no embeddings or positions, or its logits are not its head at its decoder's output.
@@ -187,12 +188,13 @@ def examine(llm: PreTrainedModel) -> PreTrainedModel:
     llm.eval()
     name = type(llm).__name__
     try:
-        ids = torch.arange(7).unsqueeze(0) % llm.get_input_embeddings().weight.shape[0]
-        embeddings = llm.get_input_embeddings()(ids)
-        whole = llm(inputs_embeds=embeddings, use_cache=False).logits[0].float()
-        pieces = head_logits(llm, _hidden(llm, embeddings, torch.arange(7))[0])
-        packed = _hidden(llm, embeddings, torch.tensor([0, 1, 2, 0, 1, 2, 3]))[:, 3:]
-        alone = _hidden(llm, embeddings[:, 3:], torch.arange(4))
+        with without_flash(llm):
+            ids = torch.arange(2 * TRIED).view(2, TRIED) % llm.get_input_embeddings().weight.shape[0]
+            embeddings = llm.get_input_embeddings()(ids)
+            whole = llm(inputs_embeds=embeddings, use_cache=False).logits.float()
+            pieces = head_logits(llm, _hidden(llm, embeddings, torch.arange(TRIED).expand(2, -1)))
+            kinds = [llm.config._attn_implementation, *([FLASH] if llm._supports_flash_attn else [])]
+            packs = {kind for kind in kinds if _keeps_apart(llm, embeddings, kind)}
     except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -204,16 +206,33 @@ def examine(llm: PreTrainedModel) -> PreTrainedModel:
             f"llm: {name} does more to its logits than its head does (difference {float((pieces - whole).abs().max()):.3g}), "
             "so its loss cannot be computed at supervised positions alone. Choose another llm."
         )
-    setattr(llm, PACKS, _close(packed, alone))
+    setattr(llm, PACKS, frozenset(packs))
     return llm.train(training)
+
+
+def _keeps_apart(llm: PreTrainedModel, embeddings: Tensor, attention: str) -> bool:
+    """Whether samples in several rows, (2, TRIED, D), come out as each does alone; flash-attn is rehearsed."""
+    own = llm.config._attn_implementation
+    llm.config._attn_implementation = REHEARSAL if attention == FLASH else attention  # of configs inside it too
+    try:
+        cuts = (3, 5)
+        positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(TRIED - cut)]) for cut in cuts])
+        packed = _hidden(llm, embeddings, positions)
+        for row, cut in enumerate(cuts):
+            for part in (slice(cut), slice(cut, TRIED)):
+                alone = _hidden(llm, embeddings[row : row + 1, part], positions[row : row + 1, part])
+                if not _close(packed[row : row + 1, part], alone):
+                    return False
+        return True
+    finally:
+        llm.config._attn_implementation = own
 
 
 def _hidden(llm: PreTrainedModel, embeddings: Tensor, positions: Tensor) -> Tensor:
     decoder = decoder_of(llm)
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise TypeError(f"{type(decoder).__name__} takes no position_ids")
-    output = decoder(inputs_embeds=embeddings, position_ids=positions.unsqueeze(0), use_cache=False)
-    return cast(Tensor, output.last_hidden_state)
+    return decode_rows(decoder, embeddings, positions)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -11,9 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.models.anyres import TiledConnector
+from tinylmm.models.attention import decode_rows, set_attention
 from tinylmm.models.connectors import Connector
 from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
@@ -73,7 +75,13 @@ class LMM(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether samples that share a row stay apart in this LLM; only `llm=hf` can bring one in which they do not."""
-        return bool(getattr(self.llm, PACKS, True))
+        examined = getattr(self.llm, PACKS, None)
+        return examined is None or self.config.get_text_config()._attn_implementation in examined
+
+    def set_attention(self, chosen: str) -> None:
+        """Turn LLM and tower to flash-attn if `choose_attention` chose it, once they compute in bf16 or fp16 on a GPU."""
+        for part in (self.llm, self.vision_tower.encoder):
+            set_attention(cast(PreTrainedModel, part), chosen)
 
     @property
     def image_tokens(self) -> int:
@@ -115,9 +123,7 @@ class LMM(nn.Module):
             ValueError: placeholders and features disagree in number.
         """
         embeddings, blank = self.embed(input_ids, pixel_values, image_features, image_sizes)
-        decoder = decoder_of(self.llm)
-        # No attention mask: restarting positions are what transformers' mask builder reads packing from.
-        hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = decode_rows(decoder_of(self.llm), embeddings, position_ids)
         supervised = targets != IGNORE_INDEX
         loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised])
         if blank is None and self.training and torch.is_grad_enabled() and not loss_sum.requires_grad:

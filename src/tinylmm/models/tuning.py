@@ -12,6 +12,7 @@ from tinylmm.config.fields import PARTS
 from tinylmm.config.recipe import Tune, TuneSpec
 from tinylmm.errors import UserError
 from tinylmm.models.adapters import Adapter, add_adapter
+from tinylmm.models.attention import without_flash
 from tinylmm.models.llm import decoder_of
 from tinylmm.models.lmm import LMM
 
@@ -152,7 +153,7 @@ def _unreached(model: LMM, with_tower: bool) -> set[nn.Parameter]:
     like = next(tower.parameters())
     shape = (1, 3, tower.image_size, tower.image_size) if with_tower else (1, tower.num_tokens, tower.hidden_size)
     blank = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    with torch.enable_grad():
+    with without_flash(parts), torch.enable_grad():
         output = connector(tower(blank) if with_tower else blank)
         gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True) if parameters else ()
     for module, mode in modes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.attention import FLASH, no_flash
 from tinylmm.config.hub import unknown_numbers
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.errors import DataError
@@ -55,15 +56,30 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
 
     Raises:
         DataError: an annotation file is there but unreadable.
-        ConfigError: a benchmark cannot be asked like this.
+        ConfigError: a benchmark cannot be asked like this, or a stage cannot compute with the attention asked for.
     """
     for key, evaluation in run.eval.items():
         check_evaluation(key, evaluation, run.trust)
     files = _Files(StoreLayout(run.store).cache / "fingerprints", run.trust)
     graph = build_graph(run, files)
+    _refuse_attention(run, graph)
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
     return RunPlan(name, list(overrides), run, graph, files.missing, unknown)
+
+
+def _refuse_attention(run: RunSpec, graph: StageGraph) -> None:
+    """Refuse flash-attn for a stage to come that cannot compute with it, before another one has run for hours."""
+    if run.launch.attention != FLASH:
+        return
+    for stage in graph:
+        precision = stage.spec.get("precision") if stage.kind in ("train", "eval") else None
+        if precision is None or stage_status(run.store, stage) == "complete":
+            continue
+        if precision == "fp32":
+            raise no_flash(f"the precision of the stage {stage.name} is fp32")
+        if run.launch.device == "cpu":
+            raise no_flash(f"launch.device is cpu (the precision of the stage {stage.name} is {precision})")
 
 
 def require_files(plan: RunPlan) -> None:

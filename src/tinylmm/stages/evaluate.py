@@ -30,6 +30,7 @@ from tinylmm.evaluation.score_rows import score_rows
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
 from tinylmm.generation.prompts import Prompt, PromptMaker
+from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, choose_device, to_precision
 from tinylmm.planning.specs import EvalStage
@@ -117,8 +118,10 @@ def _ask(job: StageJob[EvalStage], items: Sequence[Item], keys: Mapping[str, str
 def _load(job: StageJob[EvalStage]) -> LoadedModel:
     launch, precision = job.settings.launch, job.spec.precision
     device = choose_device(launch.device, precision)
+    attention = choose_attention(launch.attention, precision, device)
     loaded = load_model(job.parents["model"] / MODEL_FOLDER, job.settings.trust, launch.attention)
     to_precision(loaded.model, device, DTYPES[precision])
+    loaded.model.set_attention(attention)
     loaded.model.eval()
     return loaded
 

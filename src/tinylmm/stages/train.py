@@ -18,6 +18,7 @@ from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
+from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part
 from tinylmm.models.devices import choose_device
@@ -46,6 +47,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
     spec, launch = job.spec, job.settings.launch
     device = choose_device(launch.device, spec.precision)
+    attention = choose_attention(launch.attention, spec.precision, device)
     configure_tensorboard(job.folder)
     loaded = _start_model(job)
     model = loaded.model
@@ -59,6 +61,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         )
     _cast_frozen(model, spec.precision, device)
     model.to(device)
+    model.set_attention(attention)
     images = _Images(job, loaded)
     samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length)
     cache = _open_cache(job, loaded, samples, images)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tinylmm.config.compose import compose_all, compose_run, run_name
-from tinylmm.errors import DataError
+from tinylmm.errors import ConfigError, DataError
 from tinylmm.planning.planner import plan_record, plan_run, require_files
+
+BF16 = ("recipe.stages.pretrain.precision=bf16", "recipe.stages.finetune.precision=bf16")
 
 
 def record(tmp_path: Path, *words: str) -> dict[str, object]:
@@ -63,3 +65,26 @@ def test_missing_images_are_counted(tmp_path: Path) -> None:
     words += [f"data.sources.{s}.{k}" for s in ("pretrain", "finetune") for k in ("annotations=a.json", "images=.")]
     with pytest.raises(DataError, match=r"4 of 5 images of llava_v1_5/pretrain \(0\.png, 1\.png, 2\.png, \.\.\.\)"):
         require_files(plan_run(compose_run(words), "run", words))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("llm=nano",), r"the precision of the stage \S+ is fp32"),
+        (BF16, r"the precision of the stage \S+ is fp32"),  # of evaluations by default
+        (
+            ("eval=none", *BF16, "launch.device=cpu"),
+            r"launch\.device is cpu \(the precision of the stage pretrain is bf16\)",
+        ),
+    ],
+)
+def test_flash_attention_is_refused_for_a_stage_that_cannot_compute_with_it(
+    words: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"launch\.attention: is flash_attention_2, .*{reason}"):
+        record(tmp_path, *words, "launch.attention=flash_attention_2")
+
+
+def test_flash_attention_is_planned_where_every_stage_can_compute_with_it(tmp_path: Path) -> None:
+    plan = record(tmp_path, "eval=none", *BF16, "launch.attention=flash_attention_2")
+    assert plan["stages"] == record(tmp_path, "eval=none", *BF16)["stages"], "it decides no result"

@@ -18,7 +18,7 @@ import tinylmm
 from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
 from tests.unit.generation.test_prompts import model_that_ends_turns
-from tinylmm.errors import IntegrityError, StoppedError, UserError
+from tinylmm.errors import ConfigError, IntegrityError, StoppedError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.launch.backends import torchrun
@@ -104,6 +104,15 @@ def test_every_question_is_answered_in_the_files_order_with_what_it_took(
     assert {row["batch"] for row in rows} <= set(range(1, 9)) and max(row["batch"] for row in rows) > 1
     assert summary["images_encoded"] == summary["images"] == 12  # each image through the tower once
     assert summary["batch_independent"] is True and summary["asked"] == 2 * len(asked)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flash_attention_that_cannot_compute_is_refused_before_the_model_is_loaded(
+    precision: str, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, tmp_path / "no model here", {"attention": "flash_attention_2"}, precision=precision)
+    with pytest.raises(ConfigError, match=rf"launch\.attention: is flash_attention_2, .*{precision}"):
+        evaluate.run(job)
 
 
 def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJob[Any], dict[str, Any]]) -> None:
