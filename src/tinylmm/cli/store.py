@@ -29,13 +29,19 @@ DEFAULT_STORE = Path("store")
 
 @app.command("ls")
 def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """List finished stages: what they are, how large, which runs use them."""
+    """List finished stages, features of frozen towers and the cache: what they are, how large, which runs use them."""
     rows = _open(store).ls()
     if as_json:
         typer.echo(json.dumps([vars(row) for row in rows], indent=1))
         return
     table = Table(
-        _uncut_column("stage"), "name", "size", "finished", "status", "used by", title=f"{len(rows)} stages in {store}"
+        _uncut_column("folder"),
+        "name",
+        "size",
+        "finished",
+        "status",
+        "used by",
+        title=f"{len(rows)} folders in {store}",
     )
     for row in rows:
         status = _coloured(row.status)
@@ -46,28 +52,30 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
 @app.command("verify")
 def verify(
     keys: Annotated[
-        list[str] | None, typer.Argument(help="Stages to check, as `ls` names them; all by default.")
+        list[str] | None, typer.Argument(help="Stages or features to check, as `ls` names them; all by default.")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     quick: Annotated[bool, typer.Option("--quick", help="Presence and sizes only; do not read the files.")] = False,
 ) -> None:
-    """Check stored stages against their SHA-256 manifests; exit code 1 if a file is missing, altered or was added."""
+    """Check stored stages and features against their SHA-256 manifests; exit code 1 if a file is missing, altered or added."""
     opened = _open(store)
-    stages = _chosen(opened, keys or [])
+    chosen = _chosen(opened, keys or [])
     problems: list[tuple[str, str]] = []
-    for folder in stages:
+    for folder in chosen:
         if held(opened.root, folder.name):
             _console().print(f"{folder.name} is being worked on; not checked")
             continue
         problems += [(folder.name, problem) for problem in opened.verify(folder, deep=not quick)]
     damaged = len({key for key, _ in problems})
     if not problems:
-        _console().print(f"{len(stages)} stages checked: all whole")
+        _console().print(f"{len(chosen)} folders checked: all whole")
         return
-    _console().print(f"{damaged} of {len(stages)} stages damaged:")
+    _console().print(f"{damaged} of {len(chosen)} folders damaged:")
     for _, problem in problems:
         _console().print(problem, markup=False, highlight=False, soft_wrap=True)  # whole lines, so they can be searched
-    _console().print("A damaged stage is never used: the next run that needs it makes it anew and sets this one aside.")
+    _console().print(
+        "What is damaged is never used: the next run that needs it makes it anew (a damaged stage is set aside)."
+    )
     raise typer.Exit(EXIT_STAGE_FAILED)
 
 
@@ -76,12 +84,12 @@ def collect_garbage(
     store: StoreOption = DEFAULT_STORE,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would be deleted.")] = False,
 ) -> None:
-    """Delete what no run uses: stages, abandoned work, stages set aside as damaged."""
+    """Delete what no run uses: stages, abandoned work, features, old fingerprints, stages set aside as damaged."""
     opened = _open(store)
     rows = opened.gc(used_digests(opened.root), dry_run=not yes)
     if not rows:
         _console().print(
-            "Nothing to delete: every stage is used by a run (delete a folder under runs/ to give a run up)."
+            "Nothing to delete: everything is used by a run (delete a folder under runs/ to give a run up)."
         )
         return
     table = Table(_uncut_column("folder"), "size", title="deleted" if yes else "would be deleted")
@@ -126,14 +134,15 @@ def _open(store: Path) -> Store:
 
 
 def _chosen(store: Store, keys: list[str]) -> list[Path]:
-    stages = {folder.name: folder for folder in folders(StoreLayout(store.root).stages)}
+    layout = StoreLayout(store.root)
+    there = {folder.name: folder for folder in (*folders(layout.stages), *folders(layout.features))}
     for key in keys:
-        if key not in stages:
+        if key not in there:
             raise UserError(
-                f"verify: there is no finished stage {key!r} in {store.root}. {suggestion(key, stages)} "
+                f"verify: there is no finished stage {key!r} in {store.root}. {suggestion(key, there)} "
                 "`tinylmm store ls` lists them."
             )
-    return [stages[key] for key in keys] if keys else list(stages.values())
+    return [there[key] for key in keys] if keys else list(there.values())
 
 
 def _as_json(run: RunRecord) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the same questions in another folder or in files of another kind are the same ev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -147,7 +148,11 @@ class _Cache:
             record = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record["value"] if isinstance(record, dict) and record.get("key") == self.key else None
+        if not isinstance(record, dict) or record.get("key") != self.key:
+            return None
+        with contextlib.suppress(OSError):  # of a store that can only be read
+            os.utime(self.path)  # it was of use: `store gc` deletes what was not for long
+        return record["value"]
 
     def write(self, value: dict[str, Any]) -> None:
         """Replace the cache file, so that another process never reads half of it."""

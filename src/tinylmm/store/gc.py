@@ -1,4 +1,8 @@
-"""What a store holds and who uses it; deleting what nobody does. No torch here."""
+"""What a store holds and who uses it; deleting what nobody does. No torch here.
+
+Beside stages that is the features of frozen towers, kept for as long as a kept stage reads them, and the cached fingerprints
+of files outside the store, kept for CACHE_DAYS after they last told something. Both are made again when they are missing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import logging
 import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,19 +18,34 @@ from typing import Literal
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import Claim, describe, held
 from tinylmm.store.integrity import check_files, check_folder, read_manifest
-from tinylmm.store.layout import DAMAGED_FOLDER, KEY_DIGITS, MARKER_FILE, SPEC_FILE, WORK_FOLDER, StoreLayout
+from tinylmm.store.layout import (
+    DAMAGED_FOLDER,
+    FEATURES_USED_FILE,
+    KEY_DIGITS,
+    MARKER_FILE,
+    SPEC_FILE,
+    WORK_FOLDER,
+    StoreLayout,
+)
 from tinylmm.store.runs import read_runs
+
+CACHE_DAYS = 30
+"""A cached fingerprint that nobody read for so long is deleted."""
+FEATURES = "features"
+CACHE = "cache"
+"""What `kind` says of rows that are no stages."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StoredStage:
-    """One folder of finished stages; the fields are the JSON of `tinylmm store ls --json`.
+class StoredFolder:
+    """One folder of finished stages, of features, or of the cache; its fields are the JSON of `tinylmm store ls --json`.
 
     Attributes:
         key: name of the folder.
-        name, digest, finished (ISO 8601): of its manifest; empty or None where that cannot be read.
+        kind: of the stage, or `features` or `cache`.
+        name, digest, finished (ISO 8601): of its manifest; empty or None where that cannot be read or says nothing of it.
         size: of all its files, bytes.
         status: found without reading the files.
         runs: names of the runs that use it.
@@ -42,29 +62,38 @@ class StoredStage:
 
 
 @dataclass(frozen=True)
-class UnusedFolder:
-    """A folder that no run uses: its path below the store, the stage's key, the size of all its files in bytes."""
+class Unused:
+    """A folder or file that no run uses: its path below the store, its name or the stage's key, its size in bytes."""
 
     folder: str
     key: str
     size: int
 
 
-def list_stages(root: Path) -> list[StoredStage]:
-    """Return one row for each folder of finished stages, oldest first."""
+def list_stored(root: Path) -> list[StoredFolder]:
+    """Return one row for each folder of finished stages, oldest first, then the features, then the cache."""
+    layout = StoreLayout(root)
     users: dict[str, list[str]] = {}
     for run in read_runs(root):
         for digest in {stage.digest for stage in run.stages}:
             users.setdefault(digest, []).append(run.name)
-    rows = [_stored_stage(folder, users) for folder in folders(StoreLayout(root).stages)]
-    return sorted(rows, key=lambda row: (row.finished or "", row.key))
+    rows = [_stored_stage(folder, users) for folder in folders(layout.stages)]
+    rows.sort(key=lambda row: (row.finished or "", row.key))
+    readers: dict[str, list[str]] = {}
+    for stage in (*folders(layout.stages), *folders(layout.work)):
+        for key in _features_of(stage):
+            readers.setdefault(key, []).extend(_runs_of(stage, users))
+    rows += [_stored_features(folder, readers) for folder in folders(layout.features)]
+    if layout.cache.is_dir():
+        rows.append(StoredFolder(CACHE, CACHE, "fingerprints", None, _size(layout.cache), None, "complete", ()))
+    return rows
 
 
-def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[UnusedFolder]:
-    """Delete what no run uses: stages, work folders, and everything that was set aside as damaged.
+def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Unused]:
+    """Delete what no run uses: stages, work folders, features, old fingerprints, and all that was set aside as damaged.
 
-    Kept are the stages of `keep`, those with a live claim, and all ancestors of either. A stage that a run picks up
-    while this deletes may be gone when that run reads it; the run then says so.
+    Kept are the stages of `keep`, those with a live claim, all ancestors of either, and the features that any of these
+    reads. A stage that a run picks up while this deletes may be gone when that run reads it; the run then says so.
 
     Args:
         root: the store.
@@ -72,29 +101,35 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Un
         dry_run: only say what would be deleted.
 
     Returns:
-        one row for each folder deleted, or to delete.
+        one row for each folder or file deleted, or to delete.
 
     Raises:
-        IntegrityError: spec.json of a kept stage cannot be read, so its parents are unknown.
+        IntegrityError: spec.json of a kept stage cannot be read, so its parents are unknown; or the list of features that
+            it reads.
     """
     layout = StoreLayout(root)
     candidates = [*folders(layout.stages), *folders(layout.work)]
     live = {folder.name for folder in candidates if held(root, folder.name)}
     kept = _with_ancestors({digest[:KEY_DIGITS] for digest in keep} | set(map(_short_digest, live)), candidates)
     unused = [folder for folder in candidates if _short_digest(folder.name) not in kept]
-    rows = [_unused_folder(root, folder) for folder in (*unused, *folders(layout.damaged))]
+    in_use = {key for folder in candidates if _short_digest(folder.name) in kept for key in _features_of(folder)}
+    features = [folder for folder in folders(layout.features) if folder.name not in in_use]
+    stages = [_unused(root, folder) for folder in (*unused, *folders(layout.damaged))]
+    others = [_unused(root, path) for path in (*features, *_old_files(layout.cache))]
     if dry_run:
-        return rows
-    deleted = [row for row in rows if _delete(root, root / row.folder, row.key)]
+        return stages + others
+    deleted = [row for row in stages if _delete(root, root / row.folder, row.key)]
+    for row in others:
+        discard(root, root / row.folder)
     remove(layout.trash)  # also what a killed deletion left there
-    return deleted
+    return deleted + others
 
 
-def discard(root: Path, folder: Path) -> None:
-    """Delete a folder so that nobody ever meets half of it under its own name."""
+def discard(root: Path, path: Path) -> None:
+    """Delete a folder or file so that nobody ever meets half of it under its own name."""
     trash = StoreLayout(root).trash
     trash.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder.rename(trash / f"{folder.name}-{secrets.token_hex(4)}"))
+    remove(path.rename(trash / f"{path.name}-{secrets.token_hex(4)}"))
 
 
 def remove(path: Path) -> None:
@@ -122,25 +157,65 @@ def _delete(root: Path, folder: Path, key: str) -> bool:
     return True
 
 
-def _stored_stage(folder: Path, users: dict[str, list[str]]) -> StoredStage:
+def _features_of(stage: Path) -> list[str]:
+    """Names of the folders of features that a stage reads.
+
+    Raises:
+        IntegrityError: the stage's list of them cannot be read.
+    """
+    path = stage / FEATURES_USED_FILE
+    try:
+        return [str(key) for key in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"{path} cannot be read ({error}), so which features this stage uses is unknown. Move {stage} away and give "
+            "the command of a run that uses it again."
+        ) from error
+
+
+def _runs_of(stage: Path, users: dict[str, list[str]]) -> list[str]:
+    """Names of the runs that use a finished or unfinished stage."""
+    short = _short_digest(stage.name)
+    return [name for digest, names in users.items() if digest.startswith(short) for name in names]
+
+
+def _stored_features(folder: Path, readers: dict[str, list[str]]) -> StoredFolder:
+    runs = tuple(sorted(set(readers.get(folder.name, ()))))
+    try:
+        name = f"{read_manifest(folder)['images']} images"
+    except (IntegrityError, KeyError):
+        return StoredFolder(folder.name, FEATURES, "", None, _size(folder), None, "damaged", runs)
+    status: Literal["complete", "damaged"] = "damaged" if check_folder(folder, deep=False) else "complete"
+    return StoredFolder(folder.name, FEATURES, name, None, _size(folder), None, status, runs)
+
+
+def _old_files(cache: Path) -> list[Path]:
+    """Files of the cache that nobody read or wrote for CACHE_DAYS."""
+    oldest = time.time() - CACHE_DAYS * 86400
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_mtime < oldest)
+
+
+def _stored_stage(folder: Path, users: dict[str, list[str]]) -> StoredFolder:
     kind, size = folder.name.rpartition("-")[0], _size(folder)
     try:
         manifest = read_manifest(folder)
     except IntegrityError:
-        return StoredStage(folder.name, kind, "", None, size, None, "damaged", ())
+        return StoredFolder(folder.name, kind, "", None, size, None, "damaged", ())
     status: Literal["complete", "unfinished", "damaged"] = "complete"
     if check_folder(folder, deep=False):
         only_unmarked = not (folder / MARKER_FILE).exists() and not check_files(folder, deep=False)
         status = "unfinished" if only_unmarked else "damaged"
     digest, runs = manifest.get("digest"), tuple(users.get(manifest.get("digest", ""), ()))
     name, finished = manifest.get("name") or "", manifest.get("finished")
-    return StoredStage(folder.name, manifest.get("kind") or kind, name, digest, size, finished, status, runs)
+    return StoredFolder(folder.name, manifest.get("kind") or kind, name, digest, size, finished, status, runs)
 
 
-def _unused_folder(root: Path, folder: Path) -> UnusedFolder:
-    where = folder.relative_to(root)
-    key = folder.name.rpartition("-")[0] if where.parts[0] == DAMAGED_FOLDER else folder.name
-    return UnusedFolder(where.as_posix(), key, _size(folder))
+def _unused(root: Path, path: Path) -> Unused:
+    where = path.relative_to(root)
+    key = path.name.rpartition("-")[0] if where.parts[0] == DAMAGED_FOLDER else path.name
+    return Unused(where.as_posix(), key, _size(path))
 
 
 def _with_ancestors(wanted: set[str], folders: list[Path]) -> set[str]:
@@ -175,5 +250,7 @@ def _short_digest(key: str) -> str:
     return key.rpartition("-")[2]
 
 
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+def _size(path: Path) -> int:
+    """Of a file, or of all files below a folder, bytes."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir())

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import held
-from tinylmm.store.gc import StoredStage, UnusedFolder, collect_garbage, discard, list_stages, remove
+from tinylmm.store.gc import StoredFolder, Unused, collect_garbage, discard, list_stored, remove
 from tinylmm.store.integrity import (
     MANIFEST_FILE,
     MARKER_FILE,
@@ -263,11 +263,11 @@ class Store:
 
     # ------------------------------------------------------------------------------------------- listing, deleting
 
-    def ls(self) -> list[StoredStage]:
-        """Return one row for each stage; see `store/gc.py`."""
-        return list_stages(self.root)
+    def ls(self) -> list[StoredFolder]:
+        """Return one row for each stage, folder of features, and the cache; see `store/gc.py`."""
+        return list_stored(self.root)
 
-    def gc(self, keep: set[str], dry_run: bool = True) -> list[UnusedFolder]:
+    def gc(self, keep: set[str], dry_run: bool = True) -> list[Unused]:
         """Delete what no run uses, and return what that is; see `gc.collect_garbage`."""
         return collect_garbage(self.root, keep, dry_run)
 

@@ -1,8 +1,9 @@
 """Features of a frozen tower, computed once an image and memory-mapped from disk.
 
 The cache changes no result: features are stored in the tower's own dtype and computed in fixed chunks, so every epoch, rank,
-resume and run reads the same bytes. It lies under store/features/<key>, keyed by the tower's weights, the image transform and
-the images themselves, and is shared by every run that trains on the same images with the same frozen tower.
+resume and run reads the same bytes. It lies under store/features/<key>, keyed by the tower's weights, the image transform, the
+images themselves and the code that computes, and is shared by every run that trains on the same images with the same frozen
+tower. Each stage that reads it says so in its own folder, which is how `tinylmm store gc` knows what is still in use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,10 +22,16 @@ from torch import Tensor
 
 from tinylmm.models.vision import HFVisionTower, encode_images
 from tinylmm.store import integrity
+from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import FEATURES_USED_FILE
 from tinylmm.training.ranks import barrier, rank, world_size
 
 log = logging.getLogger(__name__)
 
+FEATURES_VERSION = 1
+"""Raised by hand when a change of code changes what a tower makes of an image; older features are then computed again."""
+COMPUTED_BY = ("torch", "transformers", "pillow")
+"""Libraries whose release may change a feature's last bits."""
 CHUNK_IMAGES = 64
 FEATURES_FILE = "features.bin"
 GIB = 1024**3
@@ -70,13 +78,17 @@ def open_features(
         load: name -> normalised pixels (3, H, W), or (views, 3, H, W).
         stamp: name -> what identifies the file's content (resolved path, size, mtime).
         cache_root: store/features.
-        scratch: a folder of this stage on the same file system; ranks write their shares here.
+        scratch: folder of this stage on the same file system; ranks write their shares here, and it is noted here which
+            features the stage reads.
         description: image transform and tower output fields.
         views: where images are tiled, name -> how many tiles.
     """
     index = _rows(images, views)
     key = _key(tower, images, stamp, description)
     folder = cache_root / key
+    if rank() == 0:  # before they are computed: from now on they are in use
+        scratch.mkdir(parents=True, exist_ok=True)
+        write_atomic(scratch / FEATURES_USED_FILE, json.dumps([key]))
     if rank() == 0 and folder.exists() and (problems := integrity.check_folder(folder)):
         log.warning("feature cache %s is damaged and computed again: %s", folder, "; ".join(problems))
         shutil.rmtree(folder)
@@ -149,7 +161,8 @@ def _compute(
 def _key(
     tower: HFVisionTower, images: Sequence[str], stamp: Callable[[str], object], description: dict[str, object]
 ) -> str:
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    code = {"version": FEATURES_VERSION, **{name: version(name) for name in COMPUTED_BY}}
+    digest = hashlib.sha256(json.dumps({**description, "code": code}, sort_keys=True).encode())
     digest.update(str(next(tower.parameters()).dtype).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())

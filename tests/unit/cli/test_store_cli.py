@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tinylmm.cli.store import app, runs
 from tinylmm.errors import UserError
 from tinylmm.store.claims import claim
+from tinylmm.store.integrity import mark_complete, write_manifest
 from tinylmm.store.runs import StageRow, create_run
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
@@ -66,7 +67,7 @@ def test_ls_as_json_is_what_the_store_says(store: Store, used: Stage) -> None:
 
 def test_verify_of_whole_stages_ends_with_0(store: Store, used: Stage) -> None:
     result = call(store, "verify")
-    assert (result.exit_code, result.stdout) == (0, "1 stages checked: all whole\n")
+    assert (result.exit_code, result.stdout) == (0, "1 folders checked: all whole\n")
 
 
 def test_verify_names_every_damaged_file_on_a_line_of_its_own_and_ends_with_1(store: Store, used: Stage) -> None:
@@ -77,7 +78,7 @@ def test_verify_names_every_damaged_file_on_a_line_of_its_own_and_ends_with_1(st
     missing.unlink()
     result = call(store, "verify")
     assert result.exit_code == 1
-    assert "2 of 2 stages damaged" in result.stdout
+    assert "2 of 2 folders damaged" in result.stdout
     assert any(line.startswith(f"{altered} has SHA-256") for line in result.stdout.splitlines())
     assert f"{missing} is missing." in result.stdout.splitlines()
 
@@ -142,3 +143,14 @@ def test_a_missing_store_is_said_and_not_made(store: Store, command: str) -> Non
 def test_the_store_is_found_by_environment_variable(store: Store, used: Stage) -> None:
     result = CliRunner(env={"TINYLMM_STORE": str(store.root)}).invoke(app, ["ls", "--json"])
     assert [row["key"] for row in json.loads(result.stdout)] == [used.key]
+
+
+def test_verify_checks_features_too(store: Store, used: Stage) -> None:
+    folder = store.root / "features/abc"
+    folder.mkdir(parents=True)
+    (folder / "features.bin").write_bytes(bytes(100))
+    write_manifest(folder, {"images": 1})
+    mark_complete(folder)
+    assert call(store, "verify").stdout == "2 folders checked: all whole\n"
+    (folder / "features.bin").write_bytes(bytes(99) + b"x")
+    assert f"{folder / 'features.bin'} has SHA-256" in call(store, "verify", "abc").stdout

@@ -18,6 +18,8 @@ import pytest
 
 from tinylmm.errors import IntegrityError
 from tinylmm.store.claims import claim
+from tinylmm.store.gc import CACHE_DAYS
+from tinylmm.store.integrity import mark_complete, write_manifest
 from tinylmm.store.provenance import software_versions
 from tinylmm.store.runs import StageRow, create_run
 from tinylmm.store.stage import Stage, digest
@@ -385,6 +387,71 @@ def test_gc_deletes_nothing_if_a_kept_stages_parents_are_unknown(store: Store) -
     with pytest.raises(IntegrityError, match=r"spec\.json cannot be read"):
         store.gc({kept.digest}, dry_run=False)
     assert store.is_complete(unused)
+
+
+def features(store: Store, key: str, *readers: Stage) -> Path:
+    """A folder of features, and the note of it in the readers' folders."""
+    folder = store.root / "features" / key
+    folder.mkdir(parents=True)
+    (folder / "features.bin").write_bytes(bytes(100))
+    write_manifest(folder, {"format": 1, "images": 7})
+    mark_complete(folder)
+    for reader in readers:
+        (store.work_folder(reader) / "features.json").write_text(json.dumps([key]))
+    return folder
+
+
+def test_ls_lists_features_with_the_runs_that_read_them_and_the_cache(store: Store) -> None:
+    reader, size = make_stage(), 0
+    work_on(store, reader)
+    folder = features(store, "abc", reader)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    (store.root / "cache").mkdir()
+    (store.root / "cache/one.json").write_text("{}")
+    create_run(store.root, "base", "mine", stages=[StageRow(reader.kind, reader.name, reader.digest, reader.key)])
+    rows = [(row.key, row.kind, row.name, row.size, row.status, row.runs) for row in store.ls()]
+    assert rows == [
+        ("abc", "features", "7 images", size, "complete", ("mine",)),
+        ("cache", "cache", "fingerprints", 2, "complete", ()),
+    ]
+    (folder / "features.bin").unlink()
+    assert store.ls()[0].status == "damaged"
+
+
+def test_gc_keeps_the_features_that_a_kept_stage_reads_and_deletes_the_others(store: Store) -> None:
+    kept, given_up = make_stage(0), make_stage(1)
+    for stage in (kept, given_up):
+        work_on(store, stage)
+    both = features(store, "both", kept, given_up)
+    alone = features(store, "alone", given_up)
+    store.publish(kept, {}, time.time())
+    expected = [f"work/{given_up.key}", "features/alone"]
+    assert [row.folder for row in store.gc({kept.digest})] == expected
+    assert alone.exists()
+    assert [row.folder for row in store.gc({kept.digest}, dry_run=False)] == expected
+    assert both.exists()
+    assert not alone.exists()
+    assert store.verify(kept) == []
+
+
+def test_gc_deletes_no_features_if_it_is_unknown_who_reads_them(store: Store) -> None:
+    kept = make_stage()
+    work_on(store, kept)
+    folder = features(store, "abc", kept)
+    (store.work_folder(kept) / "features.json").write_text("[")
+    with pytest.raises(IntegrityError, match=r"features\.json cannot be read"):
+        store.gc({kept.digest}, dry_run=False)
+    assert folder.exists()
+
+
+def test_gc_deletes_fingerprints_that_nobody_read_for_long(store: Store) -> None:
+    old, new = store.root / "cache/fingerprints/old.json", store.root / "cache/fingerprints/new.json"
+    old.parent.mkdir(parents=True)
+    for path, age in ((old, CACHE_DAYS + 1), (new, CACHE_DAYS - 1)):
+        path.write_text("{}")
+        os.utime(path, (time.time() - 86400 * age,) * 2)
+    assert [row.folder for row in store.gc(set(), dry_run=False)] == ["cache/fingerprints/old.json"]
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_a_kill_at_any_disk_access_of_gc_leaves_no_half_stage(tmp_path: Path) -> None:
