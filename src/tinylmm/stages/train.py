@@ -29,10 +29,10 @@ from tinylmm.stages.prepare import EMBEDDED_FOLDER
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
-from tinylmm.training.checkpoints import CheckpointFolder
+from tinylmm.training.checkpoints import CheckpointFolder, Ranks
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
-from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
+from tinylmm.training.ranks import barrier, from_rank_zero, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_tensorboard, wandb_run
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
@@ -77,12 +77,14 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
         )
+    set_timeout(launch.save_timeout_s)
     state = trainer.full_state()
-    if rank() == 0:
-        adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
-        save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
-        shutil.rmtree(job.folder / KEPT, ignore_errors=True)
-    barrier()
+    with waiting("the trained model to be written"):
+        if rank() == 0:
+            adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
+            save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
+            shutil.rmtree(job.folder / KEPT, ignore_errors=True)
+        barrier()
     return {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
@@ -129,20 +131,25 @@ def build_trainer(
         sampler.accumulation,
         use_cpu=device.type == "cpu",
     )
-    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch.deepspeed_stage}
-    loaded.model.touch_vision_always = world_size() > 1
+    if world_size() > 1:
+        # ZeRO-3 gathers the weights of every module that is run, frozen ones too: all ranks must run the same ones.
+        runs_tower = cache is None and launch.deepspeed_stage == 3
+        loaded.model.blank_image = "tower" if runs_tower else "connector"
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
+    ranks = Ranks(world_size(), launch.deepspeed_stage)
     trainer = LMMTrainer(
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
         collate=_collate(job, loaded, images, cache),
-        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, identity),
+        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks),
         learning_rates=peak_learning_rates(spec.lr),
         schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
         step_timeout_s=launch.step_timeout_s,
+        save_timeout_s=launch.save_timeout_s,
+        same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
         callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tinylmm.config.spec import LaunchSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
 from tinylmm.planning.specs import TrainStage
 from tinylmm.store.layout import CHECKPOINT_FOLDER
+from tinylmm.training.ranks import rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,20 @@ def training_arguments(
     if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
         log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)
         arguments._n_gpu = 1
+    _tell_the_rank(arguments)
     return arguments
+
+
+def _tell_the_rank(arguments: TrainingArguments) -> None:
+    """Tell transformers which rank this is: of DeepSpeed on CPUs it believes that every process is the only one.
+
+    accelerate looks for GPUs where it is not told to use the CPU, and transformers must not be told that under DeepSpeed. As
+    the only one, each rank would log, and write the one file of random states.
+    """
+    state = arguments.distributed_state
+    if state is not None and state.num_processes != world_size():
+        state.process_index, state.num_processes = rank(), world_size()
+        state.local_process_index = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) ->
     if launch.deepspeed_stage == 3:
         zero |= {
             "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": launch.zero3_whole_below,
             "stage3_prefetch_bucket_size": 50_000_000,
             "sub_group_size": 1_000_000_000,
         }
@@ -104,6 +119,8 @@ def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) ->
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": spec.precision == "bf16"},
+        # As DDP does, whose gradients have the weights' type: in bf16 the small ones of many micro-batches are rounded away.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "fp16": {"enabled": spec.precision == "fp16"},
         "steps_per_print": 2_000_000_000,
     }
