@@ -51,6 +51,46 @@ def test_two_ranks_make_the_same_step_as_one(launch: str, tmp_path: Path, one_pr
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+SMALL_CHUNKS = """
+from tinylmm.models import loss
+from tinylmm.models.connectors import MLPConnector
+
+loss.CHUNK_TOKENS = 16
+
+
+class Connector(MLPConnector):
+    pass
+"""
+UNEVEN = (
+    "connector._target_=chunks.Connector",
+    "trust=[chunks]",
+    "launch.micro_batch=1",
+    "launch.packing=false",
+    "launch.cache_features=false",
+    "recipe.stages.pretrain.max_steps=1",
+    "recipe.stages.finetune.global_batch=4",
+    "recipe.stages.finetune.max_steps=3",
+    "recipe.stages.finetune.lr=1e-4",
+)
+"""Micro-batches of one sample: of text alone on one rank and with an image on the other, of one chunk or of three."""
+
+
+def test_zero3_with_all_weights_partitioned_runs_modules_equally_often_on_ranks_of_unequal_data(tmp_path: Path) -> None:
+    projects = []
+    for name, words in (
+        ("one", ()),
+        ("two", ("launch=zero3", "launch.nproc=2", "launch.zero3_whole_below=0", "launch.step_timeout_s=40")),
+    ):
+        project = tiny_project(tmp_path / name)
+        (project.root / "chunks.py").write_text(SMALL_CHUNKS)
+        done = project.train(*UNEVEN, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        projects.append(project)
+    expected, found = map(weights, projects)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
 ADAPTERS = {
     "lora": (
         "recipe=lora",

@@ -316,16 +316,16 @@ class LMMTrainer(Trainer):
 
     def _loss_scale(self) -> dict[str, float] | None:
         """The scale of fp16's losses, and how many steps in a row it has served."""
-        if not self.args.fp16:
-            return None
         if self.is_deepspeed_enabled:
+            if not self.args.fp16:
+                return None
             scaler = self.model_wrapped.optimizer.loss_scaler
             return {"scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
         scaler = self.accelerator.scaler
-        return {"scale": scaler.get_scale(), "good_steps": scaler._get_growth_tracker()}
+        return None if scaler is None else {"scale": scaler.get_scale(), "good_steps": scaler._get_growth_tracker()}
 
     def _set_loss_scale(self, saved: dict[str, float] | None) -> None:
-        if saved is None or not self.args.fp16:
+        if saved is None:
             return
         if self.is_deepspeed_enabled:
             scaler = self.model_wrapped.optimizer.loss_scaler
@@ -333,6 +333,7 @@ class LMMTrainer(Trainer):
             scaler.last_overflow_iter = -1
         else:
             scaler = self.accelerator.scaler
+            scaler.scale(torch.ones((), device=self.args.device))  # it makes its tensors at first use
             state = scaler.state_dict() | {"scale": saved["scale"], "_growth_tracker": int(saved["good_steps"])}
             scaler.load_state_dict(state)
 

@@ -73,6 +73,8 @@ def test_import_and_export_tell_what_they_did(tmp_path: Path) -> None:
     output = run("import", tmp_path / "factory", tmp_path / "model")
     assert "factory-folders" in output and "note: the chat template is not stored" in output
     output = run("export", tmp_path / "model", tmp_path / "hf", "--dtype", "bf16")
+    usual = (tmp_path / "hf/config.json").stat().st_mode
+    assert all(path.stat().st_mode == usual for path in (tmp_path / "hf").iterdir()), "whom the umask lets read it, can"
     assert "logits differ from ours by" in output and (tmp_path / "hf/config.json").is_file()
     assert "its --conv_version" in run("export", tmp_path / "model", tmp_path / "back", "--format", "factory")
     with pytest.raises(UserError, match="exists already"):
