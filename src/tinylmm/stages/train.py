@@ -59,7 +59,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
         )
-    _cast_frozen(model, spec.precision, device)
+    frozen = _frozen_in_trained_parts(model, kept) if launch.deepspeed_stage else {}
+    _cast_frozen(model, kept, spec.precision, device)
     model.to(device)
     model.set_attention(attention)
     images = _Images(job, loaded)
@@ -78,7 +79,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
         )
     set_timeout(launch.save_timeout_s)
-    state = trainer.full_state()
+    state = trainer.full_state(frozen)
     with waiting("the trained model to be written"):
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
@@ -267,13 +268,26 @@ def _own_copy(job: StageJob[TrainStage], folder: Path) -> Path:
     return copy
 
 
-def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -> None:
-    """Hold what is not trained in the compute precision: half the memory, same result under autocast."""
+def _frozen_in_trained_parts(model: torch.nn.Module, kept: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that stay as they are in parts of which others are trained: they are saved from here."""
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and name.partition(".")[0] not in kept
+    }
+
+
+def _cast_frozen(model: torch.nn.Module, kept: dict[str, Path], precision: str, device: torch.device) -> None:
+    """Hold what is not trained in the compute precision: half the memory, same result under autocast.
+
+    Only in parts whose files are kept: what is written from memory is not to be rounded.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None or device.type == "cpu":
         return
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():  # quantised weights stay as they are
+    for name, parameter in model.named_parameters():
+        quantised = not parameter.is_floating_point()  # such weights stay as they are
+        if name.partition(".")[0] in kept and not parameter.requires_grad and not quantised:
             parameter.data = parameter.data.to(dtype)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tinylmm.config.spec import LaunchSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
 from tinylmm.planning.specs import TrainStage
 from tinylmm.store.layout import CHECKPOINT_FOLDER
-from tinylmm.training.ranks import rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +66,7 @@ def training_arguments(
         save_strategy="no",  # our callback decides, our writer publishes
         report_to=[*(["tensorboard"] if tracking.tensorboard else []), *(["wandb"] if tracking.wandb.enabled else [])],
         disable_tqdm=True,
-        # Trainer quietly leaves DeepSpeed out where use_cpu is set; without a GPU it takes the CPU anyway.
-        use_cpu=use_cpu and not launch.deepspeed_stage,
+        use_cpu=use_cpu,
         ddp_backend="gloo" if use_cpu and launch.nproc > 1 else None,
         dataloader_num_workers=launch.num_workers,
         remove_unused_columns=False,
@@ -82,20 +79,11 @@ def training_arguments(
     if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
         log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)
         arguments._n_gpu = 1
-    _tell_the_rank(arguments)
+    if launch.deepspeed_stage:
+        # Said until here, so that accelerate asks for the ranks of CPUs and bf16 is let through; said on, Trainer would
+        # quietly leave DeepSpeed out.
+        arguments.use_cpu = False
     return arguments
-
-
-def _tell_the_rank(arguments: TrainingArguments) -> None:
-    """Tell transformers which rank this is: of DeepSpeed on CPUs it believes that every process is the only one.
-
-    accelerate looks for GPUs where it is not told to use the CPU, and transformers must not be told that under DeepSpeed. As
-    the only one, each rank would log, and write the one file of random states.
-    """
-    state = arguments.distributed_state
-    if state is not None and state.num_processes != world_size():
-        state.process_index, state.num_processes = rank(), world_size()
-        state.local_process_index = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> dict[str, Any]:

@@ -92,6 +92,16 @@ def save_state(folder: Path, model: nn.Module, source: Source) -> Form:
     return form
 
 
+def own_shares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of the parameters that this rank answers for: of all ranks together, one of each."""
+    owners = _owners(parameters)
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for (name, parameter), owner in zip(parameters.items(), owners, strict=True)
+        if owner == rank()
+    }
+
+
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put the trained weights into a model that is whole on every rank.
 
@@ -241,6 +251,10 @@ class Partitioned:
         whole = all(_split(state, flat)[2] for flat, state in self.optimizer.state.items())
         return "by name" if all(gather(whole)) else "partitioned"
 
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """A whole parameter in fp32, on every rank."""
+        return self._whole(parameter, WEIGHT)
+
     def read(self, parameter: nn.Parameter) -> ParameterState:
         """See `Source`."""
         return ParameterState(
@@ -264,6 +278,16 @@ class Partitioned:
     def load_state_dict(self, state: Any) -> None:
         """See `Source`."""
         self.optimizer.load_state_dict(state)
+
+    def put_weights(self, parameters: dict[str, nn.Parameter], shares: dict[str, Tensor]) -> None:
+        """Give the fp32 weights the values of `own_shares`: DeepSpeed itself makes them of weights rounded to bf16 or fp16."""
+        device = self._flats()[0].device
+        for (name, parameter), owner in zip(parameters.items(), _owners(parameters), strict=True):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = shares[name].to(device) if owner == rank() else torch.empty(shape, device=device)
+            if world_size() > 1:
+                torch.distributed.broadcast(whole, owner)
+            self._put(parameter, WEIGHT, whole)
 
     def _flats(self) -> list[Tensor]:
         """This rank's pieces of the fp32 weights, which the inner optimiser works on."""

@@ -34,7 +34,16 @@ from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
-from tinylmm.training.state import Partitioned, Replicated, Source, load_state, load_weights, save_state
+from tinylmm.training.state import (
+    Partitioned,
+    Replicated,
+    Source,
+    load_state,
+    load_weights,
+    own_shares,
+    save_state,
+    trained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +226,11 @@ class LMMTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # else Trainer has called it already
             self._load_from_checkpoint(resume_from_checkpoint)
+        rounds = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+        shares = own_shares(trained(self.model)) if rounds else {}
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if rounds:
+            Partitioned(model).put_weights(trained(self.model), shares)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
         if self.is_deepspeed_enabled:
@@ -337,15 +350,24 @@ class LMMTrainer(Trainer):
             state = scaler.state_dict() | {"scale": saved["scale"], "_growth_tracker": int(saved["good_steps"])}
             scaler.load_state_dict(state)
 
-    def full_state(self) -> dict[str, Tensor] | None:
-        """Gather the whole model's state on rank 0 under ZeRO-3; None where the model itself has it.
+    def full_state(self, frozen: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Gather the whole trained state on rank 0 under ZeRO, in fp32; None elsewhere, where the model itself has it.
 
-        Every rank must call it.
+        Under ZeRO the model holds a rounded copy, or a share of it. Every rank must call it.
+
+        Args:
+            frozen: parameters that are not trained, as they were before DeepSpeed rounded them.
         """
-        if self.is_deepspeed_enabled and self.model_wrapped.zero_optimization_stage() == 3:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
-            return dict(state) if state is not None else {}
-        return None
+        if not self.is_deepspeed_enabled:
+            return None
+        source = Partitioned(self.model_wrapped)
+        state = dict(frozen)
+        for name, parameter in trained(self.model).items():
+            whole = source.weight(parameter)
+            if rank() == 0:
+                state[name] = whole.cpu()
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return state | {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
 
 
 class _StepEnd(TrainerCallback):
