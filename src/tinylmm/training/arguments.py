@@ -76,6 +76,11 @@ def training_arguments(
         ddp_timeout=launch.step_timeout_s,
     )
     arguments = TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
+    return _corrected(arguments, launch)
+
+
+def _corrected(arguments: TrainingArguments, launch: LaunchSpec) -> TrainingArguments:
+    """What TrainingArguments makes of this machine, put right."""
     if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
         log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)
         arguments._n_gpu = 1
