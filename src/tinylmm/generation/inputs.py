@@ -47,7 +47,7 @@ def as_list(images: Images) -> list[ImageInput]:
     if images is None:
         return []
     if isinstance(images, _ONE_IMAGE) or not isinstance(images, Sequence):
-        return [cast("ImageInput", images)]
+        return [images]
     return list(cast("Sequence[ImageInput]", images))
 
 
