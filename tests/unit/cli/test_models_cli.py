@@ -15,7 +15,7 @@ from tests.foreign import foreign, write_factory_folders
 from tinylmm.cli.convert import FORMATS, LAYOUTS
 from tinylmm.cli.main import app
 from tinylmm.convert.format import all_formats
-from tinylmm.errors import UserError
+from tinylmm.errors import DataError, UserError
 from tinylmm.generation.session import load
 from tinylmm.models.checkpoint import save_model
 
@@ -48,6 +48,20 @@ def test_a_conversation_goes_on_over_wrong_files_and_ends_with_ctrl_d(folder: Pa
     text = f"What is it?\n/image nothing.png\n/image {folder / 'red.png'}\n\n/help\nAnd this?\n/new\nHi\n"
     output = run("chat", folder / "model", *SHORT, text=text)  # the input's end is Ctrl-D
     assert output.count("model ") == 3 and "nothing.png: no such image file" in output.replace("\n", "")
+
+
+def test_a_missing_first_image_ends_the_command_before_anything_is_asked(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"missing\.png: no such image file"):
+        run("chat", folder / "model", "--image", folder / "missing.png", text="Hi\n")
+
+
+def test_an_image_takes_the_place_of_one_that_waits_and_is_confirmed(folder: Path) -> None:
+    Image.new("RGB", (16, 16), (0, 0, 255)).save(folder / "blue.png")
+    expected = load(folder / "model").chat("What is it?", folder / "blue.png", max_new_tokens=6)
+    text = f"/image {folder / 'blue.png'}\nWhat is it?\n"
+    output = run("chat", folder / "model", "--image", folder / "red.png", *SHORT, text=text)
+    assert f"Your next question comes with {folder / 'blue.png'}." in output.replace("\n", "")
+    assert f"model {expected}" in output
 
 
 def test_ctrl_c_stops_an_answer_first_and_leaves_at_the_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
