@@ -14,6 +14,7 @@ from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
 
 if TYPE_CHECKING:
+    from tinylmm.config.recipe import RecipeStage
     from tinylmm.data.check import SourceCheck
 
 app = typer.Typer(help="Look at a run's data before it is trained on.", no_args_is_help=True)
@@ -43,8 +44,11 @@ def check(
     console = Console()
     checks: list[SourceCheck] = []
     for files in data.files(source or []):
-        render = data.renderer(data.stage_of(files.name))[1] if tokens else None
-        checks.append(_checked(files, render, quick, Console(stderr=True)))
+        stage = data.stage_of(files.name)
+        render = data.renderer(stage)[1] if tokens else None
+        checks.append(
+            _checked(files, render, quick, run.recipe.stages[stage] if tokens else None, Console(stderr=True))
+        )
     page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(page, render_check_page(run.data.name, checks))
@@ -95,12 +99,13 @@ def show(
         console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _checked(files: Any, render: Any, quick: bool, console: Console) -> SourceCheck:
+def _checked(files: Any, render: Any, quick: bool, stage: RecipeStage | None, console: Console) -> SourceCheck:
     from tinylmm.data.check import check_source
 
+    limits = (None, 1.0) if stage is None else (stage.max_length, stage.max_dropped)
     with console.status(f"{files.name}: reading") as status:
         return check_source(
-            files, render, quick, lambda number: status.update(f"{files.name}: {number:,} records read")
+            files, render, quick, lambda number: status.update(f"{files.name}: {number:,} records read"), *limits
         )
 
 
@@ -114,6 +119,7 @@ def _record(check: SourceCheck) -> dict[str, Any]:
         "problem": check.problem,
         "records": check.records,
         "samples": check.samples,
+        "too_long": check.too_long,
         "faults": [{"index": bad.index, "id": bad.sample_id, "reason": bad.reason} for bad in check.faults],
         "histograms": {title: dict(bins) for title, bins in histograms(check)},
         "same_conversations": check.same_conversations,

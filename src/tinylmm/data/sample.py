@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.weight_files import refuse_pointer
 from tinylmm.constants import IMAGE_SLOT
 from tinylmm.data.formats import PARSERS, RecordFaultError, kind
 from tinylmm.data.image_names import name_images
@@ -74,6 +75,8 @@ def read_records(path: Path, layout: str = "llava") -> Iterator[Any]:
             f"formats of those: {', '.join(PARSERS)}."
         )
     try:
+        if path.is_file():
+            refuse_pointer(path)
         if layout == "parquet" or path.suffix == ".parquet" or path.is_dir():
             from tinylmm.data.parquet import read_rows
 

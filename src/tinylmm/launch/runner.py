@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import STOP_FILE, stop_requested, watch_for_stop
 from tinylmm.store.claims import Claim, Owner
 from tinylmm.store.gc import remove
+from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.provenance import now
 from tinylmm.store.runs import RunStatus, StageRow, StageStatus, create_run, read_run, write_run
@@ -79,6 +80,7 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
                 error = failure
                 break
             ledger.mark(stage, "reused" if seconds is None else "run", seconds)
+            ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
     ledger.finish("done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed")
     code = EXIT_DONE if error is None else error.exit_code
     return RunOutcome(ledger.folder.name, ledger.folder, code, None if error is None else str(error))
@@ -199,6 +201,11 @@ class _Ledger:
                 + ("reused" if seconds is None else f"{seconds:.1f} s"),
                 highlight=False,
             )
+
+    def remark(self, sentences: Sequence[str]) -> None:
+        """Say what the stage that was just marked has left out."""
+        for sentence in sentences:
+            self.console.print(f"      {sentence}", style="yellow", markup=False, highlight=False)
 
     def waiting(self, title: str) -> Callable[[Owner], None]:
         """Return what tells of another process that works on the stage."""

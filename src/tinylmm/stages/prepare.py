@@ -113,13 +113,14 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
 
 def _source(job: StageJob[PrepareStage]) -> _Source:
     spec = job.spec.source
-    policy = (spec.format, spec.limit, spec.on_bad, spec.max_bad)
+    (location,) = job.locations
+    source = location.source
+    policy = (spec.format, spec.limit, source.on_bad, source.max_bad)
     if "data" in job.parents:
         assert spec.file is not None  # of a data stage's output, sources are identified by their file
         folder = job.parents["data"]
         return _Source(folder / spec.file, folder / spec.images, *policy, how_to_get="")
-    (location,) = job.locations
-    root, source = job.root_of(location), location.source
+    root = job.root_of(location)
     assert source.annotations is not None
     return _Source(root / source.annotations, root / source.images, *policy, how_to_get=source.how_to_get)
 
@@ -317,4 +318,6 @@ def _report(job: StageJob[PrepareStage], tally: _Tally) -> dict[str, Any]:
     log.info("prepared %(samples)d samples with %(images)d images, %(tokens)d tokens; skipped %(skipped)d", summary)
     if summary["duplicates"]:
         log.warning("%d records repeat an id; all of them are used", summary["duplicates"])
-    return summary | {"skipped_records": skipped[:FAULTS_SHOWN]}
+    remark = f"{len(skipped):,} records are left out as bad; {job.output / 'report.json'} lists them"
+    remarks = {"remarks": [remark]} if skipped else {}
+    return summary | {"skipped_records": skipped[:FAULTS_SHOWN]} | remarks

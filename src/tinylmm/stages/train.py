@@ -6,9 +6,10 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
@@ -60,7 +61,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     model.to(device)
     model.set_attention(attention)
     images = _Images(job, loaded)
-    samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length)
+    samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length, job.settings.max_dropped)
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -90,7 +91,17 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "world_size": world_size(),
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
+        **({"remarks": [samples.report.left_out(spec.max_length)]} if samples.report.dropped else {}),
+        **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
+
+
+def _commits(loaded: LoadedModel) -> dict[str, str]:
+    """Commits of the hub repositories that weights were read from, as transformers resolved them."""
+    model = loaded.model
+    configs = {"llm": model.config, "vision_tower": cast(PreTrainedModel, model.vision_tower.encoder).config}
+    found = {part: getattr(config, "_commit_hash", None) for part, config in configs.items()}
+    return {part: commit for part, commit in found.items() if commit}
 
 
 def build_trainer(
