@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from tinylmm.errors import EXIT_STOPPED, TinyLMMError
+from tinylmm.stop import TerminatedError, ended_by_signals
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -18,10 +19,12 @@ def guarded(command: Callable[[], int | None]) -> int:
     logging.captureWarnings(True)  # a warning belongs into the log, not between a progress line and a table
     logging.getLogger().setLevel(logging.INFO)
     try:
-        return command() or 0
+        with ended_by_signals():
+            return command() or 0
     except TinyLMMError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues\n")
+    except (KeyboardInterrupt, TerminatedError) as end:
+        by = f" by {end}" if isinstance(end, TerminatedError) else ""
+        sys.stderr.write(f"interrupted{by}; the same command continues\n")
         return EXIT_STOPPED

@@ -26,6 +26,7 @@ from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
+from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
@@ -71,18 +72,19 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    with wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name):
+    with uninterrupted(), wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
         )
-    state = trainer.full_state()
-    if rank() == 0:
-        adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
-        save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
-        shutil.rmtree(job.folder / KEPT, ignore_errors=True)
-    barrier()
+    with uninterrupted():
+        state = trainer.full_state()
+        if rank() == 0:
+            adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
+            save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
+            shutil.rmtree(job.folder / KEPT, ignore_errors=True)
+        barrier()
     return {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import IntegrityError, TinyLMMError
+from tinylmm.stop import require_claim
 from tinylmm.store.layout import MANIFEST_FILE, MARKER_FILE, OUTPUT_FOLDER
 
 HASH_THREADS = min(4, os.cpu_count() or 1)
@@ -40,7 +41,9 @@ def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None
 
     Raises:
         TinyLMMError: the disk is full; `path` is as it was.
+        ClaimLostError: the stage at hand is another process's by now; `path` is as it was.
     """
+    require_claim()
     payload = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:

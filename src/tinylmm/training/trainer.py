@@ -6,9 +6,11 @@ Everything that touches Trainer's private methods is in this file; an upgrade of
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.errors import IntegrityError, NonFiniteError
 from tinylmm.models.lmm import LMM
-from tinylmm.stop import stop_requested
+from tinylmm.stop import belong_to, stop_requested
 from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, world_size
 from tinylmm.training.sampler import StepSampler
@@ -98,6 +100,7 @@ class LMMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
+            worker_init_fn=partial(_start_reader, os.getpid()) if self.args.dataloader_num_workers else None,
         )
 
     def get_batch_samples(
@@ -282,6 +285,11 @@ class LMMTrainer(Trainer):
             state = self.accelerator.get_state_dict(self.model_wrapped)
             return dict(state) if state is not None else {}
         return None
+
+
+def _start_reader(parent: int, number: int) -> None:
+    """In a worker of the loader: a signal to every process of the run must not end it in the middle of a save."""
+    belong_to(parent)
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
