@@ -59,6 +59,10 @@ class IntegrityError(TinyLMMError):
     """A stored file is missing or differs from its recorded SHA-256; the message names it."""
 
 
+class DiskError(TinyLMMError):
+    """A disk is full or cannot be written; the message says which file, and what to do."""
+
+
 class NonFiniteError(TinyLMMError):
     """A loss or gradient is NaN or infinite; raised on every rank before any weight is touched."""
 

@@ -15,7 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from tinylmm.config.compose import run_name
-from tinylmm.errors import EXIT_DONE, ClaimLostError, IntegrityError, StageFailedError, StoppedError, TinyLMMError
+from tinylmm.errors import (
+    EXIT_DONE,
+    ClaimLostError,
+    DiskError,
+    IntegrityError,
+    StageFailedError,
+    StoppedError,
+    TinyLMMError,
+)
 from tinylmm.launch.backends import LaunchBackend, make_backend
 from tinylmm.launch.progress import StageProgress
 from tinylmm.launch.scheduler import in_order
@@ -25,6 +33,7 @@ from tinylmm.planning.planner import RunPlan, require_files
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import STOP_FILE, claimed, stop_requested, uninterrupted, watch_for_stop
 from tinylmm.store.claims import Claim, Owner
+from tinylmm.store.disk import refusal
 from tinylmm.store.gc import remove
 from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.provenance import now
@@ -169,6 +178,8 @@ def _kept_failures(store: Store, stage: Stage, title: str) -> Iterator[None]:
         store.fail(stage, f"{type(error).__name__}: {error}\n")
         raise
     except Exception as error:
+        if (said := refusal(error, store.work_folder(stage))) is not None:
+            raise DiskError(said) from error
         text = traceback.format_exc()
         store.fail(stage, text)
         log.error("%s failed\n%s", title, text)
@@ -216,7 +227,10 @@ class _Ledger:
 
     def _write(self) -> None:
         self._run = replace(self._run, stages=tuple(self._rows.values()))
-        write_run(self.folder, self._run)
+        try:
+            write_run(self.folder, self._run)
+        except DiskError as error:  # the record follows with its next change; what the run does is not lost for it
+            log.warning("%s", error)
 
 
 @contextmanager

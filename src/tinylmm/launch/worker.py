@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylmm.errors import StoppedError, TinyLMMError
+from tinylmm.errors import DiskError, StoppedError, TinyLMMError
 from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob, read_job
 from tinylmm.stop import belong_to, claimed, watch_for_stop
+from tinylmm.store.disk import refusal
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,11 @@ def main() -> NoReturn:
             code = StoppedError.exit_code
             said = f"interrupted during {job.kind} {job.name}; the same command continues"
             result = {"error": said, "type": StoppedError.__name__, "exit_code": code, "rank": rank}
-        except Exception:
+        except Exception as error:
             code = 1
-            result = {"error": traceback.format_exc(), "type": "traceback", "exit_code": code, "rank": rank}
+            full = refusal(error, folder)
+            kind, text = ("traceback", traceback.format_exc()) if full is None else (DiskError.__name__, full)
+            result = {"error": text, "type": kind, "exit_code": code, "rank": rank}
             log.exception("rank %d failed", rank)
     if rank == 0 or code:
         # The first rank to fail says why; later ones only follow.

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -22,11 +23,14 @@ from typing import Any, TypeGuard
 from tinylmm.config.spec import EvalSpec, SourceSpec
 from tinylmm.data.image_names import is_embedded
 from tinylmm.data.sample import Sample, read_records, read_samples
-from tinylmm.errors import DataError
+from tinylmm.errors import DataError, DiskError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.store.disk import writing
 from tinylmm.store.integrity import hash_file, write_atomic
 from tinylmm.store.stage import digest
+
+log = logging.getLogger(__name__)
 
 MISSING_SHOWN = 20
 STAT_LIMIT = 200_000
@@ -155,9 +159,16 @@ class _Cache:
         return record["value"]
 
     def write(self, value: dict[str, Any]) -> None:
-        """Replace the cache file, so that another process never reads half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps({"key": self.key, "value": value}), durable=False)
+        """Replace the cache file, so that another process never reads half of it.
+
+        Where the store cannot be written there is no cache, and all is read anew each time: planning needs none.
+        """
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, json.dumps({"key": self.key, "value": value}), durable=False)
+        except DiskError as error:
+            log.info("not cached: %s", error)
 
 
 # ---------------------------------------------------------------------------------------------------- sources

@@ -21,6 +21,7 @@ from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserErr
 from tinylmm.launch.worker import FAILED_RANKS, RANK_RESULTS, RESULT_FILE, WORDS_FOLDER, FailedRank, has_gpu_driver
 from tinylmm.stages.job import StageJob
 from tinylmm.stop import STOP_FILE, held_back
+from tinylmm.store.disk import has_no_room
 from tinylmm.store.layout import LOG_FILE
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,10 @@ def _outcome(job: StageJob[Any], code: int, begin: int = 0) -> dict[str, Any]:
             raise RankError(f"rank {error['rank']}: {error['error']}", error["exit_code"])
     if code == 0 and not errors and results:
         return dict(results[0]["summary"])
-    raise StageFailedError(_blame(job, {error["rank"]: error["error"] for error in errors}, code, begin))
+    said = _blame(job, {error["rank"]: error["error"] for error in errors}, code, begin)
+    if has_no_room(job.folder):  # a rank that cannot write cannot say so
+        said = f"the disk of {job.folder} is full; free some space and give the same command again.\n{said}"
+    raise StageFailedError(said)
 
 
 def _read_result(path: Path) -> dict[str, Any]:
