@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -32,28 +31,6 @@ class PlantedNaN(MLPConnector):
         last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
         return super().forward(features) * (float("nan") if last and PlantedNaN.calls == 3 else 1.0)
 '''
-
-
-def killed(folder: Path, trials: int, ranks: int, timeout: float) -> dict[str, object]:
-    command = [sys.executable, "-m", "tests.integration.kill_harness", str(folder), str(trials), "7", str(ranks)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_moments_and_inside_saves_all_recover_bit_for_bit(ranks: int, tmp_path: Path) -> None:
-    result = killed(tmp_path, 2, ranks, 280)
-    assert (result["failed"], result["differing"]) == ([], [])
-    assert result["inside_save"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_twenty_kills_half_of_them_inside_a_save_all_recover(ranks: int, tmp_path: Path) -> None:
-    result = killed(tmp_path, 20, ranks, 900)
-    assert (result["failed"], result["differing"]) == ([], [])
-    assert int(str(result["inside_save"])) == 10
 
 
 def wait_for(condition: object, seconds: float = 180) -> None:
