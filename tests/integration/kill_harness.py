@@ -2,11 +2,12 @@
 
     python -m tests.integration.kill_harness FOLDER PLAN SEED
 
-PLAN is a JSON list of trials: {"ranks": 1 or 2, "whom", "signal", "when", "real": bool}.
+PLAN is a JSON list of trials: {"ranks": 1 or 2, "whom", "signal", "when", "real": bool, "readers": int}.
 
     whom     parent, agent (torchrun), rank (one of them), all (each process of the run)
     when     any (a random moment), training (behind a random step), save (while a checkpoint lies in the staging folder)
     real     every process is started anew by its command, as a user's is
+    readers  processes a rank that read samples
 
 Where a trial is not `real`, command, torchrun and ranks are forks of this process, which has the libraries imported: a second,
 not ten. It is torchrun's own agent either way; only how it and its ranks come to be processes differs.
@@ -67,6 +68,7 @@ class Trial:
     signal: str
     when: str
     real: bool = False
+    readers: int = 0
 
 
 class Fork:
@@ -266,8 +268,8 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     ]
 
 
-def launch_words(ranks: int, real: bool) -> list[str]:
-    words = [*WORDS]
+def launch_words(ranks: int, real: bool, readers: int = 0) -> list[str]:
+    words = [*WORDS, f"launch.num_workers={readers}"]
     if ranks == 2:
         words += ["launch=torchrun", "launch.nproc=2"] + ([] if real else [f"launch.backend={FORKED}", "trust=[tests]"])
     return words
@@ -300,7 +302,7 @@ def main() -> None:
     hits, faults = 0, []
     for number, trial in enumerate(trials):
         store = shutil.copytree(folder / f"begun-{trial.ranks}", folder / f"store-{number}")
-        words = [*launch_words(trial.ranks, trial.real), f"store={store}"]
+        words = [*launch_words(trial.ranks, trial.real, trial.readers), f"store={store}"]
         attempt = Attempt(project, words, trial.real)
         wrong = []
         if wait_for(trial, attempt, store, draw, duration[trial.ranks] * (REAL_START if trial.real else 1)):

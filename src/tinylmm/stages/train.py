@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,11 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    with uninterrupted(), wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name):
+    with (
+        uninterrupted(),
+        _no_reader_left(),
+        wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name),
+    ):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
         raise StoppedError(
@@ -94,6 +101,18 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
     }
+
+
+@contextmanager
+def _no_reader_left() -> Iterator[None]:
+    """Kill what the block started to read samples and is still there: it heeds no gentler signal, and Python would wait."""
+    before = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        for child in multiprocessing.active_children():
+            if child not in before:
+                child.kill()
 
 
 def build_trainer(
