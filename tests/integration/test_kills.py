@@ -38,7 +38,7 @@ REAL = planned(2, ("SIGKILL",), ("parent", "rank"), ("any", "training"), True)
 REAL += planned(2, ("SIGTERM", "SIGHUP"), ("parent", "all"), ("any",), True)
 ALONE = planned(1, ("SIGKILL",), ("parent",), ("any", "save") * 10, False)
 ALONE += planned(1, ("SIGTERM", "SIGINT", "SIGHUP"), ("parent",), ("any", "training"), False)
-SUITE = {"kills 1": KILLS, "kills 2": KILLS, "kills 3": KILLS, "kills 4": KILLS}
+SUITE = {"kills 1": KILLS, "kills 2": KILLS, "kills 3": KILLS}
 SUITE |= {"signals": SIGNALS, "readers": READERS, "real": REAL, "alone": ALONE}
 
 

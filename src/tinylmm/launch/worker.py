@@ -26,7 +26,7 @@ from tinylmm.store.disk import refusal
 log = logging.getLogger(__name__)
 
 AGENT_PID = "TINYLMM_AGENT_PID"
-"""Environment variable with the process that a rank belongs to."""
+"""Environment variable with the process that a rank belongs to; by default its parent."""
 RESULT_FILE = "result.json"
 RANK_RESULTS = "result-rank*.json"
 """Of other ranks than 0, which leave one only when they fail."""
@@ -66,7 +66,7 @@ def has_gpu_driver() -> bool:
 def main() -> NoReturn:
     """Entry point of a rank."""
     folder = Path(sys.argv[1])
-    belong_to(int(os.environ[AGENT_PID]))
+    belong_to(int(os.environ.get(AGENT_PID, os.getppid())))
     faulthandler.enable()  # what dies in C code says where
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
