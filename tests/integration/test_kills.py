@@ -29,17 +29,19 @@ def planned(ranks: int, signals: tuple[str, ...], whom: tuple[str, ...], when: t
 KILLS = planned(2, ("SIGKILL",), WHOM, WHEN, False)
 SIGNALS = planned(2, ("SIGTERM",), ("parent", "rank", "all"), ("any", "training", "save"), False)
 SIGNALS += planned(2, ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"), ("parent", "all"), ("training",), False)
-READERS = [
-    trial | {"readers": 1}
-    for trial in planned(2, ("SIGTERM", "SIGKILL"), ("all", "parent"), ("training",), False)
-    + planned(1, ("SIGTERM", "SIGINT", "SIGKILL"), ("all", "parent"), ("training",), False)
-]
-REAL = planned(2, ("SIGKILL",), ("parent", "rank"), ("any", "training"), True)
-REAL += planned(2, ("SIGTERM", "SIGHUP"), ("parent", "all"), ("any",), True)
+WITH_READERS = planned(2, ("SIGTERM", "SIGKILL"), ("all", "parent"), ("training",), False)
+REAL = planned(2, ("SIGKILL",), ("parent",), ("any",), True) + planned(2, ("SIGKILL",), ("rank",), ("training",), True)
+REAL += planned(2, ("SIGTERM",), ("all",), ("any",), True) + planned(2, ("SIGHUP",), ("parent",), ("any",), True)
 ALONE = planned(1, ("SIGKILL",), ("parent",), ("any", "save") * 10, False)
 ALONE += planned(1, ("SIGTERM", "SIGINT", "SIGHUP"), ("parent",), ("any", "training"), False)
-SUITE = {"kills 1": KILLS, "kills 2": KILLS, "kills 3": KILLS}
-SUITE |= {"signals": SIGNALS, "readers": READERS, "real": REAL, "alone": ALONE}
+ALONE += [trial | {"readers": 1} for trial in planned(1, ("SIGTERM", "SIGKILL"), ("all",), ("training",), False)]
+SUITE = {
+    "kills": KILLS + KILLS[:6],
+    "more kills": KILLS[6:] + KILLS,
+    "signals": SIGNALS + [trial | {"readers": 1} for trial in WITH_READERS],
+    "real": REAL,
+    "alone": ALONE,
+}
 
 
 def disturbed(folder: Path, plan: Plan, seed: int = 7) -> dict[str, Any]:

@@ -51,6 +51,84 @@ def test_two_ranks_make_the_same_step_as_one(launch: str, tmp_path: Path, one_pr
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+SMALL_CHUNKS = """
+from tinylmm.models import loss
+from tinylmm.models.connectors import MLPConnector
+
+loss.CHUNK_TOKENS = 16
+
+
+class Connector(MLPConnector):
+    pass
+"""
+UNEVEN = (
+    "connector._target_=chunks.Connector",
+    "trust=[chunks]",
+    "launch.micro_batch=1",
+    "launch.packing=false",
+    "launch.cache_features=false",
+    "recipe.stages.pretrain.max_steps=1",
+    "recipe.stages.finetune.global_batch=4",
+    "recipe.stages.finetune.max_steps=3",
+    "recipe.stages.finetune.lr=1e-4",
+)
+"""Micro-batches of one sample: of text alone on one rank and with an image on the other, of one chunk or of three."""
+
+
+def test_zero3_with_all_weights_partitioned_runs_modules_equally_often_on_ranks_of_unequal_data(tmp_path: Path) -> None:
+    projects = []
+    for name, words in (
+        ("one", ()),
+        ("two", ("launch=zero3", "launch.nproc=2", "launch.zero3_whole_below=0", "launch.step_timeout_s=40")),
+    ):
+        project = tiny_project(tmp_path / name)
+        (project.root / "chunks.py").write_text(SMALL_CHUNKS)
+        done = project.train(*UNEVEN, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        projects.append(project)
+    expected, found = map(weights, projects)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+BF16 = (
+    "recipe.stages.pretrain.max_steps=1",
+    "recipe.stages.pretrain.precision=fp32",
+    "recipe.stages.finetune.max_steps=1",
+    "recipe.stages.finetune.warmup_ratio=0",
+    "recipe.stages.finetune.schedule=constant",
+    "recipe.stages.finetune.lr=1e-2",
+    "recipe.stages.finetune.max_grad_norm=1e6",
+    "recipe.stages.finetune.global_batch=16",
+    "recipe.stages.finetune.tune.vision_tower.from_layer=1",
+    "trainer.optim=sgd",
+    "launch.device=cpu",
+    "launch.packing=false",
+    "launch.micro_batch=1",
+)
+"""One step of plain gradient descent, so that what is learnt is the gradient: eight micro-batches on each of two ranks."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["zero2", "zero3"])
+def test_bf16_learns_the_same_under_zero_as_in_fp32_and_saves_what_it_learnt(launch: str, tmp_path: Path) -> None:
+    def learnt(name: str, *words: str) -> dict[str, torch.Tensor]:
+        project = tiny_project(tmp_path / name)
+        done = project.train(*BF16, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return weights(project)
+
+    start = learnt("start", "recipe.stages.finetune.lr=1e-30", "recipe.stages.finetune.precision=fp32")
+    expected = learnt("fp32", "recipe.stages.finetune.precision=fp32")
+    found = learnt("bf16", f"launch={launch}", "launch.nproc=2", "recipe.stages.finetune.precision=bf16")
+    assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {torch.float32}
+    error = sum(float((found[n] - expected[n]).square().sum()) for n in expected)
+    size = sum(float((expected[n] - start[n]).square().sum()) for n in expected)
+    assert (error / size) ** 0.5 < 0.02, "weights that begin rounded, or are saved rounded, give 0.26"
+    for name in (n for n in expected if torch.equal(expected[n], start[n])):
+        assert torch.equal(found[name], start[name]), f"{name} is not trained: it is saved as it was"
+
+
 ADAPTERS = {
     "lora": (
         "recipe=lora",

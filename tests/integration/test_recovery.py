@@ -96,7 +96,7 @@ def test_a_nan_on_one_rank_stops_the_run_before_any_weight_is_touched(launch: st
     assert f"rank {0 if launch == 'local' else 1}: c" in done.stderr, "the sample ids of that rank's batch are named"
     checkpoints = sorted(project.store.glob("work/train-*/checkpoints/checkpoint-*"))
     assert [c.name for c in checkpoints] == ["checkpoint-1", "checkpoint-2"]
-    for path in project.store.glob("work/train-*/checkpoints/*/trained.safetensors"):
+    for path in project.store.glob("work/train-*/checkpoints/*/state-*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 

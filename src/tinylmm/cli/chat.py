@@ -15,7 +15,10 @@ from tinylmm.errors import TinyLMMError
 if TYPE_CHECKING:
     from tinylmm.generation.session import Conversation
 
-HELP = "/image FILE shows another image, /new forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an answer."
+HELP = (
+    "/image FILE puts that image in front of your next question, /new forgets the conversation, /exit or Ctrl-D leaves; "
+    "Ctrl-C stops an answer."
+)
 
 
 def chat(
@@ -59,12 +62,17 @@ def chat(
         if line == "/new":
             conversation = model.conversation()
         elif line.startswith("/image "):
-            _guarded(console, lambda: conversation.show(Path(line.removeprefix("/image ").strip())))  # noqa: B023
+            _guarded(console, lambda: _show(console, conversation, line.removeprefix("/image ").strip()))  # noqa: B023
         elif line.startswith("/"):
             console.print(f"[dim]{HELP}[/dim]")
         elif line:
             console.print("[bold green]model[/bold green] ", end="")
             _guarded(console, lambda: _answer(console, conversation, line, options))  # noqa: B023
+
+
+def _show(console: Console, conversation: Conversation, file: str) -> None:
+    conversation.show(Path(file).expanduser())
+    console.print(f"[dim]Your next question comes with {escape(file)}.[/dim]")
 
 
 def _answer(console: Console, conversation: Conversation, question: str, options: dict[str, Any]) -> None:

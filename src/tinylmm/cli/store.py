@@ -135,7 +135,10 @@ def _open(store: Path) -> Store:
 
 def _chosen(store: Store, keys: list[str]) -> list[Path]:
     layout = StoreLayout(store.root)
-    there = {folder.name: folder for folder in (*folders(layout.stages), *folders(layout.features))}
+    there = {
+        folder.name: folder
+        for folder in (*folders(layout.stages), *folders(layout.features), *folders(layout.published))
+    }
     for key in keys:
         if key not in there:
             raise UserError(

@@ -295,6 +295,9 @@ class LaunchSpec(Frozen):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     start_timeout_s: Positive = 600
     step_timeout_s: Positive = 300
+    save_timeout_s: Positive = 3600
+    zero3_whole_below: Annotated[int, Field(ge=0)] = 100_000
+    """Parameters of fewer elements are not spread over the ranks by ZeRO-3 (DeepSpeed's persistence threshold)."""
     eval_batch: Positive = 64
     """Most questions answered at once, and"""
     eval_tokens: Positive = 32768

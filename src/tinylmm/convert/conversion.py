@@ -21,6 +21,7 @@ from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.devices import DTYPES
 from tinylmm.models.lmm import LMM
 from tinylmm.store.find_model import find_model
+from tinylmm.store.integrity import follow_umask
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _draft_of(destination: Path) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
+        follow_umask(draft)
         draft.rename(destination)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

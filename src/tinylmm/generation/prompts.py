@@ -44,18 +44,24 @@ class PromptMaker:
         self.ends = frozenset(template.stop_ids(tokenizer))
 
     def prompt(
-        self, item_id: str, turns: Sequence[Turn], images: Sequence[str] = (), image_tokens: Sequence[int] = ()
+        self,
+        item_id: str,
+        turns: Sequence[Turn],
+        images: Sequence[str] = (),
+        image_tokens: Sequence[int] = (),
+        system: str | None = None,
     ) -> Prompt:
         """Render a conversation whose last turn is open (`data.slots.question` makes turns).
 
         Args:
             images: keys of the images of all turns, in their order, and
             image_tokens: how many placeholders each takes.
+            system: the conversation's own system message; None takes the template's.
 
         Raises:
             UserError: the tokenizer does not fit the template.
         """
-        ids = self.template.render_prompt(turns, self.tokenizer)
+        ids = self.template.render_prompt(turns, self.tokenizer, system)
         return Prompt(item_id, tuple(expand(ids, positions_of(ids, image_tokens))), tuple(images))
 
     def text(self, ids: Sequence[int]) -> str:

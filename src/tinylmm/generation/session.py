@@ -8,53 +8,40 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 from torch import Tensor
 
 from tinylmm.constants import IMAGE_SLOT
 from tinylmm.data.chat import get_template
-from tinylmm.data.images import ImageTransform, as_rgb, open_image
+from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
-from tinylmm.errors import DataError, UserError
+from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.inputs import Exchange, History, ImageInput, Images, as_list, conversation, decode
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, named_device, to_precision
 from tinylmm.store.find_model import find_model
 
-ImageInput = str | Path | Image.Image
-Images = ImageInput | Sequence[ImageInput] | None
 KEPT_FEATURES = 32
 """Images whose tower features are kept, so that a conversation encodes its image once."""
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """A question that was answered, with the images it came with."""
-
-    question: str
-    answer: str
-    images: tuple[ImageInput, ...] = ()
-
-
-History = Sequence[Exchange | tuple[str, str]]
-
-
 def load(
     where: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     trust: Sequence[str] = (),
-    store: Path | None = None,
+    store: str | Path | None = None,
 ) -> ChatModel:
     """Load a model to talk to.
 
     Args:
         where: a model folder, a stage or run folder of the store, or the name of a run.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; or a torch.device.
         dtype: "auto" (bf16 on a GPU, fp32 on the CPU), "fp32", "bf16" or "fp16".
         trust: packages besides tinylmm and transformers whose classes the model may be made of.
         store: where runs are looked for by name.
@@ -65,8 +52,8 @@ def load(
     """
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype is '{dtype}'; allowed: auto, {', '.join(DTYPES)}.")
-    target = named_device(device)
-    folder = find_model(where, store)
+    target = named_device(str(device))
+    folder = find_model(where, None if store is None else Path(store))
     precision = dtype if dtype != "auto" else "bf16" if target.type == "cuda" else "fp32"
     loaded = load_model(folder, list(trust))
     to_precision(loaded.model, target, DTYPES[precision])
@@ -102,15 +89,16 @@ class ChatModel:
 
         Args:
             prompt: the question. Images come in front of it, or where it says `<image>`, once for each.
-            image: None, a file, a PIL image, or a list of these.
-            history: what was said before, oldest first: `Exchange`s, or (question, answer) pairs.
+            image: None, an image, or a list of images: what `inputs.ImageInput` names.
+            history: what was said before, oldest first: `Exchange`s, (question, answer) pairs, or OpenAI's messages.
             options: see the class.
 
         Returns:
             The answer, without surrounding white space.
 
         Raises:
-            UserError: images and `<image>` slots differ in number, or the prompt does not fit the model's context.
+            UserError: images and `<image>` slots differ in number, the prompt does not fit the model's context, or an
+                image or the history is of an unknown form.
             DataError: an image cannot be read.
         """
         if not isinstance(prompt, str):
@@ -139,7 +127,9 @@ class ChatModel:
         """
         images = [None] * len(prompts) if images is None else images
         histories = [()] * len(prompts) if histories is None else histories
-        if isinstance(images, str | Path | Image.Image) or not len(prompts) == len(images) == len(histories):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of 1 or more.")
+        if not isinstance(images, list | tuple) or not len(prompts) == len(images) == len(histories):
             raise UserError(
                 f"{len(prompts)} prompts need as many entries in images and in histories (one list each; None for no image)."
             )
@@ -190,14 +180,14 @@ class ChatModel:
     def _prepare(self, name: str, prompt: str, image: Images, history: History, loaded: _Loaded) -> Prompt:
         """Make a prompt, put its images into `loaded`, and see that it leaves room for an answer."""
         turns, keys = [], []
-        past = [item if isinstance(item, Exchange) else Exchange(*item) for item in history]
+        system, past = conversation(history)
         for asked, answer, images in [(e.question, e.answer, e.images) for e in past] + [(prompt, None, image)]:
-            found = _as_list(images)
+            found = as_list(images)
             _check_slots(asked, len(found))
             turns.append(question(asked, len(found), answer))
             keys += [self._load(item, loaded) for item in found]
         counts = [self.model.tokens_of(*loaded.sizes[key]) for key in keys]
-        made = self.prompts.prompt(name, turns, keys, counts)
+        made = self.prompts.prompt(name, turns, keys, counts, system)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is None:
             return made
@@ -210,7 +200,7 @@ class ChatModel:
 
     def _load(self, image: ImageInput, loaded: _Loaded) -> str:
         """Open an image, and return its key: of its size and pixels, so that the same image is encoded once."""
-        opened = _open(image)
+        opened = decode(image)
         pixels = self.transform(opened)
         key = hashlib.sha256(repr(opened.size).encode() + pixels.numpy().tobytes()).hexdigest()
         loaded.pixels[key], loaded.sizes[key] = pixels, opened.size
@@ -222,16 +212,24 @@ class Conversation:
 
     Attributes:
         history: what was said, oldest first.
+
+    Raises:
+        UserError, DataError: an image cannot be read; at once, not at the first question.
     """
 
     def __init__(self, model: ChatModel, image: Images = None) -> None:
         self.model = model
         self.history: list[Exchange] = []
-        self._images = tuple(_as_list(image))
+        self._images: tuple[ImageInput, ...] = ()
+        self.show(image)
 
     def show(self, image: Images) -> None:
-        """Put images in front of the next question."""
-        self._images += tuple(_open(item) for item in _as_list(image))
+        """Put an image, or several, in front of the next question, in place of those that wait for it.
+
+        Raises:
+            UserError, DataError: an image cannot be read; those that wait are kept.
+        """
+        self._images = tuple(decode(item) for item in as_list(image))
 
     def ask(self, question: str, **options: Any) -> str:
         """Return the answer and remember it."""
@@ -248,23 +246,9 @@ class Conversation:
         self._images = ()
 
 
-def _as_list(image: Images) -> list[ImageInput]:
-    if image is None:
-        return []
-    return [image] if isinstance(image, str | Path | Image.Image) else list(image)
-
-
 def _check_slots(prompt: str, images: int) -> None:
     slots = prompt.count(IMAGE_SLOT)
     if slots not in (0, images):
         raise UserError(
             f"the prompt has {slots} `{IMAGE_SLOT}` slots, but {images} images came with it. Give one for each slot."
         )
-
-
-def _open(image: ImageInput) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return as_rgb(image)
-    if not Path(image).is_file():
-        raise DataError(f"{image}: no such image file. Give the path of a local file; nothing is downloaded.")
-    return open_image(Path(image))

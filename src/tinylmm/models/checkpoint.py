@@ -84,9 +84,9 @@ def save_model(
     model = loaded.model
     listed: dict[str, AdapterEntry] = {}
     for part, source in unchanged.items():
-        _link_tree(source, folder / part)
+        link_tree(source, folder / part)
         if part in loaded.adapters and loaded.folder is not None and source == loaded.folder / part:
-            _link_tree(loaded.folder / ADAPTERS / part, folder / ADAPTERS / part)
+            link_tree(loaded.folder / ADAPTERS / part, folder / ADAPTERS / part)
             listed[part] = loaded.adapters[part]
     for part, adapter in adapters.items():
         save_adapter(adapter, adapter_state(model, part, state), folder / ADAPTERS / part)
@@ -111,6 +111,13 @@ def save_part(model: LMM, part: str, folder: Path, state: dict[str, torch.Tensor
         connector = _part_state(state, "connector") or model.connector.state_dict()
         folder.mkdir(parents=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in connector.items()}, folder / WEIGHTS)
+
+
+def part_state(model: LMM, part: str) -> dict[str, torch.Tensor]:
+    """The tensors that `save_part` writes of a part."""
+    if part == "vision_tower":
+        return model.vision_tower.whole_encoder_state()
+    return dict(cast(nn.Module, getattr(model, part)).state_dict())
 
 
 def write_merged(source: Path, target: Path, trust: Sequence[str]) -> None:
@@ -167,7 +174,7 @@ def _save_hf(module: PreTrainedModel, folder: Path, state: dict[str, torch.Tenso
         module.save_pretrained(folder, state_dict={k: v.detach().cpu().contiguous() for k, v in state.items()})
 
 
-def _link_tree(source: Path, target: Path) -> None:
+def link_tree(source: Path, target: Path) -> None:
     """Hard-link every file of `source` into `target`, or copy where the two lie on different file systems."""
     target.mkdir(parents=True)
     for path in sorted(p for p in source.rglob("*") if p.is_file()):

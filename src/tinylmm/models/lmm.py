@@ -7,7 +7,7 @@ Dv and Dl the widths of tower and LLM, S supervised positions, V the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,9 @@ class LMM(nn.Module):
         # padding carries no loss and attends to itself alone, so its row needs no such protection.
         table.padding_idx = None
         self.image_scale = table.weight.shape[1] ** 0.5 if scale_image_features else 1.0
-        self.touch_vision_always = False
-        """Set where ranks must run the same modules: a micro-batch without images then sends one blank image through."""
+        self.blank_image: Literal["none", "connector", "tower"] = "none"
+        """Set where ranks must run the same modules: a micro-batch without images then sends a blank one through the
+        connector, or through the tower and the connector."""
 
     @property
     def config(self) -> Any:
@@ -107,6 +108,7 @@ class LMM(nn.Module):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        loss_chunks: int | None = None,
     ) -> LMMOutput:
         """Return the summed loss of packed rows.
 
@@ -118,6 +120,7 @@ class LMM(nn.Module):
             image_features: (N, P, Dv), the frozen tower's output computed before; neither if no row has an image.
             image_sizes: (N, 2) int64, width and height of each image, where images are tiled; N is then T, the tiles of
                 all images, in the two above.
+            loss_chunks: how often the output head is run, where ranks must agree on it (`models/loss.py`).
 
         Raises:
             ValueError: placeholders and features disagree in number.
@@ -125,7 +128,7 @@ class LMM(nn.Module):
         embeddings, blank = self.embed(input_ids, pixel_values, image_features, image_sizes)
         hidden = decode_rows(decoder_of(self.llm), embeddings, position_ids)
         supervised = targets != IGNORE_INDEX
-        loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised])
+        loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised], loss_chunks)
         if blank is None and self.training and torch.is_grad_enabled() and not loss_sum.requires_grad:
             blank = self._blank_features(embeddings)  # text alone through a frozen LLM: backward still needs a graph
         if blank is not None:
@@ -156,7 +159,8 @@ class LMM(nn.Module):
                 f"({images} images of {each})"
             )
         if features is None:
-            return embeddings, self._blank_features(embeddings) if self.touch_vision_always and self.training else None
+            needed = self.blank_image != "none" and self.training
+            return embeddings, self._blank_features(embeddings) if needed else None
         flat = (features.reshape(-1, features.shape[-1]) * self.image_scale).to(embeddings.dtype)
         return embeddings.masked_scatter(is_image.unsqueeze(-1), flat), None
 
@@ -188,7 +192,7 @@ class LMM(nn.Module):
             return cast(Tensor, self.vision_tower(pixel_values.to(parameter.device, parameter.dtype)))
 
     def _blank_features(self, like: Tensor) -> Tensor:
-        if any(p.requires_grad for p in self.vision_tower.parameters()):
+        if self.blank_image == "tower" or any(p.requires_grad for p in self.vision_tower.parameters()):
             size = self.vision_tower.image_size
             return cast(Tensor, self.connector(self.tower_features(like.new_zeros(1, 3, size, size))))
         return cast(

@@ -13,23 +13,29 @@ CHUNK_TOKENS = 4096
 """Positions whose logits exist at once: 4096 x 51,200 fp32 values are 0.8 GiB for Phi-2."""
 
 
-def supervised_cross_entropy(llm: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def num_chunks(tokens: int) -> int:
+    """How many times the output head is run for so many supervised positions: once at least."""
+    return max(1, -(-tokens // CHUNK_TOKENS))
+
+
+def supervised_cross_entropy(llm: nn.Module, hidden: Tensor, targets: Tensor, chunks: int | None = None) -> Tensor:
     """Return the summed cross-entropy (nats, fp32) of S positions.
 
     Args:
         llm: causal LM whose output head is applied, with all that its own forward does to logits.
         hidden: (S, Dl) last hidden states at the supervised positions.
         targets: (S,) int64 token ids.
+        chunks: how often the head is run, where all ranks must agree on it; at least `num_chunks(S)`, which is the default.
+            Chunks without a position keep head and hidden in the graph.
     """
-    if hidden.shape[0] == 0:  # keeps head and hidden in the graph on a rank without supervised tokens
-        return _chunk_loss(llm, hidden, targets)
+    chunks = num_chunks(len(targets)) if chunks is None else chunks
     total = hidden.new_zeros((), dtype=torch.float32)
-    chunks = list(zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True))
-    for part, target in chunks:
-        if len(chunks) > 1 and torch.is_grad_enabled():  # logits are recomputed in the backward pass, a chunk at a time
-            total = total + checkpoint(_chunk_loss, llm, part, target, use_reentrant=False)
+    for number in range(chunks):
+        here = slice(number * CHUNK_TOKENS, (number + 1) * CHUNK_TOKENS)
+        if chunks > 1 and torch.is_grad_enabled():  # logits are recomputed in the backward pass, a chunk at a time
+            total = total + checkpoint(_chunk_loss, llm, hidden[here], targets[here], use_reentrant=False)
         else:
-            total = total + _chunk_loss(llm, part, target)
+            total = total + _chunk_loss(llm, hidden[here], targets[here])
     return total
 
 

@@ -9,21 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tinylmm.config.description import ModelDescription
-from tinylmm.config.fields import PARTS
 from tinylmm.config.identities import PartIdentity, TowerIdentity
-from tinylmm.config.recipe import TuneHow
 from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import ImageTransform, image_size, open_image
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
-from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, save_part
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
@@ -33,18 +31,16 @@ from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
-from tinylmm.training.checkpoints import CheckpointFolder
+from tinylmm.training.checkpoints import CheckpointFolder, Ranks
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
-from tinylmm.training.ranks import barrier, from_rank_zero, rank, world_size
+from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
+from tinylmm.training.ranks import barrier, from_rank_zero, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_tensorboard, wandb_run
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
-
-KEPT = "kept"
-"""Folder in the work folder for weights that this stage keeps as they are and that lie in no other stage's output."""
 
 
 def run(job: StageJob[TrainStage]) -> dict[str, Any]:
@@ -55,7 +51,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     configure_tensorboard(job.folder)
     loaded = _start_model(job)
     model = loaded.model
-    kept = _kept_parts(job, loaded)
+    kept = kept_parts(loaded, spec.tune, job.parents, job.folder, StoreLayout(job.store))
     model.vision_tower.to(device)
     model.connector.to(device)
     tuning = apply_tuning(model, spec.tune, spec.seed, spec.precision, device)
@@ -63,7 +59,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
         )
-    _cast_frozen(model, spec.precision, device)
+    frozen = frozen_in_trained_parts(model, kept) if launch.deepspeed_stage else {}
+    cast_frozen(model, kept, spec.precision, device)
     model.to(device)
     model.set_attention(attention)
     images = _Images(job, loaded)
@@ -85,8 +82,9 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
         )
-    with uninterrupted():
-        state = trainer.full_state()
+    set_timeout(launch.save_timeout_s)
+    with uninterrupted(), waiting("the trained model to be written"):
+        state = trainer.full_state(frozen)
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
             save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
@@ -129,17 +127,8 @@ def build_trainer(
     if not len(mixture):
         raise DataError("the mixture's weights leave no sample to train on; raise them")
     steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
-    sampler = StepSampler(
-        len(mixture),
-        steps,
-        spec.global_batch,
-        spec.epochs,
-        spec.seed,
-        launch.micro_batch,
-        rank(),
-        world_size(),
-        mixture.epoch,
-    )
+    per_step = (spec.global_batch, spec.epochs, spec.seed, launch.micro_batch)
+    sampler = StepSampler(len(mixture), steps, *per_step, rank(), world_size(), mixture.epoch)
     arguments = training_arguments(
         spec,
         launch,
@@ -150,20 +139,23 @@ def build_trainer(
         sampler.accumulation,
         use_cpu=device.type == "cpu",
     )
-    identity = {"digest": job.digest, "world_size": world_size(), "deepspeed_stage": launch.deepspeed_stage}
-    loaded.model.touch_vision_always = world_size() > 1
+    if world_size() > 1:
+        loaded.model.blank_image = _blank_image(launch.deepspeed_stage, cache)
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
+    ranks = Ranks(world_size(), launch.deepspeed_stage)
     trainer = LMMTrainer(
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
         collate=_collate(job, loaded, images, cache),
-        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, identity),
+        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks),
         learning_rates=peak_learning_rates(spec.lr),
         schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
         step_timeout_s=launch.step_timeout_s,
+        save_timeout_s=launch.save_timeout_s,
+        same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
         callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
@@ -172,6 +164,11 @@ def build_trainer(
             f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
+
+
+def _blank_image(deepspeed_stage: int | None, cache: FeatureCache | None) -> Literal["connector", "tower"]:
+    """Through what a blank image goes where a rank has none: ZeRO-3 gathers weights in each module run, frozen ones too."""
+    return "tower" if cache is None and deepspeed_stage == 3 else "connector"
 
 
 def _collate(
@@ -254,7 +251,7 @@ def _start_model(job: StageJob[TrainStage]) -> LoadedModel:
     if "from" in parents:
         return load_model(parents["from"] / MODEL_FOLDER, trust, attention)
     if spec.model is not None:
-        return load_model(_own_copy(job, Path(folders["from"])), trust, attention)
+        return load_model(own_copy(Path(folders["from"]), job.folder, StoreLayout(job.store)), trust, attention)
     assert spec.connector is not None and spec.tower_output is not None and spec.chat_template is not None
     llm = part_source(PartIdentity, spec.llm, parents.get("llm"), folders.get("llm"))
     tower = part_source(TowerIdentity, spec.vision_tower, parents.get("vision_tower"), folders.get("vision_tower"))
@@ -264,31 +261,6 @@ def _start_model(job: StageJob[TrainStage]) -> LoadedModel:
     parts = (llm.identity, tower.identity, spec.tower_output, spec.connector)
     description = ModelDescription.of(*parts, template, scaled)
     return LoadedModel(model, tokenizer, description, None)
-
-
-def _own_copy(job: StageJob[TrainStage], folder: Path) -> Path:
-    """The model at `folder` as files that nobody else writes to, since unchanged parts are linked into the result.
-
-    That holds for a stage's output in the store; a folder of the user's is copied.
-    """
-    if folder.is_relative_to(StoreLayout(job.store).stages):
-        return folder
-    copy = job.folder / KEPT / "model"
-    if rank() == 0:
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(folder, copy)
-    barrier()
-    return copy
-
-
-def _cast_frozen(model: torch.nn.Module, precision: str, device: torch.device) -> None:
-    """Hold what is not trained in the compute precision: half the memory, same result under autocast."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None or device.type == "cpu":
-        return
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():  # quantised weights stay as they are
-            parameter.data = parameter.data.to(dtype)
 
 
 def _open_cache(
@@ -312,28 +284,3 @@ def _open_cache(
     description = {"image": described["image"], "tower": described["vision_tower"]}
     root = StoreLayout(job.store).features
     return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)
-
-
-def _kept_parts(job: StageJob[TrainStage], loaded: LoadedModel) -> dict[str, Path]:
-    """Folders with the weights of parts that this stage does not change: frozen ones, and those that adapters sit on.
-
-    They are linked into this stage's model. Where no earlier stage's output has exactly them (published or random parts, a
-    new adapter on a merged one), they are written now: once they are cast to the stage's precision, quantised or wrapped in
-    adapters, they cannot be had from memory.
-    """
-    kept = {}
-    for part in PARTS:
-        tune = getattr(job.spec.tune, part)
-        adapter = isinstance(tune, TuneHow) and tune.from_layer is None
-        if tune != "frozen" and not adapter:
-            continue
-        if loaded.folder is not None and not (adapter and part in loaded.adapters):
-            kept[part] = loaded.folder / part
-        elif part in job.parents:
-            kept[part] = job.parents[part]
-        else:
-            kept[part] = job.folder / KEPT / part
-            if rank() == 0:
-                shutil.rmtree(kept[part], ignore_errors=True)
-                save_part(loaded.model, part, kept[part])
-    return kept

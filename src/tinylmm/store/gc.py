@@ -1,7 +1,8 @@
 """What a store holds and who uses it; deleting what nobody does. No torch here.
 
-Beside stages that is the features of frozen towers, kept for as long as a kept stage reads them, and the cached fingerprints
-of files outside the store, kept for CACHE_DAYS after they last told something. Both are made again when they are missing.
+Beside stages that is the features of frozen towers, kept for as long as a kept stage reads them; published weights, kept for
+as long as a model has hard links to them; and the cached fingerprints of files outside the store, kept for CACHE_DAYS after
+they last told something. All three are made again when they are missing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tinylmm.store.runs import read_runs
 CACHE_DAYS = 30
 """A cached fingerprint that nobody read for so long is deleted."""
 FEATURES = "features"
+PUBLISHED = "published"
 CACHE = "cache"
 """What `kind` says of rows that are no stages."""
 
@@ -72,7 +74,7 @@ class Unused:
 
 
 def list_stored(root: Path) -> list[StoredFolder]:
-    """Return one row for each folder of finished stages, oldest first, then the features, then the cache."""
+    """Return one row for each folder of finished stages, oldest first, then features, published weights, and the cache."""
     layout = StoreLayout(root)
     users: dict[str, list[str]] = {}
     for run in read_runs(root):
@@ -85,6 +87,7 @@ def list_stored(root: Path) -> list[StoredFolder]:
         for key in _features_of(stage):
             readers.setdefault(key, []).extend(_runs_of(stage, users))
     rows += [_stored_features(folder, readers) for folder in folders(layout.features)]
+    rows += [_stored_weights(folder) for folder in folders(layout.published)]
     if layout.cache.is_dir():
         rows.append(StoredFolder(CACHE, CACHE, "fingerprints", None, _size(layout.cache), None, "complete", ()))
     return rows
@@ -94,7 +97,8 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Un
     """Delete what no run uses: stages, work folders, features, old fingerprints, and all that was set aside as damaged.
 
     Kept are the stages of `keep`, those with a live claim, all ancestors of either, and the features that any of these
-    reads. A stage that a run picks up while this deletes may be gone when that run reads it; the run then says so.
+    reads. Published weights go in the call after the one that deletes the last model with links to them. A stage that a
+    run picks up while this deletes may be gone when that run reads it; the run then says so.
 
     Args:
         root: the store.
@@ -116,7 +120,8 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Un
     in_use = {key for folder in candidates if _short_digest(folder.name) in kept for key in _features_of(folder)}
     features = [folder for folder in folders(layout.features) if folder.name not in in_use]
     stages = [_unused(root, folder) for folder in (*unused, *folders(layout.damaged))]
-    others = [_unused(root, path) for path in (*features, *_old_files(layout.cache))]
+    weights = [folder for folder in folders(layout.published) if not _linked(folder)]
+    others = [_unused(root, path) for path in (*features, *weights, *_old_files(layout.cache))]
     if dry_run:
         return stages + others
     deleted = [row for row in stages if _delete(root, root / row.folder, row.key)]
@@ -203,6 +208,20 @@ def _stored_features(folder: Path, readers: dict[str, list[str]]) -> StoredFolde
         return StoredFolder(folder.name, FEATURES, "", None, _size(folder), None, "damaged", runs)
     status: Literal["complete", "damaged"] = "damaged" if check_folder(folder, deep=False) else "complete"
     return StoredFolder(folder.name, FEATURES, name, None, _size(folder), None, status, runs)
+
+
+def _stored_weights(folder: Path) -> StoredFolder:
+    try:
+        name = f"{read_manifest(folder)['part']} weights"
+    except (IntegrityError, KeyError):
+        return StoredFolder(folder.name, PUBLISHED, "", None, _size(folder), None, "damaged", ())
+    status: Literal["complete", "damaged"] = "damaged" if check_folder(folder, deep=False) else "complete"
+    return StoredFolder(folder.name, PUBLISHED, name, None, _size(folder), None, status, ())
+
+
+def _linked(folder: Path) -> bool:
+    """Whether a model has hard links to the folder's files."""
+    return any(path.stat().st_nlink > 1 for path in folder.rglob("*") if path.is_file())
 
 
 def _old_files(cache: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,22 @@ def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None
         raise
     if durable:
         sync_path(path.parent)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` the permissions that the umask gives a new one.
+
+    Libraries that write weights by way of a temporary file leave them readable by their owner alone, and a shared store could
+    then not be shared. A file that is another user's, linked from a stage of theirs, stays as it is.
+    """
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != usual:
+            path.chmod(usual)
 
 
 def sync_path(path: Path) -> None:
@@ -143,6 +160,7 @@ def write_manifest(
     (folder / MARKER_FILE).unlink(missing_ok=True)
     for leftover in folder.glob(".*.tmp"):  # of a `write_atomic` that was killed
         leftover.unlink()
+    follow_umask(folder)
     skip = {*skip, MANIFEST_FILE}
     sync_folder(folder, skip)
     files = hash_folder(folder, known, skip)

@@ -4,6 +4,7 @@ stages/<key>    finished stages; work/<key> those being worked on, damaged/<key>
 runs/<name>     run.json, log.txt
 claims/         who works on which stage
 features/       features of frozen towers, cache/ fingerprints of files outside the store: made again when deleted
+published/      weights from outside the store that trainings leave as they are, each once; models hold hard links to them
 reports/        pages and tables
 tracking/       files of Weights & Biases, for `wandb sync`
 trash/          about to be deleted
@@ -20,6 +21,7 @@ DAMAGED_FOLDER = "damaged"
 RUNS_FOLDER = "runs"
 CLAIMS_FOLDER = "claims"
 FEATURES_FOLDER = "features"
+PUBLISHED_FOLDER = "published"
 CACHE_FOLDER = "cache"
 REPORTS_FOLDER = "reports"
 TRACKING_FOLDER = "tracking"
@@ -87,6 +89,11 @@ class StoreLayout:
     def features(self) -> Path:
         """Folder of the cached features of frozen towers."""
         return self.root / FEATURES_FOLDER
+
+    @property
+    def published(self) -> Path:
+        """Folder of weights from outside the store that trainings leave as they are."""
+        return self.root / PUBLISHED_FOLDER
 
     @property
     def cache(self) -> Path:

@@ -66,8 +66,7 @@ def training_arguments(
         save_strategy="no",  # our callback decides, our writer publishes
         report_to=[*(["tensorboard"] if tracking.tensorboard else []), *(["wandb"] if tracking.wandb.enabled else [])],
         disable_tqdm=True,
-        # Trainer quietly leaves DeepSpeed out where use_cpu is set; without a GPU it takes the CPU anyway.
-        use_cpu=use_cpu and not launch.deepspeed_stage,
+        use_cpu=use_cpu,
         ddp_backend="gloo" if use_cpu and launch.nproc > 1 else None,
         dataloader_num_workers=launch.num_workers,
         remove_unused_columns=False,
@@ -77,9 +76,18 @@ def training_arguments(
         ddp_timeout=launch.step_timeout_s,
     )
     arguments = TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
+    return _corrected(arguments, launch)
+
+
+def _corrected(arguments: TrainingArguments, launch: LaunchSpec) -> TrainingArguments:
+    """What TrainingArguments makes of this machine, put right."""
     if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
         log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)
         arguments._n_gpu = 1
+    if launch.deepspeed_stage:
+        # Said until here, so that accelerate asks for the ranks of CPUs and bf16 is let through; said on, Trainer would
+        # quietly leave DeepSpeed out.
+        arguments.use_cpu = False
     return arguments
 
 
@@ -92,7 +100,7 @@ def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) ->
     if launch.deepspeed_stage == 3:
         zero |= {
             "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": launch.zero3_whole_below,
             "stage3_prefetch_bucket_size": 50_000_000,
             "sub_group_size": 1_000_000_000,
         }
@@ -104,6 +112,8 @@ def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) ->
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": spec.precision == "bf16"},
+        # As DDP does, whose gradients have the weights' type: in bf16 the small ones of many micro-batches are rounded away.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "fp16": {"enabled": spec.precision == "fp16"},
         "steps_per_print": 2_000_000_000,
     }

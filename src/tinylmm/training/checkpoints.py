@@ -1,4 +1,4 @@
-"""Crash-safe checkpoints of a training stage, published by us over transformers' (which writes in place, unchecked).
+"""Crash-safe checkpoints of a training stage: our own, as transformers and DeepSpeed write in place and unchecked.
 
 A checkpoint is written to a staging folder, hashed, synced, renamed by rank 0 after a barrier, and only then are older ones
 rotated out. Reading takes the newest one whose every SHA-256 holds; a bad one is set aside by name, never deleted.
@@ -8,14 +8,40 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from tinylmm.errors import UserError
 from tinylmm.store import integrity
+from tinylmm.training.state import Form
 
 log = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
+
+
+FORMAT = 2
+"""Of the files in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How a training is spread: the number of ranks, and the ZeRO stage if there is one."""
+
+    world_size: int
+    deepspeed_stage: int | None
+
+    def can_read(self, form: Form, writer: Ranks) -> bool:
+        """Whether an optimiser's state in this form, written by `writer`, can be read here (`training/state.py`)."""
+        if form == "by name":
+            return True
+        return self == writer if form == "partitioned" else self.deepspeed_stage is None
+
+    def words(self) -> str:
+        """The words of a command that choose it."""
+        if self.deepspeed_stage is not None:
+            return f"launch=zero{self.deepspeed_stage} launch.nproc={self.world_size}"
+        return f"launch=torchrun launch.nproc={self.world_size}" if self.world_size > 1 else "launch=local"
 
 
 class CheckpointFolder:
@@ -24,28 +50,35 @@ class CheckpointFolder:
     Args:
         root: the folder.
         keep: how many published checkpoints are kept, at least 2: the newest may turn out damaged.
-        identity: what a checkpoint must have been written by to be resumed (stage digest, world size, ...).
+        digest: of the stage: no other stage's checkpoint is resumed.
+        ranks: how this training is spread; another one's checkpoint is resumed wherever its form allows.
     """
 
-    def __init__(self, root: Path, keep: int, identity: dict[str, Any]) -> None:
+    def __init__(self, root: Path, keep: int, digest: str, ranks: Ranks) -> None:
         self.root = root
         self.keep = keep
-        self.identity = identity
+        self.digest = digest
+        self.ranks = ranks
 
     def staging(self) -> Path:
         """Where the next checkpoint is written before it counts."""
         return self.root / "staging"
 
-    def clear_staging(self) -> None:
-        """Remove what a killed save left behind. Rank 0 only."""
-        shutil.rmtree(self.staging(), ignore_errors=True)
-        self.staging().mkdir(parents=True)
+    def staged(self, step: int) -> Path:
+        """Where the checkpoint of this step is written."""
+        return self.staging() / f"{PREFIX}{step}"
 
-    def publish(self, step: int) -> Path:
+    def clear_staging(self, step: int) -> None:
+        """Remove what a killed save left behind, and make room for this step's checkpoint. Rank 0 only."""
+        shutil.rmtree(self.staging(), ignore_errors=True)
+        self.staged(step).mkdir(parents=True)
+
+    def publish(self, step: int, form: Form) -> Path:
         """Make the staged checkpoint of `step` count, then rotate. Rank 0 only, after every rank has written its files."""
-        staged = self.staging() / f"{PREFIX}{step}"
+        staged = self.staged(step)
         final = self.root / f"{PREFIX}{step}"
-        integrity.write_manifest(staged, {"format": 1, "step": step, **self.identity})
+        record = {"format": FORMAT, "step": step, "digest": self.digest, "form": form, **asdict(self.ranks)}
+        integrity.write_manifest(staged, record)
         integrity.mark_complete(staged)
         if final.exists():  # the same step was saved before a kill and done again: never without one of the two
             final.rename(self._free_name(f"replaced-{final.name}"))
@@ -65,18 +98,37 @@ class CheckpointFolder:
         return sorted((int(p.name[len(PREFIX) :]), p) for p in found)
 
     def newest_valid(self) -> Path | None:
-        """Return the newest checkpoint whose files are all there and unaltered; set damaged ones aside. Rank 0 only."""
+        """Return the newest checkpoint whose files are all there and unaltered; set damaged ones aside. Rank 0 only.
+
+        Raises:
+            UserError: it can only be continued by another launch; nothing has been touched.
+        """
         for step, folder in reversed(self.published()):
-            problems = integrity.check_folder(folder)
+            problems = integrity.check_folder(folder) or self._foreign(folder)
             if not problems:
-                other = {k: v for k, v in self.identity.items() if integrity.read_manifest(folder).get(k) != v}
-                if not other:
-                    return folder
-                problems = [f"it was written with another {', '.join(other)} than now ({other})"]
+                self._check_ranks(folder)
+                return folder
             aside = self._free_name(f"refused-{folder.name}")
             folder.rename(aside)
             log.warning("checkpoint of step %d refused and moved to %s: %s", step, aside, "; ".join(problems))
         return None
+
+    def _foreign(self, folder: Path) -> list[str]:
+        wanted = {"digest": self.digest, "format": FORMAT}
+        found = integrity.read_manifest(folder)
+        other = {key: value for key, value in wanted.items() if found.get(key) != value}
+        return [f"it was written with another {', '.join(other)} than now ({other})"] if other else []
+
+    def _check_ranks(self, folder: Path) -> None:
+        record = integrity.read_manifest(folder)
+        writer = Ranks(record["world_size"], record["deepspeed_stage"])
+        if writer != self.ranks:
+            log.info("%s was written under %s and is continued under %s", folder, writer.words(), self.ranks.words())
+        if not self.ranks.can_read(record["form"], writer):
+            raise UserError(
+                f"{folder} was written under `{writer.words()}`, and the state of its optimiser cannot be shared out for "
+                f"`{self.ranks.words()}`. Continue with {writer.words()}, or delete {self.root} to begin this stage anew."
+            )
 
     def _free_name(self, stem: str) -> Path:
         candidates = (self.root / f"{stem}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))

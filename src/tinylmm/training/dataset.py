@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tinylmm.data.collate import ImageTokens, sample_length, supervised_after_cut
 from tinylmm.data.image_folders import in_mixture
 from tinylmm.errors import DataError
+from tinylmm.stop import belong_to
 
 log = logging.getLogger(__name__)
 
@@ -120,3 +121,13 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
 
 __all__ = ["LengthReport", "PreparedSamples", "sample_length"]
+
+
+def start_reader(parent: int, number: int) -> None:
+    """In a worker of a loader: a signal to every process of the run must not end it in the middle of a save.
+
+    Args:
+        parent: process id of the rank that reads from it.
+        number: of the worker.
+    """
+    belong_to(parent)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from torch import distributed
+
+WAIT_SHOWN_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 def active() -> bool:
@@ -34,6 +43,25 @@ def barrier() -> None:
     """Wait for every rank."""
     if active():
         distributed.barrier()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """While the block takes long, say so in the log every WAIT_SHOWN_S seconds: a rank that waits is not a rank that hangs."""
+    done = Event()
+    started = time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(WAIT_SHOWN_S):
+            log.info("waiting for %s since %.0f s", what, time.monotonic() - started)
+
+    thread = Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:

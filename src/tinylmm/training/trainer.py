@@ -5,6 +5,7 @@ Everything that touches Trainer's private methods is in this file; an upgrade of
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -15,22 +16,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from tinylmm.constants import IGNORE_INDEX
-from tinylmm.errors import IntegrityError, NonFiniteError
+from tinylmm.errors import NonFiniteError
 from tinylmm.models.lmm import LMM
-from tinylmm.stop import belong_to, stop_requested
+from tinylmm.models.loss import num_chunks
+from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
-from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, world_size
+from tinylmm.training.dataset import start_reader
+from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
+from tinylmm.training.state import (
+    Partitioned,
+    Replicated,
+    Source,
+    load_state,
+    load_weights,
+    own_shares,
+    save_state,
+    trained,
+)
 
 log = logging.getLogger(__name__)
 
-TRAINED_WEIGHTS = "trained.safetensors"
+STATE_FILE, SCHEDULER_FILE, SCALE_FILE = "trainer_state.json", "scheduler.pt", "scale.json"
+"""Beside the files of `training/state.py` and the random states; the first is where transformers looks for it."""
 SCALE_FLOOR = 1.0
 """Loss scale below which a gradient that is not finite is no overflow of scaling."""
 
@@ -55,7 +76,9 @@ class LMMTrainer(Trainer):
         checkpoints: where crash-safe checkpoints live.
         learning_rates: part -> peak learning rate.
         schedule: when to save.
-        step_timeout_s: how long ranks wait for each other once the first step is done.
+        step_timeout_s: how long ranks wait for each other once the first step is done,
+        save_timeout_s: and while something is written.
+        same_modules: whether every rank must run every module equally often (ZeRO-3, which gathers weights in each).
     """
 
     def __init__(
@@ -69,9 +92,13 @@ class LMMTrainer(Trainer):
         learning_rates: dict[str, float],
         schedule: SaveSchedule,
         step_timeout_s: float,
+        save_timeout_s: float,
+        same_modules: bool,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.step_timeout_s = step_timeout_s
+        self.save_timeout_s = save_timeout_s
+        self._same_modules = same_modules
         self.optimizer: torch.optim.Optimizer | None
         self._sampler = sampler
         self._checkpoints = checkpoints
@@ -100,7 +127,7 @@ class LMMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
-            worker_init_fn=partial(_start_reader, os.getpid()) if self.args.dataloader_num_workers else None,
+            worker_init_fn=partial(start_reader, os.getpid()) if self.args.dataloader_num_workers else None,
         )
 
     def get_batch_samples(
@@ -113,9 +140,14 @@ class LMMTrainer(Trainer):
         for batch in batches:
             for extra in ("segment_ids", "num_samples", "image_paths"):
                 batch.pop(extra, None)
-        tokens = torch.stack([(batch["targets"] != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        each = torch.stack([(batch["targets"] != IGNORE_INDEX).sum() for batch in batches]).to(device)
+        tokens = each.sum()
         if world_size() > 1:
             torch.distributed.all_reduce(tokens)
+        if self._same_modules:  # the output head runs once a chunk: on every rank as often as on the one with most
+            torch.distributed.all_reduce(each, op=torch.distributed.ReduceOp.MAX)
+            for batch, most in zip(batches, each.tolist(), strict=True):
+                batch["loss_chunks"] = num_chunks(most)
         return batches, tokens
 
     def compute_loss(
@@ -196,7 +228,15 @@ class LMMTrainer(Trainer):
         self._gradients_finite = self._gradients_finite and bool(torch.isfinite(gradient).all())
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # else Trainer has called it already
+            self._load_from_checkpoint(resume_from_checkpoint)
+        rounds = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+        shares = own_shares(trained(self.model)) if rounds else {}
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if rounds:
+            Partitioned(model).put_weights(trained(self.model), shares)
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
         if self.is_deepspeed_enabled:
             step = model.step
 
@@ -241,59 +281,97 @@ class LMMTrainer(Trainer):
         late = time.monotonic() - self._last_save > self._schedule.seconds and rank() == 0
         return by_step or any_rank([late], self.args.device)[0]
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoints.staging())
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let Trainer write into the staging folder, then publish it atomically."""
+        """Write the training's state into the staging folder, every rank its share, then publish it atomically."""
+        set_timeout(self.save_timeout_s)
         if rank() == 0:
-            self._checkpoints.clear_staging()
+            self._checkpoints.clear_staging(self.state.global_step)
         barrier()
-        super()._save_checkpoint(model, trial)
-        barrier()
+        folder = self._checkpoints.staged(self.state.global_step)
+        form = save_state(folder, self.model, self._state_source())
+        self._save_rng_state(str(folder))
         if rank() == 0:
-            self._checkpoints.publish(self.state.global_step)
-        barrier()
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+            (folder / SCALE_FILE).write_text(json.dumps(self._loss_scale()), encoding="utf-8")
+            self.state.save_to_json(str(folder / STATE_FILE))
+        with waiting(f"the checkpoint of step {self.state.global_step} to be written"):
+            barrier()
+            if rank() == 0:
+                self._checkpoints.publish(self.state.global_step, form)
+            barrier()
+        set_timeout(self.step_timeout_s)
         self._last_save = time.monotonic()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained parameters alone; frozen ones are the parents'. DeepSpeed writes its own shards instead."""
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not self.is_deepspeed_enabled:
-                save_file(_trained_state(self.model), folder / TRAINED_WEIGHTS)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / TRAINED_WEIGHTS
-        weights = load_file(path)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if set(weights) != set(trained):
-            raise IntegrityError(
-                f"{path} holds other tensors than this stage trains: {sorted(set(weights) ^ set(trained))[:5]}"
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _restore(self, folder: Path) -> None:
+        """Put weights, optimiser, schedule and loss scale back as they were, whatever launch wrote them."""
+        load_state(folder, self.model, self._state_source())
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self._set_loss_scale(json.loads((folder / SCALE_FILE).read_text(encoding="utf-8")))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Each rank goes on with the random numbers it had; another number of ranks begins anew, each with its own."""
+        files = list(Path(checkpoint).glob("rng_state*.pth")) if checkpoint else []
+        if checkpoint and len(files) == world_size():
+            super()._load_rng_state(checkpoint)
+        elif checkpoint:
+            log.info(
+                "%d ranks go on where %d stopped: dropout draws other numbers than it would have",
+                world_size(),
+                len(files),
             )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
+            set_seed(self.args.seed + self.state.global_step * world_size() + rank())
 
-    def full_state(self) -> dict[str, Tensor] | None:
-        """Gather the whole model's state on rank 0 under ZeRO-3; None where the model itself has it.
+    def _state_source(self) -> Source:
+        if self.is_deepspeed_enabled:
+            return Partitioned(self.model_wrapped)
+        return Replicated(self.optimizer.optimizer)  # type: ignore[union-attr]
 
-        Every rank must call it.
+    def _loss_scale(self) -> dict[str, float] | None:
+        """The scale of fp16's losses, and how many steps in a row it has served."""
+        if self.is_deepspeed_enabled:
+            if not self.args.fp16:
+                return None
+            scaler = self.model_wrapped.optimizer.loss_scaler
+            return {"scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+        scaler = self.accelerator.scaler
+        return None if scaler is None else {"scale": scaler.get_scale(), "good_steps": scaler._get_growth_tracker()}
+
+    def _set_loss_scale(self, saved: dict[str, float] | None) -> None:
+        if saved is None:
+            return
+        if self.is_deepspeed_enabled:
+            scaler = self.model_wrapped.optimizer.loss_scaler
+            scaler.cur_scale, scaler.cur_iter = saved["scale"], int(saved["good_steps"])
+            scaler.last_overflow_iter = -1
+        else:
+            scaler = self.accelerator.scaler
+            scaler.scale(torch.ones((), device=self.args.device))  # it makes its tensors at first use
+            state = scaler.state_dict() | {"scale": saved["scale"], "_growth_tracker": int(saved["good_steps"])}
+            scaler.load_state_dict(state)
+
+    def full_state(self, frozen: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Gather the whole trained state on rank 0 under ZeRO, in fp32; None elsewhere, where the model itself has it.
+
+        Under ZeRO the model holds a rounded copy, or a share of it. Every rank must call it.
+
+        Args:
+            frozen: parameters that are not trained, as they were before DeepSpeed rounded them.
         """
-        if self.is_deepspeed_enabled and self.model_wrapped.zero_optimization_stage() == 3:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
-            return dict(state) if state is not None else {}
-        return None
-
-
-def _start_reader(parent: int, number: int) -> None:
-    """In a worker of the loader: a signal to every process of the run must not end it in the middle of a save."""
-    belong_to(parent)
-
-
-def _trained_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        if not self.is_deepspeed_enabled:
+            return None
+        source = Partitioned(self.model_wrapped)
+        state = dict(frozen)
+        for name, parameter in trained(self.model).items():
+            whole = source.weight(parameter)
+            if rank() == 0:
+                state[name] = whole.cpu()
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return state | {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
 
 
 class _StepEnd(TrainerCallback):

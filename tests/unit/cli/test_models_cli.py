@@ -15,7 +15,7 @@ from tests.foreign import foreign, write_factory_folders
 from tinylmm.cli.convert import FORMATS, LAYOUTS
 from tinylmm.cli.main import app
 from tinylmm.convert.format import all_formats
-from tinylmm.errors import UserError
+from tinylmm.errors import DataError, UserError
 from tinylmm.generation.session import load
 from tinylmm.models.checkpoint import save_model
 
@@ -50,6 +50,20 @@ def test_a_conversation_goes_on_over_wrong_files_and_ends_with_ctrl_d(folder: Pa
     assert output.count("model ") == 3 and "nothing.png: no such image file" in output.replace("\n", "")
 
 
+def test_a_missing_first_image_ends_the_command_before_anything_is_asked(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"missing\.png: no such image file"):
+        run("chat", folder / "model", "--image", folder / "missing.png", text="Hi\n")
+
+
+def test_an_image_takes_the_place_of_one_that_waits_and_is_confirmed(folder: Path) -> None:
+    Image.new("RGB", (16, 16), (0, 0, 255)).save(folder / "blue.png")
+    expected = load(folder / "model").chat("What is it?", folder / "blue.png", max_new_tokens=6)
+    text = f"/image {folder / 'blue.png'}\nWhat is it?\n"
+    output = run("chat", folder / "model", "--image", folder / "red.png", *SHORT, text=text)
+    assert f"Your next question comes with {folder / 'blue.png'}." in output.replace("\n", "")
+    assert f"model {expected}" in output
+
+
 def test_ctrl_c_stops_an_answer_first_and_leaves_at_the_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["Hi", KeyboardInterrupt()])
 
@@ -73,6 +87,8 @@ def test_import_and_export_tell_what_they_did(tmp_path: Path) -> None:
     output = run("import", tmp_path / "factory", tmp_path / "model")
     assert "factory-folders" in output and "note: the chat template is not stored" in output
     output = run("export", tmp_path / "model", tmp_path / "hf", "--dtype", "bf16")
+    usual = (tmp_path / "hf/config.json").stat().st_mode
+    assert all(path.stat().st_mode == usual for path in (tmp_path / "hf").iterdir()), "whom the umask lets read it, can"
     assert "logits differ from ours by" in output and (tmp_path / "hf/config.json").is_file()
     assert "its --conv_version" in run("export", tmp_path / "model", tmp_path / "back", "--format", "factory")
     with pytest.raises(UserError, match="exists already"):

@@ -142,12 +142,38 @@ def test_wrong_input_is_told_in_a_sentence(model: ChatModel, tmp_path: Path) -> 
         model.stream("what is it " * 200)
     with pytest.raises(UserError, match="2 prompts need as many entries"):
         model.chat_batch(["a", "b"], images=[RED])
+    with pytest.raises(UserError, match=r"batch_size is 0; it must be a whole number of 1 or more"):
+        model.chat_batch(["a"], batch_size=0)
     with pytest.raises(UserError, match=r"temperature is -1; it must be 0"):
         model.chat("a", temperature=-1)
     with pytest.raises(UserError, match=r"top_p is 0"):
         Sampling(top_p=0)
     with pytest.raises(UserError, match="dtype is 'int8'"):
         tinylmm.load(tmp_path, dtype="int8")
+
+
+def test_messages_are_answered_as_the_exchanges_that_they_hold(model: ChatModel) -> None:
+    past = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a red 3"}]
+    expected = model.chat("Sure?", history=[("What is it?", "a red 3")], max_new_tokens=N)
+    assert model.chat("Sure?", history=past, max_new_tokens=N) == expected
+    told = [{"role": "system", "content": "Say no."}, *past]
+    ids = model._prepare("", "Sure?", None, told, _Loaded()).ids
+    turns = [Turn("What is it?", "a red 3"), Turn("Sure?", None)]
+    assert list(ids) == TEMPLATES["llama"].render_prompt(turns, model.tokenizer, "Say no.")
+
+
+def test_the_store_may_be_named_as_text_and_the_device_as_torch_does(tmp_path: Path) -> None:
+    save_model(tiny_loaded(), tmp_path / "model", None, {})
+    tinylmm.load(tmp_path / "model", store=str(tmp_path), device=torch.device("cpu"))
+    with pytest.raises(UserError, match="neither a folder nor the name of a run in"):
+        tinylmm.load("nothing", store=str(tmp_path))
+    with pytest.raises(UserError, match="device is 'mps'; allowed: auto, cpu, cuda and cuda:N"):
+        tinylmm.load(tmp_path / "model", device="mps")
+
+
+def test_a_conversations_image_is_opened_when_it_begins(model: ChatModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such image file"):
+        model.conversation(tmp_path / "missing.png")
 
 
 def test_an_answer_ends_where_the_context_ends(model: ChatModel) -> None:

@@ -146,7 +146,7 @@ def test_cached_features_of_tiles_train_as_the_tiles_themselves(images: dict[str
 
 def test_a_batch_without_images_still_touches_the_newline_where_ranks_must_agree() -> None:
     model = tiled_lmm().train()
-    model.touch_vision_always = True
+    model.blank_image = "connector"
     ids = torch.tensor([[5, 6, 7]])
     model(ids, torch.arange(3)[None], torch.tensor([[6, 7, -100]])).loss_sum.backward()
     assert all(p.grad is not None and not p.grad.abs().sum() for p in model.connector.parameters())

@@ -111,7 +111,7 @@ def test_text_only_rows_never_run_the_tower() -> None:
 def test_a_blank_image_keeps_the_connector_in_the_graph_where_ranks_must_agree() -> None:
     model = tiny_lmm().train()
     plain = model(**batch(model, samples()[1:2], True)).loss_sum
-    model.touch_vision_always = True
+    model.blank_image = "connector"
     touched = model(**batch(model, samples()[1:2], True)).loss_sum
     touched.backward()
     assert touched.item() == plain.item()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tinylmm.errors import IntegrityError, TinyLMMError
 from tinylmm.store import integrity
@@ -212,6 +214,18 @@ def test_a_written_file_has_the_permissions_that_the_umask_gives(
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "a").read_bytes() == (content.encode() if isinstance(content, str) else content)
+
+
+def test_weights_of_a_published_folder_can_be_read_by_whom_the_umask_lets_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "deep").mkdir()
+        save_file({"a": torch.zeros(2)}, tmp_path / "deep/model.safetensors")
+        write_manifest(tmp_path, {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {"model.safetensors": 0o640, "manifest.json": 0o640}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:

@@ -7,22 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tinylmm.training.checkpoints import CheckpointFolder
+from tinylmm.errors import UserError
+from tinylmm.training.checkpoints import CheckpointFolder, Ranks
+from tinylmm.training.state import Form
 
-FILES = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+ONE, TWO, ZERO = Ranks(1, None), Ranks(2, None), Ranks(2, 3)
+
+FILES = ("state-00001-of-00001.safetensors", "optimizer.json", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-def folder(tmp_path: Path, digest: str = "d1") -> CheckpointFolder:
-    return CheckpointFolder(tmp_path / "checkpoints", 2, {"digest": digest})
+def folder(tmp_path: Path, digest: str = "d1", ranks: Ranks = ONE) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", 2, digest, ranks)
 
 
-def save(checkpoints: CheckpointFolder, step: int) -> Path:
-    checkpoints.clear_staging()
-    staged = checkpoints.staging() / f"checkpoint-{step}"
-    staged.mkdir()
+def save(checkpoints: CheckpointFolder, step: int, form: Form = "by name") -> Path:
+    checkpoints.clear_staging(step)
     for name in FILES:
-        (staged / name).write_bytes(f"{name} of step {step}".encode() * 50)
-    return checkpoints.publish(step)
+        (checkpoints.staged(step) / name).write_bytes(f"{name} of step {step}".encode() * 50)
+    return checkpoints.publish(step, form)
 
 
 def test_the_newest_is_found_and_two_are_kept(tmp_path: Path) -> None:
@@ -55,8 +57,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
 def test_an_unfinished_save_does_not_count(tmp_path: Path) -> None:
     checkpoints = folder(tmp_path)
     save(checkpoints, 10)
-    checkpoints.clear_staging()
-    (checkpoints.staging() / "checkpoint-20").mkdir()
+    checkpoints.clear_staging(20)
     assert checkpoints.newest_valid() == tmp_path / "checkpoints/checkpoint-10"
 
 
@@ -64,3 +65,30 @@ def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path, caplog: pytest
     save(folder(tmp_path), 10)
     assert folder(tmp_path, "d2").newest_valid() is None
     assert "written with another digest" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("form", "writer", "reader", "fine"),
+    [
+        ("by name", TWO, ONE, True),
+        ("by name", ZERO, ONE, True),
+        ("by name", ONE, ZERO, True),
+        ("replicated", TWO, ONE, True),
+        ("replicated", ONE, TWO, True),
+        ("replicated", TWO, ZERO, False),
+        ("partitioned", ZERO, ZERO, True),
+        ("partitioned", ZERO, Ranks(4, 3), False),
+        ("partitioned", ZERO, Ranks(2, 2), False),
+        ("partitioned", ZERO, TWO, False),
+    ],
+)
+def test_another_launch_continues_where_the_form_allows_and_is_else_refused_before_anything_is_touched(
+    form: Form, writer: Ranks, reader: Ranks, fine: bool, tmp_path: Path
+) -> None:
+    path = save(folder(tmp_path, ranks=writer), 10, form)
+    if fine:
+        assert folder(tmp_path, ranks=reader).newest_valid() == path
+        return
+    with pytest.raises(UserError, match=f"Continue with {writer.words()}, or delete"):
+        folder(tmp_path, ranks=reader).newest_valid()
+    assert path.exists()

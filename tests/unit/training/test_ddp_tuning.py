@@ -41,7 +41,7 @@ def test_three_steps_with_and_without_an_image_reduce_every_gradient(tune: dict[
     model = tiny_lmm().train()
     tuning(model, tune)
     enable_checkpointing(model)
-    model.touch_vision_always = True  # as set with several ranks: one of them may have no image in a step
+    model.blank_image = "connector"  # as set with several ranks: one of them may have no image in a step
     wrapped = DistributedDataParallel(model, find_unused_parameters=False, broadcast_buffers=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tokens = torch.tensor([[-200] * 4 + [5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11, 12]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any
 
 from tinylmm.config.spec import LaunchSpec
@@ -20,7 +22,10 @@ class Backend:
         """Run the stage's body."""
         quiet_libraries()
         run = import_body(job.kind)
-        self._summary = run(job)
+        try:
+            self._summary = run(job)
+        finally:
+            _let_go()
 
     def poll(self) -> dict[str, Any] | None:
         """Return the summary."""
@@ -28,3 +33,13 @@ class Backend:
 
     def stop(self, now: bool = False) -> None:
         """Nothing to do: the body itself asks `stop_requested`, and has ended when this can be called."""
+
+
+def _let_go() -> None:
+    """Free what a stage held, before the next one loads a model beside it: a trainer and its callbacks hold each other."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
