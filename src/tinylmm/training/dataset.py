@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +124,8 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 __all__ = ["LengthReport", "PreparedSamples", "sample_length"]
 
 
-def start_reader(parent: int, number: int) -> None:
-    """In a worker of a loader: a signal to every process of the run must not end it in the middle of a save.
-
-    Args:
-        parent: process id of the rank that reads from it.
-        number: of the worker.
-    """
-    belong_to(parent)
+def start_reader(number: int) -> None:
+    """In worker `number` of a loader: a signal to every process of the run must not end it in the middle of a save."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None and rank.pid is not None, "a worker is started by a rank"
+    belong_to(rank.pid)

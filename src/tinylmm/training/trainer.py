@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +125,7 @@ class LMMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
-            worker_init_fn=partial(start_reader, os.getpid()) if self.args.dataloader_num_workers else None,
+            worker_init_fn=start_reader,
         )
 
     def get_batch_samples(
