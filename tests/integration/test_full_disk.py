@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -107,3 +108,29 @@ def test_a_full_disk_frees_nothing_that_somebody_works_on(disk: tuple[str, Path]
     with Claim(store, "train-0123456789abcdef"):
         tinylmm("store", "gc", "--yes", "--store", str(store))
         assert StoreLayout(store).stage("train-0123456789abcdef").exists()
+
+
+@pytest.mark.parametrize("kilobytes", [40, 500])
+def test_a_disk_that_fills_up_during_a_run_is_named_and_the_run_continues_when_there_is_room(
+    kilobytes: int, tmp_path: Path
+) -> None:
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(mounted)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        project = tiny_project(tmp_path)
+        with contextlib.suppress(OSError), (mounted / "big").open("wb", buffering=0) as file:
+            while file.write(b"0" * 4096):
+                pass
+        os.truncate(mounted / "big", (mounted / "big").stat().st_size - 1024 * kilobytes)
+        words = (*QUICK, f"store={mounted / 'store'}", "launch.save_steps=1")
+        done = project.train_here(*words)
+        assert done.returncode == 1 and "disk is full" in done.stderr, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("\n") == 1
+        (mounted / "big").unlink()
+        assert project.train_here(*words).returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
