@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from tinylmm.errors import EXIT_USER, ConfigError, Fault, UserError, suggestion
+from tinylmm.errors import EXIT_USER, ConfigError, DiskError, Fault, UserError, suggestion
+from tinylmm.store.disk import writing
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
 
@@ -49,16 +50,24 @@ def check(
         checks.append(
             _checked(files, render, quick, run.recipe.stages[stage] if tokens else None, Console(stderr=True))
         )
-    page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, render_check_page(run.data.name, checks))
+    page: Path | None = None
+    try:
+        page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
+        _write_page(page, render_check_page(run.data.name, checks))
+    except DiskError as error:
+        if html is not None:
+            raise
+        page = None
+        typer.echo(f"no page: {error}", err=True)  # who asked for none still learns what there is to know
     if as_json:
-        typer.echo(json.dumps({"format": 1, "page": str(page), "sources": list(map(_record, checks))}, indent=1))
+        record = {"format": 1, "page": page and str(page), "sources": list(map(_record, checks))}
+        typer.echo(json.dumps(record, indent=1))
     else:
         for found in checks:
             console.print(render_check(found), soft_wrap=True)  # whole lines, so they can be searched
             console.print()
-        console.print(f"page  {page}", markup=False, highlight=False, soft_wrap=True)
+        if page is not None:
+            console.print(f"page  {page}", markup=False, highlight=False, soft_wrap=True)
     if not all(found.clean for found in checks):
         raise typer.Exit(EXIT_USER)
 
@@ -94,9 +103,14 @@ def show(
     console = Console()
     console.print(render_sample(seen, colour=console.color_system is not None))
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(html, render_sample_page(seen))
+        _write_page(html, render_sample_page(seen))
         console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_page(page: Path, text: str) -> None:
+    with writing(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, text)
 
 
 def _checked(files: Any, render: Any, quick: bool, stage: RecipeStage | None, console: Console) -> SourceCheck:

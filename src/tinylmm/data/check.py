@@ -117,17 +117,19 @@ def check_source(
     """
     check = SourceCheck(files, max_length=max_length, max_dropped=max_dropped)
     state = _State()
+    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     try:
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
-            records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
-            while chunk := list(islice(records, CHUNK)):
-                _look_at_images(chunk, check, state, threads, quick)
-                for index, record in chunk:
-                    _take(index, record, check, state, render)
-                if progress is not None:
-                    progress(check.records)
+        records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
+        while chunk := list(islice(records, CHUNK)):
+            _look_at_images(chunk, check, state, threads, quick)
+            for index, record in chunk:
+                _take(index, record, check, state, render)
+            if progress is not None:
+                progress(check.records)
     except DataError as error:
         check.problem = str(error)
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C waits for the images being opened, not for those in line
     if check.problem is None and not check.samples:
         check.problem = f"{files.annotations}: no usable record among {check.records}"
     check.faults.sort(key=lambda bad: bad.index)

@@ -27,9 +27,10 @@ from typing import Any, TypeGuard
 from tinylmm.config.spec import EvalSpec, SourceSpec
 from tinylmm.data.image_names import is_embedded
 from tinylmm.data.sample import Sample, read_records, read_samples
-from tinylmm.errors import DataError
+from tinylmm.errors import DataError, DiskError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.store.disk import writing
 from tinylmm.store.integrity import hash_file, write_atomic
 from tinylmm.store.stage import digest
 
@@ -172,10 +173,17 @@ class _Cache:
         return dict(record["value"])
 
     def write(self, value: dict[str, Any]) -> None:
-        """Replace the cache file, so that another process never reads half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": self.key, "value": value}).encode()
-        write_atomic(self.path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text, durable=False)
+        """Replace the cache file, so that another process never reads half of it.
+
+        Where the store cannot be written there is no cache, and all is read anew each time: planning needs none.
+        """
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"key": self.key, "value": value}).encode()
+            write_atomic(self.path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text, durable=False)
+        except DiskError as error:
+            log.info("not cached: %s", error)
 
 
 # ---------------------------------------------------------------------------------------------------- sources

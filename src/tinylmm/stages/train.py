@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,6 +28,7 @@ from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
+from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
@@ -69,15 +73,19 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    with wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name):
+    with (
+        uninterrupted(),
+        _no_reader_left(),
+        wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name),
+    ):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
         )
     set_timeout(launch.save_timeout_s)
-    state = trainer.full_state(frozen)
-    with waiting("the trained model to be written"):
+    with uninterrupted(), waiting("the trained model to be written"):
+        state = trainer.full_state(frozen)
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
             save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
@@ -102,6 +110,18 @@ def _commits(loaded: LoadedModel) -> dict[str, str]:
     configs = {"llm": model.config, "vision_tower": cast(PreTrainedModel, model.vision_tower.encoder).config}
     found = {part: getattr(config, "_commit_hash", None) for part, config in configs.items()}
     return {part: commit for part, commit in found.items() if commit}
+
+
+@contextmanager
+def _no_reader_left() -> Iterator[None]:
+    """Kill what the block started to read samples and is still there: it heeds no gentler signal, and Python would wait."""
+    before = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        for child in multiprocessing.active_children():
+            if child not in before:
+                child.kill()
 
 
 def build_trainer(

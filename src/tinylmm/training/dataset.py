@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from tinylmm.data.collate import ImageTokens, sample_length, supervised_after_cut
 from tinylmm.data.image_folders import in_mixture
 from tinylmm.errors import DataError
+from tinylmm.stop import belong_to
 
 log = logging.getLogger(__name__)
 
@@ -133,3 +135,10 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
 
 __all__ = ["LengthReport", "PreparedSamples", "sample_length"]
+
+
+def start_reader(number: int) -> None:
+    """In worker `number` of a loader: a signal to every process of the run must not end it in the middle of a save."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None and rank.pid is not None, "a worker is started by a rank"
+    belong_to(rank.pid)
