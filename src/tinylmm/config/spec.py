@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tinylmm.config.fields import Fraction, Frozen, Positive, Sparse, TemplateName
+from tinylmm.config.gpus import ranks_here
 from tinylmm.config.recipe import RecipeSpec, ScaleSpec
 from tinylmm.config.trainer import TrainerSpec
 
@@ -270,7 +271,7 @@ class LaunchSpec(Frozen):
     backend: str = "local"
     """Module of `launch/backends/`, or the class of a backend of your own by its dotted path."""
     nproc: Positive = 1
-    """Ranks on this machine."""
+    """Ranks on this machine. `auto` is one a GPU that can be seen, and becomes that number here."""
     deepspeed_stage: Literal[2, 3] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is the GPU where there is one; a bf16 or fp16 stage then refuses to run on a CPU."""
@@ -302,6 +303,13 @@ class LaunchSpec(Frozen):
     """Most questions answered at once, and"""
     eval_tokens: Positive = 32768
     """most tokens, of prompts and answers, that this may take; about as many again are kept of images asked about."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rank_a_gpu(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("nproc") == "auto":
+            return fields | {"nproc": ranks_here(str(fields.get("device", "auto")))}
+        return fields
 
     @model_validator(mode="after")
     def _ranks_need_torchrun(self) -> LaunchSpec:

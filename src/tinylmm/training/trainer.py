@@ -33,6 +33,7 @@ from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
 from tinylmm.training.dataset import start_reader
+from tinylmm.training.pipes import Packed, needs_pipes, unpack
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
 from tinylmm.training.state import (
@@ -118,11 +119,13 @@ class LMMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's loader over the whole stage: to Trainer one epoch, so that resuming skips by step alone."""
+        workers = self.args.dataloader_num_workers
         return DataLoader(
             self.train_dataset,
             batch_sampler=self._sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            collate_fn=Packed(self.data_collator) if needs_pipes(workers) else self.data_collator,
+            num_workers=workers,
+            timeout=self.step_timeout_s if workers else 0,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
             worker_init_fn=start_reader,
@@ -132,7 +135,7 @@ class LMMTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Fetch one step's micro-batches and count its supervised tokens over all ranks."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = [unpack(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._step_sample_ids = [batch.pop("sample_ids") for batch in batches]
         self._losses, self._gradients_finite = [], True
         for batch in batches:
