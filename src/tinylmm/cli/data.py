@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from tinylmm.cli.terminal import echo_json, terminal
 from tinylmm.errors import EXIT_USER, ConfigError, Fault, UserError, suggestion
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
@@ -40,16 +40,16 @@ def check(
     from tinylmm.reports.data_text import render_check
 
     data = RunData(run)
-    console = Console()
+    console = terminal()
     checks: list[SourceCheck] = []
     for files in data.files(source or []):
         render = data.renderer(data.stage_of(files.name))[1] if tokens else None
-        checks.append(_checked(files, render, quick, Console(stderr=True)))
+        checks.append(_checked(files, render, quick, terminal(stderr=True)))
     page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(page, render_check_page(run.data.name, checks))
     if as_json:
-        typer.echo(json.dumps({"format": 1, "page": str(page), "sources": list(map(_record, checks))}, indent=1))
+        echo_json({"format": 1, "page": str(page), "sources": list(map(_record, checks))})
     else:
         for found in checks:
             console.print(render_check(found), soft_wrap=True)  # whole lines, so they can be searched
@@ -87,7 +87,7 @@ def show(
     (files,) = data.files([named])
     position = 0 if index is None and sample_id is None else index
     seen = data.see(files, stage or data.stage_of(named), position, sample_id)
-    console = Console()
+    console = terminal()
     console.print(render_sample(seen, colour=console.color_system is not None))
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from tinylmm.errors import EXIT_STOPPED, TinyLMMError
+from tinylmm.errors import EXIT_STOPPED, TinyLMMError, printable
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -20,7 +20,7 @@ def guarded(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except TinyLMMError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues\n")
