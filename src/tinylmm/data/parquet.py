@@ -50,8 +50,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if not set(names) & set(CONVERSATIONS):
                     found = ", ".join(parquet.schema_arrow.names)
                     raise DataError(
-                        f"{file}: has no column `conversations` (LLaVA, ShareGPT), `messages` (OpenAI) or `texts` (the_cauldron), "
-                        f"but {found}. "
+                        f"{file}: has no column `conversations` (LLaVA, ShareGPT), `messages` (OpenAI) or `texts` "
+                        f"(the_cauldron), but {found}. "
                         "Rename the column that holds the conversations."
                     )
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=names):
