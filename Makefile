@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE ?= store
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check lint type bench gpu-check picture docs clean
+.PHONY: help setup quickstart test test-slow test-kills check lint type bench gpu-check picture docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,11 @@ quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it:
 test: $(STAMP)  ## Run the quick test suite with coverage (under 10 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
-test-slow: $(STAMP)  ## Run the long tests: twenty kills, DeepSpeed with faults
+test-slow: $(STAMP)  ## Run the long tests: kills and signals, DeepSpeed with faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+test-kills: $(STAMP)  ## Of the long tests, the kills and signals over torchrun (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu" -k "not alone" tests/integration/test_kills.py
 
 check: lint type test  ## Everything that must pass before a commit
 

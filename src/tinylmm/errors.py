@@ -60,6 +60,10 @@ class IntegrityError(TinyLMMError):
     """A stored file is missing or differs from its recorded SHA-256; the message names it."""
 
 
+class DiskError(TinyLMMError):
+    """A disk is full or cannot be written; the message says which file, and what to do."""
+
+
 class NonFiniteError(TinyLMMError):
     """A loss or gradient is NaN or infinite; raised on every rank before any weight is touched."""
 
@@ -68,8 +72,12 @@ class StageFailedError(TinyLMMError):
     """A stage ended with an error; its folder keeps log and traceback, and the same command resumes it."""
 
 
+class ClaimLostError(StageFailedError):
+    """Another process has taken the stage over; raised before the next write to what is now that one's."""
+
+
 class StoppedError(TinyLMMError):
-    """SIGTERM or SIGINT ended the work at a step boundary, with a checkpoint on disk (exit code 75)."""
+    """A signal ended the work, with all that is needed to go on with it on disk (exit code 75)."""
 
     exit_code = EXIT_STOPPED
 

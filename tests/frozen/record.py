@@ -299,7 +299,7 @@ def failed_stage(root: Path) -> dict[str, Any]:
     for text, name in ((str(root.resolve()), "ROOT"), (str(root), "ROOT"), *names.items()):
         job = job.replace(text, name)
     record = json.loads(job)
-    record["digest"] = None
+    record["digest"] = record["claim"] = None
     for part in ("source", "tokenizer"):
         record["spec"][part]["content"] = None
     return {"tree": _tidy(tree(project.store), names), "run.json": shape(run["stages"]), "job.json": record}

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,28 +33,6 @@ class PlantedNaN(MLPConnector):
 '''
 
 
-def killed(folder: Path, trials: int, ranks: int, timeout: float) -> dict[str, object]:
-    command = [sys.executable, "-m", "tests.integration.kill_harness", str(folder), str(trials), "7", str(ranks)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_moments_and_inside_saves_all_recover_bit_for_bit(ranks: int, tmp_path: Path) -> None:
-    result = killed(tmp_path, 2, ranks, 280)
-    assert (result["failed"], result["differing"]) == ([], [])
-    assert result["inside_save"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_twenty_kills_half_of_them_inside_a_save_all_recover(ranks: int, tmp_path: Path) -> None:
-    result = killed(tmp_path, 20, ranks, 900)
-    assert (result["failed"], result["differing"]) == ([], [])
-    assert int(str(result["inside_save"])) == 10
-
-
 def wait_for(condition: object, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
@@ -63,10 +40,8 @@ def wait_for(condition: object, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("launch", ["local", "torchrun"])
-def test_sigterm_saves_exits_75_and_the_same_command_continues(launch: str, project: Project) -> None:
+def test_sigterm_saves_exits_75_and_the_same_command_continues(project: Project) -> None:
     words = (
-        f"launch={launch}",
         "launch.save_steps=1000",
         "recipe.stages.finetune.max_steps=null",
         "recipe.stages.finetune.epochs=40",
@@ -143,7 +118,7 @@ def test_a_killed_rank_ends_the_job_quickly_and_is_named(project: Project) -> No
     killed_at = time.monotonic()
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 1 and time.monotonic() - killed_at < 90
-    assert re.search(r"rank [01] ended with exit code -9 and did not say why \(killed from outside", errors), errors
+    assert re.search(r"rank [01] ended with exit code -9 \(SIGKILL: killed from outside", errors), errors
 
 
 def test_two_processes_on_one_run_do_each_stage_once(project: Project) -> None:
@@ -217,4 +192,4 @@ def test_a_hung_rank_ends_the_job_after_the_step_timeout(project: Project) -> No
     stopped_at = time.monotonic()
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 1 and time.monotonic() - stopped_at < 120
-    assert "rank 1 ended with exit code -9" in errors and "rank 0 then said" in errors, errors
+    assert "rank 0 failed" in errors and "rank 1 did not end by itself then and was killed" in errors, errors

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from tinylmm.cli.terminal import echo_json, terminal
-from tinylmm.errors import EXIT_USER, ConfigError, Fault, UserError, suggestion
+from tinylmm.cli.terminal import echo, echo_json, terminal
+from tinylmm.errors import EXIT_USER, ConfigError, DiskError, Fault, UserError, suggestion
+from tinylmm.store.disk import writing
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
 
 if TYPE_CHECKING:
+    from tinylmm.config.recipe import RecipeStage
     from tinylmm.data.check import SourceCheck
 
 app = typer.Typer(help="Look at a run's data before it is trained on.", no_args_is_help=True)
@@ -43,18 +45,29 @@ def check(
     console = terminal()
     checks: list[SourceCheck] = []
     for files in data.files(source or []):
-        render = data.renderer(data.stage_of(files.name))[1] if tokens else None
-        checks.append(_checked(files, render, quick, terminal(stderr=True)))
-    page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, render_check_page(run.data.name, checks))
+        stage = data.stage_of(files.name)
+        render = data.renderer(stage)[1] if tokens else None
+        checks.append(
+            _checked(files, render, quick, run.recipe.stages[stage] if tokens else None, terminal(stderr=True))
+        )
+    page: Path | None = None
+    try:
+        page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
+        _write_page(page, render_check_page(run.data.name, checks))
+    except DiskError as error:
+        if html is not None:
+            raise
+        page = None
+        echo(f"no page: {error}", err=True)  # who asked for none still learns what there is to know
     if as_json:
-        echo_json({"format": 1, "page": str(page), "sources": list(map(_record, checks))})
+        record = {"format": 1, "page": page and str(page), "sources": list(map(_record, checks))}
+        echo_json(record)
     else:
         for found in checks:
             console.print(render_check(found), soft_wrap=True)  # whole lines, so they can be searched
             console.print()
-        console.print(f"page  {page}", markup=False, highlight=False, soft_wrap=True)
+        if page is not None:
+            console.print(f"page  {page}", markup=False, highlight=False, soft_wrap=True)
     if not all(found.clean for found in checks):
         raise typer.Exit(EXIT_USER)
 
@@ -90,17 +103,23 @@ def show(
     console = terminal()
     console.print(render_sample(seen, colour=console.color_system is not None))
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(html, render_sample_page(seen))
+        _write_page(html, render_sample_page(seen))
         console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _checked(files: Any, render: Any, quick: bool, console: Console) -> SourceCheck:
+def _write_page(page: Path, text: str) -> None:
+    with writing(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, text)
+
+
+def _checked(files: Any, render: Any, quick: bool, stage: RecipeStage | None, console: Console) -> SourceCheck:
     from tinylmm.data.check import check_source
 
+    limits = (None, 1.0) if stage is None else (stage.max_length, stage.max_dropped)
     with console.status(f"{files.name}: reading") as status:
         return check_source(
-            files, render, quick, lambda number: status.update(f"{files.name}: {number:,} records read")
+            files, render, quick, lambda number: status.update(f"{files.name}: {number:,} records read"), *limits
         )
 
 
@@ -114,6 +133,7 @@ def _record(check: SourceCheck) -> dict[str, Any]:
         "problem": check.problem,
         "records": check.records,
         "samples": check.samples,
+        "too_long": check.too_long,
         "faults": [{"index": bad.index, "id": bad.sample_id, "reason": bad.reason} for bad in check.faults],
         "histograms": {title: dict(bins) for title, bins in histograms(check)},
         "same_conversations": check.same_conversations,

@@ -6,8 +6,11 @@ import io
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from tinylmm.errors import EXIT_STOPPED, TinyLMMError, printable
+from tinylmm.errors import EXIT_STOPPED, DiskError, TinyLMMError, printable
+from tinylmm.stop import TerminatedError, ended_by_signals
+from tinylmm.store.disk import refusal
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -18,10 +21,17 @@ def guarded(command: Callable[[], int | None]) -> int:
     logging.captureWarnings(True)  # a warning belongs into the log, not between a progress line and a table
     logging.getLogger().setLevel(logging.INFO)
     try:
-        return command() or 0
+        with ended_by_signals():
+            return command() or 0
     except TinyLMMError as error:
         sys.stderr.write(f"{printable(str(error))}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues\n")
+    except Exception as error:
+        if (said := refusal(error, Path.cwd())) is None:
+            raise
+        sys.stderr.write(f"{printable(said)}\n")
+        return DiskError.exit_code
+    except (KeyboardInterrupt, TerminatedError) as end:
+        by = f" by {end}" if isinstance(end, TerminatedError) else ""
+        sys.stderr.write(f"interrupted{by}; the same command continues\n")
         return EXIT_STOPPED

@@ -31,6 +31,8 @@ def plan(
     if totals["runs"] > 1:
         shared = ", ".join(f"{n} of {totals['asked'][kind]} {kind}" for kind, n in totals["distinct"].items())
         console.print(f"{totals['runs']} runs; distinct stages: {shared}", highlight=False)
+    for sentence in record["warnings"]:
+        console.print(f"warning: {sentence}", markup=False, highlight=False)
     for sentence in record["unknown"]:
         console.print(f"unknown: {sentence}", markup=False, highlight=False)
     for item in record["missing"]:

@@ -88,6 +88,9 @@ class RecipeStage(Frozen):
     """Stop after so many optimiser steps whatever `epochs` says."""
     max_length: Positive
     """Tokens a sample may have, image tokens counted in; a longer one is cut and counted."""
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the samples that may be left out because `max_length` leaves them nothing to learn. With more the stage stops
+    before it trains. It decides no result, so it is in no digest."""
     warmup_ratio: Fraction = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinylmm.config.weight_files import refuse_pointer
 from tinylmm.errors import DataError, UserError
 
 Tensors = dict[str, Tensor]
@@ -57,6 +58,7 @@ def read_file(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise DataError(f"{path} is missing.")
+    refuse_pointer(path)
     if path.suffix != Path(SAFETENSORS).suffix:
         return _read_pickle(path)
     try:

@@ -74,6 +74,8 @@ class SourceCheck:
         tokens: tokens of each sample, every image as one, if a tokenizer was at hand; supervised: those trained on, in all.
         sizes, formats: of the distinct images, (width, height) in pixels; turned: those whose camera says to turn them.
         greeted: samples whose first answer is left out, as no question is before it.
+        too_long: samples of which the stage's `max_length` leaves no token to learn, every image counted as one token: there
+            may be more of them. max_length, max_dropped: the stage's; None and all of them where tokens are not counted.
         same_conversations: (index, id) of samples that are equal in every word and image; groups of two and more.
         same_images: names of images with the same bytes; same_ids: ids that several records have, with their number.
     """
@@ -89,6 +91,9 @@ class SourceCheck:
     words: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     supervised: int = 0
+    too_long: int = 0
+    max_length: int | None = None
+    max_dropped: float = 1.0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     turned: int = 0
@@ -100,7 +105,8 @@ class SourceCheck:
     @property
     def clean(self) -> bool:
         """Whether every record can be trained on."""
-        return self.problem is None and not self.faults and self.samples > 0
+        fits = self.too_long <= self.max_dropped * self.samples
+        return self.problem is None and not self.faults and self.samples > 0 and fits
 
 
 def check_source(
@@ -108,6 +114,8 @@ def check_source(
     render: Renderer | None = None,
     quick: bool = False,
     progress: Callable[[int], None] | None = None,
+    max_length: int | None = None,
+    max_dropped: float = 1.0,
 ) -> SourceCheck:
     """Read a source from its first record to its last.
 
@@ -115,20 +123,23 @@ def check_source(
         render: gives a sample's tokens, to count them.
         quick: look at images' headers only; broken ones and equal ones are then not found.
         progress: called with the number of records read so far.
+        max_length, max_dropped: of the stage that trains on the source; samples that are too long are counted with `render`.
     """
-    check = SourceCheck(files)
+    check = SourceCheck(files, max_length=max_length, max_dropped=max_dropped)
     state = _State()
+    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     try:
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
-            records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
-            while chunk := list(islice(records, CHUNK)):
-                _look_at_images(chunk, check, state, threads, quick)
-                for index, record in chunk:
-                    _take(index, record, check, state, render)
-                if progress is not None:
-                    progress(check.records)
+        records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
+        while chunk := list(islice(records, CHUNK)):
+            _look_at_images(chunk, check, state, threads, quick)
+            for index, record in chunk:
+                _take(index, record, check, state, render)
+            if progress is not None:
+                progress(check.records)
     except DataError as error:
         check.problem = str(error)
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C waits for the images being opened, not for those in line
     if check.problem is None and not check.samples:
         check.problem = f"{files.annotations}: no usable record among {check.records}"
     check.faults.sort(key=lambda bad: bad.index)
@@ -204,6 +215,9 @@ def _take(index: int, record: Sample | BadRecord, check: SourceCheck, state: _St
         return
     if render is not None:
         check.tokens.append(len(rendered.input_ids))
+        if check.max_length is not None and len(rendered.input_ids) > check.max_length:
+            seen = rendered.labels[1 : check.max_length]
+            check.too_long += all(label == IGNORE_INDEX for label in seen)
         check.supervised += supervised
     check.samples += 1
     check.with_system += record.system is not None

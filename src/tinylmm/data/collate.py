@@ -61,6 +61,21 @@ def supervised_after_cut(record: Mapping[str, Any], image_tokens: ImageTokens, m
     return count
 
 
+def kept_after_cut(input_ids: Sequence[int], widths: Sequence[int], max_length: int) -> tuple[int, int]:
+    """Return how many images and positions of a sample are left once it is cut at `max_length`.
+
+    An image that the cut would halve goes whole: nothing that is learnt stands behind it, and nothing before it sees it, so the
+    loss is that of the originals, which keep the half.
+    """
+    images = start = 0
+    for token, width in zip(input_ids, widths, strict=True):
+        if start + width > max_length:
+            return images, start if token == IMAGE_TOKEN_ID else max_length
+        images += token == IMAGE_TOKEN_ID
+        start += width
+    return images, start
+
+
 @dataclass(frozen=True)
 class _Piece:
     """One sample, expanded, cut and shifted; `images` are those whose slots are in it."""
@@ -120,7 +135,7 @@ class Collator:
             sample_ids: in the order in which the samples lie in the rows. num_samples: how many there are.
 
         Raises:
-            DataError: an image would be cut in half, or a sample's slots and images differ in number.
+            DataError: a sample's slots and images differ in number.
         """
         rows = self._rows([self._piece(sample) for sample in samples]) or [[]]
         batch = self._tensors(rows)
@@ -140,24 +155,11 @@ class Collator:
 
     def _piece(self, sample: Mapping[str, Any]) -> _Piece:
         widths = positions_of(sample["input_ids"], image_widths(sample, self.image_tokens))
-        num_kept = start = 0
-        for token, width in zip(sample["input_ids"], widths, strict=True):
-            if token == IMAGE_TOKEN_ID:
-                if start < self.max_length < start + width:
-                    raise self._half_an_image(sample, start, width)
-                num_kept += start < self.max_length
-            start += width
-        ids = expand(sample["input_ids"], widths)[: self.max_length]
-        labels = expand(sample["labels"], widths)[: self.max_length]
+        images, end = kept_after_cut(sample["input_ids"], widths, self.max_length)
+        ids = expand(sample["input_ids"], widths)[:end]
+        labels = expand(sample["labels"], widths)[:end]
         targets = [*labels[1:], IGNORE_INDEX]
-        return _Piece(sample["sample_id"], ids, targets, list(sample["images"][:num_kept]))
-
-    def _half_an_image(self, sample: Mapping[str, Any], start: int, width: int) -> DataError:
-        return DataError(
-            f"sample '{sample['sample_id']}': max_length={self.max_length} falls inside an image at positions "
-            f"{start} to {start + width - 1}. Raise the stage's max_length, choose a connector with fewer "
-            "tokens an image, or leave the sample out."
-        )
+        return _Piece(sample["sample_id"], ids, targets, list(sample["images"][:images]))
 
     def _rows(self, pieces: list[_Piece]) -> list[list[_Piece]]:
         """Pack at the row length, up to `row_tokens`, that leaves the least padding; the shorter one where two are equal.

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.weight_files import refuse_pointer
 from tinylmm.constants import IMAGE_SLOT
 from tinylmm.data.formats import PARSERS, RecordFaultError, is_broken, kind, shown
 from tinylmm.data.image_names import name_images
@@ -84,6 +85,8 @@ def read_records(path: Path, layout: str = "llava") -> Iterator[Any]:
             f"formats of those: {', '.join(PARSERS)}."
         )
     try:
+        if path.is_file():
+            refuse_pointer(path)
         if layout == "parquet" or path.suffix == ".parquet" or path.is_dir():
             from tinylmm.data.parquet import read_rows
 

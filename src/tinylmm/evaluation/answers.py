@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from tinylmm.errors import IntegrityError
+from tinylmm.stop import require_claim
 
 
 class AnswerFile:
@@ -29,6 +30,7 @@ class AnswerFile:
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows, each with a `mode` and an `id`, and wait until the disk has them."""
+        require_claim()
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         while data:
             data = data[os.write(self._descriptor, data) :]

@@ -12,21 +12,23 @@ import http.client
 import json
 import logging
 import os
+import queue
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from tinylmm.errors import ConfigError, Fault, TinyLMMError
+from tinylmm.errors import ConfigError, Fault, StoppedError, TinyLMMError
+from tinylmm.evaluation.redaction import without_key
+from tinylmm.evaluation.transport import RefusedError, Transport
+from tinylmm.stop import stop_requested
 from tinylmm.store.integrity import write_atomic
 
 KEY_VARIABLE = "TINYLMM_JUDGE_API_KEY"
+POLL_SECONDS = 0.2
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 T = TypeVar("T")
@@ -62,13 +64,6 @@ def default_cache() -> Path:
     """`$XDG_CACHE_HOME/tinylmm/judge`, by default under `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tinylmm" / "judge"
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected request would carry the key to wherever the answer points."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 class Judge:
@@ -118,10 +113,7 @@ class Judge:
         self.usage = Usage()
         self._sleep = sleep
         self._lock = threading.Lock()
-        handlers: list[Any] = [_NoRedirect]
-        if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
-            handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own servers
-        self._opener = urllib.request.build_opener(*handlers)
+        self._transport = Transport(f"{self.base_url}/chat/completions")
 
     def ask(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0, sample: int = 0
@@ -154,20 +146,43 @@ class Judge:
         return reply
 
     def map(self, function: Callable[[T], R], values: Sequence[T]) -> list[R]:
-        """`function` of every value, several at once, in the order of the values. The first error ends it."""
-        failed = threading.Event()
+        """`function` of every value, several at once, in the order of the values. The first error ends it.
 
-        def guarded(value: T) -> R:
-            if failed.is_set():  # comes after the error in the order of the values, so nobody reads this
-                raise JudgeError("not asked, as an earlier question failed")
-            try:
-                return function(value)
-            except BaseException:
-                failed.set()
-                raise
+        Raises:
+            StoppedError: a stop was asked for. A request under way is not waited for: it may hang for minutes.
+        """
+        todo, done, over = (
+            iter(range(len(values))),
+            queue.SimpleQueue[tuple[int, R | BaseException]](),
+            threading.Event(),
+        )
 
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return [future.result() for future in [pool.submit(guarded, value) for value in values]]
+        def work() -> None:
+            while not over.is_set():
+                with self._lock:
+                    index = next(todo, None)
+                if index is None:
+                    return
+                try:
+                    done.put((index, function(values[index])))
+                except BaseException as error:
+                    done.put((index, error))
+                    return
+
+        for _ in range(min(self.parallel, len(values))):
+            threading.Thread(target=work, daemon=True).start()  # a pool's threads would keep the process from ending
+        try:
+            found: dict[int, R] = {}
+            while len(found) < len(values):
+                index, result = _take_done(done)
+                if isinstance(result, BaseException):
+                    raise result
+                found[index] = result
+            return [found[index] for index in range(len(values))]
+        except KeyboardInterrupt:
+            raise _stopped() from None
+        finally:
+            over.set()
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -188,7 +203,7 @@ class Judge:
             self._count(requests=1, retries=int(attempt > 0))
             try:
                 return self._take(self._post(body))
-            except urllib.error.HTTPError as error:
+            except RefusedError as error:
                 problem, wait = self._refused(error)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem, wait = f"{type(error).__name__}: {error}", 0.0
@@ -206,19 +221,7 @@ class Judge:
         key = os.environ.get(KEY_VARIABLE, "")
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.base_url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
-        deadline = time.monotonic() + self.timeout
-        received = bytearray()
-        with self._opener.open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(65536):
-                received += chunk
-                if len(received) > self.max_bytes:
-                    raise ValueError(f"the reply is longer than {self.max_bytes:,} bytes")
-                if time.monotonic() > deadline:  # the socket's own timeout starts anew with every byte
-                    raise TimeoutError(f"no complete reply within {self.timeout:g} s")
-        return bytes(received)
+        return self._transport.post(json.dumps(body).encode(), headers, self.timeout, self.max_bytes)
 
     def _take(self, received: bytes) -> str:
         """The text of a chat completion; ValueError says what is wrong with anything else."""
@@ -226,7 +229,7 @@ class Judge:
             reply = json.loads(received)
             content = reply["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-            start = received[:80].decode("utf-8", "replace")
+            start = self._redacted(received.decode("utf-8", "replace"))[:80]
             raise ValueError(f"the reply is no chat completion, it begins {start!r}") from error
         if content is not None and not isinstance(content, str):
             raise ValueError("the reply's content is no text")
@@ -236,20 +239,15 @@ class Judge:
             self._count(**{name: value for name, value in counted.items() if isinstance(value, int)})
         return content or ""  # a refusal has no content
 
-    def _refused(self, error: urllib.error.HTTPError) -> tuple[str, float]:
+    def _refused(self, error: RefusedError) -> tuple[str, float]:
         """What a retried status means, and how long the server asks to wait."""
-        with contextlib.closing(error):
-            try:
-                detail = error.read(2000).decode("utf-8", "replace")
-            except (OSError, http.client.HTTPException):
-                detail = ""
-        problem = f"HTTP {error.code} {error.reason}: {' '.join(detail.split())[:300]}"
-        if error.code not in _RETRIED:
+        problem = f"{error}: {self._redacted(' '.join(error.detail.split()))[:300]}"
+        if error.status not in _RETRIED:
             hint = {
                 401: f"Set {KEY_VARIABLE} to a valid key.",
                 403: f"Set {KEY_VARIABLE} to a key that may use this model.",
                 404: "Check the judge's base_url (it ends in the version, as .../v1) and model.",
-            }.get(error.code, "Check the judge's base_url and model.")
+            }.get(error.status, "Check the judge's base_url and model.")
             raise ConfigError([Fault("judge", f"{self.base_url} answers {self._redacted(problem)}", hint)]) from None
         try:
             return problem, float(error.headers.get("Retry-After") or 0)
@@ -257,8 +255,26 @@ class Judge:
             return problem, 0.0
 
     def _redacted(self, text: str) -> str:
-        key = os.environ.get(KEY_VARIABLE, "")
-        return text.replace(key, "<key>") if key else text
+        return without_key(text, os.environ.get(KEY_VARIABLE, ""))
+
+
+def _take_done(done: queue.SimpleQueue[T]) -> T:
+    """Wait for what a thread has done.
+
+    Raises:
+        StoppedError: a stop was asked for meanwhile.
+    """
+    while True:
+        if stop_requested():
+            raise _stopped()
+        with contextlib.suppress(queue.Empty):
+            return done.get(timeout=POLL_SECONDS)
+
+
+def _stopped() -> StoppedError:
+    return StoppedError(
+        "stopped while judging; the replies so far are kept, and the same command continues with the others"
+    )
 
 
 def _checked(base_url: str, model: str, runs: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +15,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from tinylmm.config.compose import run_name
-from tinylmm.errors import EXIT_DONE, IntegrityError, StageFailedError, StoppedError, TinyLMMError
+from tinylmm.errors import (
+    EXIT_DONE,
+    ClaimLostError,
+    DiskError,
+    IntegrityError,
+    StageFailedError,
+    StoppedError,
+    TinyLMMError,
+)
 from tinylmm.launch.backends import LaunchBackend, make_backend
 from tinylmm.launch.progress import StageProgress
 from tinylmm.launch.scheduler import in_order
-from tinylmm.launch.worker import RESULT_FILE
+from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files
 from tinylmm.stages.job import StageJob, make_job
-from tinylmm.stop import STOP_FILE, stop_requested, watch_for_stop
+from tinylmm.stop import STOP_FILE, claimed, stop_requested, uninterrupted, watch_for_stop
 from tinylmm.store.claims import Claim, Owner
+from tinylmm.store.disk import refusal
 from tinylmm.store.gc import remove
+from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.provenance import now
 from tinylmm.store.runs import RunStatus, StageRow, StageStatus, create_run, read_run, write_run
@@ -35,7 +45,7 @@ from tinylmm.store.store import Store
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE)
+SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, FAILED_RANKS, WORDS_FOLDER)
 """Names in a work folder that are deleted when the stage is done, besides those of its kind."""
 
 
@@ -68,17 +78,22 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
     with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
         for title, stage in in_order(plan.graph):
             try:
+                if stop_requested():
+                    raise StoppedError(
+                        f"stopped before {stage.kind} {stage.name}; the same command continues from there"
+                    )
                 seconds = _make(title, stage, plan, store, ledger)
             except KeyboardInterrupt:
-                ledger.mark(stage, "failed")
+                ledger.mark(stage, "todo")
                 doing = f"{stage.kind} {stage.name}"
-                error = StoppedError(f"interrupted during {doing}; the same command continues from its last checkpoint")
+                error = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
                 break
             except TinyLMMError as failure:
                 ledger.mark(stage, "todo" if isinstance(failure, StoppedError) else "failed")
                 error = failure
                 break
             ledger.mark(stage, "reused" if seconds is None else "run", seconds)
+            ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
     ledger.finish("done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed")
     code = EXIT_DONE if error is None else error.exit_code
     return RunOutcome(ledger.folder.name, ledger.folder, code, None if error is None else str(error))
@@ -104,24 +119,21 @@ def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger
             return None
         ledger.mark(stage, "running")
         began, clock = time.time(), time.monotonic()
-        job, kind = _job(stage, plan, store), KINDS[stage.kind]
+        job, kind = _job(stage, plan, store, claim.token), KINDS[stage.kind]
         backend = make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust)
         watched = StageProgress(ledger.console, escape(title), job.folder)
-        with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
-            backend.start(job)
-            while (summary := backend.poll()) is None:
-                if stop_requested():
-                    backend.stop()
-                time.sleep(POLL_SECONDS)
-        for name in (*SCRATCH, *kind.scratch):
-            remove(job.folder / name)
-        (job.folder / METRICS_FILE).touch()
-        if claim.lost:
-            raise StageFailedError(
-                f"{title}: another process took this stage over while this one was silent for a minute; "
-                "its result is left to that process"
-            )
-        store.publish(stage, summary, began)
+        with claimed(job.require_claim):
+            with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
+                backend.start(job)
+                while (summary := backend.poll()) is None:
+                    if stop_requested():
+                        backend.stop()
+                    time.sleep(POLL_SECONDS)
+            with uninterrupted():  # the work is done: what is left is to say so
+                for name in (*SCRATCH, *kind.scratch):
+                    remove(job.folder / name)
+                (job.folder / METRICS_FILE).touch()
+                store.publish(stage, summary, began)
         return time.monotonic() - clock
 
 
@@ -139,11 +151,11 @@ def _reusable(stage: Stage, store: Store, console: Console) -> bool:
     return True
 
 
-def _job(stage: Stage, plan: RunPlan, store: Store) -> StageJob[Any]:
+def _job(stage: Stage, plan: RunPlan, store: Store, claim: str) -> StageJob[Any]:
     """Make the stage's work folder, with its job.json."""
     work, root = store.begin(stage).resolve(), store.root.resolve()
     parents = {role: store.open_output(plan.graph[digest]).resolve() for role, digest in stage.parents.items()}
-    job = make_job(stage.kind, stage.name, stage.digest, stage.spec, parents, stage.settings, work, root)
+    job = make_job(stage.kind, stage.name, stage.digest, stage.spec, parents, stage.settings, work, root, claim)
     job.write()
     return job
 
@@ -162,12 +174,14 @@ def _kept_failures(store: Store, stage: Stage, title: str) -> Iterator[None]:
     """Keep what went wrong in the work folder; a bug of ours becomes an error that says where its traceback is."""
     try:
         yield
-    except (StoppedError, KeyboardInterrupt):
+    except (StoppedError, ClaimLostError, KeyboardInterrupt):  # nothing failed; or the folder is another's by now
         raise
     except TinyLMMError as error:
         store.fail(stage, f"{type(error).__name__}: {error}\n")
         raise
     except Exception as error:
+        if (said := refusal(error, store.work_folder(stage))) is not None:
+            raise DiskError(said) from error
         text = traceback.format_exc()
         store.fail(stage, text)
         log.error("%s failed\n%s", title, text)
@@ -200,6 +214,11 @@ class _Ledger:
                 highlight=False,
             )
 
+    def remark(self, sentences: Sequence[str]) -> None:
+        """Say what the stage that was just marked has left out."""
+        for sentence in sentences:
+            self.console.print(f"      {sentence}", style="yellow", markup=False, highlight=False)
+
     def waiting(self, title: str) -> Callable[[Owner], None]:
         """Return what tells of another process that works on the stage."""
 
@@ -215,7 +234,10 @@ class _Ledger:
 
     def _write(self) -> None:
         self._run = replace(self._run, stages=tuple(self._rows.values()))
-        write_run(self.folder, self._run)
+        try:
+            write_run(self.folder, self._run)
+        except DiskError as error:  # the record follows with its next change; what the run does is not lost for it
+            log.warning("%s", error)
 
 
 @contextmanager

@@ -7,26 +7,42 @@ with its exit code, so that the parent can tell a user's fault from ours.
 from __future__ import annotations
 
 import atexit
-import ctypes
+import faulthandler
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylmm.errors import TinyLMMError
+from tinylmm.errors import DiskError, StoppedError, TinyLMMError
 from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob, read_job
-from tinylmm.stop import watch_for_stop
+from tinylmm.stop import belong_to, claimed, watch_for_stop
+from tinylmm.store.disk import refusal
 
 log = logging.getLogger(__name__)
 
+AGENT_PID = "TINYLMM_AGENT_PID"
+"""Environment variable with the process that a rank belongs to; by default its parent."""
 RESULT_FILE = "result.json"
 RANK_RESULTS = "result-rank*.json"
 """Of other ranks than 0, which leave one only when they fail."""
+FAILED_RANKS = "failed-ranks.json"
+"""List of `FailedRank`, left by the agent."""
+WORDS_FOLDER = "rank-words"
+"""What each rank wrote to its stderr, as torchrun lays it out."""
+
+
+@dataclass(frozen=True)
+class FailedRank:
+    """How a rank ended: its exit code (negative: the signal that ended it), and the second in which that was seen."""
+
+    rank: int
+    exit_code: int
+    time: int
 
 
 def quiet_libraries() -> None:
@@ -50,7 +66,8 @@ def has_gpu_driver() -> bool:
 def main() -> NoReturn:
     """Entry point of a rank."""
     folder = Path(sys.argv[1])
-    _die_with_parent()
+    belong_to(int(os.environ.get(AGENT_PID, os.getppid())))
+    faulthandler.enable()  # what dies in C code says where
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s"
@@ -58,7 +75,7 @@ def main() -> NoReturn:
     job = read_job(folder)
     result: dict[str, Any]
     code = 0
-    with watch_for_stop(folder):
+    with watch_for_stop(folder), claimed(job.require_claim):
         try:
             _join_ranks(job)
             quiet_libraries()
@@ -67,9 +84,15 @@ def main() -> NoReturn:
         except TinyLMMError as error:
             code = error.exit_code
             result = {"error": str(error), "type": type(error).__name__, "exit_code": code, "rank": rank}
-        except Exception:
+        except KeyboardInterrupt:  # asked to stop where nothing had to be saved
+            code = StoppedError.exit_code
+            said = f"interrupted during {job.kind} {job.name}; the same command continues"
+            result = {"error": said, "type": StoppedError.__name__, "exit_code": code, "rank": rank}
+        except Exception as error:
             code = 1
-            result = {"error": traceback.format_exc(), "type": "traceback", "exit_code": code, "rank": rank}
+            full = refusal(error, folder)
+            kind, text = ("traceback", traceback.format_exc()) if full is None else (DiskError.__name__, full)
+            result = {"error": text, "type": kind, "exit_code": code, "rank": rank}
             log.exception("rank %d failed", rank)
     if rank == 0 or code:
         # The first rank to fail says why; later ones only follow.
@@ -103,13 +126,6 @@ def _leave_ranks(code: int) -> NoReturn:
     logging.shutdown()
     atexit._run_exitfuncs()
     os._exit(code)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this rank when its parent dies, so that a killed launcher leaves no orphan that writes on."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL("libc.so.6", use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinylmm.config.identities import ConnectorIdentity, PartIdentity, TokenizerIdentity, TowerIdentity, TowerOutput
 from tinylmm.config.targets import resolve_target
+from tinylmm.config.weight_files import check_weights
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models.anyres import with_tiles
 from tinylmm.models.attention import loading_attention
@@ -158,6 +159,7 @@ def _load_llm(source: PartSource[PartIdentity], trust: Sequence[str], attention:
         return load_llm(target, source.built, None, attention, local_only=True)
     if identity.init == "random":
         return random_llm(target, identity.architecture, attention)
+    _check_local(source.where)
     try:
         return load_llm(target, source.where, identity.revision, attention, identity.architecture)
     except OSError as error:
@@ -178,6 +180,7 @@ def _load_encoder(source: PartSource[TowerIdentity], trust: Sequence[str], imple
             raise ConfigError([Fault("vision_tower.init", what, fix)])
         config = model_class.config_class(**identity.architecture)
         return cast(PreTrainedModel, model_class._from_config(config, **options))
+    _check_local(source.where)
     try:
         if model_class is HubEncoder:
             refuse_other_normalisation(source.where, identity.revision, identity.image)
@@ -186,6 +189,12 @@ def _load_encoder(source: PartSource[TowerIdentity], trust: Sequence[str], imple
         raise _unavailable("vision_tower", source.where, error) from error
     except ValueError as error:
         raise ConfigError([Fault("vision_tower.pretrained", str(error))]) from error
+
+
+def _check_local(where: str) -> None:
+    for name in where.split("+"):
+        if Path(name).is_dir():
+            check_weights(Path(name))
 
 
 def _unavailable(role: str, where: str, error: OSError) -> UserError:

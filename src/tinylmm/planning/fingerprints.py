@@ -1,7 +1,9 @@
 """Identity by content of what lies outside the store: data sources, benchmarks, checkpoint folders. No torch, no Pillow.
 
-A source's identity is the SHA-256 of its annotation file and of the sorted listing (path, size) of the images it names.
-Image bytes are not hashed: to read a million files just to plan a run would take longer than many a run.
+Content decides. What was found of a file is cached under its path, size, modification time and inode, so that a plan reads a
+file once. Weights and annotations are hashed whole. Of an image of more than 2 * EDGE_BYTES the size and both ends are: the
+compressed formats that we read change behind an edit and up to their checksum or end marker, and to read a million files from
+end to end just to plan a run would take longer than many a run.
 A benchmark's is made of the questions as the benchmark reads them (prompts, references, which images), not of its files:
 the same questions in another folder or in files of another kind are the same evaluation.
 """
@@ -12,28 +14,38 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
 from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeGuard
 
 from tinylmm.config.spec import EvalSpec, SourceSpec
 from tinylmm.data.image_names import is_embedded
 from tinylmm.data.sample import Sample, read_records, read_samples
-from tinylmm.errors import DataError
+from tinylmm.errors import DataError, DiskError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.store.disk import writing
 from tinylmm.store.integrity import hash_file, write_atomic
 from tinylmm.store.stage import digest
 
+log = logging.getLogger(__name__)
+
 MISSING_SHOWN = 20
-STAT_LIMIT = 200_000
-"""Of a source with more images than this, sizes are cached too, for as long as its annotation file is unchanged."""
-HASHED_BYTES = 10_000_000
-"""Files of a checkpoint below this size are hashed; larger ones (weights) are identified by name and size."""
-_CACHE_FORMAT = 2
+EDGE_BYTES = 4096
+"""Of a large image, so much of its beginning and of its end is hashed."""
+TOLD_BYTES = 1_000_000_000
+"""To hash a file of this size takes seconds: it is said in the log."""
+CACHED_BYTES = 100_000
+"""Hashes of smaller files are not cached: to read them takes no longer than to read the cache."""
+_CACHE_FORMAT = 3
+_READERS = 8
+"""Threads that look images up: on a network's disk it is waiting that takes the time."""
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".avi", ".webm", ".mkv"}
 """Endings of a benchmark's files that its questions do not depend on."""
 
@@ -44,29 +56,27 @@ def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> di
     `annotations` and `images` are SHA-256 digests. `missing` holds the first MISSING_SHOWN image paths that name no
     file, `num_missing` is how many there are; both are for the check before a run (a missing image counts as size -1 in
     the digest, so that adding it changes the identity). The hash and the image list are cached in `cache_folder` under
-    the annotation file's path, size and modification time. Images are looked up on disk every time up to STAT_LIMIT of
-    them, beyond that only when the annotation file has changed: delete `cache_folder` after changing images of such a
-    source in place.
+    the annotation file's state, what was read of each image under the image's; images are looked up on disk every time.
 
     Raises:
         DataError: the annotation file is missing or unreadable; the message says how to get it.
     """
     annotations = root / source.annotations
     cache = _source_cache(annotations, source, cache_folder)
-    known = cache.read() or {"annotations": _content(annotations), "paths": _image_paths(annotations, source)}
-    images = root / source.images
-    if len(known["paths"]) <= STAT_LIMIT or "listing" not in known:
-        known["listing"] = _listing(images, known["paths"])
+    known = cache.read()
+    if known is None:
+        known = {"annotations": _content(annotations), "paths": _image_paths(annotations, source)}
         cache.write(known)
-    return {"annotations": known["annotations"], **known["listing"]}
+    images = Path(os.path.abspath(root / source.images))  # noqa: PTH100 (links are not followed: the path names the cache)
+    return {"annotations": known["annotations"], **_listing(images, known["paths"], cache_folder)}
 
 
 def benchmark_fingerprint(benchmark: Benchmark, spec: EvalSpec, cache_folder: Path) -> dict[str, Any]:
     """Return {"items", "count", "images", "num_images", "missing", "num_missing"} of a benchmark's questions under `spec.root`.
 
-    `items` is the SHA-256 of all questions, `images` that of the sorted (path, size) of the image and parquet files that
-    they are about; `missing` are the first of those that are not there. What the questions are is cached in `cache_folder`
-    for as long as neither a file beside the images nor the benchmark's module changes; images are looked up every time.
+    `items` is the SHA-256 of all questions, `images` that of the sorted image and parquet files that they are about;
+    `missing` are the first of those that are not there. What the questions are is cached in `cache_folder` for as
+    long as neither a file beside the images nor the benchmark's module changes; images are looked up every time.
 
     Raises:
         DataError: a file of the benchmark is missing (which, where, how to get it), or a record is broken.
@@ -81,52 +91,57 @@ def benchmark_fingerprint(benchmark: Benchmark, spec: EvalSpec, cache_folder: Pa
         items = benchmark.load(root, spec.layout)[: spec.limit]
         known = {"items": _items_digest(items, root), "count": len(items), "paths": _paths(items, root)}
         cache.write(known)
-    return {"items": known["items"], "count": known["count"], **_listing(root, known["paths"])}
+    return {"items": known["items"], "count": known["count"], **_listing(root, known["paths"], cache_folder)}
 
 
-def checkpoint_fingerprint(path_or_id: str) -> dict[str, Any]:
+def checkpoint_fingerprint(path_or_id: str, cache_folder: Path) -> dict[str, Any]:
     """Return {} for a hub id, which its revision identifies, and {"files": {path: ...}} for an existing local folder.
 
-    Each file counts with its size, and with its SHA-256 where it is `config.json` or has less than HASHED_BYTES. Of two
-    checkpoints joined by `+` (a mixture of features), each counts on its own, a hub id by its name.
+    Each file counts with its size and its SHA-256. Of two checkpoints joined by `+` (a mixture of features), each counts on
+    its own, a hub id by its name.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
         parts = path_or_id.split("+")
-        contents = [checkpoint_fingerprint(part) for part in parts] if len(parts) > 1 else []
+        contents = [checkpoint_fingerprint(part, cache_folder) for part in parts] if len(parts) > 1 else []
         if not any(contents):
             return {}
         return {"parts": [content or {"id": part} for part, content in zip(parts, contents, strict=True)]}
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        entry: dict[str, Any] = {"size": path.stat().st_size}
-        if path.name == "config.json" or entry["size"] < HASHED_BYTES:
-            entry["sha256"] = hash_file(path)
-        files[relative.as_posix()] = entry
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            files[relative.as_posix()] = {"size": path.stat().st_size, "sha256": _hash(path, cache_folder)}
     return {"files": files}
 
 
 def model_fingerprint(path: str, cache_folder: Path) -> dict[str, Any]:
-    """Return {"files": {path: SHA-256}} of a trained model's folder: two of them differ in nothing but their weights' bytes.
-
-    Hashes are cached in `cache_folder` under each file's path, size and modification time.
-    """
+    """Return {"files": {path: SHA-256}} of a trained model's folder."""
     folder = Path(path)
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = file.stat()
-        state = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        cache = _Cache(cache_folder, {"model": str(file.absolute())}, state)
-        known = cache.read()
-        if known is None:
-            known = {"sha256": hash_file(file)}
-            if stat.st_size > HASHED_BYTES:
-                cache.write(known)
-        files[file.relative_to(folder).as_posix()] = known["sha256"]
-    return {"files": files}
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {"files": {file.relative_to(folder).as_posix(): _hash(file, cache_folder) for file in files}}
+
+
+def _hash(path: Path, cache_folder: Path) -> str:
+    """SHA-256 of a file, read once for each state of it."""
+    stat = path.stat()
+    if stat.st_size < CACHED_BYTES:
+        return hash_file(path)
+    cache = _Cache(cache_folder, {"file": str(path.absolute())}, {"stat": _state(stat)})
+    known = cache.read()
+    if known is None:
+        if stat.st_size >= TOLD_BYTES:
+            log.warning(
+                "reading %s (%.1f GB) to tell it from others; the next plan will know it", path, stat.st_size / 1e9
+            )
+        known = {"sha256": hash_file(path)}
+        cache.write(known)
+    return str(known["sha256"])
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    """What changes when a file is written or replaced."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 class _Cache:
@@ -145,19 +160,30 @@ class _Cache:
     def read(self) -> dict[str, Any] | None:
         """What was cached for the state as it is now; a damaged or foreign cache file counts as none."""
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
+            checksum, _, text = self.path.read_bytes().partition(b"\n")
+            if checksum.decode() != hashlib.sha256(text).hexdigest():
+                return None
+            record = json.loads(text)
         except (OSError, ValueError):
             return None
         if not isinstance(record, dict) or record.get("key") != self.key:
             return None
         with contextlib.suppress(OSError):  # of a store that can only be read
             os.utime(self.path)  # it was of use: `store gc` deletes what was not for long
-        return record["value"]
+        return dict(record["value"])
 
     def write(self, value: dict[str, Any]) -> None:
-        """Replace the cache file, so that another process never reads half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps({"key": self.key, "value": value}), durable=False)
+        """Replace the cache file, so that another process never reads half of it.
+
+        Where the store cannot be written there is no cache, and all is read anew each time: planning needs none.
+        """
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"key": self.key, "value": value}).encode()
+            write_atomic(self.path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text, durable=False)
+        except DiskError as error:
+            log.info("not cached: %s", error)
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -171,8 +197,7 @@ def _source_cache(annotations: Path, source: SourceSpec, folder: Path) -> _Cache
         raise DataError(f"annotation file {annotations}: not found ({error.strerror}). {hint}") from error
     where = {"path": str(annotations.absolute()), "images": source.images, "limit": source.limit}
     where |= {} if source.format == "llava" else {"layout": source.format}
-    state = {"size": sum(stat.st_size for stat in stats), "mtime_ns": max(stat.st_mtime_ns for stat in stats)}
-    return _Cache(folder, where, state)
+    return _Cache(folder, where, {"stat": list(map(_state, stats))})
 
 
 def _files(annotations: Path) -> list[Path]:
@@ -208,19 +233,48 @@ def _is_path(name: Any) -> TypeGuard[str]:
     return isinstance(name, str) and not is_embedded(name) and not name.startswith("data:")
 
 
-def _listing(root: Path, paths: Sequence[str]) -> dict[str, Any]:
-    """Digest of (path, size) of all images, and those that are missing. Nothing is opened, whatever the paths name."""
-    state = hashlib.sha256()
-    missing = []
-    for path in paths:
-        try:
-            size = os.stat(root / path).st_size  # noqa: PTH116 - a million calls, and pathlib's are three times slower
-        except (OSError, ValueError):
-            size = -1
-            missing.append(path)
-        state.update(json.dumps([path, size]).encode() + b"\n")
+def _listing(root: Path, paths: Sequence[str], cache_folder: Path) -> dict[str, Any]:
+    """Digest of (path, size, content) of all images, and those that are missing.
+
+    What the paths name is only read where it is a regular file; they are no promise of an image, nor of one below `root`.
+    """
+    cache = _Cache(cache_folder, {"images": str(root), "of": digest(list(paths))}, {})
+    known = cache.read() or {}
+    with ThreadPoolExecutor(_READERS) as threads:
+        states = list(threads.map(lambda path: _look_up(root, path, known.get(path)), paths, chunksize=256))
+    found = dict(zip(paths, states, strict=True))
+    if found != known:
+        cache.write(found)
+    listing = hashlib.sha256()
+    missing = [path for path, state in found.items() if state is None]
+    for path, state in found.items():
+        line = [path, -1, ""] if state is None else [path, state[0], state[3]]
+        listing.update(json.dumps(line).encode() + b"\n")
     counts = {"num_images": len(paths), "missing": missing[:MISSING_SHOWN], "num_missing": len(missing)}
-    return {"images": state.hexdigest(), **counts}
+    return {"images": listing.hexdigest(), **counts}
+
+
+def _look_up(root: Path, path: str, known: list[Any] | None) -> list[Any] | None:
+    """Size, modification time, inode and content of an image, or None if there is none; read only if it changed."""
+    where = f"{root}/{path}"
+    try:
+        stat = os.stat(where)  # noqa: PTH116 - a million calls, and pathlib's are three times slower
+        state = _state(stat)
+        if known is not None and known[:3] == state:
+            return known
+        return [*state, _edges(where, stat) if S_ISREG(stat.st_mode) else ""]
+    except (OSError, ValueError):
+        return None
+
+
+def _edges(path: str, stat: os.stat_result) -> str:
+    """32 digits of the SHA-256 of a file's first and last EDGE_BYTES, or of all of a small one."""
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        content = file.read(2 * EDGE_BYTES) if stat.st_size <= 2 * EDGE_BYTES else file.read(EDGE_BYTES)
+        if stat.st_size > 2 * EDGE_BYTES:
+            file.seek(-EDGE_BYTES, os.SEEK_END)
+            content += file.read(EDGE_BYTES)
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks

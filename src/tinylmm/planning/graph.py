@@ -26,6 +26,11 @@ LOCAL_FOLDER = "(local folder)"
 """Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
 
+ANY_POLICY = {"on_bad": "fail", "max_bad": 0}
+"""Stands in every source's identity: what is done about bad records decides whether a run goes on, not what is read of the
+good ones. `planning/planner.py` holds reused stages to the policy asked for."""
+
+
 class Fingerprints(Protocol):
     """Identity by content of files outside the store; `planning/planner.py` has the real one."""
 
@@ -107,9 +112,9 @@ class _Builder:
                 spec = self._from_model()
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            spec |= _dump(stage, exclude={"start", "data", "template"})
+            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped"})
             spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
-            located = self._mix(name, stage, tokenizer, spec, parents)
+            located = self._mix(name, stage, tokenizer, spec, parents) | {"max_dropped": stage.max_dropped}
             trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
         self._evaluations(trained)
         return self.graph
@@ -188,8 +193,12 @@ class _Builder:
         source: SourceSpec = data.sources[name]
         optional = {"follow_links", "orientation"} - source.model_dump(exclude_defaults=True).keys()
         if data.build is not None:
-            return {"file": source.annotations} | _dump(source, exclude={"annotations", "how_to_get", *optional})
-        fields = _dump(source, exclude={"annotations", "images", "how_to_get", *optional})
+            return (
+                {"file": source.annotations}
+                | _dump(source, exclude={"annotations", "how_to_get", *optional})
+                | ANY_POLICY
+            )
+        fields = _dump(source, exclude={"annotations", "images", "how_to_get", *optional}) | ANY_POLICY
         return fields | {"content": self.fingerprints.source(data, name)}
 
     def _data_parent(self, data: DataSpec) -> dict[str, str]:

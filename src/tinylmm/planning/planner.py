@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.config.attention import FLASH, no_flash
-from tinylmm.config.hub import unknown_numbers
+from tinylmm.config.hub import pad_token_fault, unknown_numbers, unpinned
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
-from tinylmm.errors import DataError
+from tinylmm.config.weight_files import check_weights
+from tinylmm.errors import ConfigError, DataError
 from tinylmm.evaluation.benchmarks.registry import check_evaluation, get_benchmark
 from tinylmm.planning.fingerprints import (
     benchmark_fingerprint,
@@ -21,7 +22,8 @@ from tinylmm.planning.fingerprints import (
     source_fingerprint,
 )
 from tinylmm.planning.graph import StageGraph, build_graph
-from tinylmm.planning.specs import Content
+from tinylmm.planning.specs import Content, StageSettings
+from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import StoreLayout
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
@@ -49,23 +51,72 @@ class RunPlan:
     missing: list[Missing] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     """What cannot be known before the run starts, a sentence each."""
+    warnings: list[str] = field(default_factory=list)
+    """What the user may not have meant, a sentence each."""
 
 
 def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
     """Build the run's graph; files that are missing are listed, not raised.
 
     Raises:
-        DataError: an annotation file is there but unreadable.
+        DataError: an annotation file is there but unreadable, or the store's samples leave out more bad records than
+            the run allows.
         ConfigError: a benchmark cannot be asked like this, or a stage cannot compute with the attention asked for.
     """
     for key, evaluation in run.eval.items():
         check_evaluation(key, evaluation, run.trust)
-    files = _Files(StoreLayout(run.store).cache / "fingerprints", run.trust)
+    files = _Files(StoreLayout(run.store).fingerprints, run.trust)
     graph = build_graph(run, files)
     _refuse_attention(run, graph)
+    _refuse_left_out(run, graph)
+    if fault := pad_token_fault(run.llm):
+        raise ConfigError([fault])
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
-    return RunPlan(name, list(overrides), run, graph, files.missing, unknown)
+    return RunPlan(name, list(overrides), run, graph, files.missing, unknown, _warnings(run))
+
+
+def _warnings(run: RunSpec) -> list[str]:
+    """Weights that are whatever the hub has at that moment, and samples that are longer than the LLM was trained on."""
+    found = [sentence for role in ("llm", "vision_tower") if (sentence := unpinned(role, getattr(run, role)))]
+    limit = run.llm.architecture.get("max_position_embeddings")
+    for name, stage in run.recipe.stages.items():
+        if isinstance(limit, int) and stage.max_length > limit:
+            found.append(
+                f"recipe.stages.{name}.max_length={stage.max_length} is more than the {limit} positions that "
+                f"{run.llm.name} was trained on (max_position_embeddings): longer samples are read worse, or not at all."
+            )
+    return found
+
+
+def _refuse_left_out(run: RunSpec, graph: StageGraph) -> None:
+    """Hold what the store has to what this run allows to be left out: another run may have allowed more.
+
+    Raises:
+        DataError: more bad records, or more samples that are too long, were left out.
+    """
+    store = Store(run.store)
+    for stage in graph:
+        if stage.kind not in ("prepare", "train") or not store.is_complete(stage):
+            continue
+        settings = StageSettings.model_validate(stage.settings)
+        summary = read_manifest(store.folder(stage))["summary"]
+        if stage.kind == "prepare" and settings.location is not None:
+            source, skipped = settings.location.source, summary.get("skipped", 0)
+            if skipped > source.allowed:
+                raise DataError(
+                    f"{stage.name}: {store.folder(stage)} was prepared without {skipped} bad records (its report.json lists "
+                    f"them), and {source.allowed} are allowed (on_bad={source.on_bad}). Set on_bad=skip and max_bad={skipped} "
+                    "on the source to go on without them, or correct them."
+                )
+        elif stage.kind == "train" and "data" in summary:
+            samples, dropped = summary["data"]["samples"], summary["data"]["dropped"]
+            if dropped > settings.max_dropped * (samples + dropped):
+                raise DataError(
+                    f"{stage.name}: {store.folder(stage)} was trained without {dropped:,} of {samples + dropped:,} samples, "
+                    f"which max_length leaves no token to learn, and {settings.max_dropped:.1%} may be left out (max_dropped). "
+                    f"Raise recipe.stages.{stage.name}.max_length or its max_dropped."
+                )
 
 
 def _refuse_attention(run: RunSpec, graph: StageGraph) -> None:
@@ -129,6 +180,7 @@ def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
         "stages": stages,
         "totals": totals,
         "unknown": list(dict.fromkeys(sentence for plan in plans for sentence in plan.unknown)),
+        "warnings": list(dict.fromkeys(sentence for plan in plans for sentence in plan.warnings)),
         "missing": [{"what": m.what, "looked_at": m.looked_at, "how_to_get": m.how_to_get} for m in missing.values()],
     }
 
@@ -155,10 +207,16 @@ class _Files:
         return self._once("benchmark", str(spec), lambda: self._benchmark(spec))
 
     def checkpoint(self, path_or_id: str) -> Content:
-        return self._once("checkpoint", path_or_id, lambda: checkpoint_fingerprint(path_or_id))
+        return self._once("checkpoint", path_or_id, lambda: self._checkpoint(path_or_id))
 
     def model(self, folder: str) -> Content:
         return self._once("model", folder, lambda: model_fingerprint(folder, self.cache))
+
+    def _checkpoint(self, path_or_id: str) -> Content:
+        for name in path_or_id.split("+"):
+            if Path(name).is_dir():
+                check_weights(Path(name))
+        return checkpoint_fingerprint(path_or_id, self.cache)
 
     def _once(self, kind: str, key: str, read: Callable[[], Content]) -> Content:
         if (kind, key) not in self._known:

@@ -170,6 +170,11 @@ class LocatedSource(Recorded):
     orientation: Literal["ignore", "apply"] = "ignore"
     how_to_get: str = ""
 
+    @property
+    def allowed(self) -> int:
+        """How many bad records may be left out."""
+        return self.max_bad if self.on_bad == "skip" else 0
+
 
 class Location(Recorded):
     """Where a stage reads: a source below `root`, or below the data stage's output where `root` is None."""
@@ -189,6 +194,8 @@ class StageSettings(Recorded):
     trust: tuple[str, ...] = ()
     folders: dict[str, str] = Field(default_factory=dict)
     """Role -> local folder of published weights; `from` is the model that a recipe starts from."""
+    max_dropped: float = 1.0
+    """Of a training: the share of its samples that `max_length` may leave nothing of."""
     location: Location | None = None
     locations: tuple[Location, ...] | None = None
     """Of a mixture's sources, in its order."""

@@ -92,6 +92,7 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
         notes.append(f"Stage {row.name} ({row.key}) has been deleted from the store; the command below makes it again.")
         folder = None
     manifest = read_json(folder / MANIFEST_FILE) if folder and (folder / MANIFEST_FILE).exists() else {}
+    notes += [f"Stage {row.name}: {remark}." for remark in manifest.get("summary", {}).get("remarks", ())]
     error_file = work / ERROR_FILE
     error = error_file.read_text(encoding="utf-8", errors="replace") if error_file.exists() else None
     return StageReport(

@@ -23,6 +23,7 @@ from tinylmm.models.build import load_tokenizer
 from tinylmm.planning.fingerprints import checkpoint_fingerprint
 from tinylmm.planning.graph import StageGraph, build_graph
 from tinylmm.planning.specs import Content, PrepareStage, StageSettings
+from tinylmm.store.layout import StoreLayout
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
@@ -119,7 +120,7 @@ class RunData:
         Raises:
             UserError: the tokenizer is not to be had, or does not fit the stage's template.
         """
-        graph = build_graph(self.run, _Checkpoints())
+        graph = build_graph(self.run, _Checkpoints(StoreLayout(self.run.store).fingerprints))
         prepare = next(stage for stage in graph if stage.kind == "prepare" and _is_of(stage, stage_name))
         parents = {role: self._output(graph, digest) for role, digest in prepare.parents.items() if role == "tokenizer"}
         spec = PrepareStage.model_validate(prepare.spec)
@@ -160,7 +161,7 @@ class RunData:
     def _root(self) -> Path:
         if self.run.data.root is not None:
             return Path(self.run.data.root).absolute()
-        graph = build_graph(self.run, _Checkpoints())
+        graph = build_graph(self.run, _Checkpoints(StoreLayout(self.run.store).fingerprints))
         digest = next(stage.parents["data"] for stage in graph if stage.kind == "prepare")
         return self._output(graph, digest)
 
@@ -177,6 +178,9 @@ class RunData:
 class _Checkpoints:
     """Fingerprints of local checkpoints alone: nothing here depends on what the data is, and it may be large."""
 
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
     def source(self, data: DataSpec, name: str) -> Content:
         return {}
 
@@ -184,7 +188,7 @@ class _Checkpoints:
         return {}
 
     def checkpoint(self, path_or_id: str) -> Content:
-        return checkpoint_fingerprint(path_or_id)
+        return checkpoint_fingerprint(path_or_id, self.cache)
 
     def model(self, folder: str) -> Content:
         return {}

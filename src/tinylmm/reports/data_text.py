@@ -71,6 +71,11 @@ def verdict(check: SourceCheck) -> str:
         return f"cannot be trained on: {check.problem}"
     if check.faults:
         return f"{len(check.faults):,} of {check.records:,} records cannot be used."
+    if check.too_long:
+        return (
+            f"at least {check.too_long:,} of {check.samples:,} samples would be left out: max_length={check.max_length} leaves "
+            f"them no token to learn, images counted as one token each ({check.max_dropped:.1%} may be left out: max_dropped)."
+        )
     return f"all {check.records:,} records can be used."
 
 

@@ -161,7 +161,7 @@ class RunReport:
         record: what run.json says.
         stages: its stages, with what their folders hold.
         examples: benchmark -> a balanced choice of its questions, answered by the last evaluated model.
-        notes: what is missing from the store, in words.
+        notes: what is missing from the store, and what stages left out, in words.
     """
 
     record: RunRecord

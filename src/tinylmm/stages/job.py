@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 from tinylmm.config.identities import Recorded
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.specs import Location, StageSettings
+from tinylmm.store.claims import require_claim
 from tinylmm.store.layout import JOB_FILE, METRICS_FILE, OUTPUT_FOLDER
 from tinylmm.training.metrics import MetricsFile
 
@@ -33,6 +34,7 @@ class StageJob(Generic[Spec]):
         settings: how to run it; decides no result.
         folder: the work folder; everything that shall be kept goes to `output`.
         store: root of the store, for features that stages share.
+        claim: token of the claim under which this is done; empty outside a run.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class StageJob(Generic[Spec]):
     settings: StageSettings
     folder: Path
     store: Path
+    claim: str = ""
 
     @property
     def output(self) -> Path:
@@ -66,6 +69,15 @@ class StageJob(Generic[Spec]):
         """The folder that a location's paths are below: its own, or the data stage's output."""
         return self.parents["data"] if location.root is None else Path(location.root)
 
+    def require_claim(self) -> None:
+        """Look whether the stage is still this run's to work on.
+
+        Raises:
+            ClaimLostError: another process has taken it over.
+        """
+        if self.claim:
+            require_claim(self.store, self.folder.name, self.claim)
+
     def write(self) -> None:
         """Write `job.json` into the work folder."""
         record = {
@@ -76,6 +88,7 @@ class StageJob(Generic[Spec]):
             "parents": {role: str(path) for role, path in self.parents.items()},
             "settings": self.settings.as_json(),
             "store": str(self.store),
+            "claim": self.claim,
         }
         (self.folder / JOB_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -89,6 +102,7 @@ def make_job(
     settings: dict[str, Any],
     folder: Path,
     store: Path,
+    claim: str = "",
 ) -> StageJob[Any]:
     """Return the job of a stage whose spec and settings are JSON.
 
@@ -96,7 +110,7 @@ def make_job(
         pydantic.ValidationError: they are not those of the kind.
     """
     typed = KINDS[kind].spec.model_validate(spec)
-    return StageJob(kind, name, digest, typed, parents, StageSettings.model_validate(settings), folder, store)
+    return StageJob(kind, name, digest, typed, parents, StageSettings.model_validate(settings), folder, store, claim)
 
 
 def read_job(folder: Path) -> StageJob[Any]:

@@ -11,14 +11,14 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from multiprocessing.pool import Pool
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import datasets
 import pyarrow as pa
@@ -29,16 +29,21 @@ from tinylmm.data.chat import ChatTemplate, Rendered, get_template
 from tinylmm.data.image_names import embedded_path, is_embedded
 from tinylmm.data.images import check_image, relative_name, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
-from tinylmm.errors import DataError
+from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import load_tokenizer
 from tinylmm.planning.specs import PrepareStage
+from tinylmm.stages.chunks import Chunk, ChunkFolder
 from tinylmm.stages.job import StageJob
+from tinylmm.stop import belong_to, stop_requested
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FAULTS_SHOWN = 20
 CHUNK = 4096
 """Records in memory at a time."""
+AT_ONCE = 32
+"""Records or images that a process takes at a time."""
 SERIAL_BELOW = 2000
 """So few records are done sooner in this process than in others that must start first."""
 
@@ -80,10 +85,23 @@ class _Tally:
     samples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    chunks: int = 0
+
+    def add(self, chunk: Chunk, ids: Iterable[str]) -> None:
+        """Count one more chunk, of records with these ids."""
+        self.ids.update(ids)
+        self.bad += chunk.bad
+        self.checked |= chunk.checked
+        self.samples += len(chunk.rows)
+        self.tokens += chunk.tokens
+        self.supervised_tokens += chunk.supervised_tokens
+        self.chunks += 1
 
 
 def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
     """Write `output/samples` (a `datasets` folder) and `output/report.json`; return counts for the manifest.
+
+    Chunks of records that an earlier try has finished are not done again.
 
     Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the
     source's image folder, or names of embedded ones, which become files below `output/embedded`. Nothing is cut here,
@@ -93,6 +111,7 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
         DataError: the annotation file cannot be read, or more records are bad than `on_bad` and `max_bad` allow; the
             message lists up to FAULTS_SHOWN of them.
         UserError: the tokenizer cannot be loaded or does not fit the template.
+        StoppedError: a stop was asked for.
     """
     source = _source(job)
     renderer = _Renderer(
@@ -102,13 +121,13 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
         source.follow_links,
         job.output / EMBEDDED_FOLDER,
     )
-    shutil.rmtree(renderer.embedded, ignore_errors=True)
     scratch = job.folder / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed try has left
-    scratch.mkdir()
+    kept = ChunkFolder(scratch / f"chunks-of-{CHUNK}", FEATURES.arrow_schema)
     tally = _Tally()
-    _write_rows(scratch / "rows.arrow", _chunks(source, renderer, tally, job.settings.launch.num_workers))
+    _prepare(source, renderer, tally, kept, job.settings.launch.num_workers)
+    renderer.drop(name for name, fault in tally.checked.items() if fault is not None)
     _enforce_policy(source, tally)
+    _write_rows(scratch / "rows.arrow", kept.tables(tally.chunks))
     _publish(scratch / "rows.arrow", job)
     shutil.rmtree(scratch)
     return _report(job, tally)
@@ -116,13 +135,14 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
 
 def _source(job: StageJob[PrepareStage]) -> _Source:
     spec = job.spec.source
-    policy = (spec.format, spec.limit, spec.on_bad, spec.max_bad)
+    (location,) = job.locations
+    source = location.source
+    policy = (spec.format, spec.limit, source.on_bad, source.max_bad)
     if "data" in job.parents:
         assert spec.file is not None  # of a data stage's output, sources are identified by their file
         folder = job.parents["data"]
         return _Source(folder / spec.file, folder / spec.images, *policy, "", spec.follow_links)
-    (location,) = job.locations
-    root, source = job.root_of(location), location.source
+    root = job.root_of(location)
     assert source.annotations is not None
     return _Source(root / source.annotations, root / source.images, *policy, source.how_to_get, spec.follow_links)
 
@@ -157,7 +177,7 @@ class _Renderer:
             return record
         for name, data in record.embedded.items():
             path = embedded_path(self.embedded, name)
-            if not path.exists():
+            if not path.exists() or path.read_bytes() != data:  # a kill or a power cut leaves half a file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
         return replace(record, embedded={})
@@ -165,15 +185,19 @@ class _Renderer:
     def render(self, sample: Sample) -> Rendered:
         return self.template.render(sample.turns, self.tokenizer, sample.system)
 
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget embedded images that have a fault."""
+        for name in filter(is_embedded, names):
+            embedded_path(self.embedded, name).unlink(missing_ok=True)
+
     def image_fault(self, name: str) -> str | None:
-        """What is wrong with an image, or None; an embedded one with a fault is not kept."""
+        """What is wrong with an image, or None."""
         path = embedded_path(self.embedded, name) if is_embedded(name) else None
         try:
             check_image(safe_path(self.images, name, self.follow_links) if path is None else path)
         except DataError as error:
             if path is None:
                 return str(error)
-            path.unlink()
             return f"the embedded image {name[:20]}: {str(error).removeprefix(f'{path}: ')}"
         return None
 
@@ -182,8 +206,9 @@ _worker: _Renderer
 """In a worker process: its own copy of the renderer."""
 
 
-def _start_worker(renderer: _Renderer) -> None:
+def _start_worker(renderer: _Renderer, parent: int) -> None:
     global _worker
+    belong_to(parent)
     _worker = renderer
 
 
@@ -208,21 +233,21 @@ class _InProcess:
         self.renderer = renderer
 
     def render(self, samples: list[Sample]) -> list[Rendered]:
-        return [self.renderer.render(sample) for sample in samples]
+        return [self.renderer.render(sample) for sample in _until_stop(samples)]
 
     def image_faults(self, paths: list[str]) -> list[str | None]:
-        return [self.renderer.image_fault(path) for path in paths]
+        return [self.renderer.image_fault(path) for path in _until_stop(paths)]
 
 
 class _InPool:
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
         self.pool = pool
 
     def render(self, samples: list[Sample]) -> list[Rendered]:
-        return self.pool.map(_render_in_worker, samples)
+        return list(_until_stop(self.pool.map(_render_in_worker, samples, chunksize=AT_ONCE)))
 
     def image_faults(self, paths: list[str]) -> list[str | None]:
-        return self.pool.map(_image_fault_in_worker, paths)
+        return list(_until_stop(self.pool.map(_image_fault_in_worker, paths, chunksize=AT_ONCE)))
 
 
 @contextmanager
@@ -231,46 +256,75 @@ def _workers(renderer: _Renderer, processes: int) -> Iterator[_Workers]:
         yield _InProcess(renderer)
         return
     # spawn: a fork would copy the locks of torch's and the tokenizer's threads in whatever state they are
-    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (renderer,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (renderer, os.getpid()))
+    try:
         yield _InPool(pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _chunks(source: _Source, renderer: _Renderer, tally: _Tally, num_workers: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the good rows, chunk by chunk in file order, and note everything else in `tally`."""
+def _until_stop(things: Iterable[T]) -> Iterator[T]:
+    """Yield things until a stop is asked for.
+
+    Raises:
+        StoppedError: it is.
+    """
+    for thing in things:
+        if stop_requested():
+            raise StoppedError("stopped while preparing samples; the same command continues from there")
+        yield thing
+
+
+def _prepare(source: _Source, renderer: _Renderer, tally: _Tally, kept: ChunkFolder, num_workers: int) -> None:
+    """Make the chunks of the file, in its order, and count them in `tally`; those that are kept already are read."""
     read = islice(read_samples(source.annotations, source.format), source.limit)
-    records = enumerate(renderer.store(record) for record in read)
+    records = enumerate(renderer.store(record) for record in _until_stop(read))
     chunk = list(islice(records, CHUNK))
     with _workers(renderer, num_workers if len(chunk) >= SERIAL_BELOW else 1) as workers:
         while chunk:
-            samples = [(index, record) for index, record in chunk if isinstance(record, Sample)]
-            tally.bad += [record for _, record in chunk if isinstance(record, BadRecord)]
-            tally.ids.update(record.sample_id for _, record in chunk)
-            named = dict.fromkeys(path for _, sample in samples for path in sample.images)
-            new = [path for path in named if path not in tally.checked]
-            tally.checked.update(zip(new, workers.image_faults(new), strict=True))
-            rendered = workers.render([sample for _, sample in samples])
-            yield [
-                _row(sample, ids_and_labels)
-                for (index, sample), ids_and_labels in zip(samples, rendered, strict=True)
-                if _is_good(index, sample, ids_and_labels, tally)
-            ]
+            done = kept.read(tally.chunks)
+            if done is None or done.records != len(chunk):
+                done = _make_chunk(chunk, workers, tally.checked)
+                kept.write(tally.chunks, done)
+            tally.add(done, (record.sample_id for _, record in chunk))
             chunk = list(islice(records, CHUNK))
     tally.bad.sort(key=lambda bad: bad.index)
 
 
-def _is_good(index: int, sample: Sample, rendered: Rendered, tally: _Tally) -> bool:
-    """Count a rendered sample, as good or as bad."""
-    faults = [fault for path in sample.images if (fault := tally.checked[path]) is not None]
-    supervised = len(rendered.labels) - rendered.labels.count(IGNORE_INDEX)
-    if not supervised:
+def _make_chunk(
+    records: list[tuple[int, Sample | BadRecord]], workers: _Workers, checked: dict[str, str | None]
+) -> Chunk:
+    """Check and render some records, each with its place in the file; images that were `checked` are not looked at again."""
+    samples = [(index, record) for index, record in records if isinstance(record, Sample)]
+    named = dict.fromkeys(path for _, sample in samples for path in sample.images)
+    new = [path for path in named if path not in checked]
+    faults = dict(zip(new, workers.image_faults(new), strict=True))
+    known = ChainMap(faults, checked)
+    rendered = workers.render([sample for _, sample in samples])
+    bad = [record for _, record in records if isinstance(record, BadRecord)]
+    good: list[tuple[Sample, Rendered]] = []
+    for (index, sample), ids_and_labels in zip(samples, rendered, strict=True):
+        fault = _fault(sample, ids_and_labels, known)
+        if fault is None:
+            good.append((sample, ids_and_labels))
+        else:
+            bad.append(BadRecord(index, sample.sample_id, fault))
+    rows = pa.Table.from_pylist([_row(*one) for one in good], schema=FEATURES.arrow_schema)
+    tokens = sum(len(ids_and_labels.input_ids) for _, ids_and_labels in good)
+    return Chunk(rows, len(records), bad, faults, tokens, sum(_supervised(one) for _, one in good))
+
+
+def _fault(sample: Sample, rendered: Rendered, checked: Mapping[str, str | None]) -> str | None:
+    """Why a rendered sample cannot be used, or None."""
+    faults = [fault for path in sample.images if (fault := checked[path]) is not None]
+    if not _supervised(rendered):
         faults.append("no token of it would be trained on")
-    if faults:
-        tally.bad.append(BadRecord(index, sample.sample_id, " ".join(dict.fromkeys(faults))))
-        return False
-    tally.samples += 1
-    tally.tokens += len(rendered.input_ids)
-    tally.supervised_tokens += supervised
-    return True
+    return " ".join(dict.fromkeys(faults)) or None
+
+
+def _supervised(rendered: Rendered) -> int:
+    return len(rendered.labels) - rendered.labels.count(IGNORE_INDEX)
 
 
 def _row(sample: Sample, rendered: Rendered) -> dict[str, Any]:
@@ -298,12 +352,11 @@ def _enforce_policy(source: _Source, tally: _Tally) -> None:
         raise DataError(f"{source.annotations}: no usable record among {sum(tally.ids.values())}. Check the file.")
 
 
-def _write_rows(path: Path, chunks: Iterator[list[dict[str, Any]]]) -> None:
+def _write_rows(path: Path, tables: Iterator[pa.Table]) -> None:
     """Stream rows to an Arrow file, so that memory does not grow with the data set."""
-    schema = FEATURES.arrow_schema
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for rows in chunks:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, FEATURES.arrow_schema) as writer:
+        for table in tables:
+            writer.write_table(table)
 
 
 def _publish(rows: Path, job: StageJob[PrepareStage]) -> None:
@@ -333,4 +386,6 @@ def _report(job: StageJob[PrepareStage], tally: _Tally) -> dict[str, Any]:
     log.info("prepared %(samples)d samples with %(images)d images, %(tokens)d tokens; skipped %(skipped)d", summary)
     if summary["duplicates"]:
         log.warning("%d records repeat an id; all of them are used", summary["duplicates"])
-    return summary | {"skipped_records": skipped[:FAULTS_SHOWN]}
+    remark = f"{len(skipped):,} records are left out as bad; {job.output / 'report.json'} lists them"
+    remarks = {"remarks": [remark]} if skipped else {}
+    return summary | {"skipped_records": skipped[:FAULTS_SHOWN]} | remarks

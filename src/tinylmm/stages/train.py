@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
@@ -24,6 +28,7 @@ from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.prepare import EMBEDDED_FOLDER
+from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
@@ -60,7 +65,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     model.to(device)
     model.set_attention(attention)
     images = _Images(job, loaded)
-    samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length)
+    samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length, job.settings.max_dropped)
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -68,15 +73,19 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    with wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name):
+    with (
+        uninterrupted(),
+        _no_reader_left(),
+        wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name),
+    ):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.args.max_steps}; the same command continues from there"
         )
     set_timeout(launch.save_timeout_s)
-    state = trainer.full_state(frozen)
-    with waiting("the trained model to be written"):
+    with uninterrupted(), waiting("the trained model to be written"):
+        state = trainer.full_state(frozen)
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
             save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
@@ -90,7 +99,29 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "world_size": world_size(),
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
+        **({"remarks": [samples.report.left_out(spec.max_length)]} if samples.report.dropped else {}),
+        **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
+
+
+def _commits(loaded: LoadedModel) -> dict[str, str]:
+    """Commits of the hub repositories that weights were read from, as transformers resolved them."""
+    model = loaded.model
+    configs = {"llm": model.config, "vision_tower": cast(PreTrainedModel, model.vision_tower.encoder).config}
+    found = {part: getattr(config, "_commit_hash", None) for part, config in configs.items()}
+    return {part: commit for part, commit in found.items() if commit}
+
+
+@contextmanager
+def _no_reader_left() -> Iterator[None]:
+    """Kill what the block started to read samples and is still there: it heeds no gentler signal, and Python would wait."""
+    before = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        for child in multiprocessing.active_children():
+            if child not in before:
+                child.kill()
 
 
 def build_trainer(

@@ -19,6 +19,8 @@ from types import TracebackType
 
 from filelock import FileLock
 
+from tinylmm.errors import ClaimLostError, StoppedError
+from tinylmm.stop import stop_requested
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
 from tinylmm.store.provenance import Process, ended_with_boot, is_running, now, this_process
@@ -50,7 +52,7 @@ class Claim:
 
     Attributes:
         key: folder name of the stage in the store.
-        lost: set by the heartbeat when another process has taken the claim (this one was silent for a minute).
+        token: what tells this claim from every other one; empty while it is not held.
 
     Two claims in one process exclude each other too, so threads can use them; a claim is not re-entrant.
     """
@@ -63,7 +65,6 @@ class Claim:
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
         self.key = key
-        self.lost = False
         self._path = _owner_file(store_root, key)
         self._on_wait = on_wait
         self._heartbeat_seconds = heartbeat_seconds
@@ -80,6 +81,8 @@ class Claim:
                 log.info("%s is being worked on by %s; waiting", self.key, describe(owner))
                 if self._on_wait is not None:
                     self._on_wait(owner)
+            if stop_requested():
+                raise StoppedError(f"stopped while waiting for {describe(owner)}; the same command continues")
             time.sleep(pause)
             pause = min(pause * POLL_GROWTH, LAST_POLL_SECONDS)
         return self
@@ -100,7 +103,6 @@ class Claim:
                 log.warning("%s: taking over the claim of %s, which is gone", self.key, describe(present))
             self._owner = Owner(**vars(this_process()), since=now(), token=secrets.token_hex(8))
             self._stop.clear()
-            self.lost = False
             try:
                 write_atomic(self._path, json.dumps(vars(self._owner), indent=1))
                 self._thread = threading.Thread(target=self._beat, name=f"claim-{self.key}", daemon=True)
@@ -125,7 +127,6 @@ class Claim:
         while not self._stop.wait(self._heartbeat_seconds):
             try:
                 if not self._is_ours():
-                    self.lost = True
                     log.error("%s: this process lost its claim: it was silent for too long", self.key)
                     return
                 os.utime(self._path)
@@ -135,8 +136,11 @@ class Claim:
                 log.warning("%s: heartbeat failed (%s)", self.key, error)
 
     def _is_ours(self) -> bool:
-        owner = _read_owner(self._path)
-        return owner is not None and owner.token == self._owner.token
+        return _holds(self._path, self.token)
+
+    @property
+    def token(self) -> str:
+        return self._owner.token
 
 
 def claim(store_root: Path, key: str, on_wait: Callable[[Owner], None] | None = None) -> Claim:
@@ -148,6 +152,29 @@ def claim(store_root: Path, key: str, on_wait: Callable[[Owner], None] | None = 
         on_wait: called once for each owner that is waited for.
     """
     return Claim(store_root, key, on_wait)
+
+
+def require_claim(store_root: Path, key: str, token: str) -> None:
+    """Look whether a claim still holds: to be called before each write, as a process that was silent cannot know.
+
+    Args:
+        store_root: the store.
+        key: folder name of the stage.
+        token: of the claim under which the stage is worked on, here or by the process that started this one.
+
+    Raises:
+        ClaimLostError: somebody else has it.
+    """
+    try:
+        if _holds(_owner_file(store_root, key), token):
+            return
+    except OSError as error:  # a network file system may falter; the heartbeat sees to that
+        log.warning("%s: the claim cannot be read (%s)", key, error)
+        return
+    raise ClaimLostError(
+        f"{key}: another process took this stage over while this one was silent for a minute; its result is left to "
+        "that process"
+    )
 
 
 def held(store_root: Path, key: str) -> Owner | None:
@@ -164,6 +191,11 @@ def describe(owner: Owner) -> str:
 
 def _owner_file(store_root: Path, key: str) -> Path:
     return StoreLayout(Path(store_root)).claim(key)
+
+
+def _holds(path: Path, token: str) -> bool:
+    owner = _read_owner(path)
+    return owner is not None and owner.token == token
 
 
 def _lock(owner_file: Path) -> FileLock:

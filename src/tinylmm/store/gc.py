@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinylmm.errors import IntegrityError
+from tinylmm.errors import DiskError, IntegrityError
 from tinylmm.store.claims import Claim, describe, held
+from tinylmm.store.disk import FULL, has_no_room
 from tinylmm.store.integrity import check_files, check_folder, read_manifest
 from tinylmm.store.layout import (
     DAMAGED_FOLDER,
@@ -133,8 +134,14 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Un
 def discard(root: Path, path: Path) -> None:
     """Delete a folder or file so that nobody ever meets half of it under its own name."""
     trash = StoreLayout(root).trash
-    trash.mkdir(parents=True, exist_ok=True)
-    remove(path.rename(trash / f"{path.name}-{secrets.token_hex(4)}"))
+    try:
+        trash.mkdir(parents=True, exist_ok=True)
+        path = path.rename(trash / f"{path.name}-{secrets.token_hex(4)}")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        remove(path / MARKER_FILE)  # no room to move it: without its marker it is not used, whole or half
+    remove(path)
 
 
 def remove(path: Path) -> None:
@@ -152,7 +159,14 @@ def folders(parent: Path) -> list[Path]:
 
 def _delete(root: Path, folder: Path, key: str) -> bool:
     claim = Claim(root, key)
-    if (owner := claim.try_acquire()) is not None:
+    try:
+        owner = claim.try_acquire()
+    except (OSError, DiskError) as error:
+        if not has_no_room(root):
+            raise
+        log.info("%s is deleted without a claim: %s", key, error)  # on a full disk nobody else can take one either
+        owner = held(root, key)
+    if owner is not None:
         log.warning("%s is kept: %s works on it", key, describe(owner))
         return False
     try:

@@ -6,19 +6,20 @@ Stages in the store and training checkpoints are both such folders: `write_manif
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tinylmm.errors import IntegrityError, TinyLMMError
+from tinylmm.errors import IntegrityError
+from tinylmm.stop import require_claim
+from tinylmm.store.disk import writing
 from tinylmm.store.layout import MANIFEST_FILE, MARKER_FILE, OUTPUT_FOLDER
 
 HASH_THREADS = min(4, os.cpu_count() or 1)
@@ -40,25 +41,23 @@ def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None
             cache can be made again), and writing many small files is faster.
 
     Raises:
-        TinyLMMError: the disk is full; `path` is as it was.
+        DiskError: the disk is full or read-only, or the folder somebody else's; `path` is as it was.
+        ClaimLostError: the stage at hand is another process's by now; `path` is as it was.
     """
+    require_claim()
     payload = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(payload)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:  # also a signal
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise TinyLMMError(
-                f"The disk is full: writing {path} needs {len(payload)} bytes, its disk has {free} free (or a quota is "
-                "used up). Free some space (`tinylmm store gc` lists what no run uses) and give the same command again."
-            ) from error
+        with writing(path, len(payload)):
+            with temporary.open("xb") as file:
+                file.write(payload)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:  # also a signal
+        with contextlib.suppress(OSError):  # a disk that refused the file refuses this too; the error above says why
+            temporary.unlink(missing_ok=True)
         raise
     if durable:
         sync_path(path.parent)
@@ -156,7 +155,7 @@ def write_manifest(
 
     Raises:
         IntegrityError: the folder holds something else than regular files.
-        TinyLMMError: the disk is full.
+        DiskError: the disk is full.
     """
     (folder / MARKER_FILE).unlink(missing_ok=True)
     for leftover in folder.glob(".*.tmp"):  # of a `write_atomic` that was killed

@@ -101,6 +101,11 @@ class StoreLayout:
         return self.root / CACHE_FOLDER
 
     @property
+    def fingerprints(self) -> Path:
+        """Folder of what is known of files outside the store."""
+        return self.cache / "fingerprints"
+
+    @property
     def reports(self) -> Path:
         """Folder that reports are written to where the user names no other."""
         return self.root / REPORTS_FOLDER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from tinylmm.data.collate import ImageTokens, sample_length, supervised_after_cut
 from tinylmm.data.image_folders import in_mixture
 from tinylmm.errors import DataError
+from tinylmm.stop import belong_to
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,14 @@ class LengthReport:
     dropped: int
     dropped_ids: list[str]
 
+    def left_out(self, max_length: int) -> str:
+        """What was left out and why, the beginning of a sentence."""
+        total = self.samples + self.dropped
+        return (
+            f"{self.dropped:,} of {total:,} samples ({self.dropped / total:.1%}) are left out: max_length={max_length} "
+            "leaves them no token to learn"
+        )
+
 
 class PreparedSamples(Dataset[dict[str, Any]]):
     """Rows of `prepare` stages by index, without those that `max_length` leaves nothing of.
@@ -46,15 +56,18 @@ class PreparedSamples(Dataset[dict[str, Any]]):
         folders: output of the prepare stage of each source, in the mixture's order.
         image_tokens: Q, tokens an image takes, or name -> tokens where images are tiled.
         max_length: tokens a sample may have, image tokens counted in.
+        max_dropped: share of the samples that may be left out.
 
     Attributes:
         sizes: samples of each source, which lie one behind the other.
 
     Raises:
-        DataError: nothing is left to train on.
+        DataError: more samples would be left out, or none would be left to train on.
     """
 
-    def __init__(self, folders: Sequence[Path], image_tokens: ImageTokens, max_length: int) -> None:
+    def __init__(
+        self, folders: Sequence[Path], image_tokens: ImageTokens, max_length: int, max_dropped: float = 1.0
+    ) -> None:
         parts = [datasets.load_from_disk(str(folder / "samples")) for folder in folders]
         self.rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         self.starts = np.cumsum([0, *map(len, parts)])
@@ -80,9 +93,11 @@ class PreparedSamples(Dataset[dict[str, Any]]):
             log.warning(
                 "max_length %d: %d samples cut, %d left out (ids in the manifest)", max_length, len(cut), len(dropped)
             )
-        if not len(kept):
+        if len(dropped) > max_dropped * len(text) or not len(kept):
             raise DataError(
-                f"no sample of {', '.join(map(str, folders))} has a supervised token within max_length {max_length}; raise it"
+                f"{self.report.left_out(max_length)}, and {max_dropped:.1%} may be (max_dropped). "
+                f"The first of them: {', '.join(self.report.dropped_ids[:5])}. Raise the stage's max_length, choose a "
+                "connector or an image mode with fewer tokens an image, or raise the stage's max_dropped to train without them."
             )
 
     def _image_lengths(self, images: Any, image_tokens: ImageTokens) -> Any:
@@ -120,3 +135,10 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
 
 __all__ = ["LengthReport", "PreparedSamples", "sample_length"]
+
+
+def start_reader(number: int) -> None:
+    """In worker `number` of a loader: a signal to every process of the run must not end it in the middle of a save."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None and rank.pid is not None, "a worker is started by a rank"
+    belong_to(rank.pid)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,11 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinylmm.errors import StoppedError
 from tinylmm.models.vision import HFVisionTower, encode_images
+from tinylmm.stop import require_claim, stop_requested
 from tinylmm.store import integrity
+from tinylmm.store.disk import reserve
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import FEATURES_USED_FILE
-from tinylmm.training.ranks import barrier, rank, world_size
+from tinylmm.training.ranks import any_rank, barrier, rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +98,7 @@ def open_features(
         shutil.rmtree(folder)
     barrier()
     if not folder.exists():
-        _compute(tower, index, load, scratch, folder)
+        _compute(tower, index, load, scratch / "features.part", folder)
     barrier()
     shape = (_num_views(index), tower.num_tokens, tower.hidden_size)
     dtype = next(tower.parameters()).dtype
@@ -116,37 +120,43 @@ def _num_views(index: dict[str, range]) -> int:
 
 
 def _compute(
-    tower: HFVisionTower, index: dict[str, range], load: Callable[[str], Tensor], scratch: Path, folder: Path
+    tower: HFVisionTower, index: dict[str, range], load: Callable[[str], Tensor], part: Path, folder: Path
 ) -> None:
-    """Each rank encodes every world_size-th chunk straight into one shared file; rank 0 publishes it."""
-    part = scratch / "features.part"
-    if rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    barrier()
-    dtype = next(tower.parameters()).dtype
+    """Each rank encodes every world_size-th chunk straight into one shared file; rank 0 publishes it.
+
+    Chunks that an earlier try has finished are taken over.
+
+    Raises:
+        StoppedError: on every rank, when some rank was asked to stop.
+        DiskError: there is no room for so many features.
+    """
+    parameter = next(tower.parameters())
     num_views, per_view = _num_views(index), tower.num_tokens * tower.hidden_size
-    path = part / FEATURES_FILE
+    done = _Done(part, folder.name)
     if rank() == 0:
-        with path.open("wb") as file:
-            file.truncate(num_views * per_view * torch.empty((), dtype=dtype).element_size())
+        done.begin(num_views * per_view * parameter.element_size())
     barrier()
-    shared = torch.from_file(str(path), shared=True, size=num_views * per_view, dtype=dtype)
+    finished = done.read()
+    shared = torch.from_file(str(part / FEATURES_FILE), shared=True, size=num_views * per_view, dtype=parameter.dtype)
     rows = shared.view(num_views, tower.num_tokens, tower.hidden_size)
     was_training = tower.training
     tower.eval()
     images = list(index)
     for number, first in enumerate(range(0, len(images), CHUNK_IMAGES)):
+        if number % world_size() == 0 and any_rank([stop_requested()], parameter.device)[0]:
+            at = f"stopped after the features of about {first:,} of {len(images):,} images"
+            raise StoppedError(f"{at}; the same command continues from there")
         if number % world_size() == rank():
             chunk = images[first : first + CHUNK_IMAGES]
-            pixels = [load(name) for name in chunk]
-            views = torch.cat([one if one.dim() == 4 else one[None] for one in pixels])
-            encoded = [encode_images(tower, some).cpu() for some in views.split(CHUNK_IMAGES)]
-            rows[index[chunk[0]].start : index[chunk[-1]].stop] = torch.cat(encoded)
+            here = rows[index[chunk[0]].start : index[chunk[-1]].stop]
+            if number not in finished or finished[number] != _checksum(here):
+                here.copy_(_encode(tower, [load(name) for name in chunk]))
+                done.note(number, _checksum(here))
     tower.train(was_training)
     del rows, shared
     barrier()
     if rank() == 0:
+        done.forget()
         integrity.write_manifest(part, {"format": 1, "images": len(images)})
         integrity.mark_complete(part)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +166,56 @@ def _compute(
             if integrity.check_folder(folder):
                 raise
             shutil.rmtree(part)
+
+
+def _encode(tower: HFVisionTower, pixels: list[Tensor]) -> Tensor:
+    """(V, P, Dv) of all views of some images."""
+    views = torch.cat([one if one.dim() == 4 else one[None] for one in pixels])
+    return torch.cat([encode_images(tower, some).cpu() for some in views.split(CHUNK_IMAGES)])
+
+
+def _checksum(rows: Tensor) -> int:
+    return zlib.crc32(rows.view(torch.uint8).numpy().data)
+
+
+class _Done:
+    """Which chunks of a half-made feature file are finished: for each rank a list of (number, CRC-32) in the file's folder.
+
+    A checksum tells what a power cut took back.
+
+    Args:
+        part: folder of the half-made file.
+        key: of the features; what was begun for others is begun anew.
+    """
+
+    def __init__(self, part: Path, key: str) -> None:
+        self.part = part
+        self.key = key
+
+    def begin(self, size: int) -> None:
+        """Take over what an earlier try has left, or make a file of `size` bytes. Rank 0 only."""
+        path = self.part / FEATURES_FILE
+        if path.exists() and path.stat().st_size == size and list(self.part.glob(f"{self.key}-*")):
+            return
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        reserve(path, size)
+
+    def read(self) -> dict[int, int]:
+        """Return chunk -> checksum of all ranks of the earlier try."""
+        lines = [line.split() for path in self.part.glob(f"{self.key}-*") for line in path.read_text().splitlines()]
+        return {int(words[0]): int(words[1]) for words in lines if len(words) == 3}  # a kill leaves half a line
+
+    def note(self, number: int, checksum: int) -> None:
+        """Say that a chunk is finished."""
+        require_claim()
+        with (self.part / f"{self.key}-{rank()}").open("a") as file:
+            file.write(f"{number} {checksum} .\n")
+
+    def forget(self) -> None:
+        """Remove the lists once all is finished. Rank 0 only."""
+        for path in self.part.glob(f"{self.key}-*"):
+            path.unlink()
 
 
 def _key(

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tinylmm.stop import require_claim
+
 
 class MetricsFile:
     """A stage's metrics.jsonl.
@@ -22,6 +24,7 @@ class MetricsFile:
 
     def append(self, **row: Any) -> None:
         """Append one row, stamped with the time. Call it on rank 0 only."""
+        require_claim()
         line = json.dumps({"time": round(time.time(), 3), **row}, allow_nan=True) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

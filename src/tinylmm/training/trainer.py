@@ -32,6 +32,7 @@ from tinylmm.models.lmm import LMM
 from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
+from tinylmm.training.dataset import start_reader
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
 from tinylmm.training.state import (
@@ -124,6 +125,7 @@ class LMMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
+            worker_init_fn=start_reader,
         )
 
     def get_batch_samples(

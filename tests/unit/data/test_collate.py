@@ -117,9 +117,30 @@ def test_cut_right_before_an_image_drops_it() -> None:
     assert collator(max_length=1)([sample("a", [1, IMAGE, 2], 1, ("1",))])["image_paths"] == []
 
 
-def test_cut_inside_an_image_is_refused_by_sample() -> None:
-    with pytest.raises(DataError, match="sample 'a': max_length=3 falls inside an image at positions 1 to 3"):
-        collator(max_length=3)([sample("a", [1, IMAGE, 2], 1, ("1",))])
+@pytest.mark.parametrize(
+    ("max_length", "kept", "images"),
+    [
+        (2, [1, 2], []),
+        (3, [1, 2], []),
+        (4, [1, 2], []),
+        (5, [1, 2, IMAGE, IMAGE, IMAGE], ["1"]),
+        (8, [1, 2, IMAGE, IMAGE, IMAGE, 3], ["1"]),
+    ],
+)
+def test_an_image_that_the_cut_would_halve_goes_whole(max_length: int, kept: list[int], images: list[str]) -> None:
+    batch = collator(max_length=max_length, packing=False)([sample("a", [1, 2, IMAGE, 3, IMAGE, 4], 1, ("1", "2"))])
+    assert (batch["input_ids"][0, : len(kept)].tolist(), batch["image_paths"]) == (kept, images)
+    assert batch["input_ids"][0, len(kept) :].eq(0).all()
+
+
+def test_a_sample_of_two_images_is_cut_before_the_second_and_counted_as_cut_so() -> None:
+    record = sample("a", [1, IMAGE, 2, 3, IMAGE, 4, 5], 6, ("1", "2"))
+    record["labels"] = [X, X, 2, 3, X, 4, 5]
+    for max_length in range(1, 12):
+        batch = collator(max_length=max_length, packing=False)([record])
+        trained = int((batch["targets"] != X).sum())
+        assert trained == supervised_after_cut(record, 3, max_length), max_length
+        assert len(batch["image_paths"]) == (max_length >= 4) + (max_length >= 9)
 
 
 def test_slots_and_images_that_differ_in_number_are_refused_by_sample() -> None:

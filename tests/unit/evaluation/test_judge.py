@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.evaluation.judge_server import Response, completion, judge_server
-from tinylmm.errors import ConfigError
+from tinylmm.errors import ConfigError, StoppedError
 from tinylmm.evaluation.judge import Judge, JudgeError
+from tinylmm.stop import watch_for_stop
 
 KEY = "sk-very-secret"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -111,7 +118,7 @@ def test_slow_endless_and_absent_servers_are_given_up(pauses: list[float]) -> No
 
     with judge_server(slow) as server:
         judge = Judge(server.url, "m", attempts=1, timeout=0.1)
-        with pytest.raises(JudgeError, match="timed out"):
+        with pytest.raises(JudgeError, match=r"timed out|no complete reply within 0\.1 s"):
             judge.ask(HELLO, max_tokens=3)
     with judge_server(replies(completion("x" * 5000))) as server:
         judge = Judge(server.url, "m", attempts=1, max_bytes=1000)
@@ -201,3 +208,115 @@ def test_the_first_error_ends_a_series(pauses: list[float]) -> None:
         with pytest.raises(ConfigError, match="HTTP 401"):
             judge.map(lambda word: judge.ask([{"role": "user", "content": word}], max_tokens=3), [*"abcdefgh"])
     assert len(server.requests) == 1
+
+
+@contextmanager
+def dripping(reply: bytes) -> Iterator[str]:
+    """A server that sends one byte of its reply every 20 ms, the last one for ever; yields its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                connection, _ = listening.accept()
+                connection.recv(65536)
+                for byte in reply + reply[-1:] * 10_000:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.02)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK and more of that line",
+        b"HTTP/1.1 200 OK\r\nX: y\r\nX: y",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;x",
+        b"HTTP/1.1 500 Oops\r\nContent-Length: 90000\r\n\r\nbusy",
+    ],
+    ids=["status", "headers", "body", "chunk size", "error"],
+)
+def test_a_reply_that_drips_is_given_up_when_its_time_is_over(reply: bytes) -> None:
+    with dripping(reply) as url:
+        judge, began = Judge(url, "m", attempts=1, timeout=1.5), time.monotonic()
+        with pytest.raises(JudgeError, match=r"no complete reply within 1\.5 s|HTTP 500 Oops: busy"):
+            judge.ask(HELLO, max_tokens=3)
+    assert time.monotonic() - began < 4
+
+
+def test_a_stop_does_not_wait_for_a_judge_that_hangs() -> None:
+    released = threading.Event()
+    with judge_server(lambda body: (released.wait(30), completion("late"))[1]) as server, watch_for_stop():
+        judge, began = Judge(server.url, "m"), time.monotonic()
+        threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)).start()
+        with pytest.raises(StoppedError, match="replies so far are kept"):
+            judge.map(lambda value: judge.ask([{"role": "user", "content": value}], max_tokens=3), "abcdef")
+        assert time.monotonic() - began < 3
+        released.set()
+
+
+SCORING = """
+import sys
+from tinylmm.cli.errors import guarded
+from tinylmm.evaluation.judge import Judge
+judge = Judge(sys.argv[1], "m")
+sys.exit(guarded(lambda: judge.map(lambda value: judge.ask([], max_tokens=3), "abcdef") and 0))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_waits_for_a_judge_ends_with_the_signal(number: signal.Signals) -> None:
+    released = threading.Event()
+    with judge_server(lambda body: (released.wait(30), completion("late"))[1]) as server:
+        command = [sys.executable, "-c", SCORING, server.url]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not server.requests:
+            time.sleep(0.01)
+        process.send_signal(number)
+        began = time.monotonic()
+        assert process.wait(10) == 75
+        assert time.monotonic() - began < 3
+        assert process.stderr is not None and "the same command continues" in process.stderr.read()
+        released.set()
+
+
+LONG_KEY = "sk-proj-Ab3/dE6+gH9=kL2_nO5"
+ECHOES = {
+    "as it is": LONG_KEY,
+    "JSON": json.dumps(LONG_KEY).replace("/", "\\/"),
+    "JSON numbers": "".join(f"\\u{ord(character):04x}" for character in LONG_KEY),
+    "JSON twice": "".join(f"\\\\u{ord(character):04X}" for character in LONG_KEY),
+    "hex escapes": "".join(f"\\x{ord(character):02x}" for character in LONG_KEY),
+    "URL": "".join(f"%{ord(character):02X}" for character in LONG_KEY),
+    "HTML": "".join(f"&#{ord(character)};" for character in LONG_KEY),
+    "base64": base64.b64encode(f"Authorization: Bearer {LONG_KEY}!".encode()).decode(),
+    "base64 of it alone": base64.b64encode(LONG_KEY.encode()).decode(),
+    "hexadecimal": LONG_KEY.encode().hex(),
+    "spaced": " ".join(LONG_KEY),
+    "upper case": LONG_KEY.upper(),
+    "cut": LONG_KEY[: len(LONG_KEY) * 2 // 3],
+    "behind much else": "x" * (300 - 8) + LONG_KEY,
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+@pytest.mark.parametrize("status", [401, 503, 200])
+def test_a_key_that_the_server_echoes_is_shown_in_no_form(
+    status: int, echo: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pauses: list[float]
+) -> None:
+    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", LONG_KEY)
+    server = judge_server(replies((status, {}, f"bad key {echo}".encode())))
+    with server as running, pytest.raises((JudgeError, ConfigError)) as caught:
+        Judge(running.url, "m", attempts=2, sleep=pauses.append).ask(HELLO, max_tokens=3)
+    said = str(caught.value) + caplog.text
+    assert echo not in said and LONG_KEY[:12] not in said and "sk-proj" not in said
+
+
+def test_what_a_server_says_without_the_key_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", LONG_KEY)
+    said = "Incorrect API key provided: sk-proj-****nO5. You can find yours at https://platform.example.com/keys."
+    with judge_server(replies((401, {}, said.encode()))) as server, pytest.raises(ConfigError) as caught:
+        Judge(server.url, "m").ask(HELLO, max_tokens=3)
+    assert said in str(caught.value)

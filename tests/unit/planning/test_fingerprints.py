@@ -38,7 +38,8 @@ def identity(root: Path, source: SourceSpec = SOURCE) -> dict[str, Any]:
 
 
 def test_source_is_the_hash_of_its_file_and_the_listing_of_its_images(root: Path) -> None:
-    listing = "".join(f'["{name}", 5]\n' for name in ("1.png", "2.png", "3.png"))
+    content = {name: (root / "images" / name).read_bytes() for name in ("1.png", "2.png", "3.png")}
+    listing = "".join(f'["{n}", 5, "{hashlib.sha256(data).hexdigest()[:32]}"]\n' for n, data in content.items())
     assert identity(root) == {
         "annotations": hashlib.sha256((root / "a.json").read_bytes()).hexdigest(),
         "images": hashlib.sha256(listing.encode()).hexdigest(),
@@ -95,18 +96,68 @@ def test_file_is_read_again_only_when_its_stat_has_changed(root: Path) -> None:
     assert identity(root)["missing"] == ["9.png"]
 
 
-def test_sizes_of_very_many_images_are_cached_with_the_list(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "STAT_LIMIT", 2)
+def test_an_edited_image_of_the_same_size_is_another_one(root: Path) -> None:
+    before = identity(root)
+    path = root / "images" / "1.png"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    after = identity(root)
+    assert after["images"] != before["images"]
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert identity(root) == before, "written again as it was: content decides, not when it was written"
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_of_a_large_image_both_ends_count(root: Path, where: int) -> None:
+    path = root / "images" / "1.png"
+    content = bytearray(b"x" * 100_000)
+    path.write_bytes(content)
+    before = identity(root)
+    content[where] ^= 1
+    path.write_bytes(content)
+    assert identity(root)["images"] != before["images"]
+
+
+def test_an_image_is_read_once_for_each_state_of_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = identity(root)
-    (root / "images" / "1.png").unlink()
-    assert identity(root) == first
+    read = fingerprint._edges
+    seen: list[str] = []
+    monkeypatch.setattr(fingerprint, "_edges", lambda path, stat: (seen.append(path), read(path, stat))[1])
+    assert identity(root) == first and seen == []
+    (root / "images" / "1.png").write_bytes(b"another one")
+    identity(root)
+    assert [Path(path).name for path in seen] == ["1.png"]
+
+
+def test_images_that_are_downloaded_later_are_found_however_many_there_are(root: Path) -> None:
+    (root / "images" / "1.png").rename(root / "away.png")
+    assert identity(root)["num_missing"] == 1
+    (root / "away.png").rename(root / "images" / "1.png")
+    assert identity(root)["num_missing"] == 0
+
+
+def test_a_path_that_names_a_folder_or_a_pipe_is_not_opened(root: Path) -> None:
+    (root / "a.json").write_text('[{"image": "folder"}, {"image": "pipe"}]', encoding="utf-8")
+    (root / "images" / "folder").mkdir()
+    os.mkfifo(root / "images" / "pipe")
+    assert identity(root)["num_missing"] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"key": 1}', b"[]", b"\xff"])
 def test_damaged_cache_counts_as_none(root: Path, content: bytes) -> None:
     first = identity(root)
-    (cached,) = (root.parent / "cache").iterdir()
-    cached.write_bytes(content)
+    for cached in (root.parent / "cache").iterdir():
+        cached.write_bytes(content)
+    assert identity(root) == first
+
+
+def test_a_flipped_bit_in_the_cache_is_seen(root: Path) -> None:
+    first = identity(root)
+    for cached in (root.parent / "cache").iterdir():
+        text = cached.read_bytes()
+        cached.write_bytes(text.replace(first["annotations"].encode(), first["annotations"][::-1].encode()))
     assert identity(root) == first
 
 
@@ -117,37 +168,50 @@ def test_missing_annotation_file_is_refused_with_how_to_get_it(root: Path) -> No
 
 
 def test_hub_id_has_no_local_content() -> None:
-    assert checkpoint_fingerprint("microsoft/phi-2") == {}
+    assert checkpoint_fingerprint("microsoft/phi-2", Path("unused")) == {}
 
 
 def test_two_checkpoints_joined_by_a_plus_count_each_on_its_own(tmp_path: Path) -> None:
-    assert checkpoint_fingerprint("openai/clip-vit-large-patch14+facebook/dinov2-large") == {}
+    assert checkpoint_fingerprint("openai/clip-vit-large-patch14+facebook/dinov2-large", tmp_path) == {}
     for name in ("clip", "dinov2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
     both = f"{tmp_path}/clip+{tmp_path}/dinov2"
-    before = checkpoint_fingerprint(both)
+    before = checkpoint_fingerprint(both, tmp_path / "cache")
     assert [list(part["files"]) for part in before["parts"]] == [["config.json"]] * 2
     (tmp_path / "dinov2" / "config.json").write_text("other")
-    assert checkpoint_fingerprint(both) != before
-    mixed = checkpoint_fingerprint(f"org/clip+{tmp_path}/dinov2")["parts"]
+    assert checkpoint_fingerprint(both, tmp_path / "cache") != before
+    mixed = checkpoint_fingerprint(f"org/clip+{tmp_path}/dinov2", tmp_path / "cache")["parts"]
     assert mixed[0] == {"id": "org/clip"} and "files" in mixed[1]
 
 
-def test_checkpoint_folder_is_its_small_files_hashed_and_its_large_ones_listed(
+def test_a_checkpoint_folder_is_all_its_files_by_content(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text('{"hidden_size": 64}', encoding="utf-8")
+    (folder / "sub" / "model.safetensors").write_bytes(b"x" * 200_000)
+    (folder / ".cache").write_bytes(b"ignored")
+    files = checkpoint_fingerprint(str(folder), tmp_path / "cache")["files"]
+    assert list(files) == ["config.json", "sub/model.safetensors"]
+    assert files["config.json"]["sha256"] == hashlib.sha256(b'{"hidden_size": 64}').hexdigest()
+    assert files["sub/model.safetensors"] == {"size": 200_000, "sha256": hashlib.sha256(b"x" * 200_000).hexdigest()}
+
+
+def test_weights_overwritten_in_place_are_other_weights_and_are_read_once_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "HASHED_BYTES", 10)
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "config.json").write_text('{"hidden_size": 64}', encoding="utf-8")
-    (tmp_path / "sub" / "model.safetensors").write_bytes(b"x" * 100)
-    (tmp_path / "vocab").write_bytes(b"a")
-    (tmp_path / ".cache").write_bytes(b"ignored")
-    files = checkpoint_fingerprint(str(tmp_path))["files"]
-    assert list(files) == ["config.json", "sub/model.safetensors", "vocab"]
-    assert files["sub/model.safetensors"] == {"size": 100}
-    assert files["vocab"] == {"size": 1, "sha256": hashlib.sha256(b"a").hexdigest()}
-    assert files["config.json"]["sha256"] == hashlib.sha256(b'{"hidden_size": 64}').hexdigest()
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"x" * 200_000)
+    hashed: list[Path] = []
+    read = fingerprint.hash_file
+    monkeypatch.setattr(fingerprint, "hash_file", lambda path: (hashed.append(path), read(path))[1])
+    first = [checkpoint_fingerprint(str(weights.parent), tmp_path / "cache") for _ in range(3)]
+    assert first[0] == first[2] and len(hashed) == 1
+    with weights.open("r+b") as file:
+        file.write(b"y")
+    assert checkpoint_fingerprint(str(weights.parent), tmp_path / "cache") != first[0]
+    assert len(hashed) == 2
 
 
 def test_fingerprint_loads_neither_torch_nor_pillow() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import signal
 import struct
+import threading
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tinylmm.constants import IMAGE_TOKEN_ID
-from tinylmm.errors import ConfigError, DataError, UserError
+from tinylmm.errors import ConfigError, DataError, StoppedError, UserError
 from tinylmm.planning.specs import PrepareStage, StageSettings
 from tinylmm.stages import prepare
 from tinylmm.stages.job import StageJob, make_job
+from tinylmm.stop import watch_for_stop
 
 Record = dict[str, Any]
 
@@ -231,3 +236,85 @@ def test_unknown_template_is_refused(root: Path, tokenizer: Path) -> None:
 def test_tokenizer_that_cannot_be_loaded_is_refused_by_name(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the tokenizer '.*nowhere'.*cannot be loaded.*Check llm\.tokenizer"):
         prepare.run(job_of(root, tmp_path / "nowhere", [record()]))
+
+
+def broken_off(job: StageJob[Any], monkeypatch: pytest.MonkeyPatch, after: int, stop: BaseException) -> None:
+    """Run the stage until so many records are rendered; then it is stopped, or dies."""
+    render, calls = prepare._Renderer.render, []
+
+    def counted(self: prepare._Renderer, sample: Any) -> Any:
+        calls.append(sample)
+        if len(calls) > after:
+            if isinstance(stop, StoppedError):
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                raise stop
+        return render(self, sample)
+
+    monkeypatch.setattr(prepare._Renderer, "render", counted)
+    with watch_for_stop(), pytest.raises(type(stop)):
+        prepare.run(job)
+    monkeypatch.setattr(prepare._Renderer, "render", render)
+
+
+@pytest.mark.parametrize("stop", [StoppedError(), MemoryError()], ids=["asked to stop", "died"])
+def test_what_was_stopped_goes_on_behind_the_last_whole_chunk_to_the_same_bytes(
+    stop: BaseException, root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "CHUNK", 3)
+    images = ["a.png", "gone.png", "b.jpg"]
+    records = [record(str(number), images[number % 3]) for number in range(9)] + [record("1"), {"id": "no"}]
+    job = job_of(root, tokenizer, records, on_bad="skip", max_bad=4)
+    summary = prepare.run(job)
+    undisturbed = output_hashes(job)
+    shutil.rmtree(job.folder)
+    job.output.mkdir(parents=True)
+    broken_off(job, monkeypatch, 7, stop)
+    rendered: list[str] = []
+    render = prepare._Renderer.render
+    monkeypatch.setattr(
+        prepare._Renderer, "render", lambda self, sample: rendered.append(sample.sample_id) or render(self, sample)
+    )
+    assert prepare.run(job) == summary
+    assert rendered == ["6", "7", "8", "1"], "two chunks were whole"
+    assert output_hashes(job) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["1.arrow", "1.json"])
+def test_a_kept_chunk_that_is_not_whole_is_made_again(
+    name: str, root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "CHUNK", 3)
+    job = job_of(root, tokenizer, [record(str(number)) for number in range(8)])
+    prepare.run(job)
+    undisturbed = output_hashes(job)
+    broken_off(job, monkeypatch, 6, StoppedError())
+    path = job.folder / "scratch/chunks-of-3" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    prepare.run(job)
+    assert output_hashes(job) == undisturbed
+
+
+def test_preparing_in_several_processes_can_be_stopped(
+    root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "SERIAL_BELOW", 10)
+    monkeypatch.setattr(prepare, "CHUNK", 500)
+    job = job_of(root, tokenizer, [record(str(number)) for number in range(5_000)])
+    job = replace(job, settings=StageSettings.model_validate(job.settings.as_json() | {"launch": {"num_workers": 2}}))
+    done = threading.Event()
+
+    def stop_once_it_works() -> None:
+        while not list(job.folder.glob("scratch/*/0.json")) and not done.wait(0.01):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with watch_for_stop():
+        asker = threading.Thread(target=stop_once_it_works)
+        asker.start()
+        with pytest.raises(StoppedError, match="the same command continues"):
+            prepare.run(job)
+        done.set()
+        asker.join()
+    assert list(job.folder.glob("scratch/*/0.json")) and not list(job.folder.glob("scratch/*/9.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tinylmm.store.claims import Claim, Owner, claim, held
+from tinylmm.errors import ClaimLostError, StoppedError
+from tinylmm.stop import claimed, stop_requested, watch_for_stop
+from tinylmm.store.claims import Claim, Owner, claim, held, require_claim
+from tinylmm.store.integrity import write_atomic
 from tinylmm.store.provenance import this_process
+from tinylmm.training.metrics import MetricsFile
 
 KEY = "train-0123456789abcdef"
 
@@ -85,7 +90,7 @@ def test_a_claim_names_its_owner_while_it_is_held(tmp_path: Path) -> None:
         owner = held(tmp_path, KEY)
         assert owner is not None
         assert vars(this_process()).items() <= vars(owner).items()
-        assert not mine.lost
+        require_claim(tmp_path, KEY, mine.token)
     assert held(tmp_path, KEY) is None
 
 
@@ -125,6 +130,13 @@ def test_a_second_claim_waits_for_a_live_owner_and_says_so_once(tmp_path: Path, 
     with claim(tmp_path, KEY, on_wait):
         assert holder.wait(timeout=10) == 0
     assert [owner.pid for owner in told] == [holder.pid]
+
+
+def test_whoever_waits_for_a_claim_can_be_stopped(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with watch_for_stop(), pytest.raises(StoppedError, match=f"waiting for process {holder.pid}"):
+        began = time.monotonic()
+        Claim(tmp_path, KEY, on_wait=lambda owner: signal.raise_signal(signal.SIGTERM)).__enter__()
+    assert time.monotonic() - began < 5
 
 
 def test_a_live_owner_is_not_taken_over_however_silent(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
@@ -233,7 +245,16 @@ def test_a_claim_that_was_taken_over_is_noticed_and_left_to_its_new_owner(tmp_pa
         for thread in threading.enumerate():
             if thread.name == f"claim-{KEY}":
                 thread.join(timeout=10)
-        assert mine.lost
+        before = sorted(tmp_path.rglob("*"))
+        with claimed(lambda: require_claim(tmp_path, KEY, mine.token)):
+            for write in (
+                lambda: write_atomic(tmp_path / "x", "y"),
+                lambda: MetricsFile(tmp_path / "m").append(step=1),
+                stop_requested,
+            ):
+                with pytest.raises(ClaimLostError, match="another process took this stage over"):
+                    write()
+        assert sorted(tmp_path.rglob("*")) == before, "nothing was written"
     assert json.loads(path.read_text())["token"] == "theirs"
 
 

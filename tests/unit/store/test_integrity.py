@@ -196,7 +196,7 @@ def test_a_small_disk_is_named_with_path_and_bytes_and_harms_nothing(small_disk:
     target = small_disk / "run.json"
     write_atomic(target, "good")
     with pytest.raises(
-        TinyLMMError, match=rf"disk is full: writing {target} needs 4000000 bytes, its disk has \d+ free"
+        TinyLMMError, match=rf"disk is full: writing {target} needs 4,000,000 bytes, its disk has [\d,]+ free"
     ):
         write_atomic(target, "x" * 4_000_000)
     assert [(path.name, path.read_text()) for path in small_disk.iterdir()] == [("run.json", "good")]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.builders import tiny_lmm
+from tinylmm.errors import DiskError, StoppedError
+from tinylmm.stop import watch_for_stop
 from tinylmm.training import features
 from tinylmm.training.features import FeatureCache, open_features
 
@@ -19,9 +24,9 @@ def pixels(name: str) -> torch.Tensor:
     return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(ord(name[0])))
 
 
-def opened(root: Path, stage: str = "train-0") -> FeatureCache:
+def opened(root: Path, stage: str = "train-0", load: Callable[[str], torch.Tensor] = pixels) -> FeatureCache:
     tower = tiny_lmm().vision_tower
-    return open_features(tower, IMAGES, pixels, str, root / "features", root / stage, {"mode": "pad"})
+    return open_features(tower, IMAGES, load, str, root / "features", root / stage, {"mode": "pad"})
 
 
 def folders(root: Path) -> list[str]:
@@ -60,3 +65,61 @@ def test_damaged_features_are_computed_again(tmp_path: Path) -> None:
     content[5] ^= 1
     path.write_bytes(content)
     torch.testing.assert_close(opened(tmp_path)(IMAGES), first, atol=0, rtol=0)
+
+
+def broken_off(root: Path) -> None:
+    """Two of three chunks are done when SIGTERM comes."""
+    seen: list[str] = []
+
+    def load(name: str) -> torch.Tensor:
+        seen.append(name)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return pixels(name)
+
+    with watch_for_stop(), pytest.raises(StoppedError, match="about 2 of 3 images; the same command continues"):
+        opened(root, load=load)
+    assert seen == IMAGES[:2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"), [(None, "c.png"), ("features.bin", "a.png c.png"), ("list", "b.png c.png")]
+)
+def test_a_stop_keeps_the_chunks_that_are_whole(
+    damage: str | None, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "CHUNK_IMAGES", 1)
+    undisturbed = opened(tmp_path / "other")(IMAGES)
+    broken_off(tmp_path)
+    part = tmp_path / "train-0/features.part"
+    if damage == "features.bin":
+        content = bytearray((part / damage).read_bytes())
+        content[5] ^= 1
+        (part / damage).write_bytes(content)
+    elif damage == "list":
+        (path,) = part.glob("*-0")
+        path.write_text(path.read_text()[:-2])
+    again: list[str] = []
+    found = opened(tmp_path, load=lambda name: again.append(name) or pixels(name))  # type: ignore[func-returns-value]
+    assert again == left.split()
+    torch.testing.assert_close(found(IMAGES), undisturbed, atol=0, rtol=0)
+    assert sorted(path.name for path in (tmp_path / "features").glob("*/*")) == [
+        "COMPLETE",
+        "features.bin",
+        "manifest.json",
+    ]
+
+
+def test_features_that_find_no_room_are_refused_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        (disk / "other").write_bytes(b"x")  # a page of two; the list of features takes the other
+        with pytest.raises(DiskError, match=r"disk is full: writing .*features\.bin needs [\d,]+ bytes"):
+            opened(disk)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
