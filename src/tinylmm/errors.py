@@ -6,6 +6,7 @@ A message says, in this order: what is wrong, where (key, or file and record), w
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -85,3 +86,24 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     """Return `Did you mean 'x'?` for the closest of `allowed`, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else ""
+
+
+_ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories: controls, invisible format characters (direction marks), halves of characters, line separators."""
+_JOINERS = "\u200c\u200d"
+"""Format characters that belong to words and emoji."""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Return `text` with what a terminal obeys instead of shows written as an escape: `\\x1b`, `\\u202e`, `\\ud800`.
+
+    Args:
+        keep: control characters that stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    kept = keep + _JOINERS
+    return "".join(
+        c if c in kept or unicodedata.category(c) not in _ESCAPED else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )

@@ -260,6 +260,7 @@ SPECIMENS: dict[str, list[str]] = {
 """Combination -> stages whose whole identity is frozen beside its digest, so that a drift can be read."""
 
 NEVER_VARY = {
+    ("prepare", "source.orientation"),  # in it only where it is applied
     *(("prepare", f"tokenizer.{name}") for name in ("content", "vocab_size")),
     *(("train", f"tokenizer.{name}") for name in ("content", "vocab_size")),
     *(("train", name) for name in ("llm.content", "model.content", "scale_image_features", "tune.llm.from_layer")),

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tinylmm.cli.terminal import terminal
 from tinylmm.errors import TinyLMMError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def chat(
     transformers_logging.set_verbosity_error()
     logging.getLogger().setLevel(logging.WARNING)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     model = load(checkpoint, device=device, dtype=dtype, trust=trust or [], store=store)
     conversation = model.conversation(image or None)
     if prompt is not None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tinylmm.cli.terminal import terminal
 from tinylmm.convert.format import find_names
 
 NAMES_SHOWN = 5
@@ -51,7 +52,7 @@ def import_(
     from tinylmm.convert.tensors import listed
 
     report = import_model(source, destination, layout, llm, tower, template)
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     sizes = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
     _line(console, f"read {source} as {report.layout}; parameters: {sizes}")
     _line(console, f"chat template {report.description.template}, images {report.description.as_json()['image']}")
@@ -82,7 +83,7 @@ def export(
     from tinylmm.convert.conversion import export_model
 
     report = export_model(checkpoint, destination, format_, str(dtype), llm, tower, store, trust or [])
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     for note in report.notes:
         _line(console, f"note: {note}")
     proof = "" if report.difference is None else f"; logits differ from ours by {report.difference:.1e} at most"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from tinylmm.cli.terminal import echo, echo_json, terminal
 from tinylmm.errors import EXIT_USER, ConfigError, DiskError, Fault, UserError, suggestion
 from tinylmm.store.disk import writing
 from tinylmm.store.integrity import write_atomic
@@ -42,13 +42,13 @@ def check(
     from tinylmm.reports.data_text import render_check
 
     data = RunData(run)
-    console = Console()
+    console = terminal()
     checks: list[SourceCheck] = []
     for files in data.files(source or []):
         stage = data.stage_of(files.name)
         render = data.renderer(stage)[1] if tokens else None
         checks.append(
-            _checked(files, render, quick, run.recipe.stages[stage] if tokens else None, Console(stderr=True))
+            _checked(files, render, quick, run.recipe.stages[stage] if tokens else None, terminal(stderr=True))
         )
     page: Path | None = None
     try:
@@ -58,10 +58,10 @@ def check(
         if html is not None:
             raise
         page = None
-        typer.echo(f"no page: {error}", err=True)  # who asked for none still learns what there is to know
+        echo(f"no page: {error}", err=True)  # who asked for none still learns what there is to know
     if as_json:
         record = {"format": 1, "page": page and str(page), "sources": list(map(_record, checks))}
-        typer.echo(json.dumps(record, indent=1))
+        echo_json(record)
     else:
         for found in checks:
             console.print(render_check(found), soft_wrap=True)  # whole lines, so they can be searched
@@ -100,7 +100,7 @@ def show(
     (files,) = data.files([named])
     position = 0 if index is None and sample_id is None else index
     seen = data.see(files, stage or data.stage_of(named), position, sample_id)
-    console = Console()
+    console = terminal()
     console.print(render_sample(seen, colour=console.color_system is not None))
     if html is not None:
         _write_page(html, render_sample_page(seen))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tinylmm.errors import EXIT_STOPPED, DiskError, TinyLMMError
+from tinylmm.errors import EXIT_STOPPED, DiskError, TinyLMMError, printable
 from tinylmm.stop import TerminatedError, ended_by_signals
 from tinylmm.store.disk import refusal
 
@@ -24,12 +24,12 @@ def guarded(command: Callable[[], int | None]) -> int:
         with ended_by_signals():
             return command() or 0
     except TinyLMMError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return error.exit_code
     except Exception as error:
         if (said := refusal(error, Path.cwd())) is None:
             raise
-        sys.stderr.write(f"{said}\n")
+        sys.stderr.write(f"{printable(said)}\n")
         return DiskError.exit_code
     except (KeyboardInterrupt, TerminatedError) as end:
         by = f" by {end}" if isinstance(end, TerminatedError) else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from tinylmm.cli.terminal import echo_json, terminal
 
 
 def plan(
@@ -23,9 +23,9 @@ def plan(
     plans = [plan_run(spec, run_name(spec), words) for words, spec in compose_all(overrides or [], multirun)]
     record = plan_record(plans)
     if as_json:
-        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+        echo_json(record)
         return
-    console = Console()
+    console = terminal()
     console.print(_table(record))
     totals = record["totals"]
     if totals["runs"] > 1:

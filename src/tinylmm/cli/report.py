@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from tinylmm.cli.store import StoreOption
+from tinylmm.cli.terminal import echo, echo_json, terminal
 
 if TYPE_CHECKING:
     from tinylmm.reports.records import Report
@@ -54,9 +53,9 @@ def report(
             "rows": result_rows(collected),
             "files": {name: str(path) for name, path in written.items()},
         }
-        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+        echo_json(record)
         return
-    console = Console()
+    console = terminal()
     console.print(render_scores(collected))
     for name, path in written.items():
         console.print(f"{name:>9}  {path}", markup=False, highlight=False, soft_wrap=True)
@@ -69,9 +68,9 @@ def _compare(collected: Report, out: Path | None, as_json: bool) -> None:
     pairs = compare_runs(collected)
     page, record = write_comparison(collected, pairs, out)
     if as_json:
-        typer.echo(json.dumps(comparison_json(collected, pairs), indent=1, ensure_ascii=False))
+        echo_json(comparison_json(collected, pairs))
         return
-    console = Console()
+    console = terminal()
     console.print(render_comparison(collected, pairs))
     console.print(f"     html  {page}\n     json  {record}", markup=False, highlight=False, soft_wrap=True)
 
@@ -81,10 +80,10 @@ def _overlap(collected: Report, as_json: bool) -> None:
 
     found = [overlap for run in collected.runs for overlap in find_overlaps(collected.store, run)]
     if as_json:
-        typer.echo(json.dumps([overlap.as_json() for overlap in found], indent=1, ensure_ascii=False))
+        echo_json([overlap.as_json() for overlap in found])
         return
     for overlap in found:
         what = f"{overlap.benchmark}: {len(overlap.pairs):,} of {overlap.asked:,} images were trained on"
-        typer.echo(f"{overlap.run}  {what} ({overlap.trained:,} training images)")
+        echo(f"{overlap.run}  {what} ({overlap.trained:,} training images)")
         for asked, trained in overlap.pairs[:OVERLAPS_SHOWN]:
-            typer.echo(f"    {asked} is {trained}")
+            echo(f"    {asked} is {trained}")

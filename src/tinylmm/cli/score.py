@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from tinylmm.cli.terminal import echo, terminal
 from tinylmm.errors import ConfigError, DataError, Fault
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def score(
     repeated = len(rows) - len(paired)
     if repeated > 0:
         scores.counts["duplicate"] = repeated
-        typer.echo(f"{answers}: {repeated} answers repeat another's question; the last of each counts.", err=True)
+        echo(f"{answers}: {repeated} answers repeat another's question; the last of each counts.", err=True)
     if as_json is not None:
         _write(as_json, json.dumps(scores.as_json(items), indent=1, ensure_ascii=False))
     if submission is not None:
@@ -78,7 +78,7 @@ def _load(benchmark: Benchmark, root: Path, layout: str) -> list[Item]:
             items = _checked(benchmark.load(root, "hf"), root)
         except DataError:
             raise error from None  # neither can be read: say what the default layout lacks
-    typer.echo(f"read by layout hf ({root} holds parquet files, and cannot be read by layout llava)", err=True)
+    echo(f"read by layout hf ({root} holds parquet files, and cannot be read by layout llava)", err=True)
     return items
 
 
@@ -113,7 +113,7 @@ def _print(scores: Scores, benchmark: Benchmark) -> None:
     table.add_column(justify="right")
     for name, value in scores.aggregate.items():
         table.add_row(f"{name} (headline)" if name == benchmark.headline else name, _shown(value))
-    console = Console()
+    console = terminal()
     if scores.aggregate:
         console.print(table)
     else:

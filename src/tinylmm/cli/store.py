@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
+from tinylmm.cli.terminal import echo_json, terminal
 from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
 from tinylmm.store.claims import held
 from tinylmm.store.gc import folders
@@ -32,7 +32,7 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
     """List finished stages, features of frozen towers and the cache: what they are, how large, which runs use them."""
     rows = _open(store).ls()
     if as_json:
-        typer.echo(json.dumps([vars(row) for row in rows], indent=1))
+        echo_json([vars(row) for row in rows])
         return
     table = Table(
         _uncut_column("folder"),
@@ -105,7 +105,7 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
     opened = _open(store)
     rows = read_runs(opened.root)
     if as_json:
-        typer.echo(json.dumps([_as_json(run) for run in rows], indent=1))
+        echo_json([_as_json(run) for run in rows])
         return
     remarks = [escape(_remarks(run)) for run in rows]
     table = Table(
@@ -186,4 +186,4 @@ def _uncut_column(title: str) -> Column:
 
 
 def _console() -> Console:
-    return Console()  # made at use, so that it writes to the standard output of that moment
+    return terminal()  # made at use, so that it writes to the standard output of that moment

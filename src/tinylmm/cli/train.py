@@ -39,9 +39,9 @@ def run(arguments: Sequence[str]) -> int:
     multirun = bool(MULTIRUN & set(arguments))
     overrides = [word for word in arguments if word not in MULTIRUN]
     runs = compose_all(overrides, multirun)  # every fault of every run, before the first one starts
-    from rich.console import Console
+    from tinylmm.cli.terminal import terminal
 
-    console = Console()
+    console = terminal()
     if len(runs) > 1:
         return _finish(_sweep(overrides, [words for words, _ in runs], console), console)
     plan = _plan(*runs[0])
@@ -100,6 +100,7 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
 
 def _finish(outcomes: list[RunOutcome], console: Console) -> int:
     """Write the report of the runs that finished, print its table, and return the worst exit code."""
+    from tinylmm.errors import printable
     from tinylmm.reports.collect import collect_report
     from tinylmm.reports.tables import render_scores
     from tinylmm.reports.write import write_files
@@ -113,7 +114,7 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
         console.print(f"report   {paths.html}", highlight=False, soft_wrap=True)
     for outcome in outcomes:
         if outcome.error is not None:
-            sys.stderr.write(f"run {outcome.name}: {outcome.error}\n")
+            sys.stderr.write(printable(f"run {outcome.name}: {outcome.error}\n"))
     codes = {outcome.exit_code for outcome in outcomes}
     return next((code for code in (75, 1, 2) if code in codes), 0)
 

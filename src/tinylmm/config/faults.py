@@ -74,6 +74,9 @@ def _fault(where: str, path: Sequence[Any], annotation: Any, entry: Any, raw: Ma
         return Fault(where or "(run)", str(entry["ctx"]["error"]))
     value = _lookup(raw, path)
     hint = suggestion(value, _literals(annotation)) if isinstance(value, str) else ""
+    if isinstance(value, bool | int | float) and str in _branches(_plain(annotation)[0]):
+        as_text = str(value).lower() if isinstance(value, bool | int) else "..."  # of 1e5 only the number is known
+        hint = f"To give it as text, put it in quotes: {where}='\"{as_text}\"'"
     return Fault(where, f"is {show(where, value)}; it must be {describe(annotation)}.", hint)
 
 

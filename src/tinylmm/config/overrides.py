@@ -8,6 +8,7 @@ wrong keys together with everything else.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ HYDRA_KEYS = ("hydra.sweeper.params.", "hydra.mode")
 """Of Hydra's own settings, those that a command line or an experiment may set: the rest could name code to be run."""
 
 _ALIAS = re.compile(rf"(?P<sign>[~+]{{0,2}})(?P<alias>{'|'.join(ALIASES)})(?=[=.@]|$)")
+_PLAIN_KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w-]+)*", re.ASCII)
 _SECRET_KEY = re.compile(
     r"(^|[_.\-])(api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|secret|secrets|password|passwd|passphrase|credentials?|bearer)($|[_.\-=])"
     r"|(^|[_.\-])(hub|hf|auth|access|api|refresh|session|wandb|github|bot|user)[_-]?token($|[_.\-=])"
@@ -117,7 +119,10 @@ def check_words(words: Iterable[str], vocabulary: Vocabulary, loader: ConfigLoad
         try:
             override = parser.parse_overrides([word])[0]
         except HydraException:
-            faults.append(_malformed(given, vocabulary))
+            quoted_word = _quoted(word, parser, vocabulary)
+            faults.append(_malformed(given, vocabulary, quoted_word))
+            # the value is known all the same, so nobody needs to be told that it is missing
+            good += [] if quoted_word is None else [f"++{quoted_word}"]
             continue
         if override.key_or_group == EXPERIMENTS and not override.is_delete():
             word = _with_folder(word, vocabulary)
@@ -219,7 +224,27 @@ def _unknown(key: str, first: str, override: Override, vocabulary: Vocabulary) -
     return Fault(redacted(key), f"unknown key '{redacted(first)}'.", fix)
 
 
-def _malformed(word: str, vocabulary: Vocabulary) -> Fault:
+def quoted(text: str) -> str:
+    """Return a text as Hydra reads it back from a word's value, whatever is in it."""
+    mark = "'" if '"' in text and "'" not in text else '"'
+    escaped = re.sub(rf"(\\*)({mark}|$)", lambda found: found[1] * 2 + ("\\" + mark if found[2] else ""), text)
+    return f"{mark}{escaped}{mark}"
+
+
+def _quoted(word: str, parser: OverridesParser, vocabulary: Vocabulary) -> str | None:
+    """`key=value` with its value in quotes, or None where that is not what keeps it from being read."""
+    key, equals, value = word.partition("=")
+    if not equals or not value or value[0] in "\"'[{" or not _PLAIN_KEY.fullmatch(key):
+        return None
+    candidate = f"{key}={quoted(value)}"
+    try:
+        (override,) = parser.parse_overrides([candidate])
+    except HydraException:
+        return None
+    return None if _judge(override, vocabulary) else candidate
+
+
+def _malformed(word: str, vocabulary: Vocabulary, quoted_word: str | None = None) -> Fault:
     bare = word.strip()
     shown = redacted(repr(word))
     for group, choices in vocabulary.groups.items():
@@ -231,6 +256,8 @@ def _malformed(word: str, vocabulary: Vocabulary) -> Fault:
         return Fault(shown, "is no override.", "Write key=value or group=choice (~key removes one).")
     if bare.startswith("-"):
         return Fault(shown, "is no option of this command.", f"A setting has no dashes: {bare.lstrip('-')}")
+    if quoted_word is not None:
+        return Fault(shown, "cannot be read: its value needs quotes.", f"Write {redacted(shlex.quote(quoted_word))}")
     fix = "Write key=value without spaces around '='; put a value with special characters in quotes: 'key=\"a, b\"'."
     return Fault(shown, "cannot be read.", fix)
 

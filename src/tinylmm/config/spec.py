@@ -32,6 +32,10 @@ class SourceSpec(Frozen):
     """What a broken record or image does: stop before training with the full list, or be left out and counted."""
     max_bad: Annotated[int, Field(ge=0)] = 0
     """With `on_bad: skip`, how many may be left out before the run stops all the same."""
+    follow_links: bool = False
+    """Read images behind links that lead out of the image folder, to another disk."""
+    orientation: Literal["ignore", "apply"] = "ignore"
+    """`apply` turns images as their camera says (EXIF); published recipes ignore it, since their code does."""
     how_to_get: str = ""
     """Shown when a file is missing."""
 

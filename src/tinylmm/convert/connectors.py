@@ -12,7 +12,7 @@ from tinylmm.convert.tensors import Tensors
 from tinylmm.errors import UserError
 
 MODULE = "tinylmm.models.connectors"
-MLP, MOF = f"{MODULE}.MLPConnector", f"{MODULE}.MoFMLPConnector"
+MLP = f"{MODULE}.MLPConnector"
 RESAMPLER = "tinylmm.models.query_connectors.PerceiverConnector"
 QFORMER = "tinylmm.models.query_connectors.QFormerConnector"
 MLP_DEFAULTS = {"depth": 2, "activation": "gelu"}
@@ -48,7 +48,6 @@ _QUERIES = ("num_queries", 128)
 _FAMILY = {
     "identity": _Family(f"{MODULE}.IdentityConnector"),
     "linear": _Family(f"{MODULE}.LinearConnector", "linear."),
-    "mof_mlp": _Family(MOF, fixed=MLP_DEFAULTS, factory_only=True),
     "resampler": _Family(
         RESAMPLER,
         fields={"num_queries": _QUERIES, "depth": ("num_resampler_layers", 3)},
@@ -86,7 +85,7 @@ def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> Con
     if known is None or (known.factory_only and config is None):
         raise UserError(
             f"the checkpoint's connector is '{type_name}', which cannot be imported. "
-            "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, and the Factory's mof_mlp, resampler and qformer."
+            "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, and the Factory's resampler and qformer."
         )
     options = {option: (config or {}).get(key, default) for option, (key, default) in known.fields.items()}
     return connector_of(known.target, options)

@@ -17,11 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.image_names import is_embedded
-from tinylmm.data.images import DECODE_ERRORS, FORMATS, check_image, safe_path
+from tinylmm.data.images import check_image, image_header, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.data.segments import Rendered
 from tinylmm.errors import DataError
@@ -42,16 +40,25 @@ class SourceFiles:
     images: Path
     layout: str
     limit: int | None
+    follow_links: bool = False
+    upright: bool = False
+    """Images are turned as their camera says."""
 
 
 @dataclass(frozen=True)
 class _ImageFacts:
-    """What is known of one image; `content` is the SHA-256 of its bytes where they were read."""
+    """What is known of one image.
+
+    Attributes:
+        content: SHA-256 of its bytes, where they were read.
+        turned: its camera says that it is to be shown turned or mirrored.
+    """
 
     size: tuple[int, int] | None = None
     format: str = ""
     content: str | None = None
     fault: str | None = None
+    turned: bool = False
 
 
 @dataclass
@@ -65,7 +72,8 @@ class SourceCheck:
         turns, images: how many samples have so many turns, so many images.
         words: words of each sample, system message and answers included.
         tokens: tokens of each sample, every image as one, if a tokenizer was at hand; supervised: those trained on, in all.
-        sizes, formats: of the distinct images, (width, height) in pixels.
+        sizes, formats: of the distinct images, (width, height) in pixels; turned: those whose camera says to turn them.
+        greeted: samples whose first answer is left out, as no question is before it.
         too_long: samples of which the stage's `max_length` leaves no token to learn, every image counted as one token: there
             may be more of them. max_length, max_dropped: the stage's; None and all of them where tokens are not counted.
         same_conversations: (index, id) of samples that are equal in every word and image; groups of two and more.
@@ -88,6 +96,8 @@ class SourceCheck:
     max_dropped: float = 1.0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    turned: int = 0
+    greeted: int = 0
     same_conversations: list[list[tuple[int, str]]] = field(default_factory=list)
     same_images: list[list[str]] = field(default_factory=list)
     same_ids: list[tuple[str, int]] = field(default_factory=list)
@@ -160,30 +170,29 @@ def _look_at_images(
     for _, record in chunk:
         if isinstance(record, Sample):
             new |= {name: record.embedded for name in record.images if name not in state.seen}
-    facts = threads.map(lambda name: _facts(name, check.files.images, new[name].get(name), quick), new)
+    facts = threads.map(lambda name: _facts(name, check.files, new[name].get(name), quick), new)
     for name, found in zip(new, facts, strict=True):
         state.seen[name] = found
         if found.size is not None:
             check.sizes[found.size] += 1
             check.formats[found.format] += 1
+            check.turned += found.turned
         if found.content is not None:
             state.contents[found.content].append(name)
 
 
-def _facts(name: str, folder: Path, data: bytes | None, quick: bool) -> _ImageFacts:
-    """Open one image: a file below `folder`, or bytes that a record carries."""
+def _facts(name: str, files: SourceFiles, data: bytes | None, quick: bool) -> _ImageFacts:
+    """Open one image: a file of the source's folder, or bytes that a record carries."""
     try:
-        place: Any = safe_path(folder, name) if data is None else io.BytesIO(data)
+        place: Any = safe_path(files.images, name, files.follow_links) if data is None else io.BytesIO(data)
         if not quick:
             check_image(place)
             data = place.read_bytes() if isinstance(place, Path) else data
-        with Image.open(place, formats=FORMATS) as image:
-            size, kind = image.size, str(image.format)
+        size, kind, turned = image_header(place, files.upright)
     except DataError as error:
         return _ImageFacts(fault=str(error) if not is_embedded(name) else _without_place(str(error), name))
-    except DECODE_ERRORS as error:  # only with `quick`: a damaged header
-        return _ImageFacts(fault=f"image '{name[:60]}': not readable ({type(error).__name__})")
-    return _ImageFacts(size, kind, None if quick or data is None else hashlib.sha256(data).hexdigest())
+    content = None if quick or data is None else hashlib.sha256(data).hexdigest()
+    return _ImageFacts(size, kind, content, turned=turned)
 
 
 def _without_place(message: str, name: str) -> str:
@@ -212,6 +221,7 @@ def _take(index: int, record: Sample | BadRecord, check: SourceCheck, state: _St
         check.supervised += supervised
     check.samples += 1
     check.with_system += record.system is not None
+    check.greeted += record.greeted
     check.turns[len(record.turns)] += 1
     check.images[len(record.images)] += 1
     check.words.append(sum(len(text.split()) for text in _texts(record)))

@@ -4,12 +4,18 @@ LLaVA      {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]
 ShareGPT   the same with a system message (a first turn `from: system`, or the key `system`) and `image` or `images`.
 OpenAI     {"messages": [{"role", "content": text | [{"type": "text", "text"}, {"type": "image_url", "image_url"}, ...]}]}.
            Images stand in the list of parts, or as `<image>` in texts where the record has `image` or `images`.
+Cauldron   {"images": [...], "texts": [{"user", "assistant", "source"}]}: all images stand in front of the first question.
+
+A conversation of LLaVA or ShareGPT may begin with an answer, which is left out, as in LLaVA's own code. An empty answer is
+one: what is learnt from it is to end at once.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from reprlib import Repr
 from typing import Any
 
 from tinylmm.constants import IMAGE_SLOT
@@ -20,6 +26,10 @@ ASSISTANT_ROLES = ("gpt", "assistant")
 SYSTEM_ROLES = ("system", "developer")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
 _TEXT_PARTS = ("text", "input_text")
+_QWEN_IMAGE = re.compile(r"<img>[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp)</img>", re.IGNORECASE)
+"""How Qwen-VL's own data names a picture: inside the question."""
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 
 class RecordFaultError(Exception):
@@ -28,11 +38,15 @@ class RecordFaultError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a record says: complete turns, images in slot order as the record names them, its own system message."""
+    """What a record says: complete turns, images in slot order as the record names them, its own system message.
+
+    `greeted`: it began with an answer, which is left out.
+    """
 
     turns: tuple[Turn, ...]
     images: tuple[Any, ...]
     system: str | None = None
+    greeted: bool = False
 
 
 def kind(value: Any) -> str:
@@ -40,25 +54,36 @@ def kind(value: Any) -> str:
     return "missing" if value is None else f"a {type(value).__name__}"
 
 
+def shown(value: Any) -> str:
+    """A wrong value itself, in short whatever it is."""
+    return _BRIEF.repr(value)
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text holds half a character (a lone surrogate), which no file can be written with."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def parse_llava(record: dict[str, Any]) -> Conversation:
     """Read a LLaVA record. Anything but alternating human and gpt is a fault."""
-    conversations = _list(record, "conversations")
-    if len(conversations) % 2:
-        raise RecordFaultError(
-            f"{len(conversations)} messages: the last question has no answer, or a message is missing"
-        )
+    messages = [
+        _fields(number, message, "from", "value") for number, message in enumerate(_list(record, "conversations"))
+    ]
     texts = []
-    for number, message in enumerate(conversations):
-        role, text = _fields(number, message, "from", "value")
+    first = int(_is_greeting(messages))
+    for number, (role, text) in enumerate(messages[first:], first):
+        answer = (number - first) % 2 == 1
         if role not in USER_ROLES + ASSISTANT_ROLES:
             hint = ", or set the source's format to sharegpt" if role in SYSTEM_ROLES else ""
             raise RecordFaultError(
-                f"message {number} is from unknown role {role!r}; allowed: {USER_ROLES + ASSISTANT_ROLES}{hint}"
+                f"message {number} is from unknown role {shown(role)}; allowed: {USER_ROLES + ASSISTANT_ROLES}{hint}"
             )
-        _in_turn(number, role, number % 2 == 1)
-        texts.append(_checked_text(number, text, answer=number % 2 == 1))
+        _in_turn(number, role, answer)
+        texts.append(_checked_text(number, text))
+    if len(texts) % 2:
+        raise _unanswered(messages)
     turns = tuple(Turn(user, answer) for user, answer in zip(texts[::2], texts[1::2], strict=True))
-    return Conversation(turns, _named_images(record))
+    return _in_words(Conversation(turns, _named_images(record), greeted=bool(first)))
 
 
 def parse_sharegpt(record: dict[str, Any]) -> Conversation:
@@ -66,24 +91,40 @@ def parse_sharegpt(record: dict[str, Any]) -> Conversation:
     messages = [
         _fields(number, message, "from", "value") for number, message in enumerate(_list(record, "conversations"))
     ]
-    return _conversation(messages, record, slots_in_text=True)
+    return _conversation(messages, record, slots_in_text=True, greets=True)
 
 
 def parse_openai(record: dict[str, Any]) -> Conversation:
     """Read a record of OpenAI messages. In a list of parts, and without named images, `<image>` in a text is text."""
     messages = [_fields(number, message, "role", "content") for number, message in enumerate(_list(record, "messages"))]
-    return _conversation(messages, record, slots_in_text=bool(_named_images(record)))
+    return _conversation(messages, record, slots_in_text=bool(_named_images(record)), greets=False)
+
+
+def parse_cauldron(record: dict[str, Any]) -> Conversation:
+    """Read a record of the_cauldron, as nanoVLM does."""
+    images = _named_images(record)
+    turns: list[Turn] = []
+    for number, text in enumerate(_list(record, "texts")):
+        asked, answer = _fields(number, text, "user", "assistant")
+        texts = ("",) * (0 if turns else len(images)) + (_checked_text(number, asked),)
+        user = f"{IMAGE_SLOT}\n" * (len(texts) - 1) + texts[-1]
+        around = (*texts[:1], *("\n",) * (len(texts) - 2), f"\n{texts[-1]}") if len(texts) > 1 else texts
+        turns.append(Turn(user, _checked_text(number, answer), around if IMAGE_SLOT in texts[-1] else None))
+    return Conversation(tuple(turns), images)
 
 
 def parse_any(record: dict[str, Any]) -> Conversation:
-    """Read a record by the key that it has: `messages` (OpenAI) or `conversations` (ShareGPT, which LLaVA is one of)."""
+    """Read a record by its key: `messages` (OpenAI), `conversations` (ShareGPT, LLaVA) or `texts` (the_cauldron)."""
     if record.get("messages") is not None:
         return parse_openai(record)
     if record.get("conversations") is not None:
         return parse_sharegpt(record)
+    if record.get("texts") is not None:
+        return parse_cauldron(record)
     keys = ", ".join(map(str, record)) or "nothing"
     raise RecordFaultError(
-        f"the record has neither `conversations` (LLaVA, ShareGPT) nor `messages` (OpenAI), but {keys}"
+        "the record has neither `conversations` (LLaVA, ShareGPT) nor `messages` (OpenAI) nor `texts` (the_cauldron), "
+        f"but {keys}"
     )
 
 
@@ -97,13 +138,18 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
 """The source's `format` -> parser of one record."""
 
 
-def _conversation(messages: Sequence[tuple[Any, Any]], record: dict[str, Any], slots_in_text: bool) -> Conversation:
+def _conversation(
+    messages: Sequence[tuple[Any, Any]], record: dict[str, Any], slots_in_text: bool, greets: bool
+) -> Conversation:
+    """`greets`: the conversation may begin with an answer."""
     system = record.get("system") or None
     first = 0
     if messages[0][0] in SYSTEM_ROLES:
         if system is not None:
             raise RecordFaultError("the record has a key `system` and a system message; keep one")
         system, first = _plain_text(0, messages[0][1]), 1
+    greeted = greets and _is_greeting(messages[first:])
+    first += greeted
     if system is not None:
         system = _checked_text(0, system)
     named = list(_named_images(record))
@@ -114,24 +160,45 @@ def _conversation(messages: Sequence[tuple[Any, Any]], record: dict[str, Any], s
         if role not in USER_ROLES + ASSISTANT_ROLES:
             where = " (a system message may only be the first)" if role in SYSTEM_ROLES else ""
             allowed = (*USER_ROLES, *ASSISTANT_ROLES, "system")
-            raise RecordFaultError(f"message {number} is from unknown role {role!r}; allowed: {allowed}{where}")
+            raise RecordFaultError(f"message {number} is from unknown role {shown(role)}; allowed: {allowed}{where}")
         _in_turn(number, role, asked is not None)
         if asked is None:
             asked, found = _question(number, content, slots_in_text)
             images += [named.pop(0) if image is None and named else image for image in found]
         else:
-            answer = _checked_text(number, _plain_text(number, content), answer=True)
+            answer = _checked_text(number, _plain_text(number, content))
             turns.append(Turn(asked.user, answer, asked.around))
             asked = None
     if asked is not None:
-        raise RecordFaultError(f"{len(messages)} messages: the last question has no answer, or a message is missing")
+        raise _unanswered(messages)
     if not turns:
-        raise RecordFaultError("there is nothing behind the system message")
+        raise RecordFaultError("there is no question behind the first message")
     slots = len(images)
     if named or None in images:
         count = slots - images.count(None) + len(named)
         raise RecordFaultError(f"its questions have {slots} {IMAGE_SLOT} but the record names {count} images")
-    return Conversation(tuple(turns), tuple(images), system)
+    return _in_words(Conversation(tuple(turns), tuple(images), system, greeted))
+
+
+def _is_greeting(messages: Sequence[tuple[Any, Any]]) -> bool:
+    return bool(messages) and messages[0][0] in ASSISTANT_ROLES
+
+
+def _unanswered(messages: Sequence[Any]) -> RecordFaultError:
+    return RecordFaultError(f"{len(messages)} messages: the last question has no answer")
+
+
+def _in_words(conversation: Conversation) -> Conversation:
+    """Refuse a question that names a picture as Qwen-VL does: the name would be trained on as words."""
+    if not conversation.turns:
+        raise RecordFaultError("there is no question behind the first message")
+    for turn in conversation.turns:
+        if not conversation.images and "<img>" in turn.user and (found := _QWEN_IMAGE.search(turn.user)):
+            raise RecordFaultError(
+                f"a question names a picture in Qwen-VL's way ({shown(found[0])}), which would train as text only: "
+                f"name it in `image` or `images`, and put {IMAGE_SLOT} in its place"
+            )
+    return conversation
 
 
 def _question(number: int, content: Any, slots_in_text: bool) -> tuple[Turn, list[Any]]:
@@ -158,7 +225,7 @@ def _part(number: int, place: int, part: Any) -> str | tuple[Any]:
     if name in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
     if name not in _IMAGE_PARTS:
-        what = f"is of type {name!r}" if isinstance(part, dict) else f"is no object but {kind(part)}"
+        what = f"is of type {shown(name)}" if isinstance(part, dict) else f"is no object but {kind(part)}"
         raise RecordFaultError(f"part {place} of message {number} {what}; allowed: text, image_url, image")
     keys = ("image_url", "image", "path", "url")
     image = next((part[key] for key in keys if part.get(key) is not None), None)
@@ -196,13 +263,11 @@ def _in_turn(number: int, role: str, answer: bool) -> None:
         raise RecordFaultError(f"message {number} is from '{role}' where one from '{expected[0]}' is due")
 
 
-def _checked_text(number: int, text: Any, answer: bool = False) -> str:
+def _checked_text(number: int, text: Any) -> str:
     if not isinstance(text, str):
         raise RecordFaultError(f"the value of message {number} is no text but {kind(text)}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if is_broken(text):
         raise RecordFaultError(f"the value of message {number} holds half a character (a lone surrogate escape)")
-    if answer and not text.strip():
-        raise RecordFaultError(f"message {number} is an empty answer")
     return text
 
 

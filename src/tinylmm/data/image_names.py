@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylmm.data.formats import RecordFaultError
+from tinylmm.data.formats import RecordFaultError, is_broken, shown
 
 EMBEDDED = "embedded:"
 MAX_EMBEDDED_BYTES = 32_000_000
@@ -33,7 +33,7 @@ def name_images(images: Sequence[Any]) -> tuple[tuple[str, ...], dict[str, bytes
     for number, image in enumerate(images):
         data = _bytes(number, image)
         if data is None:
-            names.append(_path(number, image["path"] if isinstance(image, dict) else image))
+            names.append(_path(number, image.get("path") if isinstance(image, dict) else image))
             continue
         if len(data) > MAX_EMBEDDED_BYTES:
             raise RecordFaultError(f"image {number} has {len(data):,} bytes, more than {MAX_EMBEDDED_BYTES:,}")
@@ -76,12 +76,16 @@ def _bytes(number: int, image: Any) -> bytes | None:
 
 def _path(number: int, path: Any) -> str:
     if not isinstance(path, str) or not path:
-        raise RecordFaultError(f"`image` must be a path or a list of paths, but holds {path!r}")
+        raise RecordFaultError(f"`image` must be a path or a list of paths, but holds {shown(path)}")
+    if is_broken(path):
+        raise RecordFaultError(f"the path of image {number} holds half a character (a lone surrogate escape)")
     if _ADDRESS.match(path):
         raise RecordFaultError(
             f"image {number} is at an address ({path[:80]}), and nothing is fetched while training: "
             "download it, and name the file by its path below the source's image folder"
         )
     if is_embedded(path):
-        raise RecordFaultError(f"image {number} is called {path!r}: names that begin with '{EMBEDDED}' are reserved")
+        raise RecordFaultError(
+            f"image {number} is called {shown(path)}: names that begin with '{EMBEDDED}' are reserved"
+        )
     return path

@@ -1,6 +1,7 @@
 """Rows of parquet files as records, images embedded in them included (`datasets` writes them as {"bytes", "path"}).
 
-The conversation is in `messages` (OpenAI) or `conversations` (LLaVA, ShareGPT), images in `image` or `images`.
+The conversation is in `messages` (OpenAI), `conversations` (LLaVA, ShareGPT) or `texts` (the_cauldron), images in `image`
+or `images`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tinylmm.errors import DataError
 
 ROWS_AT_ONCE = 64
 """Rows in memory at a time: their images are in them."""
-CONVERSATIONS = ("messages", "conversations")
+CONVERSATIONS = ("messages", "conversations", "texts")
 COLUMNS = ("id", "system", "image", "images", "video", *CONVERSATIONS)
 
 
@@ -49,7 +50,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if not set(names) & set(CONVERSATIONS):
                     found = ", ".join(parquet.schema_arrow.names)
                     raise DataError(
-                        f"{file}: has no column `conversations` (LLaVA, ShareGPT) or `messages` (OpenAI), but {found}. "
+                        f"{file}: has no column `conversations` (LLaVA, ShareGPT), `messages` (OpenAI) or `texts` "
+                        f"(the_cauldron), but {found}. "
                         "Rename the column that holds the conversations."
                     )
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=names):

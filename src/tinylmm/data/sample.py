@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from tinylmm.config.weight_files import refuse_pointer
 from tinylmm.constants import IMAGE_SLOT
-from tinylmm.data.formats import PARSERS, RecordFaultError, kind
+from tinylmm.data.formats import PARSERS, RecordFaultError, is_broken, kind, shown
 from tinylmm.data.image_names import name_images
 from tinylmm.data.segments import Turn
-from tinylmm.errors import DataError
+from tinylmm.errors import DataError, printable
+
+MAX_DIGITS = 4000
+"""Of an integer in a file; Python's own limit is a little above."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Sample:
         turns: complete turns; `<image>` in a question is an image slot, as many as there are images.
         images: paths relative to the source's image folder, or names of embedded ones, in the order of their slots.
         system: the conversation's own system message; None leaves it to the chat template.
+        greeted: the record began with an answer, which is left out.
         embedded: bytes of the embedded images by name.
     """
 
@@ -37,16 +42,21 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[str, ...]
     system: str | None = None
+    greeted: bool = False
     embedded: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used: its 0-based position in the file, its id and the reason."""
+    """A record that cannot be used: its 0-based position in the file, its id and the reason, both fit to be shown."""
 
     index: int
     sample_id: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sample_id", printable(self.sample_id, keep=""))
+        object.__setattr__(self, "reason", printable(self.reason, keep=""))
 
 
 def read_samples(path: Path, layout: str = "llava") -> Iterator[Sample | BadRecord]:
@@ -104,11 +114,18 @@ def parse_record(index: int, record: Any, layout: str = "llava") -> Sample | Bad
         layout: the source's `format`.
     """
     given = record.get("id") if isinstance(record, dict) else None
-    sample_id = str(index if given is None else given)
+    sample_id = str(index) if given is None else given if isinstance(given, str) else _id_text(given)
     try:
+        if is_broken(sample_id):
+            raise RecordFaultError("its `id` holds half a character (a lone surrogate escape)")
         return _parse(record, sample_id, layout)
     except RecordFaultError as fault:
         return BadRecord(index, sample_id, str(fault))
+
+
+def _id_text(given: Any) -> str:
+    """An id that is no text, as text: a number as it is, anything else in short."""
+    return str(given) if isinstance(given, (int, float, Decimal)) else shown(given)
 
 
 def _parse(record: Any, sample_id: str, layout: str) -> Sample:
@@ -121,7 +138,21 @@ def _parse(record: Any, sample_id: str, layout: str) -> Sample:
     slots = sum(turn.num_images for turn in conversation.turns)
     if slots != len(images):
         raise RecordFaultError(f"its questions have {slots} {IMAGE_SLOT} but the record names {len(images)} images")
-    return Sample(sample_id, conversation.turns, images, conversation.system, embedded)
+    return Sample(sample_id, conversation.turns, images, conversation.system, conversation.greeted, embedded)
+
+
+def load_json(text: str) -> Any:
+    """Decode JSON. Python reads no integer of more than MAX_DIGITS digits, so such a one becomes a Decimal.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) <= MAX_DIGITS else Decimal(digits)
 
 
 def _read_list(path: Path) -> Iterator[Any]:
@@ -129,7 +160,7 @@ def _read_list(path: Path) -> Iterator[Any]:
     if not text.strip():
         raise DataError(f"{path}: the file is empty; expected a JSON list of records. Fetch or build it again.")
     try:
-        records = json.loads(text)
+        records = load_json(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise _not_json(path, error, line_offset=0) from error
     if not isinstance(records, list):
@@ -145,7 +176,7 @@ def _read_lines(path: Path) -> Iterator[Any]:
                 continue
             empty = False
             try:
-                yield json.loads(line)
+                yield load_json(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise _not_json(path, error, line_offset=number) from error
     if empty:

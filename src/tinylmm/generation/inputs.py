@@ -52,7 +52,7 @@ def as_list(images: Images) -> list[ImageInput]:
 
 
 def decode(image: ImageInput) -> Image.Image:
-    """Decode an image completely, as RGB.
+    """Decode an image completely, as RGB; one that is still encoded is turned as its camera says.
 
     Raises:
         DataError: there is no such file, or it is no image that can be read.
@@ -61,13 +61,13 @@ def decode(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
         return as_rgb(image)
     if isinstance(image, bytes | bytearray | memoryview):
-        return open_image(Path("the image's bytes"), bytes(image))
+        return open_image(Path("the image's bytes"), bytes(image), upright=True)
     if isinstance(image, np.ndarray | Tensor):
         return _from_pixels(image)
     if isinstance(image, str | Path):
         return _from_file(str(image))
     if hasattr(image, "read"):
-        return open_image(Path("the open image file"), image.read())
+        return open_image(Path("the open image file"), image.read(), upright=True)
     raise UserError(f"an image is given as {type(image).__name__}; allowed: {ALLOWED}.")
 
 
@@ -75,7 +75,7 @@ def _from_file(name: str) -> Image.Image:
     if name.startswith("data:"):
         head, _, encoded = name.partition(",")
         try:
-            return open_image(Path(head), base64.b64decode(encoded, validate=True))
+            return open_image(Path(head), base64.b64decode(encoded, validate=True), upright=True)
         except binascii.Error as error:
             raise DataError(f"the image {name[:40]!r} is a data URL that is no base64 ({error}).") from error
     try:
@@ -84,7 +84,7 @@ def _from_file(name: str) -> Image.Image:
         found = False
     if not found:
         raise DataError(f"{name}: no such image file. Give the path of a local file; nothing is downloaded.")
-    return open_image(Path(name))
+    return open_image(Path(name), upright=True)
 
 
 def _from_pixels(pixels: np.ndarray | Tensor) -> Image.Image:

@@ -186,11 +186,19 @@ class _Builder:
         return self._add("prepare", f"prepare[{name}]", spec, parents, {"location": _location(self.run.data, source)})
 
     def _source(self, data: DataSpec, name: str) -> Fields:
-        """The fields of a source that decide what is read; for files outside the store, their content."""
+        """The fields of a source that decide what is read; for files outside the store, their content.
+
+        Later ones are in it only where they are set, so that they are in no other digest.
+        """
         source: SourceSpec = data.sources[name]
+        optional = {"follow_links", "orientation"} - source.model_dump(exclude_defaults=True).keys()
         if data.build is not None:
-            return {"file": source.annotations} | _dump(source, exclude={"annotations", "how_to_get"}) | ANY_POLICY
-        fields = _dump(source, exclude={"annotations", "images", "how_to_get"}) | ANY_POLICY
+            return (
+                {"file": source.annotations}
+                | _dump(source, exclude={"annotations", "how_to_get", *optional})
+                | ANY_POLICY
+            )
+        fields = _dump(source, exclude={"annotations", "images", "how_to_get", *optional}) | ANY_POLICY
         return fields | {"content": self.fingerprints.source(data, name)}
 
     def _data_parent(self, data: DataSpec) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Kind:
 KINDS = {
     "data": Kind(DataStage, 2, "tinylmm.stages.data"),
     "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss"),
-    "prepare": Kind(PrepareStage, 2, "tinylmm.stages.prepare", scratch=("scratch",)),
+    "prepare": Kind(PrepareStage, 3, "tinylmm.stages.prepare", scratch=("scratch",)),
     "train": Kind(
         TrainStage, 2, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
     ),

@@ -38,6 +38,8 @@ class SourceIdentity(Recorded):
     limit: int | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     max_bad: int = 0
+    follow_links: bool = False
+    orientation: Literal["ignore", "apply"] = "ignore"
     content: Content | None = None
 
 
@@ -164,6 +166,8 @@ class LocatedSource(Recorded):
     limit: int | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     max_bad: int = 0
+    follow_links: bool = False
+    orientation: Literal["ignore", "apply"] = "ignore"
     how_to_get: str = ""
 
     @property

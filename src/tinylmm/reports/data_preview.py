@@ -96,7 +96,15 @@ class RunData:
             raise ConfigError(faults)
         root = self._root()
         return [
-            SourceFiles(name, root / source.annotations, root / source.images, source.format, source.limit)
+            SourceFiles(
+                name,
+                root / source.annotations,
+                root / source.images,
+                source.format,
+                source.limit,
+                source.follow_links,
+                source.orientation == "apply",
+            )
             for name in dict.fromkeys(names or trained)
             for source in [sources[name]]
         ]
@@ -143,7 +151,8 @@ class RunData:
 
     def _see_image(self, files: SourceFiles, sample: Sample, name: str) -> SeenImage:
         data = sample.embedded.get(name)
-        image = open_image(safe_path(files.images, name) if data is None else io.BytesIO(data))
+        place = safe_path(files.images, name, files.follow_links) if data is None else io.BytesIO(data)
+        image = open_image(place, upright=files.upright)
         spec = self.run.vision_tower.image
         pixels = ImageTransform.of(spec)(image)
         tiles = pixels if pixels.ndim == 4 else pixels[None]  # (T, 3, H, W)

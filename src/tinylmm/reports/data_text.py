@@ -28,6 +28,11 @@ def source_counts(check: SourceCheck) -> list[tuple[str, str]]:
     rows += [("text only", f"{check.images[0]:,}"), ("with a system message", f"{check.with_system:,}")]
     several = sum(count for number, count in check.images.items() if number > 1)
     rows += [("with several images", f"{several:,}"), ("different images", f"{sum(check.sizes.values()):,}")]
+    if check.greeted:
+        rows.append(("first answer left out", f"{check.greeted:,}"))
+    if check.turned:
+        how = "turned upright" if check.files.upright else "taken as stored (orientation=ignore)"
+        rows.append(("images that the camera says to turn", f"{check.turned:,}, {how}"))
     if check.tokens:
         rows.append(("tokens, an image as one", f"{sum(check.tokens):,}"))
         rows.append(("trained on", f"{100 * check.supervised / sum(check.tokens):.0f}\N{NO-BREAK SPACE}%"))

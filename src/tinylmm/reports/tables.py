@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from tinylmm.errors import printable
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, ScoreRow
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
@@ -142,9 +143,14 @@ def markdown_table(header: list[str], rows: list[list[str]], text_columns: int =
 
 
 def escape_markdown(text: str) -> str:
-    """`text` such that Markdown shows it as it is: no markup, no HTML, no table cell or line begun by it."""
-    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", plain)
+    """`text` such that Markdown shows it as it is: no markup, HTML, link, mention or formula, no table cell or line begun."""
+    plain = " ".join(printable(" ".join(text.split())).split())
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", plain)
+    # GitHub makes links of bare addresses, mentions of @names and formulas of $...$, which no backslash prevents
+    plain = plain.replace("@", "&#64;").replace("$", "&#36;").replace("://", "&#58;//")
+    plain = re.sub(r"(?i)\bwww\.", lambda found: f"{found[0][:-1]}&#46;", plain)
+    return re.sub(r"^(\d{1,9})?([-+=.)])(?=\s|$|[-=])", r"\1\\\2", plain)
 
 
 def _fenced(text: str) -> str:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.chat import ChatTemplate, Rendered, get_template
 from tinylmm.data.image_names import embedded_path, is_embedded
-from tinylmm.data.images import check_image, safe_path
+from tinylmm.data.images import check_image, relative_name, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.build import load_tokenizer
@@ -71,6 +71,7 @@ class _Source:
     on_bad: str
     max_bad: int
     how_to_get: str
+    follow_links: bool = False
 
 
 @dataclass
@@ -117,6 +118,7 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
         get_template(job.spec.template),
         load_tokenizer(job.spec.tokenizer, job.parents.get("tokenizer"), job.settings.folders.get("tokenizer")),
         source.images,
+        source.follow_links,
         job.output / EMBEDDED_FOLDER,
     )
     scratch = job.folder / "scratch"
@@ -139,26 +141,39 @@ def _source(job: StageJob[PrepareStage]) -> _Source:
     if "data" in job.parents:
         assert spec.file is not None  # of a data stage's output, sources are identified by their file
         folder = job.parents["data"]
-        return _Source(folder / spec.file, folder / spec.images, *policy, how_to_get="")
+        return _Source(folder / spec.file, folder / spec.images, *policy, "", spec.follow_links)
     root = job.root_of(location)
     assert source.annotations is not None
-    return _Source(root / source.annotations, root / source.images, *policy, how_to_get=source.how_to_get)
+    return _Source(root / source.annotations, root / source.images, *policy, source.how_to_get, spec.follow_links)
 
 
 class _Renderer:
     """Does the work on one sample; travels to worker processes once."""
 
     def __init__(
-        self, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, images: Path, embedded: Path
+        self,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerBase,
+        images: Path,
+        follow_links: bool,
+        embedded: Path,
     ) -> None:
         self.template = template
         self.tokenizer = tokenizer
         self.images = images
+        self.follow_links = follow_links
         self.embedded = embedded
 
     def store(self, record: Sample | BadRecord) -> Sample | BadRecord:
-        """Write a record's embedded images to files, so that no more than a few are in memory."""
-        if isinstance(record, BadRecord) or not record.embedded:
+        """Write a record's embedded images to files, so that no more than a few are in memory.
+
+        An absolute path inside the image folder is named from there: the folder may lie elsewhere when it is trained on.
+        """
+        if isinstance(record, BadRecord):
+            return record
+        if any(map(os.path.isabs, record.images)):
+            record = replace(record, images=tuple(relative_name(self.images, name) for name in record.images))
+        if not record.embedded:
             return record
         for name, data in record.embedded.items():
             path = embedded_path(self.embedded, name)
@@ -179,7 +194,7 @@ class _Renderer:
         """What is wrong with an image, or None."""
         path = embedded_path(self.embedded, name) if is_embedded(name) else None
         try:
-            check_image(safe_path(self.images, name) if path is None else path)
+            check_image(safe_path(self.images, name, self.follow_links) if path is None else path)
         except DataError as error:
             if path is None:
                 return str(error)

@@ -18,7 +18,7 @@ from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
 from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
-from tinylmm.data.images import ImageTransform, image_size, open_image
+from tinylmm.data.images import ImageTransform
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
@@ -214,7 +214,9 @@ class _Images:
     def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
         folders = []
         for location, prepared in zip(job.locations, _prepared(job), strict=True):
-            folders.append(ImageFolder(job.root_of(location) / location.source.images, prepared / EMBEDDED_FOLDER))
+            source = location.source
+            paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
+            folders.append(ImageFolder(paths, prepared / EMBEDDED_FOLDER, source.follow_links, upright))
         self.folders = ImageFolders(folders)
         self.transform = ImageTransform.of(loaded.description.image)
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -225,19 +227,20 @@ class _Images:
 
     def pixels(self, name: str) -> torch.Tensor:
         """(3, H, W) of one image, or (T, 3, H, W) where images are tiled."""
-        return self.transform(open_image(self.folders.find(name)))
+        return self.transform(self.folders.open(name))
 
     def size(self, name: str) -> tuple[int, int]:
         """Width and height of one image in pixels."""
         if name not in self._sizes:
-            self._sizes[name] = image_size(self.folders.find(name))
+            self._sizes[name] = self.folders.size(name)
         return self._sizes[name]
 
     def stamp(self, name: str) -> list[Any]:
-        """What tells this file from any other: resolved path, size, modification time."""
+        """What tells this image from any other: resolved path, size, modification time, and whether it is turned."""
         path = self.folders.find(name)
         status = path.stat()
-        return [str(path), status.st_size, status.st_mtime_ns]
+        turned = ["upright"] if self.folders.upright(name) else []
+        return [str(path), status.st_size, status.st_mtime_ns, *turned]
 
 
 class _WithFeatures:

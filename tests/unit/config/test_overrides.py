@@ -1,6 +1,9 @@
 """Claims about command-line words: aliases, suggestions, choices, secrets, and what Hydra is handed."""
 
+import shlex
+
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tinylmm.config.overrides import (
     Vocabulary,
@@ -9,6 +12,7 @@ from tinylmm.config.overrides import (
     holds_secret,
     is_sweep,
     looks_secret,
+    quoted,
     redacted,
 )
 
@@ -173,3 +177,28 @@ def test_a_sweep_is_told_from_a_list() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("value", ["été-データ", "lr=1e-3,epoch=2", "run(1)", 'q"q', "it's", "a#b", "a\\\"b' (c"])
+def test_a_value_that_needs_quotes_is_one_fault_that_says_how_to_write_it(value: str) -> None:
+    found = check_words([f"data.root={value}"], VOCABULARY)
+    (fault,) = found.faults
+    assert fault.what == "cannot be read: its value needs quotes."
+    (word,) = shlex.split(fault.fix.removeprefix("Write "))
+    assert found.good == (f"++{word}",)  # so that nothing is said to be missing
+    again = check_words([word], VOCABULARY)
+    assert again.faults == () and again.good == found.good
+    (override,) = OverridesParser.create().parse_overrides(list(again.good))
+    assert getattr(override.value(), "text", override.value()) == value
+
+
+@pytest.mark.parametrize("text", ["", "a\\", 'a\\"', "null", "2024", "\\\\'\""])
+def test_quoted_text_is_read_back_as_it_was(text: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"a={quoted(text)}"])
+    assert getattr(override.value(), "text", override.value()) == text
+
+
+@pytest.mark.parametrize("word", ["a b=é", "data.root=[a", "data.root={a", 'data.root="a', "=é"])
+def test_what_quotes_would_not_mend_is_refused_without_them(word: str) -> None:
+    found = check_words([word], VOCABULARY)
+    assert found.good == () and "needs quotes" not in str(found.faults[0])

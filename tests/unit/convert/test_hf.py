@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -229,3 +231,38 @@ def test_a_tokenizers_own_format_is_exported_as_it_was_trained(tmp_path: Path) -
     turns = [Turn("<image>\nWhat is it?", "a red 3"), Turn("Sure?", None)]
     text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
     assert text == TEMPLATES["native"].fitted(loaded.tokenizer).text(turns) and report.difference is not None
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new-names", "old-names"])
+def test_a_peft_adapter_of_the_whole_model_is_merged_into_the_folder_that_is_named(tmp_path: Path, old: bool) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    export_hf(loaded_with(qwen()), base)
+    targets = ["q_proj", "v_proj", "linear_1"]
+    wrapped = get_peft_model(
+        LlavaForConditionalGeneration.from_pretrained(base), LoraConfig(r=2, lora_alpha=4, target_modules=targets)
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    wrapped.save_pretrained(adapter)
+    AutoProcessor.from_pretrained(base).save_pretrained(base)
+    if old:
+        tensors = load_file(base / "model.safetensors")
+        renamed = {name.removeprefix("model.").replace("language_model.", "language_model.model.") if "lm_head" not in name
+                   else f"language_model.{name}": tensor for name, tensor in tensors.items()}  # fmt: skip
+        save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    for file in (*base.glob("token*"), *base.glob("process*")):
+        (adapter / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"adapter of a whole model .*--llm FOLDER; or merge it first"):
+        import_model(adapter, tmp_path / "refused")
+    report = import_model(adapter, tmp_path / "ours", llm=base)
+    assert report.layout == "transformers-lora" and any("adapter" in note for note in report.notes)
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    for file in (*base.glob("token*"), *base.glob("process*"), base / "tinylmm.json"):
+        (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())
+    import_model(tmp_path / "merged", tmp_path / "theirs")
+    ours, theirs = (load_model(tmp_path / name, []).model.state_dict() for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name])

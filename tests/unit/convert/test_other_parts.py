@@ -14,6 +14,7 @@ from tests.builders import LLAMA, VISION, VOCAB, WIDTH
 from tests.foreign import Foreign, factory_config, factory_tensors, foreign, load_imported, our_logits, write_merged
 from tinylmm.convert.connectors import QFORMER, RESAMPLER, connector_of, from_ours
 from tinylmm.convert.conversion import import_model, write_model
+from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.openelm import OpenELMForCausalLM
 from tinylmm.models.openelm_config import OpenELMConfig
@@ -35,6 +36,8 @@ def imported(tmp_path: Path, parts: Foreign, **config: Any) -> LoadedModel:
         parts.connector_tensors() if spec is None else from_ours(connector_of(spec, {}), parts.connector_tensors())
     )
     tensors |= {f"connector._connector.{k}": v for k, v in connector.items() if "bert.layernorm" not in k}
+    if spec == QFORMER:  # as its trainer saves it
+        tensors["connector._connector.bert.embeddings.position_ids"] = torch.arange(512)[None]
     write_merged(tmp_path / "factory", factory_config(parts, **config), tensors)
     loaded, _ = load_imported(tmp_path / "factory", tmp_path / "model", template="llama")
     return loaded
@@ -46,6 +49,11 @@ def test_a_perceiver_resampler_comes_in(tmp_path: Path) -> None:
     loaded = imported(tmp_path, parts, connector_type="resampler", num_queries=5, num_resampler_layers=2)
     same_logits(parts, loaded)
     assert loaded.model.image_tokens == 5
+
+
+def test_a_mixture_of_features_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"connector is 'mof_mlp', which cannot be imported.*resampler and qformer\."):
+        imported(tmp_path, foreign(), connector_type="mof_mlp")
 
 
 @pytest.mark.slow

@@ -91,6 +91,24 @@ GOOD = {
         {"image": "1.png", "conversations": said("<image>q", "a", keys=FROM, first="s")},
         Sample("0", (Turn("<image>q", "a"),), ("1.png",), "s"),
     ),
+    "sharegpt-first-answer-is-left-out": (
+        "sharegpt",
+        {"conversations": [{"from": "gpt", "value": "hi"}, *said("q", "", keys=FROM)], "system": "s"},
+        Sample("0", (Turn("q", ""),), (), "s", greeted=True),
+    ),
+    "cauldron-images-stand-in-front": (
+        "auto",
+        {
+            "images": ["1.png", "2.png"],
+            "texts": [{"user": "q", "assistant": "a", "source": "x"}, {"user": "r", "assistant": "b", "source": "x"}],
+        },
+        Sample("0", (Turn("<image>\n<image>\nq", "a"), Turn("r", "b")), ("1.png", "2.png")),
+    ),
+    "cauldron-image-words-are-text": (
+        "parquet",
+        {"images": ["1.png"], "texts": [{"user": "a <image>?", "assistant": "b"}]},
+        Sample("0", (Turn("<image>\na <image>?", "b", ("", "\na <image>?")),), ("1.png",)),
+    ),
 }
 
 
@@ -104,7 +122,7 @@ def openai(*texts: Any, **fields: Any) -> Record:
 
 
 BAD = {
-    "neither": ("auto", {"id": 1, "text": "x"}, "neither `conversations`.* nor `messages`.*, but id, text"),
+    "neither": ("auto", {"id": 1, "text": "x"}, "neither `conversations`.* nor `texts`.*, but id, text"),
     "web-address": ("openai", openai([image_part("https://x.org/a.png")], "a"), r"address \(https://x.org.*nothing is fet"),
     "file-address": ("openai", openai([image_part("file:///etc/passwd")], "a"), "nothing is fetched"),
     "llava-web-address": ("llava", {"image": "http://x/a.png", "conversations": said("<image>", "a", keys=FROM)}, "address"),
@@ -121,8 +139,9 @@ BAD = {
     "tool": ("openai", {"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
     "late-system": ("openai", {"messages": [*said("q", "a"), *said("q", "a", first="s")]}, "may only be the first"),
     "two-systems": ("sharegpt", {"system": "t", "conversations": said("q", "a", keys=FROM, first="s")}, "keep one"),
-    "only-system": ("openai", {"messages": said(first="s")}, "nothing behind the system message"),
+    "only-system": ("openai", {"messages": said(first="s")}, "no question behind the first message"),
     "open-question": ("openai", openai("q", "a", "r"), "last question has no answer"),
+    "openai-answer-first": ("openai", {"messages": said("q", "a")[1:]}, "message 0 is from 'assistant'"),
     "answer-twice": ("openai", {"messages": [*said("q", "a"), {"role": "assistant", "content": "b"}]}, "from 'human' is"),
     "too-few-images": ("sharegpt", {"conversations": said("<image><image>", "a", keys=FROM), "image": "1.png"},
                        "2 <image> but the record names 1 images"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -19,7 +20,15 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from tinylmm.data.images import ImageTransform, check_image, image_size, open_image, safe_path
+from tinylmm.data.images import (
+    ImageTransform,
+    check_image,
+    image_header,
+    image_size,
+    open_image,
+    relative_name,
+    safe_path,
+)
 from tinylmm.errors import DataError
 from tinylmm.sizing.tiling import Tiling
 
@@ -31,12 +40,13 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG of a few bytes that claims to be width x height."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
@@ -70,7 +80,7 @@ def test_path_inside_the_root_is_accepted(root: Path, relative: str) -> None:
         ("link.png", "leads out"),
         ("folder/secret.png", "leads out"),
         ("folder/images2/c.png", "leads out"),
-        ("/etc/hostname", "must be relative"),
+        ("/etc/hostname", "leads out of the image folder"),
         ("", "must be relative"),
         ("a\0.png", "must be relative"),
         ("gone.png", "'gone.png': not found"),
@@ -270,3 +280,88 @@ def test_a_grey_picture_of_16_bits_is_scaled_not_clipped(tmp_path: Path, top: in
     Image.fromarray(np.tile(ramp, (4, 1))).save(tmp_path / "ramp.png")
     opened = np.asarray(open_image(tmp_path / "ramp.png"))
     assert opened.shape == (4, 64, 3) and np.array_equal(opened[0, :, 0], ramp >> 8)
+
+
+def test_an_absolute_path_inside_the_folder_is_accepted_and_named_from_there(root: Path) -> None:
+    name = str(root / "sub" / "b.png")
+    assert safe_path(root, name) == root / "sub" / "b.png"
+    assert relative_name(root, name) == "sub/b.png"
+    assert relative_name(root, "sub/b.png") == "sub/b.png"
+    outside = str(root.parent / "secret.png")
+    assert relative_name(root, outside) == outside
+    assert relative_name(root, f"{root}/../secret.png") == f"{root}/../secret.png"
+
+
+@pytest.mark.parametrize("name", ["link.png", "folder/secret.png", "folder/images2/c.png"])
+def test_links_out_of_the_folder_are_followed_where_that_is_asked_for(root: Path, name: str) -> None:
+    assert safe_path(root, name, follow_links=True).parent in (root.parent, root.parent / "images2")
+    with pytest.raises(DataError, match="set the source's follow_links=true"):
+        safe_path(root, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/hostname", "folder/../../secret.png", "sub/../../images2/c.png"]
+)
+def test_a_path_that_climbs_out_by_its_own_words_is_refused_even_then(root: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"leads out|not found"):
+        safe_path(root, name, follow_links=True)
+
+
+def of_many_scans(scans: int, side: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    buffer = io.BytesIO()
+    noise(side, side).save(buffer, "jpeg", progressive=True, quality=5)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * scans + data[-2:]
+
+
+@pytest.mark.parametrize("check", [check_image, open_image])
+def test_a_jpeg_is_bound_by_its_work_and_not_only_its_pixels(tmp_path: Path, check: Check) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(of_many_scans(600, 1000))
+    with pytest.raises(DataError, match=r"a\.jpg: a JPEG of 610 scans of 1000 x 1000 pixels .* at most 500,000,000"):
+        check(path)
+    path.write_bytes(of_many_scans(30, 100))
+    check(path)
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+@pytest.mark.parametrize("behind", [False, True], ids=["before-the-pixels", "behind-the-pixels"])
+@pytest.mark.parametrize("check", [check_image, open_image, image_size])
+def test_a_pngs_large_metadata_keeps_nobody_from_its_pixels(
+    tmp_path: Path, kind: bytes, behind: bool, check: Check
+) -> None:
+    buffer, pixels = io.BytesIO(), noise(5, 4)
+    pixels.save(buffer, "png")
+    png, packed = buffer.getvalue(), zlib.compress(b"x" * 3_000_000)
+    large = chunk(kind, b"name\0\1\0\0\0" + packed if kind == b"iTXt" else b"name\0\0" + packed)
+    place = png.index(b"IEND" if behind else b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(png[:place] + large + png[place:])
+    found = check(tmp_path / "a.png")
+    assert found in (None, (5, 4), pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_an_image_is_turned_as_its_camera_says_where_that_is_asked_for(
+    tmp_path: Path, name: str, orientation: int
+) -> None:
+    stored = noise(6, 3).resize((60, 30))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as image:
+        pixels = image.convert("RGB")
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert open_image(tmp_path / name).tobytes() == pixels.tobytes()
+    upright = open_image(tmp_path / name, upright=True)
+    assert (upright.size, upright.tobytes()) == (expected.size, expected.tobytes())
+    size = image_size(tmp_path / name, upright=True)
+    assert size == upright.size == ((60, 30) if orientation < 5 else (30, 60))
+    assert image_header(tmp_path / name)[2] == (orientation > 1)
+
+
+def test_broken_exif_turns_nothing(tmp_path: Path) -> None:
+    noise(6, 3).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    assert open_image(tmp_path / "a.jpg", upright=True) == open_image(tmp_path / "a.jpg")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tinylmm.data.chat import Turn
+from tinylmm.data.check import SourceFiles, check_source
 from tinylmm.data.sample import BadRecord, Sample, parse_record, read_samples
 from tinylmm.errors import DataError
 
@@ -41,6 +43,15 @@ GOOD = {"id": "a", "image": "a.png", "conversations": [human("<image>\nWhat?"), 
             {"id": "u", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a <image>"}]},
             Sample("u", (Turn("q", "a <image>"),), ()),
         ),
+        (
+            {"id": "g", "image": "a.png", "conversations": [gpt("hello"), human("<image>q"), gpt("a")]},
+            Sample("g", (Turn("<image>q", "a"),), ("a.png",), greeted=True),
+        ),
+        ({"id": "e", "conversations": [human("q"), gpt("")]}, Sample("e", (Turn("q", ""),), ())),
+        (
+            {"id": "h", "conversations": [human("what is <img>x</img> in HTML?"), gpt("nothing")]},
+            Sample("h", (Turn("what is <img>x</img> in HTML?", "nothing"),), ()),
+        ),
     ],
     ids=[
         "one-image",
@@ -48,6 +59,9 @@ GOOD = {"id": "a", "image": "a.png", "conversations": [human("<image>\nWhat?"), 
         "two-turns-without-id",
         "two-images",
         "image-word-in-answer-is-text",
+        "first-answer-is-left-out",
+        "empty-answer-is-one",
+        "img-tag-that-names-no-picture",
     ],
 )
 def test_good_record_becomes_a_sample(record: dict[str, Any], expected: Sample) -> None:
@@ -63,15 +77,26 @@ BAD = {
     "no-conversations": ({"id": "a", "image": "a.png"}, "`conversations` must be a list.*missing"),
     "conversations-is-text": (changed(conversations="hi"), "must be a list of messages, but is a str"),
     "empty-conversations": (changed(conversations=[]), "`conversations` is empty"),
+    "gpt-alone": (changed(conversations=[gpt("a")]), "no question behind the first message"),
+    "gpt-twice": (
+        changed(conversations=[*GOOD["conversations"], gpt("b")]),
+        "message 2 is from 'gpt' where .*'human' is due",
+    ),
     "odd-number-of-messages": (changed(conversations=[*GOOD["conversations"], human("b")]), "3 messages.*no answer"),
     "unknown-role": (changed(conversations=[human("<image>"), {"from": "bot", "value": "x"}]), "unknown role 'bot'"),
-    "gpt-first": (changed(conversations=[gpt("a"), human("<image>")]), "message 0 is from 'gpt' where.*'human' is due"),
+    "gpt-first": (changed(conversations=[gpt("a"), human("<image>")]), "2 messages: the last question has no answer"),
     "human-twice": (changed(conversations=[human("<image>"), human("b")]), "message 1 is from 'human'"),
     "message-is-text": (changed(conversations=[human("<image>"), "b"]), "message 1 is no object"),
     "value-missing": (changed(conversations=[human("<image>"), {"from": "gpt"}]), "value of message 1.*missing"),
     "value-is-number": (changed(conversations=[human("<image>"), {"from": "gpt", "value": 3}]), "no text but a int"),
     "lone-surrogate": (changed(conversations=[human("<image>"), gpt("\ud83d")]), "half a character"),
-    "empty-answer": (changed(conversations=[human("<image>"), gpt(" \n")]), "message 1 is an empty answer"),
+    "qwen-vl": (
+        {"id": "a", "conversations": [human("Picture 1: <img>a/0.png</img>\nwhat?"), gpt("a")]},
+        "in Qwen-VL's way .*0.png.*text only.*name it in `image`",
+    ),
+    "path-with-half-a-character": (changed(image="\ud83d.png"), "path of image 0 holds half a character"),
+    "image-without-path": (changed(image={"bytes": None}), "`image` must be a path .* holds None"),
+    "nested-role": (changed(conversations=[human("<image>"), {"from": [[[[1]]]], "value": "x"}]), "unknown role"),
     "two-slots-one-image": (changed(conversations=[human("<image><image>"), gpt("a")]), "2 <image>.* names 1 images"),
     "no-slot-one-image": (changed(conversations=[human("what?"), gpt("a")]), "0 <image> but the record names 1"),
     "slot-without-image": ({"conversations": GOOD["conversations"]}, "1 <image> but the record names 0"),
@@ -89,6 +114,72 @@ def test_bad_record_is_handed_on_with_its_index_and_reason(record: Any, reason: 
     assert bad.sample_id == ("a" if isinstance(record, dict) and "id" in record else "3")
     with pytest.raises(ValueError, match=reason):
         raise ValueError(bad.reason)
+
+
+ODD = (
+    "\ud800", "\x1b[2Jx", "\u202e", "", " ", "<image>", "a.png", "\0", "human", "gpt", "system", "user", "embedded:x",
+    "data:image/png;base64,AA", "http://x", 0, -1, 1.5, 1e400, True, None, [], {}, [[[[[[1]]]]]], "x" * 9000,
+)  # fmt: skip
+KEYS = ("id", "image", "images", "conversations", "messages", "texts", "system", "video", "from", "value", "role", "content",
+        "type", "text", "image_url", "url", "path", "bytes", "user", "assistant", "\ud800", "\x1b")  # fmt: skip
+
+
+def odd_value(draw: random.Random, depth: int = 0) -> Any:
+    """Some JSON value, near to a record or far from one."""
+    kind = draw.random()
+    if kind < 0.45 or depth > 4:
+        return draw.choice(ODD)
+    if kind < 0.6:
+        return [odd_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return {draw.choice(KEYS): odd_value(draw, depth + 1) for _ in range(draw.randrange(6))}
+
+
+def odd_record(draw: random.Random) -> Any:
+    """A good record with some value in it replaced by another one, or any value."""
+    if draw.random() < 0.2:
+        return odd_value(draw)
+    record = json.loads(json.dumps(draw.choice([
+        GOOD,
+        {"id": 1, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]},
+                               {"role": "assistant", "content": "a"}]},
+        {"images": [{"path": "a.png", "bytes": None}], "texts": [{"user": "q", "assistant": "a", "source": "s"}]},
+    ])))  # fmt: skip
+    for _ in range(draw.randint(1, 3)):
+        place: Any = record
+        while isinstance(place, (dict, list)) and place:
+            key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if draw.random() < 0.4 or not isinstance(place[key], (dict, list)):
+                place[key] = odd_value(draw)
+                break
+            place = place[key]
+    return record
+
+
+@pytest.mark.parametrize("layout", ["llava", "sharegpt", "openai", "auto"])
+def test_whatever_json_can_hold_is_a_sample_or_has_a_reason(tmp_path: Path, layout: str) -> None:
+    draw = random.Random(layout)
+    records = [odd_record(draw) for _ in range(2000)]
+    file = tmp_path / "a.jsonl"
+    digits = '{"id": ' + "9" * 5000 + ', "conversations": ' + "9" * 5000 + "}"
+    file.write_text("\n".join([*map(json.dumps, records), digits]), encoding="utf-8")
+    found = list(read_samples(file, layout))
+    assert len(found) == 2001
+    for sample in found:
+        said = [sample.sample_id, *(sample.images if isinstance(sample, Sample) else [sample.reason])]
+        "".join(said).encode()  # fit for any file
+    reasons = [sample.reason for sample in found if isinstance(sample, BadRecord)]
+    assert 200 < len(reasons) < 2001
+    assert all(reason.isprintable() and len(reason) < 600 for reason in reasons)
+    assert found[-1].sample_id == "9" * 5000 and isinstance(found[-1], BadRecord)
+
+
+def test_an_odd_record_hides_no_other_from_the_check(tmp_path: Path) -> None:
+    odd = [{**GOOD, "id": "\ud800"}, {**GOOD, "image": {"size": 1}}, changed(conversations=[human("\ud800"), gpt("a")])]
+    (tmp_path / "a.json").write_text(json.dumps([*odd, {**GOOD, "id": "\x1b[2J", "image": "\x1b]0;x\x07.png"}]))
+    check = check_source(SourceFiles("a", tmp_path / "a.json", tmp_path, "llava", None))
+    assert [bad.index for bad in check.faults] == [0, 1, 2, 3]
+    assert check.faults[0].sample_id == r"\ud800" and check.faults[3].sample_id == r"\x1b[2J"
+    assert all(bad.reason.isprintable() for bad in check.faults)
 
 
 def test_list_and_json_lines_give_the_same_samples_in_file_order(tmp_path: Path) -> None:

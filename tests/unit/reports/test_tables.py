@@ -107,8 +107,17 @@ def test_markdown_has_verdict_scores_stages_and_command(store: StoreBuilder) -> 
         ("<img src=x>", "&lt;img src=x&gt;"),
         ("[x](javascript:y)", r"\[x\](javascript:y)"),
         ("`code`", r"\`code\`"),
+        ("see https://x.org, www.x.org", "see https&#58;//x.org, www&#46;x.org"),
+        ("@name $x$", "&#64;name &#36;x&#36;"),
+        ("- item", r"\- item"),
+        ("1. item", r"1\. item"),
+        ("80.0 % -5", "80.0 % -5"),
+        ("a\x1b[2J\u202eb", r"a\\x1b\[2J\\u202eb"),
     ],
-    ids=["cell", "newline", "html", "link", "code"],
+    ids=[
+        *("cell", "newline", "html", "link", "code"),
+        *("address", "mention-and-formula", "list", "numbers", "figure", "controls"),
+    ],
 )
 def test_markdown_shows_names_as_they_are(text: str, escaped: str) -> None:
     assert escape_markdown(text) == escaped

@@ -85,7 +85,7 @@ BAD = {
     "unknown-role": (record("bad", conversations=[{"from": "x", "value": "<image>"}] * 2), "unknown role 'x'"),
     "two-slots-one-image": (record("bad", question="<image> <image>"), "2 <image> but the record names 1"),
     "path-escape": (record("bad", "../outside.png"), "leads out of the image folder"),
-    "absolute-path": (record("bad", "/etc/hostname"), "must be relative"),
+    "absolute-path": (record("bad", "/etc/hostname"), "leads out of the image folder"),
     "link-outside": (record("bad", "link.png"), "leads out of the image folder"),
     "bomb": (record("bad", "bomb.png"), "too large"),
     "video": (record("bad", video="a.mp4"), "`video`"),

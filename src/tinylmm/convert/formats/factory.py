@@ -30,6 +30,9 @@ LAYER, STRATEGY, ASPECT = "vision_feature_layer", "vision_feature_select_strateg
 STRATEGIES = {"cut": "patch", "all": "cls_patch"}
 """`Parts.select` -> the Factory's word. Its "patch" drops index 0 of every tower, CLS token or not."""
 
+_POSITIONS = r"connector\._connector\.bert\.embeddings\.position_ids"
+"""The Factory's trainer saves it with a Q-Former: a buffer of the BERT whose position embeddings are taken out."""
+
 
 class PartFiles(NamedTuple):
     """Where a part's tensors and config are.
@@ -140,7 +143,10 @@ def _folders(source: Source) -> Tensors:
 
 def _parts(source: Source, tensors: Tensors) -> Parts:
     config = source.config
+    spec = spec_of_type(str(config.get("connector_type", "mlp2x_gelu")), config)
     ledger = Ledger(tensors, str(source.folder))
+    ledger.ignore(_POSITIONS, "a buffer of BERT's code, which numbers positions and is not read")
+    source.ignored |= ledger.ignored
     llm, tower, connector = (ledger.take(FILES[part].merged) for part in ("llm", "vision_tower", "connector"))
     ledger.finish()
     llm_name, tower_name = str(config.get(LLM_NAME, "")), str(config.get(TOWER_NAME, "")).rpartition(":")[2]
@@ -157,7 +163,6 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
     strategy = str(config.get(STRATEGY, STRATEGIES["cut"]))
     if strategy not in STRATEGIES.values():
         raise UserError(f"{STRATEGY} is '{strategy}'; importable are {', '.join(STRATEGIES.values())}.")
-    spec = spec_of_type(str(config.get("connector_type", "mlp2x_gelu")), config)
     return Parts(
         llm_config=make_config(llm_fields),
         tower_config=tower_config,

@@ -8,6 +8,7 @@ What is written gives the logits that our model gives, or is not written.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from tinylmm.convert.configs import make_config
 from tinylmm.convert.connectors import MLP, connector_of, from_ours
 from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.images import image_processor
+from tinylmm.convert.lora import merge_run, read_adapter
 from tinylmm.convert.parts import Parts, causal_class
-from tinylmm.convert.source import Source, read_json_if_any, write_json
+from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any, write_json
 from tinylmm.convert.tensors import Ledger, Tensors, listed, read_weights
 from tinylmm.convert.tower import dropped_tokens, layer_read, selection_of
 from tinylmm.data.chat import Turn, get_template
@@ -47,6 +49,7 @@ MODEL = "model."
 """The new key scheme has it in front of the parts' names, and the output layer outside."""
 LLM, TOWER, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 HEAD = "lm_head."
+OLD_SCHEME = {f"{LLM}model.": MODEL + LLM, f"{LLM}{HEAD}": HEAD, TOWER: MODEL + TOWER, PROJECTOR: MODEL + PROJECTOR}
 STRATEGIES = {"cut": "default", "all": "full"}
 """`Parts.select` -> `vision_feature_select_strategy`."""
 LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
@@ -62,16 +65,41 @@ VOCAB_MULTIPLE = 64
 
 
 def detect(source: Source) -> str | None:
-    """Tell it by a config.json with a config a part."""
+    """Tell it by a config.json with a config a part, or by an adapter whose modules have transformers' names."""
+    if source.has_adapter:
+        names = read_adapter(source.folder)[1]
+        return "transformers-lora" if any(TOWER in name or LLM in name for name in names) else None
     whole = source.model_type == "llava" and "vision_config" in source.config
-    return "transformers" if whole and not source.has_adapter else None
+    return "transformers" if whole else None
 
 
 def read(source: Source) -> Parts:
     """Read the whole model; tensors of the added image token are cut off again where our own export added it."""
+    return _parts(source, read_weights(source.folder))
+
+
+def read_lora(source: Source) -> Parts:
+    """Read a peft adapter (of TRL, LLaMA-Factory, ...), merged into the whole model that --llm names."""
+    config, adapter = read_adapter(source.folder)
+    if source.llm is None:
+        raise UserError(
+            f"{source.folder} is an adapter of a whole model ('{config.get('base_model_name_or_path')}'). Give a local "
+            "folder of that model: --llm FOLDER; or merge it first (peft's merge_and_unload) and import the result."
+        )
+    base = replace(source, folder=source.llm, config=read_json(source.llm / CONFIG))
+    if base.model_type != "llava" or base.has_adapter:
+        raise UserError(f"--llm {base.folder}: an adapter of a whole model needs a whole model of type llava there.")
+    tensors = read_weights(base.folder)
+    tensors = _renamed(tensors, OLD_SCHEME) if any(name.startswith(LLM) for name in tensors) else tensors
+    parts = _parts(base, merge_run(source, tensors, config, adapter))
+    source.template = base.template
+    return parts
+
+
+def _parts(source: Source, tensors: Tensors) -> Parts:
     whole = _read_config(source)
     llm_config, tower_config = make_config(whole.text_config.to_dict()), make_config(whole.vision_config.to_dict())
-    llm, tower, projector = _sorted(source, causal_class(llm_config).base_model_prefix)
+    llm, tower, projector = _sorted(source, tensors, causal_class(llm_config).base_model_prefix)
     ours = read_json_if_any(source.folder / OURS_FILE)
     rows = int(ours.get("vocab_size", llm_config.vocab_size))
     for name in (f"{HEAD}weight", f"{causal_class(llm_config).base_model_prefix}.embed_tokens.weight"):
@@ -110,9 +138,9 @@ def _read_config(source: Source) -> Any:
         raise UserError(f"{source.folder}: config.json is no LlavaConfig: {' '.join(str(error).split())}") from error
 
 
-def _sorted(source: Source, base: str) -> tuple[Tensors, Tensors, Tensors]:
+def _sorted(source: Source, tensors: Tensors, base: str) -> tuple[Tensors, Tensors, Tensors]:
     """Tensors of LLM, tower and projector; `base` is what the causal LM calls its decoder."""
-    ledger = Ledger(read_weights(source.folder), str(source.folder))
+    ledger = Ledger(tensors, str(source.folder))
     if ledger.has(MODEL + LLM):
         llm = ledger.take(MODEL + LLM, f"{base}.") | ledger.take(HEAD, HEAD)
         ledger.put(ledger.take(MODEL))
@@ -364,7 +392,7 @@ def _same_ids(processor: Any, loaded: LoadedModel) -> list[str]:
 
 FORMAT = Format(
     holds="a LlavaForConditionalGeneration of transformers",
-    readers={"transformers": read},
+    readers={"transformers": read, "transformers-lora": read_lora},
     detect=detect,
     writers={"hf": write},
     obstacles=obstacles,
