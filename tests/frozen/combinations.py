@@ -265,6 +265,8 @@ NEVER_VARY = {
     *(("train", f"tokenizer.{name}") for name in ("content", "vocab_size")),
     *(("train", name) for name in ("llm.content", "model.content", "scale_image_features", "tune.llm.from_layer")),
     *(("train", f"tune.vision_tower.lora.{name}") for name in ("alpha", "bias", "dropout", "rslora", "targets")),
+    # what is done about bad records decides nothing: the same stands in every identity
+    *((kind, f"source.{name}") for kind in ("prepare", "parts", "eval") for name in ("on_bad", "max_bad")),
     ("parts", "init"),
     ("data", "build._target_"),
 }

@@ -31,7 +31,7 @@ from tinylmm.errors import NonFiniteError
 from tinylmm.models.lmm import LMM
 from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
-from tinylmm.training.checkpoints import PREFIX, CheckpointFolder
+from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import start_reader
 from tinylmm.training.pipes import Packed, needs_pipes, unpack
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
@@ -397,6 +397,3 @@ class _StepEnd(TrainerCallback):
         if finished:
             control.should_training_stop = True
         return control
-
-
-__all__ = ["PREFIX", "LMMTrainer", "SaveSchedule"]
