@@ -1,16 +1,18 @@
-"""Answers on disk while an evaluation runs: one JSON line an answer, safe against a kill at any moment. No torch."""
+"""Answers on disk while an evaluation runs: one JSON line an answer, safe against a kill and a flipped bit. No torch."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tinylmm.errors import IntegrityError
 from tinylmm.stop import require_claim
+from tinylmm.store.rows import frame, read_rows
+
+log = logging.getLogger(__name__)
 
 
 class AnswerFile:
@@ -31,7 +33,7 @@ class AnswerFile:
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows, each with a `mode` and an `id`, and wait until the disk has them."""
         require_claim()
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        data = b"".join(map(frame, rows))
         while data:
             data = data[os.write(self._descriptor, data) :]
         os.fsync(self._descriptor)
@@ -48,20 +50,15 @@ class AnswerFile:
 def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """All rows of the answer files in `folder`, by (mode, id); of an answer given twice the first counts.
 
-    Raises:
-        IntegrityError: a line that is not the last of its file is no JSON.
+    A line that is not what was written is dropped with a warning, so that its question is asked again.
     """
     answers: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):  # behind the last line end stands nothing, or half a line
-            try:
-                row = json.loads(line)
+        for number, row in read_rows(path):
+            if row is None:
+                log.warning("%s, line %d is damaged and dropped: its question is asked again", path, number)
+            else:
                 answers.setdefault((row["mode"], row["id"]), row)
-            except (ValueError, KeyError, TypeError) as error:
-                raise IntegrityError(
-                    f"{path}, line {number}: is no answer ({error}). Delete the line to have its question asked again."
-                ) from error
     return answers
 
 

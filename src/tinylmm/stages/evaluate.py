@@ -20,7 +20,7 @@ from torch import Tensor
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
-from tinylmm.errors import ConfigError, DataError, UserError
+from tinylmm.errors import ConfigError, DataError, IntegrityError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Answer, ImageRef, Item, Scores
@@ -66,7 +66,23 @@ def run(job: StageJob[EvalStage]) -> dict[str, Any]:
     if rank() != 0:
         return {}
     answers = read_answers(job.folder / ANSWERS)
+    _refuse_unanswered(job, items, answers)
     return _score(job, benchmark, items, answers, asked, keys)
+
+
+def _refuse_unanswered(job: StageJob[EvalStage], items: Sequence[Item], answers: Mapping[tuple[str, str], Any]) -> None:
+    """What was answered and cannot be read any more must not count as wrong.
+
+    Raises:
+        IntegrityError: names how many answers are gone, and what to do.
+    """
+    modes = MODES if job.spec.blind else MODES[:1]
+    gone = sum((mode, item.item_id) not in answers for mode in modes for item in items)
+    if gone:
+        raise IntegrityError(
+            f"{job.folder / ANSWERS}: {gone} answers that were written cannot be read. Give the same command again: their "
+            "questions are asked again."
+        )
 
 
 def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item]]:

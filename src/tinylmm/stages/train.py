@@ -70,7 +70,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
-        job.metrics.forget_after(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+        trainer._checkpoints.forget_after(checkpoint)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     with (
@@ -161,7 +161,9 @@ def build_trainer(
         dataset=samples,
         sampler=sampler,
         collate=_collate(job, loaded, images, cache),
-        checkpoints=CheckpointFolder(job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks),
+        checkpoints=CheckpointFolder(
+            job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
+        ),
         learning_rates=peak_learning_rates(spec.lr),
         schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
         step_timeout_s=launch.step_timeout_s,

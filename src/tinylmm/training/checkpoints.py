@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tinylmm.errors import UserError
 from tinylmm.store import integrity
+from tinylmm.training.metrics import MetricsFile
 from tinylmm.training.state import Form
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,10 @@ log = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
 
 
-FORMAT = 2
+FORMAT = 3
 """Of the files in a checkpoint."""
+ROWS_FILE = "rows.jsonl"
+"""Progress rows up to its step, so that a curve has no hole where the stage's own file was damaged meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ class CheckpointFolder:
         keep: how many published checkpoints are kept, at least 2: the newest may turn out damaged.
         digest: of the stage: no other stage's checkpoint is resumed.
         ranks: how this training is spread; another one's checkpoint is resumed wherever its form allows.
+        rows: the training's progress rows, of which each checkpoint keeps a copy.
     """
 
-    def __init__(self, root: Path, keep: int, digest: str, ranks: Ranks) -> None:
+    def __init__(self, root: Path, keep: int, digest: str, ranks: Ranks, rows: MetricsFile) -> None:
         self.root = root
         self.keep = keep
         self.digest = digest
         self.ranks = ranks
+        self.rows = rows
 
     def staging(self) -> Path:
         """Where the next checkpoint is written before it counts."""
@@ -77,6 +82,7 @@ class CheckpointFolder:
         """Make the staged checkpoint of `step` count, then rotate. Rank 0 only, after every rank has written its files."""
         staged = self.staged(step)
         final = self.root / f"{PREFIX}{step}"
+        (staged / ROWS_FILE).write_bytes(self.rows.content())
         record = {"format": FORMAT, "step": step, "digest": self.digest, "form": form, **asdict(self.ranks)}
         integrity.write_manifest(staged, record)
         integrity.mark_complete(staged)
@@ -112,6 +118,14 @@ class CheckpointFolder:
             folder.rename(aside)
             log.warning("checkpoint of step %d refused and moved to %s: %s", step, aside, "; ".join(problems))
         return None
+
+    def forget_after(self, checkpoint: Path | None) -> None:
+        """Let the progress rows end where the training goes on: at this checkpoint, or at nothing. Rank 0 only."""
+        if checkpoint is None:
+            self.rows.forget_after(0)
+        else:
+            step = int(checkpoint.name.removeprefix(PREFIX))
+            self.rows.forget_after(step, (checkpoint / ROWS_FILE).read_bytes())
 
     def _foreign(self, folder: Path) -> list[str]:
         wanted = {"digest": self.digest, "format": FORMAT}

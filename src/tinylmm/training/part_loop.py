@@ -82,8 +82,8 @@ def train_loop(
     """
     optimizer = _optimizer(model, settings)
     path = folder / CHECKPOINT_FILE
-    first = _resume(path, model, optimizer)
-    metrics.forget_after(first)
+    first, known = _resume(path, model, optimizer)
+    metrics.forget_after(first, known)
     model.train()
     saved = logged = time.monotonic()
     logged_step = first
@@ -105,14 +105,13 @@ def train_loop(
         done, now = step + 1, time.monotonic()
         if done % settings.log_steps == 0 or done == settings.steps:
             speed = (done - logged_step) * settings.batch / max(now - logged, 1e-9)
-            lr = optimizer.param_groups[0]["lr"]
-            metrics.append(
-                step=done, steps=settings.steps, loss=loss_value, lr=lr, grad_norm=norm, samples_per_s=round(speed, 1)
-            )
+            row = {"loss": loss_value, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            metrics.append(step=done, steps=settings.steps, **row, samples_per_s=round(speed, 1))
             logged, logged_step = now, done
         stop = stop_requested() and done < settings.steps
         if stop or done == settings.steps or now - saved >= settings.save_every_s:
-            save_checkpoint(path, {**_state(model, optimizer), "step": done, "loss": loss_value})
+            rows = metrics.content().decode()
+            save_checkpoint(path, {**_state(model, optimizer), "step": done, "loss": loss_value, "rows": rows})
             saved = time.monotonic()
         if stop:
             raise StoppedError(f"stopped after step {done} of {settings.steps}; the same command continues from there")
@@ -140,16 +139,17 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the checkpoint at `path` if it is whole; return the step to go on with."""
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, bytes | None]:
+    """Load the checkpoint at `path` if it is whole; return the step to go on with, and the progress rows until then."""
     state = load_checkpoint(path)
     if state is None:
-        return 0
+        return 0, None
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     log.info("resuming from step %d (%s)", state["step"], path)
-    return int(state["step"])
+    rows = state.get("rows")
+    return int(state["step"]), None if rows is None else str(rows).encode()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

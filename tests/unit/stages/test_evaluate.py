@@ -18,7 +18,7 @@ import tinylmm
 from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
 from tests.unit.generation.test_prompts import model_that_ends_turns
-from tinylmm.errors import ConfigError, IntegrityError, StoppedError, UserError
+from tinylmm.errors import ConfigError, StoppedError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.launch.backends import torchrun
@@ -233,7 +233,9 @@ def test_shards_hold_every_entry_once_and_keep_an_image_together() -> None:
     assert shards == [[0, 2, 5, 6], [1, 4], [3]]
 
 
-def test_answers_from_several_files_are_one_and_a_broken_line_is_named(tmp_path: Path) -> None:
+def test_answers_from_several_files_are_one_and_a_broken_line_is_dropped_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(2):
         with AnswerFile(tmp_path / f"rank{number}.jsonl") as file:
             file.append([{"mode": "image", "id": f"{number}", "text": "é\u2028"}])
@@ -245,6 +247,29 @@ def test_answers_from_several_files_are_one_and_a_broken_line_is_named(tmp_path:
     with AnswerFile(tmp_path / "rank0.jsonl") as file:  # the half line is gone before the next is written
         file.append([{"mode": "image", "id": "2", "text": ""}])
     assert ("image", "2") in read_answers(tmp_path)
-    (tmp_path / "rank1.jsonl").write_text("{}\n")
-    with pytest.raises(IntegrityError, match=r"rank1\.jsonl, line 1"):
-        read_answers(tmp_path)
+    path = tmp_path / "rank1.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"id": "1"', b'"id": "7"'))
+    assert set(read_answers(tmp_path)) == {("image", "0"), ("image", "2")}
+    assert "rank1.jsonl, line 1 is damaged and dropped" in caplog.text
+
+
+def test_a_flipped_bit_in_a_kept_answer_is_asked_again_and_never_scored(
+    plain: tuple[StageJob[Any], dict[str, Any]], tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinylmm.generation import engine as generate
+
+    job = job_of(tmp_path, model)
+    calls: list[int] = []
+    monkeypatch.setattr(generate, "stop_requested", lambda: calls.append(1) or len(calls) > 12)
+    with pytest.raises(StoppedError):
+        evaluate.run(job)
+    monkeypatch.setattr(generate, "stop_requested", lambda: False)
+    path = job.folder / "answers/rank0.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    assert len(rows) > 3
+    for number in (0, 2):
+        at = rows[number].index(b'"text": "') + 9
+        rows[number] = rows[number][:at] + bytes([rows[number][at] ^ 1]) + rows[number][at + 1 :]
+    path.write_bytes(b"".join(rows))
+    assert evaluate.run(job)["kept"] == len(rows) - 2
+    assert texts(job) == texts(plain[0])

@@ -9,6 +9,7 @@ import pytest
 
 from tinylmm.errors import UserError
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
+from tinylmm.training.metrics import MetricsFile
 from tinylmm.training.state import Form
 
 ONE, TWO, ZERO = Ranks(1, None), Ranks(2, None), Ranks(2, 3)
@@ -17,7 +18,7 @@ FILES = ("state-00001-of-00001.safetensors", "optimizer.json", "scheduler.pt", "
 
 
 def folder(tmp_path: Path, digest: str = "d1", ranks: Ranks = ONE) -> CheckpointFolder:
-    return CheckpointFolder(tmp_path / "checkpoints", 2, digest, ranks)
+    return CheckpointFolder(tmp_path / "checkpoints", 2, digest, ranks, MetricsFile(tmp_path / "metrics.jsonl"))
 
 
 def save(checkpoints: CheckpointFolder, step: int, form: Form = "by name") -> Path:
@@ -92,3 +93,21 @@ def test_another_launch_continues_where_the_form_allows_and_is_else_refused_befo
     with pytest.raises(UserError, match=f"Continue with {writer.words()}, or delete"):
         folder(tmp_path, ranks=reader).newest_valid()
     assert path.exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_progress_rows_go_on_without_a_hole_whatever_happened_to_them(tmp_path: Path, damage: str) -> None:
+    checkpoints = folder(tmp_path)
+    for step in (10, 20, 30):
+        checkpoints.rows.append(step=step, loss=1 / step)
+        if step == 20:
+            path = save(checkpoints, step)
+    rows = tmp_path / "metrics.jsonl"
+    content = bytearray(rows.read_bytes())
+    whole = bytes(content)
+    content[5] ^= 4
+    rows.write_bytes(bytes(content) if damage == "flip" else whole[:-9])
+    checkpoints.forget_after(path)
+    assert rows.read_bytes() == b"".join(line + b"\n" for line in whole.split(b"\n")[:2])
+    checkpoints.forget_after(None)
+    assert rows.read_bytes() == b""
