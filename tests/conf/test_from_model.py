@@ -18,6 +18,12 @@ PARTS = ("llm", "vision_tower")
 DATA = ("data.root=/data", "data.sources.finetune.annotations=mine.json")
 
 
+def safetensors(content: bytes) -> bytes:
+    """A whole file of weights: one tensor of these bytes."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
 def write_model(folder: Path, spec: RunSpec, weights: bytes = b"w") -> Path:
     """A model's folder as far as it is read without torch, of the parts of this spec."""
     tower = spec.vision_tower
@@ -35,7 +41,7 @@ def write_model(folder: Path, spec: RunSpec, weights: bytes = b"w") -> Path:
         (folder / part).mkdir(parents=True)
         saved = getattr(spec, part).architecture | {"model_type": "kind", "architectures": ["X"], "dtype": "float32"}
         (folder / part / "config.json").write_text(json.dumps(saved))
-        (folder / part / "model.safetensors").write_bytes(weights)
+        (folder / part / "model.safetensors").write_bytes(safetensors(weights))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer/tokenizer.json").write_text("{}")
     (folder / "config.json").write_text(json.dumps(description))

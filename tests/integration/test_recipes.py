@@ -31,6 +31,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         yield project
 
 
+@pytest.fixture(scope="module")
+def lora(project: Project) -> Path:
+    """The model of the run `lora`."""
+    assert train(project, "recipe=lora", "name=lora", *SHORT, *RANK) == 0
+    return model_of(project, "lora")
+
+
+@pytest.fixture(scope="module")
+def mine(project: Project, lora: Path) -> Path:
+    """The same model in a folder of the user's."""
+    return Path(shutil.copytree(lora, project.root / "mine"))
+
+
 def train(project: Project, *words: str) -> int:
     return run([*project.words, *words])
 
@@ -54,9 +67,8 @@ def own_data(project: Project) -> list[str]:
     return [*words, "data.sources.finetune.images=images"]
 
 
-def test_lora_adds_an_adapter_to_a_linked_base_and_trains_the_connector(project: Project) -> None:
-    assert train(project, "recipe=lora", "name=lora", *SHORT, *RANK) == 0
-    model, before = model_of(project, "lora"), project.model("pretrain")
+def test_lora_adds_an_adapter_to_a_linked_base_and_trains_the_connector(project: Project, lora: Path) -> None:
+    model, before = lora, project.model("pretrain")
     assert (model / "llm/model.safetensors").samefile(before / "llm/model.safetensors")
     assert json.loads((model / "adapters/llm/adapter_config.json").read_text())["r"] == 4
     adapter = load_file(model / "adapters/llm/adapter_model.safetensors")
@@ -66,7 +78,7 @@ def test_lora_adds_an_adapter_to_a_linked_base_and_trains_the_connector(project:
     assert not (model.parents[1] / "kept").exists()
 
 
-def test_qlora_reuses_the_pretraining_and_loads_as_it_was_trained(project: Project) -> None:
+def test_qlora_reuses_the_pretraining_and_loads_as_it_was_trained(project: Project, lora: Path) -> None:
     assert train(project, "recipe=qlora", "name=qlora", *SHORT, *QRANK) == 0
     assert stages(project, "qlora")["pretrain"] == "reused"
     described = json.loads((model_of(project, "qlora") / "config.json").read_text())
@@ -77,33 +89,30 @@ def test_qlora_reuses_the_pretraining_and_loads_as_it_was_trained(project: Proje
     assert not torch.equal(loaded.model.llm.get_parameter(name), base[name])
 
 
-def test_custom_finetune_goes_on_from_a_run_on_ones_own_data(project: Project) -> None:
+def test_custom_finetune_goes_on_from_a_run_on_ones_own_data(project: Project, lora: Path, mine: Path) -> None:
     """The model is the lora run's: its adapter is merged, and a new one sits on the merged weights."""
     words = [*own_data(project), "eval=none", "launch.micro_batch=4", "tracking.log_steps=1", "name=custom"]
     words += ["recipe.stages.finetune.precision=fp32", "recipe.stages.finetune.max_steps=2", *RANK]
     assert run(["recipe=custom_finetune", "recipe.from_model=lora", *words]) == 0
     assert list(stages(project, "custom")) == ["prepare[finetune]", "finetune"]
     model = model_of(project, "custom")
-    start = load_model(model_of(project, "lora"), []).model
+    start = load_model(lora, []).model
     base = load_file(model / "llm/model.safetensors")
     assert torch.equal(base["model.layers.0.mlp.up_proj.weight"], start.llm.model.layers[0].mlp.up_proj.weight)
-    assert (model / "vision_tower/model.safetensors").samefile(
-        model_of(project, "lora") / "vision_tower/model.safetensors"
-    )
+    assert (model / "vision_tower/model.safetensors").samefile(lora / "vision_tower/model.safetensors")
 
-    # the same model in a folder of the user's: the same content, so the same result, and no run of anything
-    shutil.copytree(model_of(project, "lora"), project.root / "mine")
+    # in a folder of the user's it has the same content, so the same result, and nothing is run
     assert run(["recipe=custom_finetune", "recipe.from_model=mine", *words, "name=copy"]) == 0
     assert set(stages(project, "copy").values()) == {"reused"}
 
 
-def test_a_model_of_the_users_is_copied_not_linked(project: Project) -> None:
+def test_a_model_of_the_users_is_copied_not_linked(project: Project, mine: Path) -> None:
     words = [*own_data(project), "recipe=custom_finetune", "recipe.from_model=mine", "eval=none", "seed=9", *RANK]
     words += ["recipe.stages.finetune.precision=fp32", "recipe.stages.finetune.max_steps=1", "name=outside"]
     assert run(words) == 0
     part = "vision_tower/model.safetensors"
-    assert (model_of(project, "outside") / part).read_bytes() == (project.root / "mine" / part).read_bytes()
-    assert not (model_of(project, "outside") / part).samefile(project.root / "mine" / part)
+    assert (model_of(project, "outside") / part).read_bytes() == (mine / part).read_bytes()
+    assert not (model_of(project, "outside") / part).samefile(mine / part)
 
 
 @pytest.mark.parametrize("recipe", ["lora", "qlora"])

@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from tests.integration.project import Project, tiny_project
 from tinylmm.training import trainer
 
-STEPS = 8
+STEPS = 12
 """Of 12 samples in batches of 8, more than one epoch."""
 WORDS = (
     f"recipe.stages.pretrain.max_steps={STEPS}",
-    "recipe.stages.pretrain.epochs=4",
+    "recipe.stages.pretrain.epochs=9",
     "recipe.stages.pretrain.global_batch=8",
     "recipe.stages.pretrain.tune.llm=full",
     "recipe.stages.finetune.max_steps=1",
     "launch.micro_batch=2",
     "tracking.log_steps=1",
+    "connector._target_=slow.Connector",
+    "trust=[slow,stopping]",
     "eval=none",
 )
 STOPPING = '''
@@ -30,13 +32,30 @@ from tinylmm.stop import STOP_FILE
 
 
 class Backend(torchrun.Backend):
-    """torchrun, asked to save and stop as soon as its ranks have done a step."""
+    """torchrun, asked to save and stop as soon as its ranks have told of a step."""
 
     def start(self, job):
+        self.before = job.metrics.content()
         super().start(job)
-        (job.folder / STOP_FILE).touch()
+
+    def poll(self):
+        rows = self._job.metrics.content()
+        if not self.before.startswith(rows) and rows != self.before:
+            (self._job.folder / STOP_FILE).touch()
+        return super().poll()
 '''
-STOP = ("launch.backend=stopping.Backend", "trust=[stopping]", "launch.nproc=2")
+SLOW = """
+import time
+
+from tinylmm.models.connectors import MLPConnector
+
+
+class Connector(MLPConnector):
+    def forward(self, features):
+        time.sleep(0.15)  # so that a stop comes between two steps
+        return super().forward(features)
+"""
+STOP = ("launch.backend=stopping.Backend", "launch.nproc=2")
 
 
 def pretraining(store: Path) -> Path:
@@ -61,17 +80,25 @@ def stop_after(project: Project, step: int) -> None:
     assert done.returncode == 75, done.stderr
 
 
-def test_a_training_goes_from_launch_to_launch_and_ends_as_in_one_process(tmp_path: Path) -> None:
+def test_a_training_goes_from_launch_to_launch_and_ends_as_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = tiny_project(tmp_path)
     (project.root / "stopping.py").write_text(STOPPING)
+    (project.root / "slow.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(project.root)
     assert project.train_here(*WORDS, f"store={tmp_path / 'whole'}").returncode == 0
     stop_after(project, 3)
+    (work,) = project.store.glob("work/train-*")
+    reached = [3]
     for launch in (("launch=zero3", "launch.zero3_whole_below=0"), ("launch=torchrun",), ("launch=zero2",)):
         done = project.train(*WORDS, *launch, *STOP)
         assert done.returncode == 75, done.stdout + done.stderr
-    (work,) = project.store.glob("work/train-*")
-    assert sorted(path.name for path in (work / "checkpoints").glob("c*")) == ["checkpoint-5", "checkpoint-6"]
-    for path in (work / "checkpoints/checkpoint-6").iterdir():
+        reached.append(max(int(path.name[11:]) for path in (work / "checkpoints").glob("checkpoint-*")))
+    assert reached == sorted(set(reached)) and reached[-1] < STEPS, (
+        "each launch went on from where the one before stopped"
+    )
+    for path in (work / f"checkpoints/checkpoint-{reached[-1]}").iterdir():
         assert path.stat().st_size < 3e6, f"{path.name}: frozen weights have no place in a checkpoint"
     done = project.train_here(*WORDS)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -224,7 +224,10 @@ def test_built_data_is_read_from_the_data_stage(root: Path, tokenizer: Path) -> 
     job = job_of(root, tokenizer, [record("1")])
     source = {"file": "a.json", "images": "images", "format": "llava", "limit": None, "on_bad": "fail", "max_bad": 0}
     spec = PrepareStage.model_validate({"template": "phi", "source": source})
-    built = replace(job, spec=spec, settings=StageSettings(), parents=job.parents | {"data": root})
+    located = StageSettings.model_validate(
+        {"location": {"root": None, "source": {"annotations": "a.json", "images": "images"}}}
+    )
+    built = replace(job, spec=spec, settings=located, parents=job.parents | {"data": root})
     assert prepare.run(built)["samples"] == 1
 
 

@@ -67,6 +67,8 @@ VOCAB_MULTIPLE = 64
 def detect(source: Source) -> str | None:
     """Tell it by a config.json with a config a part, or by an adapter whose modules have transformers' names."""
     if source.has_adapter:
+        if source.model_type not in ("", None, "llava"):  # of the family's own trainers, whose config.json says so
+            return None
         names = read_adapter(source.folder)[1]
         return "transformers-lora" if any(TOWER in name or LLM in name for name in names) else None
     whole = source.model_type == "llava" and "vision_config" in source.config

@@ -40,7 +40,11 @@ def detect(source: Source) -> str | None:
     if (folder / "language_model").is_dir():  # LLaVA has no folder a part, TinyLLaVA Factory has
         return None
     if source.has_adapter:  # beside an adapter of a transformers model, nothing is saved apart
-        return "llava-lora" if (folder / TRAINED_FILE).is_file() else None
+        ours = source.model_type not in (
+            "",
+            "llava",
+        )  # else peft's own folder of an adapter, which transformers' reader takes
+        return "llava-lora" if ours or (folder / TRAINED_FILE).is_file() else None
     if kind == "tinyllava" or (kind == "llava" and "vision_config" in source.config):  # the Factory's and transformers'
         return None
     if not has_weights(folder) and (folder / PROJECTOR_FILE).is_file():
