@@ -56,6 +56,8 @@ DISTURBED = "finetune"
 SAVED = 75
 PATIENCE = 120.0
 """Seconds that a trial may take to come to its moment, or to end."""
+TRIES = 3
+"""For a moment that did not come before the run had ended."""
 REAL_START = 4.0
 """How much longer a run takes that has its libraries to import."""
 
@@ -304,15 +306,19 @@ def main() -> None:
         duration[ranks], expected[ranks] = undisturbed(project, folder / f"begun-{ranks}", ranks)
     hits, faults = 0, []
     for number, trial in enumerate(trials):
-        store = shutil.copytree(folder / f"begun-{trial.ranks}", folder / f"store-{number}")
+        store, wrong = folder / f"store-{number}", []
         words = [*launch_words(trial.ranks, trial.real, trial.readers), f"store={store}"]
-        attempt = Attempt(project, words, trial.real)
-        wrong = []
-        if wait_for(trial, attempt, store, draw, duration[trial.ranks] * (REAL_START if trial.real else 1)):
-            hits += bool(victims(attempt, trial.whom, draw))
-            wrong += disturb(trial, attempt, store, draw)
-        else:
-            attempt.process.wait(PATIENCE)
+        lasts = duration[trial.ranks] * (REAL_START if trial.real else 1)
+        for _ in range(TRIES):
+            shutil.rmtree(store, ignore_errors=True)
+            shutil.copytree(folder / f"begun-{trial.ranks}", store)
+            attempt = Attempt(project, words, trial.real)
+            if wait_for(trial, attempt, store, draw, lasts) and victims(attempt, trial.whom, draw):
+                hits += 1
+                wrong += disturb(trial, attempt, store, draw)
+                break
+            attempt.process.wait(PATIENCE)  # it ended before its moment came: another try, and sooner
+            lasts /= 2
         again = Attempt(project, [*launch_words(trial.ranks, False), f"store={store}"], real=False)
         if again.process.wait(PATIENCE) != 0:
             wrong.append(f"the same command again failed: {again.said()[-600:]}")
