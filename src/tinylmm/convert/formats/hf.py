@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tinylmm.constants import IMAGE_SLOT, IMAGE_TOKEN_ID
+from tinylmm.constants import IMAGE_SLOT
 from tinylmm.convert.chat_template import jinja_template
 from tinylmm.convert.configs import make_config
 from tinylmm.convert.connectors import MLP, connector_of, from_ours
@@ -32,12 +32,12 @@ from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.images import image_processor
 from tinylmm.convert.lora import merge_run, read_adapter
 from tinylmm.convert.parts import Parts, causal_class
+from tinylmm.convert.proof import TOLERANCE, logit_difference, token_notes
 from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any, write_json
 from tinylmm.convert.tensors import Ledger, Tensors, listed, read_weights
 from tinylmm.convert.tower import dropped_tokens, layer_read, selection_of
-from tinylmm.data.chat import Turn, get_template
-from tinylmm.data.slots import expand, positions_of
-from tinylmm.errors import IntegrityError, UserError
+from tinylmm.data.chat import get_template
+from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
@@ -58,8 +58,6 @@ ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
 """Class -> `projector_hidden_act`, which is our connector's `activation`, too."""
 _READ = {"vision_feature_layer": -2, "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
 """Fields of LlavaConfig of which not every value can be imported, and their defaults."""
-TOLERANCE = 1e-5
-"""Largest difference of logits, relative to the largest of ours above 1, that counts as rounding (fp32)."""
 VOCAB_MULTIPLE = 64
 """Rows added for the image token bring the vocabulary to a multiple of this, as in bczhou/tiny-llava-v1-hf."""
 
@@ -191,9 +189,9 @@ def write(export: Export, folder: Path) -> Written:
     processor.save_pretrained(folder)
     _write_ours(folder, loaded, old_rows)
     again = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    difference = _difference(model, again, image_id, old_rows)
+    difference = logit_difference(model, again, image_id, old_rows)
     if template is not None:
-        export.notes += _same_ids(processor, loaded)
+        export.notes += token_notes(processor, loaded)
     return Written(len(state), difference)
 
 
@@ -344,52 +342,6 @@ def _write_ours(folder: Path, loaded: LoadedModel, rows: int) -> None:
         "vocab_size": rows,
     }
     write_json(folder / OURS_FILE, content)
-
-
-@torch.no_grad()
-def _difference(model: LMM, exported: Any, image_id: int, rows: int) -> float:
-    """Largest difference of logits over a row of text, one random image, and text.
-
-    Raises:
-        IntegrityError: it is above TOLERANCE.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, min(rows, image_id), (1, 8), generator=generator)
-    slots = torch.full((1, model.image_tokens), IMAGE_TOKEN_ID)
-    row = torch.cat([ids[:, :4], slots, ids[:, 4:]], dim=1)
-    pixels = torch.randn(1, 3, model.vision_tower.image_size, model.vision_tower.image_size, generator=generator)
-    embeddings, _ = model.embed(row, pixels, None)
-    ours = model.llm(inputs_embeds=embeddings).logits
-    theirs = exported(input_ids=row.masked_fill(row == IMAGE_TOKEN_ID, image_id), pixel_values=pixels).logits[
-        ..., :rows
-    ]
-    difference = float((ours - theirs).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
-        raise IntegrityError(f"the exported model's logits differ from ours by {difference:.1e}. Nothing was written.")
-    return difference
-
-
-_PROBES = (
-    [Turn(f"{IMAGE_SLOT}\nWhat is it?", None)],
-    [Turn(IMAGE_SLOT, None)],
-    [Turn(f"{IMAGE_SLOT}\nA?", "b"), Turn("Why?", None)],
-)
-
-
-def _same_ids(processor: Any, loaded: LoadedModel) -> list[str]:
-    """Compare the processor's ids of some prompts with ours; a difference is a note, not an error."""
-    template, slots = get_template(loaded.model.template).fitted(loaded.tokenizer), loaded.model.image_tokens
-    for turns in _PROBES:
-        ours = template.render_prompt(turns, loaded.tokenizer)
-        text = template.text(turns).replace(IMAGE_SLOT, IMAGE_SLOT * slots)
-        has_bos = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
-        theirs = processor.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]  # as apply_chat_template does
-        expanded = expand(ours, positions_of(ours, [slots] * ours.count(IMAGE_TOKEN_ID)))
-        if theirs != [processor.image_token_id if token == IMAGE_TOKEN_ID else token for token in expanded]:
-            return [
-                "the tokenizer, given the whole prompt as text, splits it into other tokens than the model was trained on"
-            ]
-    return []
 
 
 FORMAT = Format(
