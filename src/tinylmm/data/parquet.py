@@ -32,6 +32,17 @@ def parquet_files(path: Path) -> list[Path]:
     return files
 
 
+def count_rows(path: Path) -> int:
+    """Rows of a parquet file, or of all those in a folder; 0 for a file that cannot be read, which `read_rows` says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return sum(int(pq.ParquetFile(file).metadata.num_rows) for file in parquet_files(path))
+    except (pa.ArrowException, OSError):
+        return 0
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a parquet file, or of all those in a folder, as plain records.
 

@@ -37,7 +37,7 @@ def annotated_images(root: Path, annotations: str, images: str) -> list[Path]:
     Raises:
         DataError: the annotation file is missing or unreadable.
     """
-    from tinylmm.data.sample import read_records
+    from tinylmm.data.records import read_records
 
     names: set[str] = set()
     for record in read_records(root / annotations):

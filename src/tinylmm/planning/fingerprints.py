@@ -26,7 +26,8 @@ from typing import Any, TypeGuard
 
 from tinylmm.config.spec import EvalSpec, SourceSpec
 from tinylmm.data.image_names import is_embedded
-from tinylmm.data.sample import Sample, read_records, read_samples
+from tinylmm.data.records import read_records
+from tinylmm.data.sample import Sample, read_samples
 from tinylmm.errors import DataError, DiskError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
