@@ -201,9 +201,7 @@ class _JsonList:
         value = self._value()
         if self._next():
             return self._broken("Extra data")
-        return DataError(
-            f"{self.path}: the top level is {kind(value)}; expected a list of records ([{{...}}, ...])."
-        )
+        return DataError(f"{self.path}: the top level is {kind(value)}; expected a list of records ([{{...}}, ...]).")
 
     def _broken(self, what: str, at: int | None = None) -> DataError:
         error = json.JSONDecodeError(what, self.text, self.at if at is None else at)

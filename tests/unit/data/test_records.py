@@ -26,7 +26,9 @@ def some_value(draw: random.Random, depth: int = 3) -> Any:
         case 2:
             return draw.uniform(-1e6, 1e6)
         case 3 | 4:
-            return "".join(draw.choice(["a", '"', "\\", "\n", "é", "\U0001f600", "]", ",", " "]) for _ in range(draw.randrange(9)))
+            return "".join(
+                draw.choice(["a", '"', "\\", "\n", "é", "\U0001f600", "]", ",", " "]) for _ in range(draw.randrange(9))
+            )
         case 5:
             return [some_value(draw, depth - 1) for _ in range(draw.randrange(4))]
         case _:
