@@ -285,7 +285,9 @@ class LaunchSpec(Frozen):
     """Put several samples into one row (attention never crosses them)."""
     row_tokens: Positive | None = None
     """Length of a packed row; by default the stage's `max_length`."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that prepare data, and processes a rank that read images for it; 0 does both in the process itself. `auto` is
+    all cores to prepare, and for a training on a GPU a rank's share of them."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` is flash-attn for a bf16 or fp16 stage on a GPU where it is installed, else SDPA (eager where SDPA cannot)."""
     gradient_checkpointing: bool = False

@@ -14,7 +14,7 @@ from tinylmm.data.images import image_size, open_image, safe_path
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Folders of one source: of the paths in its records, and of what the prepare stage took out of them.
+    """Folders of one source: of the paths in its records, and of what the images stage took out of them.
 
     Attributes:
         follow_links: links may lead out of `paths`.

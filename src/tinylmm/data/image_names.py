@@ -1,6 +1,6 @@
 """How images are named: a path below the source's image folder, or `embedded:<hash>` for bytes that a record carries.
 
-Embedded images (parquet cells, base64 data URLs) are written to files by the `prepare` stage, each content once.
+Embedded images (parquet cells, base64 data URLs) are written to files by the `images` stage, each content once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def is_embedded(name: str) -> bool:
 
 
 def embedded_path(folder: Path, name: str) -> Path:
-    """Where the prepare stage keeps an embedded image below `folder`."""
+    """Where the images stage keeps an embedded image below `folder`."""
     digest = name.removeprefix(EMBEDDED)
     return folder / digest[:2] / digest[2:]
 

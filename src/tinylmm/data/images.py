@@ -265,6 +265,12 @@ def _damaged(path: Path | BinaryIO, error: BaseException) -> DataError:
     return DataError(f"{path}: image is damaged or cut short ({type(error).__name__}: {error}). Fetch it again.")
 
 
+def _normalised_values(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """(3, 256) float32: what becomes of each value of each channel, to the last bit as transformers computes it for pixels."""
+    scaled = (np.arange(256) / 255).astype(np.float32)
+    return (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
 class ImageTransform:
     """RGB image -> float32 tensor (3, size, size), equal to transformers' image processors of CLIP, SigLIP and DINOv2.
 
@@ -314,8 +320,7 @@ class ImageTransform:
         self.tiling = Tiling(size, tiles) if mode == "anyres" else None
         self.resample = RESAMPLE[resample]
         self.fill = tuple(int(value * 255) for value in mean)
-        self._mean = np.array(mean, dtype=np.float32)
-        self._std = np.array(std, dtype=np.float32)
+        self._values = _normalised_values(mean, std)
 
     @classmethod
     def of(cls, spec: ImageSpec) -> ImageTransform:
@@ -341,10 +346,13 @@ class ImageTransform:
         return self._normalised(resized)
 
     def _normalised(self, image: Image.Image) -> torch.Tensor:
-        pixels = (np.asarray(image).astype(np.float64) / 255).astype(np.float32)  # (H, W, 3)
         import torch
 
-        return torch.from_numpy(((pixels - self._mean) / self._std).transpose(2, 0, 1).copy())
+        pixels = np.asarray(image)  # (H, W, 3)
+        planes = np.empty((3, *pixels.shape[:2]), np.float32)
+        for channel, values in enumerate(self._values):
+            np.take(values, pixels[..., channel], out=planes[channel], mode="clip")
+        return torch.from_numpy(planes)
 
     def _tiles(self, image: Image.Image, tiling: Tiling) -> list[Image.Image]:
         """The image in its canvas, cut row by row."""

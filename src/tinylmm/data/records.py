@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tinylmm.config.weight_files import refuse_pointer
 from tinylmm.data.formats import PARSERS, kind
@@ -25,7 +25,7 @@ BLOCK = 1 << 20
 """Characters of a JSON list that are read at a time."""
 _SPACE = " \t\n\r"
 _UNSURE = 16
-"""A value that is broken so few characters before the end of what was read may be broken off there: `\\ud83d\\ude00`, `-Infinity`."""
+"""A value that is broken so few characters before the end of what was read may be cut off there: `\\ud83d\\ude00`."""
 
 
 @dataclass
@@ -66,15 +66,28 @@ def read_records(path: Path, layout: str = "llava", place: Place | None = None) 
             return
         with path.open("rb") as file:
             place.total = os.fstat(file.fileno()).st_size
-            with TextIOWrapper(file, encoding="utf-8-sig") as text:
-                lines = path.suffix == ".jsonl"
-                yield from _read_lines(path, text, place) if lines else _JsonList(path, text, place)
+            counted = _Counted(file, place)
+            with TextIOWrapper(counted, encoding="utf-8-sig") as text:
+                yield from _read_lines(path, text) if path.suffix == ".jsonl" else _JsonList(path, text)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start} of the part being read). Convert the file to UTF-8."
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+
+
+class _Counted(BufferedReader):
+    """A binary file that notes in `place` how far it was read."""
+
+    def __init__(self, file: BufferedReader, place: Place) -> None:
+        super().__init__(file.detach())
+        self._place = place
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        data = super().read1(-1 if size is None else size)
+        self._place.done += len(data)
+        return data
 
 
 def _read_parquet(path: Path, layout: str, place: Place) -> Iterator[Any]:
@@ -105,7 +118,7 @@ def _integer(digits: str) -> int | Decimal:
 _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def _read_lines(path: Path, text: TextIOWrapper, place: Place) -> Iterator[Any]:
+def _read_lines(path: Path, text: TextIO) -> Iterator[Any]:
     empty = True
     for number, line in enumerate(text):
         if not line.strip():
@@ -115,7 +128,6 @@ def _read_lines(path: Path, text: TextIOWrapper, place: Place) -> Iterator[Any]:
             record = load_json(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise _not_json(path, error, number, 0) from error
-        place.done = text.buffer.tell()
         yield record
     if empty:
         raise DataError(f"{path}: the file is empty; expected one JSON record a line. Fetch or build it again.")
@@ -129,8 +141,8 @@ class _JsonList:
         line, column: of the file, where `text` begins (0-based).
     """
 
-    def __init__(self, path: Path, file: TextIOWrapper, place: Place) -> None:
-        self.path, self.file, self.place = path, file, place
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path, self.file = path, file
         self.text, self.at = "", 0
         self.line = self.column = 0
         self.ended = False
@@ -175,11 +187,10 @@ class _JsonList:
         more = self.file.read(characters)
         self.text += more
         self.ended = not more
-        self.place.done = self.file.buffer.tell()
         return bool(more)
 
     def _value(self) -> Any:
-        """Decode the value that begins here. A value longer than what was read doubles it, so that it is read in linear time."""
+        """Decode the value that begins here. A longer one than what was read doubles it: its time stays linear."""
         while True:
             begin = self.at
             try:

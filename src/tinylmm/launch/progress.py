@@ -54,14 +54,14 @@ class StageProgress:
             self._status.stop()
 
     def _watch(self) -> None:
-        first: tuple[int, float] | None = None
+        first: dict[str, Any] | None = None
         last_line = time.monotonic()
         while not self._done.wait(REFRESH_SECONDS):
             row = last_row(self.path)
-            if row is None or "step" not in row:
+            if row is None or not {"step", "share"} & row.keys():
                 continue
             if first is None:
-                first = (row["step"], row["time"])
+                first = row
             text = f"{self.title}  {describe(row, first)}"
             if self._status is not None:
                 self._status.update(text)
@@ -87,15 +87,38 @@ def last_row(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def describe(row: dict[str, Any], first: tuple[int, float]) -> str:
-    """`step 120/600  loss 1.23  412 samples/s  ETA 1:20` from a row and the first row seen."""
+def describe(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """Return how far a stage is, from its newest row and the first one seen.
+
+    `step 120/600  loss 1.23  412 samples/s  ETA 1:20` of a training, `81,920 images  38 %  4,210/s  ETA 0:32` of a pass over
+    a source, of which a share is done.
+    """
+    return _pass(row, first) if "share" in row else _training(row, first)
+
+
+def _pass(row: dict[str, Any], first: dict[str, Any]) -> str:
+    parts = [f"{row['done']:,} {row['of']}", f"{row['share']:.0%}"]
+    seconds = row["time"] - first["time"]
+    if seconds > 0:
+        parts.append(f"{(row['done'] - first['done']) / seconds:,.0f}/s")
+    return "  ".join([*parts, *_eta(seconds, row["share"] - first["share"], 1 - row["share"])])
+
+
+def _training(row: dict[str, Any], first: dict[str, Any]) -> str:
     step, steps = row["step"], row.get("steps")
     parts = [f"step {step}/{steps}" if steps else f"step {step}"]
     if "loss" in row:
         parts.append(f"loss {row['loss']:.3f}")
     if "samples_per_s" in row:
         parts.append(f"{row['samples_per_s']:,.0f} samples/s")
-    if steps and step > first[0]:
-        seconds = int((row["time"] - first[1]) / (step - first[0]) * (steps - step))
-        parts.append(f"ETA {seconds // 60}:{seconds % 60:02d}")
+    if steps:
+        parts += _eta(row["time"] - first["time"], step - first["step"], steps - step)
     return "  ".join(parts)
+
+
+def _eta(seconds: float, done: float, left: float) -> list[str]:
+    """When `left` will be done, where `done` took so many seconds."""
+    if done <= 0:
+        return []
+    remaining = int(seconds / done * left)
+    return [f"ETA {remaining // 60}:{remaining % 60:02d}"]

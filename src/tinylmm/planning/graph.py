@@ -163,27 +163,33 @@ class _Builder:
     def _mix(
         self, name: str, stage: RecipeStage, tokenizer: Stage | Fields, spec: Fields, parents: dict[str, str]
     ) -> Fields:
-        """Add the stage's prepare stages to its `parents` and weights to its `spec`; return where the images lie.
+        """Add the stage's sources, prepared and their images checked, to its `parents`, and weights to its `spec`.
 
-        A mixture is in the order of its parts' digests: names of sources decide nothing.
+        Returns where the images lie. A mixture is in the order of its parts' digests: names of sources decide nothing.
         """
         mixture = stage.mixture
         if list(mixture.values()) == [1.0]:
             (source,) = mixture
-            parents["prepared"] = self._prepare(name, source, stage, tokenizer).digest
+            prepared = self._prepare(name, source, stage, tokenizer)
+            parents |= {"prepared": prepared.digest, "images": prepared.parents["images"]}
             return {"location": _location(self.run.data, source)}
         found = {source: self._prepare(f"{name}/{source}", source, stage, tokenizer) for source in mixture}
         order = sorted(mixture, key=lambda source: (found[source].digest, mixture[source]))
-        parents |= {f"prepared.{number}": found[source].digest for number, source in enumerate(order)}
+        for number, source in enumerate(order):
+            prepared = found[source]
+            parents |= {f"prepared.{number}": prepared.digest, f"images.{number}": prepared.parents["images"]}
         spec["mixture"] = [mixture[source] for source in order]
         return {"locations": [_location(self.run.data, source) for source in order]}
 
     def _prepare(self, name: str, source: str, stage: RecipeStage, tokenizer: Stage | Fields) -> Stage:
         template = self.run.llm.template if stage.template == "auto" else stage.template
-        spec: Fields = {"template": template, "source": self._source(self.run.data, source)}
+        read, located = self._source(self.run.data, source), {"location": _location(self.run.data, source)}
         parents = self._data_parent(self.run.data)
+        images = self._add("images", f"images[{source}]", {"source": read}, parents, located)
+        spec: Fields = {"template": template, "source": read}
+        parents = parents | {"images": images.digest}
         _attach(spec, parents, "tokenizer", tokenizer)
-        return self._add("prepare", f"prepare[{name}]", spec, parents, {"location": _location(self.run.data, source)})
+        return self._add("prepare", f"prepare[{name}]", spec, parents, located)
 
     def _source(self, data: DataSpec, name: str) -> Fields:
         """The fields of a source that decide what is read; for files outside the store, their content.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinylmm.config.identities import Recorded
-from tinylmm.planning.specs import DataStage, EvalStage, PartsStage, PrepareStage, TrainStage
+from tinylmm.planning.specs import DataStage, EvalStage, ImagesStage, PartsStage, PrepareStage, TrainStage
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Kind:
 KINDS = {
     "data": Kind(DataStage, 2, "tinylmm.stages.data"),
     "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss"),
+    "images": Kind(ImagesStage, 1, "tinylmm.stages.images", scratch=("scratch",)),
     "prepare": Kind(PrepareStage, 3, "tinylmm.stages.prepare", scratch=("scratch",)),
     "train": Kind(
         TrainStage, 2, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"

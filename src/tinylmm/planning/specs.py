@@ -88,6 +88,12 @@ class PartsStage(Recorded):
     tokenizer: TokenizerIdentity | None = None
 
 
+class ImagesStage(Recorded):
+    """Checks every image of a source, whoever reads the source later."""
+
+    source: SourceIdentity
+
+
 class PrepareStage(Recorded):
     """Renders a source's records to token ids; `tokenizer` where no stage built it."""
 

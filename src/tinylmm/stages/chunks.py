@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from tinylmm.data.sample import BadRecord
@@ -17,22 +18,31 @@ from tinylmm.store.integrity import write_atomic
 
 @dataclass
 class Chunk:
-    """What was made of some records of a file.
+    """What was made of some records of a file; the rows of those that can be trained on lie in the chunk's file.
 
     Attributes:
-        rows: of the samples that can be trained on.
         records: how many there were, good and bad.
         bad: those that cannot be used.
-        checked: image path -> what is wrong with it, or None; of images that no earlier chunk has.
         tokens, supervised_tokens: of all rows.
+        ids: (records,) uint64, hashes of the records' ids.
     """
 
-    rows: pa.Table
     records: int
-    bad: list[BadRecord] = field(default_factory=list)
-    checked: dict[str, str | None] = field(default_factory=dict)
-    tokens: int = 0
-    supervised_tokens: int = 0
+    bad: list[BadRecord]
+    tokens: int
+    supervised_tokens: int
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    @property
+    def samples(self) -> int:
+        """Rows of the chunk."""
+        return self.records - len(self.bad)
+
+
+def hashed(ids: Iterable[str]) -> np.ndarray:
+    """64-bit hashes of texts: enough to count how many there are."""
+    digests = (hashlib.blake2b(one.encode("utf-8", "surrogatepass"), digest_size=8).digest() for one in ids)
+    return np.frombuffer(b"".join(digests), np.uint64)
 
 
 class ChunkFolder:
@@ -47,27 +57,29 @@ class ChunkFolder:
         self.folder = folder
         self.schema = schema
 
-    def write(self, number: int, chunk: Chunk) -> None:
+    def write(self, number: int, chunk: Chunk, rows: pa.Table) -> None:
         """Keep a chunk; from here on `read` has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.schema) as writer:
-            writer.write_table(chunk.rows)
-        rows = sink.getvalue().to_pybytes()
-        rest = {name: getattr(chunk, name) for name in ("records", "checked", "tokens", "supervised_tokens")}
-        record = {"sha256": hashlib.sha256(rows).hexdigest(), "bad": [asdict(bad) for bad in chunk.bad], **rest}
-        write_atomic(self.folder / f"{number}.arrow", rows, durable=False)
+            writer.write_table(rows)
+        content = sink.getvalue().to_pybytes()
+        rest = {name: getattr(chunk, name) for name in ("records", "tokens", "supervised_tokens")}
+        record = {"sha256": hashlib.sha256(content).hexdigest(), "bad": [asdict(bad) for bad in chunk.bad], **rest}
+        write_atomic(self.folder / f"{number}.arrow", content, durable=False)
         write_atomic(self.folder / f"{number}.json", json.dumps(record), durable=False)
 
     def read(self, number: int) -> Chunk | None:
         """Return a chunk, or None if it is not there, or not whole."""
         try:
             record: dict[str, Any] = json.loads((self.folder / f"{number}.json").read_text(encoding="utf-8"))
-            rows = (self.folder / f"{number}.arrow").read_bytes()
-            if hashlib.sha256(rows).hexdigest() != record.pop("sha256"):
+            content = (self.folder / f"{number}.arrow").read_bytes()
+            if hashlib.sha256(content).hexdigest() != record.pop("sha256"):
                 return None
             record["bad"] = [BadRecord(**bad) for bad in record["bad"]]
-            return Chunk(pa.ipc.open_stream(rows).read_all(), **record)
+            rows = pa.ipc.open_stream(content).read_all()
+            ids = [*rows["sample_id"].to_pylist(), *(bad.sample_id for bad in record["bad"])]
+            return Chunk(**record, ids=hashed(ids))
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # a power cut left half of it
             return None
 

@@ -1,54 +1,51 @@
-"""The `prepare` stage: annotation file -> token ids, labels and image references, every record and image checked once.
+"""The `prepare` stage: annotation file -> token ids, labels and image references, in the order of the file.
 
-What leaves here can be trained on without surprises: each conversation is rendered, each image was decoded completely.
-A record that fails is listed with its reason, and either stops the run now or is left out and counted (`on_bad`).
+What leaves here can be trained on without surprises: each conversation is rendered, and each image that it names was decoded
+completely by the `images` stage. A record that fails is listed with its reason, and either stops the run now or is left out
+and counted (`on_bad`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
+import pickle
 import shutil
-from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.chat import ChatTemplate, Rendered, get_template
-from tinylmm.data.image_names import embedded_path, is_embedded
-from tinylmm.data.images import check_image, relative_name, safe_path
-from tinylmm.data.sample import BadRecord, Sample, read_samples
-from tinylmm.errors import DataError, StoppedError
+from tinylmm.data.records import Place
+from tinylmm.data.sample import BadRecord, Sample, parse_record
+from tinylmm.errors import DataError
 from tinylmm.models.build import load_tokenizer
 from tinylmm.planning.specs import PrepareStage
-from tinylmm.stages.chunks import Chunk, ChunkFolder
+from tinylmm.stages.chunks import Chunk, ChunkFolder, hashed
+from tinylmm.stages.images import names_of, read_faults
 from tinylmm.stages.job import StageJob
-from tinylmm.stop import belong_to, stop_requested
+from tinylmm.stages.pool import in_order
+from tinylmm.stages.sources import Progress, Source, processes
+from tinylmm.stop import require_claim
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
+DOING = "preparing samples"
 FAULTS_SHOWN = 20
-CHUNK = 4096
-"""Records in memory at a time."""
-AT_ONCE = 32
-"""Records or images that a process takes at a time."""
+CHUNK = 2048
+"""Records that a process takes at a time, and that are kept at a time,"""
+CHUNK_BYTES = 16 << 20
+"""or fewer, where so many bytes of them are reached."""
 SERIAL_BELOW = 2000
 """So few records are done sooner in this process than in others that must start first."""
-
-EMBEDDED_FOLDER = "embedded"
-"""Below the stage's output: images that records carried, each content once (`data/image_names.py`)."""
 
 FEATURES = datasets.Features(
     {
@@ -60,42 +57,32 @@ FEATURES = datasets.Features(
 )
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the stage reads, what records look like, and what it does with bad ones."""
-
-    annotations: Path
-    images: Path
-    format: str
-    limit: int | None
-    on_bad: str
-    max_bad: int
-    how_to_get: str
-    follow_links: bool = False
-
-
 @dataclass
 class _Tally:
     """What was seen so far."""
 
-    ids: Counter[str] = field(default_factory=Counter)
+    ids: list[np.ndarray] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
-    checked: dict[str, str | None] = field(default_factory=dict)
-    """Image path -> what is wrong with it, or None."""
+    records: int = 0
     samples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     chunks: int = 0
 
-    def add(self, chunk: Chunk, ids: Iterable[str]) -> None:
-        """Count one more chunk, of records with these ids."""
-        self.ids.update(ids)
+    def add(self, chunk: Chunk) -> None:
+        """Count one more chunk."""
+        self.ids.append(chunk.ids)
         self.bad += chunk.bad
-        self.checked |= chunk.checked
-        self.samples += len(chunk.rows)
+        self.records += chunk.records
+        self.samples += chunk.samples
         self.tokens += chunk.tokens
         self.supervised_tokens += chunk.supervised_tokens
         self.chunks += 1
+
+    @property
+    def duplicates(self) -> int:
+        """Records whose id another one has already."""
+        return self.records - len(np.unique(np.concatenate(self.ids))) if self.ids else 0
 
 
 def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
@@ -104,7 +91,7 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
     Chunks of records that an earlier try has finished are not done again.
 
     Columns: sample_id; input_ids with one IMAGE_TOKEN_ID an image; labels, not shifted; images, relative to the
-    source's image folder, or names of embedded ones, which become files below `output/embedded`. Nothing is cut here,
+    source's image folder, or names of embedded ones, which the `images` stage made files of. Nothing is cut here,
     because how many tokens an image takes is not known yet.
 
     Raises:
@@ -113,19 +100,21 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
         UserError: the tokenizer cannot be loaded or does not fit the template.
         StoppedError: a stop was asked for.
     """
-    source = _source(job)
-    renderer = _Renderer(
-        get_template(job.spec.template),
-        load_tokenizer(job.spec.tokenizer, job.parents.get("tokenizer"), job.settings.folders.get("tokenizer")),
-        source.images,
-        source.follow_links,
-        job.output / EMBEDDED_FOLDER,
-    )
-    scratch = job.folder / "scratch"
+    source, place, scratch = Source.of(job), Place(), job.folder / "scratch"
+    tokenizer = load_tokenizer(job.spec.tokenizer, job.parents.get("tokenizer"), job.settings.folders.get("tokenizer"))
+    template = get_template(job.spec.template).fitted(tokenizer)
     kept = ChunkFolder(scratch / f"chunks-of-{CHUNK}", FEATURES.arrow_schema)
+    renderer = Renderer(template, tokenizer, source, read_faults(job.parents["images"]), kept)
+    progress = Progress(job, "records", DOING, place, source.limit)
     tally = _Tally()
-    _prepare(source, renderer, tally, kept, job.settings.launch.num_workers)
-    renderer.drop(name for name, fault in tally.checked.items() if fault is not None)
+    pieces = _pieces(progress.read(source.records(place)))
+    first = next(pieces, None)
+    if first is not None:
+        several = processes(job) if len(first.records) >= SERIAL_BELOW else 1
+        for chunk in in_order(renderer, chain([first], pieces), several, DOING):
+            require_claim()
+            tally.add(chunk)
+            progress(chunk.records)
     _enforce_policy(source, tally)
     _write_rows(scratch / "rows.arrow", kept.tables(tally.chunks))
     _publish(scratch / "rows.arrow", job)
@@ -133,214 +122,113 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
     return _report(job, tally)
 
 
-def _source(job: StageJob[PrepareStage]) -> _Source:
-    spec = job.spec.source
-    (location,) = job.locations
-    source = location.source
-    policy = (spec.format, spec.limit, source.on_bad, source.max_bad)
-    if "data" in job.parents:
-        assert spec.file is not None  # of a data stage's output, sources are identified by their file
-        folder = job.parents["data"]
-        return _Source(folder / spec.file, folder / spec.images, *policy, "", spec.follow_links)
-    root = job.root_of(location)
-    assert source.annotations is not None
-    return _Source(root / source.annotations, root / source.images, *policy, source.how_to_get, spec.follow_links)
+@dataclass(frozen=True)
+class Piece:
+    """Some records of a file, on their way to whatever process renders them.
+
+    Attributes:
+        number: of the chunk that they become.
+        first: place of the first one in the file.
+        records: each pickled, so that how much memory they take is known.
+    """
+
+    number: int
+    first: int
+    records: list[bytes]
 
 
-class _Renderer:
-    """Does the work on one sample; travels to worker processes once."""
+def _pieces(records: Iterable[Any]) -> Iterator[Piece]:
+    """Cut a file into pieces of CHUNK records, or fewer where they are large: the same pieces at every try."""
+    number = first = size = 0
+    batch: list[bytes] = []
+    for record in records:
+        batch.append(pickle.dumps(record))
+        size += len(batch[-1])
+        if len(batch) == CHUNK or size >= CHUNK_BYTES:
+            yield Piece(number, first, batch)
+            number, first, size, batch = number + 1, first + len(batch), 0, []
+    if batch:
+        yield Piece(number, first, batch)
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        tokenizer: PreTrainedTokenizerBase,
-        images: Path,
-        follow_links: bool,
-        embedded: Path,
-    ) -> None:
-        self.template = template
-        self.tokenizer = tokenizer
-        self.images = images
-        self.follow_links = follow_links
-        self.embedded = embedded
 
-    def store(self, record: Sample | BadRecord) -> Sample | BadRecord:
-        """Write a record's embedded images to files, so that no more than a few are in memory.
+@dataclass(frozen=True)
+class Renderer:
+    """Makes chunks of pieces; travels to other processes.
 
-        An absolute path inside the image folder is named from there: the folder may lie elsewhere when it is trained on.
-        """
-        if isinstance(record, BadRecord):
-            return record
-        if any(map(os.path.isabs, record.images)):
-            record = replace(record, images=tuple(relative_name(self.images, name) for name in record.images))
-        if not record.embedded:
-            return record
-        for name, data in record.embedded.items():
-            path = embedded_path(self.embedded, name)
-            if not path.exists() or path.read_bytes() != data:  # a kill or a power cut leaves half a file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-        return replace(record, embedded={})
+    Attributes:
+        template: fitted to the tokenizer.
+        faults: image -> what is wrong with it, of those that cannot be used.
+        kept: where chunks are written.
+    """
+
+    template: ChatTemplate
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    faults: Mapping[str, str]
+    kept: ChunkFolder
+
+    def __call__(self, piece: Piece) -> Chunk:
+        """Return a piece's chunk: the one that is kept already, or a new one, which is kept from now on."""
+        done = self.kept.read(piece.number)
+        if done is not None and done.records == len(piece.records):
+            return done
+        bad: list[BadRecord] = []
+        rows: list[tuple[str, Rendered, tuple[str, ...]]] = []
+        for index, pickled in enumerate(piece.records, piece.first):
+            sample = parse_record(index, pickle.loads(pickled), self.source.format)
+            if isinstance(sample, BadRecord):
+                bad.append(sample)
+                continue
+            images, rendered = names_of(sample, self.source.images), self.render(sample)
+            if (fault := self._fault(images, rendered)) is not None:
+                bad.append(BadRecord(index, sample.sample_id, fault))
+            else:
+                rows.append((sample.sample_id, rendered, images))
+        tokens = sum(len(rendered.input_ids) for _, rendered, _ in rows)
+        ids = hashed([*(row[0] for row in rows), *(one.sample_id for one in bad)])
+        chunk = Chunk(len(piece.records), bad, tokens, sum(_supervised(row[1]) for row in rows), ids)
+        self.kept.write(piece.number, chunk, _table(rows))
+        return chunk
 
     def render(self, sample: Sample) -> Rendered:
+        """Token ids and labels of a sample."""
         return self.template.render(sample.turns, self.tokenizer, sample.system)
 
-    def drop(self, names: Iterable[str]) -> None:
-        """Forget embedded images that have a fault."""
-        for name in filter(is_embedded, names):
-            embedded_path(self.embedded, name).unlink(missing_ok=True)
-
-    def image_fault(self, name: str) -> str | None:
-        """What is wrong with an image, or None."""
-        path = embedded_path(self.embedded, name) if is_embedded(name) else None
-        try:
-            check_image(safe_path(self.images, name, self.follow_links) if path is None else path)
-        except DataError as error:
-            if path is None:
-                return str(error)
-            return f"the embedded image {name[:20]}: {str(error).removeprefix(f'{path}: ')}"
-        return None
-
-
-_worker: _Renderer
-"""In a worker process: its own copy of the renderer."""
-
-
-def _start_worker(renderer: _Renderer, parent: int) -> None:
-    global _worker
-    belong_to(parent)
-    _worker = renderer
-
-
-def _render_in_worker(sample: Sample) -> Rendered:
-    return _worker.render(sample)
-
-
-def _image_fault_in_worker(path: str) -> str | None:
-    return _worker.image_fault(path)
-
-
-class _Workers(Protocol):
-    """Does a chunk's work, in order."""
-
-    def render(self, samples: list[Sample]) -> list[Rendered]: ...
-
-    def image_faults(self, paths: list[str]) -> list[str | None]: ...
-
-
-class _InProcess:
-    def __init__(self, renderer: _Renderer) -> None:
-        self.renderer = renderer
-
-    def render(self, samples: list[Sample]) -> list[Rendered]:
-        return [self.renderer.render(sample) for sample in _until_stop(samples)]
-
-    def image_faults(self, paths: list[str]) -> list[str | None]:
-        return [self.renderer.image_fault(path) for path in _until_stop(paths)]
-
-
-class _InPool:
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self.pool = pool
-
-    def render(self, samples: list[Sample]) -> list[Rendered]:
-        return list(_until_stop(self.pool.map(_render_in_worker, samples, chunksize=AT_ONCE)))
-
-    def image_faults(self, paths: list[str]) -> list[str | None]:
-        return list(_until_stop(self.pool.map(_image_fault_in_worker, paths, chunksize=AT_ONCE)))
-
-
-@contextmanager
-def _workers(renderer: _Renderer, processes: int) -> Iterator[_Workers]:
-    if processes < 2:
-        yield _InProcess(renderer)
-        return
-    # spawn: a fork would copy the locks of torch's and the tokenizer's threads in whatever state they are
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (renderer, os.getpid()))
-    try:
-        yield _InPool(pool)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _until_stop(things: Iterable[T]) -> Iterator[T]:
-    """Yield things until a stop is asked for.
-
-    Raises:
-        StoppedError: it is.
-    """
-    for thing in things:
-        if stop_requested():
-            raise StoppedError("stopped while preparing samples; the same command continues from there")
-        yield thing
-
-
-def _prepare(source: _Source, renderer: _Renderer, tally: _Tally, kept: ChunkFolder, num_workers: int) -> None:
-    """Make the chunks of the file, in its order, and count them in `tally`; those that are kept already are read."""
-    read = islice(read_samples(source.annotations, source.format), source.limit)
-    records = enumerate(renderer.store(record) for record in _until_stop(read))
-    chunk = list(islice(records, CHUNK))
-    with _workers(renderer, num_workers if len(chunk) >= SERIAL_BELOW else 1) as workers:
-        while chunk:
-            done = kept.read(tally.chunks)
-            if done is None or done.records != len(chunk):
-                done = _make_chunk(chunk, workers, tally.checked)
-                kept.write(tally.chunks, done)
-            tally.add(done, (record.sample_id for _, record in chunk))
-            chunk = list(islice(records, CHUNK))
-    tally.bad.sort(key=lambda bad: bad.index)
-
-
-def _make_chunk(
-    records: list[tuple[int, Sample | BadRecord]], workers: _Workers, checked: dict[str, str | None]
-) -> Chunk:
-    """Check and render some records, each with its place in the file; images that were `checked` are not looked at again."""
-    samples = [(index, record) for index, record in records if isinstance(record, Sample)]
-    named = dict.fromkeys(path for _, sample in samples for path in sample.images)
-    new = [path for path in named if path not in checked]
-    faults = dict(zip(new, workers.image_faults(new), strict=True))
-    known = ChainMap(faults, checked)
-    rendered = workers.render([sample for _, sample in samples])
-    bad = [record for _, record in records if isinstance(record, BadRecord)]
-    good: list[tuple[Sample, Rendered]] = []
-    for (index, sample), ids_and_labels in zip(samples, rendered, strict=True):
-        fault = _fault(sample, ids_and_labels, known)
-        if fault is None:
-            good.append((sample, ids_and_labels))
-        else:
-            bad.append(BadRecord(index, sample.sample_id, fault))
-    rows = pa.Table.from_pylist([_row(*one) for one in good], schema=FEATURES.arrow_schema)
-    tokens = sum(len(ids_and_labels.input_ids) for _, ids_and_labels in good)
-    return Chunk(rows, len(records), bad, faults, tokens, sum(_supervised(one) for _, one in good))
-
-
-def _fault(sample: Sample, rendered: Rendered, checked: Mapping[str, str | None]) -> str | None:
-    """Why a rendered sample cannot be used, or None."""
-    faults = [fault for path in sample.images if (fault := checked[path]) is not None]
-    if not _supervised(rendered):
-        faults.append("no token of it would be trained on")
-    return " ".join(dict.fromkeys(faults)) or None
+    def _fault(self, images: Iterable[str], rendered: Rendered) -> str | None:
+        """Why a rendered sample cannot be used, or None."""
+        faults = [self.faults[name] for name in images if name in self.faults]
+        if not _supervised(rendered):
+            faults.append("no token of it would be trained on")
+        return " ".join(dict.fromkeys(faults)) or None
 
 
 def _supervised(rendered: Rendered) -> int:
     return len(rendered.labels) - rendered.labels.count(IGNORE_INDEX)
 
 
-def _row(sample: Sample, rendered: Rendered) -> dict[str, Any]:
-    return {
-        "sample_id": sample.sample_id,
-        "input_ids": rendered.input_ids,
-        "labels": rendered.labels,
-        "images": list(sample.images),
+def _table(rows: list[tuple[str, Rendered, tuple[str, ...]]]) -> pa.Table:
+    """Rows as columns; of numbers through numpy, which is ten times faster than one by one."""
+    columns = {
+        "sample_id": pa.array([name for name, _, _ in rows], pa.string()),
+        "input_ids": _lists([rendered.input_ids for _, rendered, _ in rows]),
+        "labels": _lists([rendered.labels for _, rendered, _ in rows]),
+        "images": pa.array([list(images) for _, _, images in rows], pa.list_(pa.string())),
     }
+    return pa.table(columns).cast(FEATURES.arrow_schema)
 
 
-def _enforce_policy(source: _Source, tally: _Tally) -> None:
+def _lists(values: list[list[int]]) -> pa.Array:
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(values), np.int32, int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+def _enforce_policy(source: Source, tally: _Tally) -> None:
     """Stop if more records are bad than the source allows, or none is left."""
-    allowed = source.max_bad if source.on_bad == "skip" else 0
-    if len(tally.bad) > allowed:
-        lines = [f"{source.annotations}: {len(tally.bad)} bad records, {allowed} allowed (on_bad={source.on_bad})"]
+    if len(tally.bad) > source.allowed:
+        lines = [
+            f"{source.annotations}: {len(tally.bad)} bad records, {source.allowed} allowed (on_bad={source.on_bad})"
+        ]
         lines += [f"  record {bad.index} (id '{bad.sample_id}'): {bad.reason}" for bad in tally.bad[:FAULTS_SHOWN]]
         if len(tally.bad) > FAULTS_SHOWN:
             lines.append(f"  ... and {len(tally.bad) - FAULTS_SHOWN} more")
@@ -349,7 +237,7 @@ def _enforce_policy(source: _Source, tally: _Tally) -> None:
         )
         raise DataError("\n".join([*lines, " ".join(filter(None, [advice, source.how_to_get]))]))
     if not tally.samples:
-        raise DataError(f"{source.annotations}: no usable record among {sum(tally.ids.values())}. Check the file.")
+        raise DataError(f"{source.annotations}: no usable record among {tally.records}. Check the file.")
 
 
 def _write_rows(path: Path, tables: Iterator[pa.Table]) -> None:
@@ -376,14 +264,13 @@ def _report(job: StageJob[PrepareStage], tally: _Tally) -> dict[str, Any]:
     summary = {
         "samples": tally.samples,
         "skipped": len(skipped),
-        "images": sum(fault is None for fault in tally.checked.values()),
         "tokens": tally.tokens,
         "supervised_tokens": tally.supervised_tokens,
-        "duplicates": sum(tally.ids.values()) - len(tally.ids),
+        "duplicates": tally.duplicates,
     }
     report = json.dumps(summary | {"skipped_records": skipped}, indent=1, ensure_ascii=False)
     (job.output / "report.json").write_text(report + "\n", encoding="utf-8")
-    log.info("prepared %(samples)d samples with %(images)d images, %(tokens)d tokens; skipped %(skipped)d", summary)
+    log.info("prepared %(samples)d samples of %(tokens)d tokens; skipped %(skipped)d", summary)
     if summary["duplicates"]:
         log.warning("%d records repeat an id; all of them are used", summary["duplicates"])
     remark = f"{len(skipped):,} records are left out as bad; {job.output / 'report.json'} lists them"

@@ -26,8 +26,8 @@ from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
+from tinylmm.stages.images import EMBEDDED_FOLDER
 from tinylmm.stages.job import StageJob
-from tinylmm.stages.prepare import EMBEDDED_FOLDER
 from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
@@ -36,6 +36,7 @@ from tinylmm.training.checkpoints import CheckpointFolder, Ranks
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
+from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_tensorboard, wandb_run
@@ -65,7 +66,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     model.to(device)
     model.set_attention(attention)
     images = _Images(job, loaded)
-    samples = PreparedSamples(_prepared(job), images.tokens, spec.max_length, job.settings.max_dropped)
+    samples = PreparedSamples(_sources(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
     cache = _open_cache(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -149,6 +150,7 @@ def build_trainer(
         steps,
         sampler.accumulation,
         use_cpu=device.type == "cpu",
+        readers=num_readers(launch, on_gpu=device.type != "cpu", cached=cache is not None),
     )
     if world_size() > 1:
         loaded.model.blank_image = _blank_image(launch.deepspeed_stage, cache)
@@ -203,11 +205,11 @@ def _collate(
     return collator if cache is None else _WithFeatures(collator, cache)
 
 
-def _prepared(job: StageJob[TrainStage]) -> list[Path]:
-    """Outputs of the stage's prepare stages; those of a mixture in its order."""
-    if "prepared" in job.parents:
-        return [job.parents["prepared"]]
-    return [job.parents[f"prepared.{number}"] for number in range(len(job.spec.mixture or ()))]
+def _sources(job: StageJob[TrainStage], role: Literal["prepared", "images"]) -> list[Path]:
+    """Outputs of the stages that prepared the training's sources, or checked their images; a mixture's in its order."""
+    if role in job.parents:
+        return [job.parents[role]]
+    return [job.parents[f"{role}.{number}"] for number in range(len(job.spec.mixture or ()))]
 
 
 class _Images:
@@ -215,10 +217,10 @@ class _Images:
 
     def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
         folders = []
-        for location, prepared in zip(job.locations, _prepared(job), strict=True):
+        for location, checked in zip(job.locations, _sources(job, "images"), strict=True):
             source = location.source
             paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
-            folders.append(ImageFolder(paths, prepared / EMBEDDED_FOLDER, source.follow_links, upright))
+            folders.append(ImageFolder(paths, checked / EMBEDDED_FOLDER, source.follow_links, upright))
         self.folders = ImageFolders(folders)
         self.transform = ImageTransform.of(loaded.description.image)
         self._sizes: dict[str, tuple[int, int]] = {}

@@ -32,6 +32,7 @@ def training_arguments(
     steps: int,
     accumulation: int,
     use_cpu: bool,
+    readers: int,
 ) -> TrainingArguments:
     """Translate a train stage.
 
@@ -40,6 +41,7 @@ def training_arguments(
         steps: optimiser steps in all.
         accumulation: micro-batches a rank takes in one step.
         use_cpu: train on the CPU.
+        readers: processes that read samples for this rank.
     """
     fields: dict[str, Any] = dict(  # noqa: C408 (reads as the call it becomes)
         output_dir=str(folder / CHECKPOINT_FOLDER),
@@ -68,7 +70,7 @@ def training_arguments(
         disable_tqdm=True,
         use_cpu=use_cpu,
         ddp_backend="gloo" if use_cpu and launch.nproc > 1 else None,
-        dataloader_num_workers=launch.num_workers,
+        dataloader_num_workers=readers,
         remove_unused_columns=False,
         deepspeed=deepspeed_config(launch, spec, accumulation) if launch.deepspeed_stage else None,
         ddp_find_unused_parameters=False,

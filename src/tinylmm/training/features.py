@@ -13,7 +13,9 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinylmm.config.cores import usable_cores
 from tinylmm.errors import StoppedError
 from tinylmm.models.vision import HFVisionTower, encode_images
 from tinylmm.stop import require_claim, stop_requested
@@ -142,18 +145,20 @@ def _compute(
     was_training = tower.training
     tower.eval()
     images = list(index)
-    for number, first in enumerate(range(0, len(images), CHUNK_IMAGES)):
+    chunks = [images[first : first + CHUNK_IMAGES] for first in range(0, len(images), CHUNK_IMAGES)]
+    here = [rows[index[chunk[0]].start : index[chunk[-1]].stop] for chunk in chunks]
+    mine = range(rank(), len(chunks), world_size())
+    todo = [number for number in mine if number not in finished or finished[number] != _checksum(here[number])]
+    pixels, left = _loaded(load, [chunks[number] for number in todo]), set(todo)
+    for number in range(len(chunks)):
         if number % world_size() == 0 and any_rank([stop_requested()], parameter.device)[0]:
-            at = f"stopped after the features of about {first:,} of {len(images):,} images"
+            at = f"stopped after the features of about {number * CHUNK_IMAGES:,} of {len(images):,} images"
             raise StoppedError(f"{at}; the same command continues from there")
-        if number % world_size() == rank():
-            chunk = images[first : first + CHUNK_IMAGES]
-            here = rows[index[chunk[0]].start : index[chunk[-1]].stop]
-            if number not in finished or finished[number] != _checksum(here):
-                here.copy_(_encode(tower, [load(name) for name in chunk]))
-                done.note(number, _checksum(here))
+        if number in left:
+            here[number].copy_(_encode(tower, next(pixels)))
+            done.note(number, _checksum(here[number]))
     tower.train(was_training)
-    del rows, shared
+    del rows, here, shared
     barrier()
     if rank() == 0:
         done.forget()
@@ -166,6 +171,21 @@ def _compute(
             if integrity.check_folder(folder):
                 raise
             shutil.rmtree(part)
+
+
+def _loaded(load: Callable[[str], Tensor], chunks: Sequence[list[str]]) -> Iterator[list[Tensor]]:
+    """Yield the pixels of each chunk's images; several are decoded at once, the next chunk's while the tower has this one."""
+    with ThreadPoolExecutor(max(1, usable_cores() // world_size())) as readers:
+        try:
+            waiting: deque[list[Future[Tensor]]] = deque()
+            for chunk in chunks:
+                waiting.append([readers.submit(load, name) for name in chunk])
+                if len(waiting) > 1:
+                    yield [image.result() for image in waiting.popleft()]
+            while waiting:
+                yield [image.result() for image in waiting.popleft()]
+        finally:
+            readers.shutdown(cancel_futures=True)
 
 
 def _encode(tower: HFVisionTower, pixels: list[Tensor]) -> Tensor:

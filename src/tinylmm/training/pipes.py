@@ -16,11 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinylmm.config.cores import usable_cores
+from tinylmm.config.spec import LaunchSpec
+
 log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_BYTES = 1_000_000_000
 """Of shared memory: room for some batches of several readers, as pixels of a few hundred images."""
+
+
+MOST_READERS = 16
+"""Processes of one rank, however many cores it has: each holds a copy of the data set's index."""
+
+
+def num_readers(launch: LaunchSpec, on_gpu: bool, cached: bool) -> int:
+    """Processes that read samples for one rank: launch.num_workers, or by itself a rank's share of the cores.
+
+    None where there is little to read, since the images' features are `cached`; nor on a CPU, whose cores the step takes.
+    """
+    if launch.num_workers != "auto":
+        return launch.num_workers
+    return min(MOST_READERS, max(1, usable_cores() // launch.nproc)) if on_gpu and not cached else 0
+
+
+def readahead(num_workers: int, accumulation: int) -> int | None:
+    """Batches that each process reads ahead: the next step's micro-batches are there when it begins."""
+    return max(2, -(-2 * accumulation // num_workers)) if num_workers else None
 
 
 def shared_memory_bytes() -> int:

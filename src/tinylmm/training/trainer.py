@@ -33,7 +33,7 @@ from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import start_reader
-from tinylmm.training.pipes import Packed, needs_pipes, unpack
+from tinylmm.training.pipes import Packed, needs_pipes, readahead, unpack
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
 from tinylmm.training.state import (
@@ -126,6 +126,7 @@ class LMMTrainer(Trainer):
             collate_fn=Packed(self.data_collator) if needs_pipes(workers) else self.data_collator,
             num_workers=workers,
             timeout=self.step_timeout_s if workers else 0,
+            prefetch_factor=readahead(workers, self.args.gradient_accumulation_steps),
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=False,
             worker_init_fn=start_reader,

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, StoppedError, UserError
-from tinylmm.planning.specs import PrepareStage, StageSettings
-from tinylmm.stages import prepare
+from tinylmm.planning.specs import ImagesStage, PrepareStage, StageSettings
+from tinylmm.stages import images, prepare
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import watch_for_stop
 
@@ -94,15 +94,29 @@ BAD = {
 
 def job_of(root: Path, tokenizer: Path, records: list[Any], template: str = "phi", **source: Any) -> StageJob[Any]:
     (root / "a.json").write_text(json.dumps(records), encoding="utf-8")
-    folder = root.parent / "work"
+    folder = root.parent / "work" / "prepare"
     fields = {"format": "llava", "limit": None, "on_bad": "fail", "max_bad": 0, **source}
     location = {"annotations": "a.json", "images": "images", "how_to_get": "Ask the author.", **fields}
     settings = {"launch": {"num_workers": 0}, "location": {"root": str(root), "source": location}, "folders": {}}
     spec = {"template": template, "source": {**fields, "content": {}}}
-    parents = {"tokenizer": tokenizer}
+    parents = {"tokenizer": tokenizer, "images": folder.parent / "images" / "output"}
     job = make_job("prepare", "prepare[x]", "ab" * 32, spec, parents, settings, folder, folder / "store")
     job.output.mkdir(parents=True, exist_ok=True)
     return job
+
+
+def images_of(job: StageJob[Any]) -> StageJob[Any]:
+    """The job that checks the images of a prepare job's source."""
+    spec = ImagesStage.model_validate({"source": job.spec.source.as_json()})
+    folder = job.parents["images"].parent
+    found = replace(job, kind="images", spec=spec, parents=job.parents | {}, folder=folder)
+    found.output.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def prepared(job: StageJob[Any]) -> dict[str, Any]:
+    """Check the images of a job's source, prepare it, and return both summaries."""
+    return images.run(images_of(job)) | prepare.run(job)
 
 
 def output_hashes(job: StageJob[Any]) -> dict[str, str]:
@@ -117,8 +131,8 @@ def test_samples_have_ids_labels_and_images_in_file_order(root: Path, tokenizer:
         record("3", None, "what?"),
         record("4", ["a.png", "b.jpg"], "<image><image>"),
     ]
-    summary = prepare.run(job_of(root, tokenizer, records))
-    samples = load_from_disk(root.parent / "work" / "output" / "samples")
+    summary = prepared(job_of(root, tokenizer, records))
+    samples = load_from_disk(root.parent / "work" / "prepare" / "output" / "samples")
     assert samples["sample_id"][:] == ["1", "2", "3", "4"]
     assert samples["images"][:] == [["a.png"], ["b.jpg"], [], ["a.png", "b.jpg"]]
     assert [ids.count(IMAGE_TOKEN_ID) for ids in samples["input_ids"]] == [1, 1, 0, 2]
@@ -129,6 +143,7 @@ def test_samples_have_ids_labels_and_images_in_file_order(root: Path, tokenizer:
         "skipped": 0,
         "skipped_records": [],
         "images": 2,
+        "faulty": 0,
         "tokens": sum(len(ids) for ids in samples["input_ids"]),
         "supervised_tokens": sum(label >= 0 for labels in samples["labels"] for label in labels),
         "duplicates": 0,
@@ -141,7 +156,7 @@ def test_bad_record_stops_the_run_with_file_record_and_reason(
 ) -> None:
     job = job_of(root, tokenizer, [record(), bad, record()])
     with pytest.raises(DataError, match=reason) as caught:
-        prepare.run(job)
+        prepared(job)
     assert f"{root / 'a.json'}: 1 bad records, 0 allowed (on_bad=fail)" in str(caught.value)
     assert "record 1 (id 'bad'): " in str(caught.value)
     assert "set on_bad=skip and max_bad=1" in str(caught.value)
@@ -153,7 +168,7 @@ def test_bad_record_is_left_out_and_counted_where_that_is_allowed(
     root: Path, tokenizer: Path, bad: Record, reason: str
 ) -> None:
     job = job_of(root, tokenizer, [record("1"), bad, record("2")], on_bad="skip", max_bad=1)
-    summary = prepare.run(job)
+    summary = prepared(job)
     assert load_from_disk(job.output / "samples")["sample_id"][:] == ["1", "2"]
     assert (summary["samples"], summary["skipped"]) == (2, 1)
     (skipped,) = summary["skipped_records"]
@@ -167,7 +182,7 @@ def test_more_bad_records_than_allowed_stop_the_run_with_their_total(root: Path,
     records = [record(), *(record(f"bad{number}", f"gone{number}.png") for number in range(25))]
     job = job_of(root, tokenizer, records, on_bad="skip", max_bad=24)
     with pytest.raises(DataError, match=r"(?s)25 bad records, 24 allowed.*\(id 'bad19'\).*\.\.\. and 5 more") as caught:
-        prepare.run(job_of(root, tokenizer, records, on_bad="skip", max_bad=24))
+        prepared(job_of(root, tokenizer, records, on_bad="skip", max_bad=24))
     assert "bad20" not in str(caught.value)
     assert "Ask the author." in str(caught.value)
     assert not (job.output / "samples").exists()
@@ -176,23 +191,23 @@ def test_more_bad_records_than_allowed_stop_the_run_with_their_total(root: Path,
 def test_rerun_gives_the_same_bytes_also_over_leftovers(root: Path, tokenizer: Path) -> None:
     records = [record("1"), record("bad", "gone.png"), record("2", "b.jpg")]
     job = job_of(root, tokenizer, records, on_bad="skip", max_bad=1)
-    prepare.run(job)
+    prepared(job)
     first = output_hashes(job)
     (job.output / "samples" / "data-00007-of-00009.arrow").write_bytes(b"left by a killed try")
     (job.folder / "scratch").mkdir()
     (job.folder / "scratch" / "rows.arrow").write_bytes(b"half")
-    prepare.run(job)
+    prepared(job)
     assert output_hashes(job) == first
     assert set(first) >= {"report.json", "samples/state.json", "samples/dataset_info.json"}
 
 
 def test_worker_processes_give_the_same_bytes(root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(root, tokenizer, [record(str(number), ["a.png", "b.jpg"][number % 2]) for number in range(20)])
-    prepare.run(job)
+    prepared(job)
     first = output_hashes(job)
     monkeypatch.setattr(prepare, "SERIAL_BELOW", 10)
     job = replace(job, settings=StageSettings.model_validate(job.settings.as_json() | {"launch": {"num_workers": 2}}))
-    prepare.run(job)
+    prepared(job)
     assert output_hashes(job) == first
 
 
@@ -201,23 +216,23 @@ def test_chunks_of_a_long_file_are_joined_in_order(
 ) -> None:
     monkeypatch.setattr(prepare, "CHUNK", 3)
     job = job_of(root, tokenizer, [record(str(number)) for number in range(8)])
-    assert prepare.run(job)["images"] == 1
+    assert prepared(job)["images"] == 1
     assert load_from_disk(job.output / "samples")["sample_id"][:] == [str(number) for number in range(8)]
 
 
 def test_limit_takes_the_first_records_only(root: Path, tokenizer: Path) -> None:
     records = [record("1"), record("2"), record("bad", "gone.png")]
-    assert prepare.run(job_of(root, tokenizer, records, limit=2))["samples"] == 2
+    assert prepared(job_of(root, tokenizer, records, limit=2))["samples"] == 2
 
 
 def test_repeated_ids_are_used_and_counted(root: Path, tokenizer: Path) -> None:
-    summary = prepare.run(job_of(root, tokenizer, [record("1"), record("1"), record("1"), record("2")]))
+    summary = prepared(job_of(root, tokenizer, [record("1"), record("1"), record("1"), record("2")]))
     assert (summary["samples"], summary["duplicates"]) == (4, 2)
 
 
 def test_file_without_a_usable_record_is_refused(root: Path, tokenizer: Path) -> None:
     with pytest.raises(DataError, match=r"a\.json: no usable record among 0"):
-        prepare.run(job_of(root, tokenizer, []))
+        prepared(job_of(root, tokenizer, []))
 
 
 def test_built_data_is_read_from_the_data_stage(root: Path, tokenizer: Path) -> None:
@@ -228,24 +243,24 @@ def test_built_data_is_read_from_the_data_stage(root: Path, tokenizer: Path) -> 
         {"location": {"root": None, "source": {"annotations": "a.json", "images": "images"}}}
     )
     built = replace(job, spec=spec, settings=located, parents=job.parents | {"data": root})
-    assert prepare.run(built)["samples"] == 1
+    assert prepared(built)["samples"] == 1
 
 
 def test_unknown_template_is_refused(root: Path, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match="unknown chat template 'pi'"):
-        prepare.run(job_of(root, tokenizer, [record()], template="pi"))
+        prepared(job_of(root, tokenizer, [record()], template="pi"))
 
 
 def test_tokenizer_that_cannot_be_loaded_is_refused_by_name(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the tokenizer '.*nowhere'.*cannot be loaded.*Check llm\.tokenizer"):
-        prepare.run(job_of(root, tmp_path / "nowhere", [record()]))
+        prepared(job_of(root, tmp_path / "nowhere", [record()]))
 
 
 def broken_off(job: StageJob[Any], monkeypatch: pytest.MonkeyPatch, after: int, stop: BaseException) -> None:
     """Run the stage until so many records are rendered; then it is stopped, or dies."""
-    render, calls = prepare._Renderer.render, []
+    render, calls = prepare.Renderer.render, []
 
-    def counted(self: prepare._Renderer, sample: Any) -> Any:
+    def counted(self: prepare.Renderer, sample: Any) -> Any:
         calls.append(sample)
         if len(calls) > after:
             if isinstance(stop, StoppedError):
@@ -254,10 +269,10 @@ def broken_off(job: StageJob[Any], monkeypatch: pytest.MonkeyPatch, after: int, 
                 raise stop
         return render(self, sample)
 
-    monkeypatch.setattr(prepare._Renderer, "render", counted)
+    monkeypatch.setattr(prepare.Renderer, "render", counted)
     with watch_for_stop(), pytest.raises(type(stop)):
-        prepare.run(job)
-    monkeypatch.setattr(prepare._Renderer, "render", render)
+        prepared(job)
+    monkeypatch.setattr(prepare.Renderer, "render", render)
 
 
 @pytest.mark.parametrize("stop", [StoppedError(), MemoryError()], ids=["asked to stop", "died"])
@@ -268,17 +283,17 @@ def test_what_was_stopped_goes_on_behind_the_last_whole_chunk_to_the_same_bytes(
     images = ["a.png", "gone.png", "b.jpg"]
     records = [record(str(number), images[number % 3]) for number in range(9)] + [record("1"), {"id": "no"}]
     job = job_of(root, tokenizer, records, on_bad="skip", max_bad=4)
-    summary = prepare.run(job)
+    summary = prepared(job)
     undisturbed = output_hashes(job)
-    shutil.rmtree(job.folder)
+    shutil.rmtree(job.folder.parent)
     job.output.mkdir(parents=True)
     broken_off(job, monkeypatch, 7, stop)
     rendered: list[str] = []
-    render = prepare._Renderer.render
+    render = prepare.Renderer.render
     monkeypatch.setattr(
-        prepare._Renderer, "render", lambda self, sample: rendered.append(sample.sample_id) or render(self, sample)
+        prepare.Renderer, "render", lambda self, sample: rendered.append(sample.sample_id) or render(self, sample)
     )
-    assert prepare.run(job) == summary
+    assert prepared(job) == summary
     assert rendered == ["6", "7", "8", "1"], "two chunks were whole"
     assert output_hashes(job) == undisturbed
 
@@ -289,13 +304,13 @@ def test_a_kept_chunk_that_is_not_whole_is_made_again(
 ) -> None:
     monkeypatch.setattr(prepare, "CHUNK", 3)
     job = job_of(root, tokenizer, [record(str(number)) for number in range(8)])
-    prepare.run(job)
+    prepared(job)
     undisturbed = output_hashes(job)
     broken_off(job, monkeypatch, 6, StoppedError())
     path = job.folder / "scratch/chunks-of-3" / name
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    prepare.run(job)
+    prepared(job)
     assert output_hashes(job) == undisturbed
 
 
@@ -317,7 +332,7 @@ def test_preparing_in_several_processes_can_be_stopped(
         asker = threading.Thread(target=stop_once_it_works)
         asker.start()
         with pytest.raises(StoppedError, match="the same command continues"):
-            prepare.run(job)
+            prepared(job)
         done.set()
         asker.join()
     assert list(job.folder.glob("scratch/*/0.json")) and not list(job.folder.glob("scratch/*/9.json"))

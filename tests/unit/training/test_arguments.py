@@ -20,7 +20,9 @@ def test_every_trainer_field_that_is_set_arrives_whether_it_decides_or_not(tmp_p
     stage = next(s for s in build_graph(compose_run(words), NoFiles()) if s.kind == "train")
     settings, spec = StageSettings.model_validate(stage.settings), TrainStage.model_validate(stage.spec)
     assert spec.trainer.as_arguments() == {"optim": "sgd", "lr_scheduler_kwargs": {"num_cycles": 2.0}}
-    found = training_arguments(spec, settings.launch, settings.tracking, settings.trainer, tmp_path, 4, 1, use_cpu=True)
+    found = training_arguments(
+        spec, settings.launch, settings.tracking, settings.trainer, tmp_path, 4, 1, use_cpu=True, readers=0
+    )
     assert (found.optim, found.log_level, found.lr_scheduler_kwargs) == ("sgd", "error", {"num_cycles": 2.0})
 
 
@@ -35,7 +37,7 @@ def test_one_process_trains_on_one_gpu_however_many_it_sees(tmp_path: Path, capl
         mock.patch("accelerate.state.check_cuda_p2p_ib_support", return_value=True),
     ):
         found = training_arguments(
-            spec, settings.launch, settings.tracking, settings.trainer, tmp_path, 4, 1, use_cpu=False
+            spec, settings.launch, settings.tracking, settings.trainer, tmp_path, 4, 1, use_cpu=False, readers=0
         )
         assert found.device == torch.device("cuda:0") and found.n_gpu == 1
     assert "sees 2 GPUs and uses the first" in caplog.text
