@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from io import BufferedReader, TextIOWrapper
+from io import BufferedReader, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,10 +64,9 @@ def read_records(path: Path, layout: str = "llava", place: Place | None = None) 
         if layout == "parquet" or path.suffix == ".parquet" or path.is_dir():
             yield from _read_parquet(path, layout, place)
             return
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             place.total = os.fstat(file.fileno()).st_size
-            counted = _Counted(file, place)
-            with TextIOWrapper(counted, encoding="utf-8-sig") as text:
+            with TextIOWrapper(_Counted(file, place), encoding="utf-8-sig") as text:
                 yield from _read_lines(path, text) if path.suffix == ".jsonl" else _JsonList(path, text)
     except UnicodeDecodeError as error:
         raise DataError(
@@ -80,8 +79,8 @@ def read_records(path: Path, layout: str = "llava", place: Place | None = None) 
 class _Counted(BufferedReader):
     """A binary file that notes in `place` how far it was read."""
 
-    def __init__(self, file: BufferedReader, place: Place) -> None:
-        super().__init__(file.detach())
+    def __init__(self, file: FileIO, place: Place) -> None:
+        super().__init__(file)
         self._place = place
 
     def read1(self, size: int | None = -1, /) -> bytes:

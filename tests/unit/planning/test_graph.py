@@ -16,8 +16,10 @@ EVERYTHING = {
     "tokenizer/nano",
     "llm/nano",
     "vision_tower/nano",
+    "images[pretrain]",
     "prepare[pretrain]",
     "pretrain",
+    "images[finetune]",
     "prepare[finetune]",
     "finetune",
     "digits@pretrain",
@@ -43,7 +45,7 @@ def test_versions_are_raised_where_results_change_and_nowhere_else() -> None:
     eval 2: intervals; eval 3: answers end at the turn's end of the template as fitted to the tokenizer.
     """
     versions = {kind: row.version for kind, row in KINDS.items()}
-    assert versions == {"data": 2, "parts": 1, "prepare": 3, "train": 2, "eval": 3}
+    assert versions == {"data": 2, "parts": 1, "images": 1, "prepare": 3, "train": 2, "eval": 3}
 
 
 def test_the_default_run_has_these_stages() -> None:
@@ -93,7 +95,7 @@ def test_how_a_run_is_done_and_recorded_changes_no_digest(word: str) -> None:
 )
 def test_a_change_reruns_just_what_depends_on_it(words: list[str], expected: set[str]) -> None:
     if "data.build" in words[0]:  # the benchmark and the parts keep their own data
-        expected = TRAINED | {"prepare[pretrain]", "prepare[finetune]"}
+        expected = TRAINED | {f"{stage}[{source}]" for stage in ("images", "prepare") for source in ("pretrain", "finetune")}
     assert changed(*words) - {"digits"} == expected
 
 
@@ -151,7 +153,7 @@ def test_a_mixtures_order_in_the_spec_and_one_of_a_single_source_decide_nothing(
 
 def test_a_single_source_has_no_trace_of_mixtures_or_formats_in_its_identity() -> None:
     stages = {stage.name: stage for stage in build_graph(compose_run([]), NoFiles())}
-    assert set(stages["finetune"].parents) == {"from", "prepared", "data"}
+    assert set(stages["finetune"].parents) == {"from", "prepared", "images", "data"}
     assert "mixture" not in stages["finetune"].spec and "data" not in stages["finetune"].spec
     source = {
         "file": "finetune.json",

@@ -26,8 +26,8 @@ def test_a_sweep_lists_runs_distinct_stages_and_totals(tmp_path: Path) -> None:
     assert all(set(s) == {"digest", "kind", "name", "parents", "status"} for s in plan["stages"])  # type: ignore[attr-defined]
     assert plan["totals"] == {
         "runs": 4,
-        "asked": {"data": 4, "parts": 12, "prepare": 10, "train": 10, "eval": 10},
-        "distinct": {"data": 1, "parts": 3, "prepare": 3, "train": 8, "eval": 8},
+        "asked": {"data": 4, "parts": 12, "images": 10, "prepare": 10, "train": 10, "eval": 10},
+        "distinct": {"data": 1, "parts": 3, "images": 3, "prepare": 3, "train": 8, "eval": 8},
     }
     assert json.loads(json.dumps(plan)) == plan
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.builders import tiny_tokenizer
+from tests.unit.stages.preparing import prepared
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import open_image
 from tinylmm.errors import DataError
-from tinylmm.stages import prepare
 from tinylmm.stages.job import make_job
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.sampler import Mixture, StepSampler
@@ -63,8 +63,8 @@ def picture(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-def prepared(root: Path, name: str, annotations: str, layout: str, **policy: Any) -> tuple[Path, dict[str, Any]]:
-    """Output folder and summary of the prepare stage over one source below root/name."""
+def made(root: Path, name: str, annotations: str, layout: str, **policy: Any) -> tuple[Path, dict[str, Any]]:
+    """Output folder and summary of the stages that check and prepare one source below root/name."""
     fields = {"format": layout, "limit": None, "on_bad": "fail", "max_bad": 0, **policy}
     location = {"annotations": annotations, "images": "images", "how_to_get": "", **fields}
     settings = {"launch": {"num_workers": 0}, "location": {"root": str(root / name), "source": location}, "folders": {}}
@@ -74,13 +74,18 @@ def prepared(root: Path, name: str, annotations: str, layout: str, **policy: Any
         name,
         "ab" * 32,
         spec,
-        {"tokenizer": root / "tokenizer"},
+        {"tokenizer": root / "tokenizer", "images": root / name / "images-stage" / "output"},
         settings,
         root / name / "work",
         root / "store",
     )
     job.output.mkdir(parents=True)
-    return job.output, prepare.run(job)
+    return job.output, prepared(job)
+
+
+def embedded(root: Path, name: str) -> Path:
+    """Where the images lie that a source's records carried."""
+    return root / name / "images-stage" / "output" / "embedded"
 
 
 @pytest.fixture
@@ -107,14 +112,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_prepared_sources_are_mixed_with_each_samples_own_images(root: Path) -> None:
-    one, _ = prepared(root, "one", "a.json", "llava")
-    two, summary = prepared(root, "two", "a.parquet", "parquet", on_bad="skip", max_bad=1)
+    one, _ = made(root, "one", "a.json", "llava")
+    two, summary = made(root, "two", "a.parquet", "parquet", on_bad="skip", max_bad=1)
     assert (summary["samples"], summary["images"], summary["skipped"]) == (3, 2, 1)
     assert summary["skipped_records"][0]["reason"].startswith("the embedded image embedded:")
-    assert len([path for path in (two / "embedded").rglob("*") if path.is_file()]) == 1  # one content, one file
+    assert len([path for path in embedded(root, "two").rglob("*") if path.is_file()]) == 1  # one content, one file
     samples = PreparedSamples([one, two], image_tokens=4, max_length=200)
     assert samples.sizes == [2, 3]
-    places = [ImageFolder(root / name / "images", folder / "embedded") for name, folder in (("one", one), ("two", two))]
+    places = [ImageFolder(root / name / "images", embedded(root, name)) for name in ("one", "two")]
     folders = ImageFolders(places)
     colours = {
         samples[i]["sample_id"]: [open_image(folders.find(name)).getpixel((0, 0)) for name in samples[i]["images"]]
@@ -129,8 +134,8 @@ def test_prepared_sources_are_mixed_with_each_samples_own_images(root: Path) -> 
 
 
 def test_samples_that_the_length_drops_leave_their_own_source_only(root: Path) -> None:
-    one, _ = prepared(root, "one", "a.json", "llava")
-    two, _ = prepared(root, "two", "a.parquet", "auto", on_bad="skip", max_bad=1)
+    one, _ = made(root, "one", "a.json", "llava")
+    two, _ = made(root, "two", "a.parquet", "auto", on_bad="skip", max_bad=1)
     full = PreparedSamples([one, two], image_tokens=4, max_length=500)
     samples = PreparedSamples([one, two], image_tokens=400, max_length=400)
     assert full.sizes == [2, 3] and samples.sizes == [1, 0] and samples.report.dropped == 4
@@ -138,4 +143,4 @@ def test_samples_that_the_length_drops_leave_their_own_source_only(root: Path) -
 
 def test_a_broken_embedded_image_stops_the_run_by_default(root: Path) -> None:
     with pytest.raises(DataError, match=r"record 3 \(id 'bad'\): the embedded image embedded:"):
-        prepared(root, "two", "a.parquet", "parquet")
+        made(root, "two", "a.parquet", "parquet")
