@@ -23,7 +23,7 @@ from tinylmm.evaluation.benchmarks.choice import (
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, pick_variant
 from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, write_sheet
 
 if TYPE_CHECKING:
@@ -152,7 +152,13 @@ class MMBench(Benchmark):
             )
             for item in items
         )
-        return Scores(self.name, variant, _aggregate(groups, hits), rows, count_items(items, answers, rows, **more))
+        metrics = _metrics(groups, hits)
+        counts = count_items(items, answers, rows, **more)
+        return Scores(self.name, variant, metrics.aggregate, rows, counts, metrics.bases)
+
+    def group_of(self, item: Item) -> str:
+        """As `Benchmark.group_of`: a question's rotations are right together or not."""
+        return str(item.reference["base"])
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By index. Of LLaVA's `--all-rounds` files round 0 counts: further rounds rotate what the file has rotated."""
@@ -273,10 +279,12 @@ def _match(item: Item, text: str, variant: str, judge: Judge) -> str | None:
     return None
 
 
-def _aggregate(groups: Mapping[int, Sequence[Item]], hits: Mapping[int, float]) -> dict[str, float]:
-    if not groups:
-        return {}
-    aggregate = {"accuracy": percent(hits.values())}
-    for label, read in (("category", lambda item: item.category), ("l2", lambda item: item.reference["l2"])):
-        aggregate |= percent_by(label, (read(group[0]) for group in groups.values()), (hits[base] for base in groups))
-    return aggregate
+def _metrics(groups: Mapping[int, Sequence[Item]], hits: Mapping[int, float]) -> Metrics:
+    metrics = Metrics()
+    rows = [(group[0], hits[base]) for base, group in groups.items()]
+    if rows:
+        rotated = any(len(group) > 1 for group in groups.values())
+        metrics.mean("accuracy", rows, rotated)
+        metrics.means_by("category", rows, lambda item: item.category, rotated)
+        metrics.means_by("l2", rows, lambda item: str(item.reference["l2"]), rotated)
+    return metrics
