@@ -69,6 +69,10 @@ class Benchmark(ABC):
             DataError: a file is missing (which, where it is looked for, where to get it), or a record is broken.
         """
 
+    def chosen_split(self, root: Path, layout: Format = "llava") -> str | None:
+        """The split that `load` reads; None where the benchmark has but one. Those that take what is there override it."""
+        return self.split if len(self.splits) > 1 else None
+
     def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
         """Read the items from a source of a data set: a question file, and the folder that its images lie in.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl
+from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
 
@@ -73,9 +74,10 @@ class Digits(Benchmark):
 def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
     if not path.is_file():
         raise DataError(f"question file {path} does not exist")
+    records = read_jsonl(path, FIELDS)[:limit]
     return [
         Item(
-            item_id=str(record["question_id"]),
+            item_id=name,
             question_id=record["question_id"],
             prompt=record["text"],
             images=(image(record["image"]),),
@@ -83,5 +85,5 @@ def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None 
             reference=record["answer"],
             options=record["options"],
         )
-        for record in read_jsonl(path, FIELDS)[:limit]
+        for name, record in zip(unique_ids(record["question_id"] for record in records), records, strict=True)
     ]

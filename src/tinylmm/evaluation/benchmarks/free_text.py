@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,12 @@ def score_free_text(
     if found:
         metrics.mean("accuracy", found)
         for label in sorted({label for item, _ in found for label in item.reference.groups or ()}):
-            metrics.means_by(label, found, lambda item: (item.reference.groups or {}).get(label, ""), ordered=True)
+            metrics.means_by(label, found, partial(_group, label), ordered=True)
     return Scores(benchmark.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+
+def _group(label: str, item: Item) -> str:
+    return str((item.reference.groups or {}).get(label, ""))
 
 
 def _score_item(item: Item, answer: Answer | None, rule: Rule) -> ItemScore:

@@ -87,10 +87,8 @@ class MMBench(Benchmark):
 
         Without a chosen split the first that is there. The test splits have no answers: they can only be uploaded.
         """
-        files = BenchmarkFiles.under(root, GET, "mmbench", "mmbench_cn", "MMBench")
-        wanted = (self.split,) if self.split else self.splits
+        files, found = _files(root), self.chosen_split(root, layout)
         if layout == "hf":
-            found = next((s for s in wanted if files.has_parquet(_phase(s), _language(s))), wanted[0])
             suffix = _SUFFIXES[_language(found)]
             rows = read_parquet(files.parquet(_phase(found), _language(found)), _REQUIRED, _OPTIONAL)
             images: dict[int, ImageRef] = {}  # a question's rotations repeat its image
@@ -99,14 +97,19 @@ class MMBench(Benchmark):
                 image = images.setdefault(_index(row.values, row.where) % ROTATION, row.image())
                 items.append(_item(row.values, row.where, image, suffix))
             return items
-        if root.suffix == ".tsv" and root.is_file():
-            path, found = root, self.split or ("dev_cn" if "cn" in root.stem.lower().split("_") else "dev")
-        else:
-            found = next((s for s in wanted if files.find(*FILES[s])), wanted[0])
-            path = files.file(*FILES[found])
+        path = root if _is_table(root) else files.file(*FILES[found])
         table = read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL)
         suffix = _SUFFIXES[_language(found)]
         return [_item(values, f"{path}, row {n}", image, suffix) for n, (values, image) in enumerate(table, 1)]
+
+    def chosen_split(self, root: Path, layout: Format = "llava") -> str:
+        """As `Benchmark.chosen_split`."""
+        files, wanted = _files(root), (self.split,) if self.split else self.splits
+        if layout == "hf":
+            return next((s for s in wanted if files.has_parquet(_phase(s), _language(s))), wanted[0])
+        if _is_table(root):
+            return self.split or ("dev_cn" if "cn" in root.stem.lower().split("_") else "dev")
+        return next((s for s in wanted if files.find(*FILES[s])), wanted[0])
 
     def score(
         self,
@@ -177,6 +180,14 @@ class MMBench(Benchmark):
             number for number, name in enumerate(_UPLOAD) if name != "answer" or any(row[number] for row in table)
         ]  # the test split has no answers, so its upload has no such column
         write_sheet(path, [_UPLOAD[number] for number in present], [[row[n] for n in present] for row in table])
+
+
+def _files(root: Path) -> BenchmarkFiles:
+    return BenchmarkFiles.under(root, GET, "mmbench", "mmbench_cn", "MMBench")
+
+
+def _is_table(root: Path) -> bool:
+    return root.suffix == ".tsv" and root.is_file()
 
 
 def _index(values: Mapping[str, Any], where: str) -> int:

@@ -72,8 +72,8 @@ class MMVet(Benchmark):
     Variants: `official` (the benchmark's notebook, which LLaVA and TinyLLaVA use; published with gpt-4-0613) and `lmms`
     (lmms-eval: another header, 128 tokens, other re-asking; its models are also asked with a step-by-step pre-prompt).
     Aggregate: `total`, the six capabilities, `set/...` per exact set of capabilities (percent, one decimal), and `std` over
-    the judge's runs, if there are several. A grade nobody could read after all re-asks is 0 and counted as `ungraded`. Without a judge nothing has a
-    score, and counts.unjudged says of how many.
+    the judge's runs, if there are several. A grade nobody could read after all re-asks is 0 and counted as `ungraded`.
+    Without a judge nothing has a score, and counts.unjudged says of how many.
     """
 
     name = "mmvet"
