@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -39,7 +39,7 @@ class Protocol:
     variant: str
     split: str | None = None
     layout: str = "llava"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     limit: int | None = None
     seed: int = 0
     asked: int | None = None
@@ -97,6 +97,18 @@ class Protocol:
             ("protocol", self.name),
             *((name, str(value)) for name, value in found.items() if value not in (None, "")),
         ]
+
+    def comparable(self, other: Protocol) -> bool:
+        """Whether the two differ in which questions were asked at most: answers to the same ones can be paired."""
+        blank: dict[str, Any] = {
+            "limit": None,
+            "seed": 0,
+            "asked": None,
+            "total": None,
+            "questions": None,
+            "departs": (),
+        }
+        return replace(self, **blank) == replace(other, **blank)
 
     def differences(self, other: Protocol) -> list[str]:
         """In words, every way in which two protocols differ; other questions only where nothing else explains them."""

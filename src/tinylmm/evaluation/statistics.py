@@ -18,6 +18,8 @@ DRAWS = 5000
 FLIPS = 20_000
 """Drawn assignments of signs, where there are too many to count: no p-value is below 1 / (FLIPS + 1) then."""
 HALVES = 200
+SURE = 0.05
+"""A difference with a smaller p-value is called one."""
 Z_95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
 _CHUNK = 4_000_000

@@ -7,6 +7,7 @@ are worth. Runs on every rank: each answers the questions about its share of the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -226,7 +227,7 @@ def _score(
     variant, judge = job.spec.variant, _judge(job)
     _write_upload(job, benchmark, items, answers["image"])
     if benchmark.judged and judge is None:
-        _write_generations(job, benchmark, items, rows, None, None)
+        _write_generations(job, benchmark, items, rows, None, None, keys)
         raise UserError(
             f"{benchmark.name} is scored by a judge, and none is set: all {len(items)} questions are answered, and the "
             f"answers are kept in {job.output / GENERATIONS}. Set eval.{job.name.split('@')[0]}.judge.base_url and "
@@ -237,7 +238,7 @@ def _score(
     blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec.blind else None
     metrics = score_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
     protocol = _protocol(job, benchmark, scores, items, total)
-    _write_generations(job, benchmark, items, rows, scores, blind)
+    _write_generations(job, benchmark, items, rows, scores, blind, keys)
     record = {
         "benchmark": benchmark.name,
         "protocol": protocol.as_json(),
@@ -308,6 +309,7 @@ def _write_generations(
     rows: dict[tuple[str, str], dict[str, Any]],
     scores: Scores | None,
     blind: Scores | None,
+    keys: Mapping[str, str],
 ) -> None:
     """One line an item in the order of the question file; `question_id`, `prompt` and `text` as in LLaVA's answer files."""
     folder = _image_folder(job)
@@ -323,6 +325,7 @@ def _write_generations(
                 "question_id": item.question_id,
                 "image": _image_name(item.images[0], folder) if item.images else "",
                 "images": [_image_record(ref, folder) for ref in item.images],
+                "cluster": hashlib.sha256(cluster_of(item, keys).encode()).hexdigest()[:16],
                 "category": item.category,
                 "prompt": item.prompt,
                 "truth": benchmark.truth(item),

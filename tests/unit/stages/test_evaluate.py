@@ -22,8 +22,8 @@ from tinylmm.errors import ConfigError, StoppedError, UserError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.launch.backends import torchrun
-from tinylmm.planning.kinds import KINDS
 from tinylmm.models.checkpoint import save_model
+from tinylmm.planning.kinds import KINDS
 from tinylmm.stages import evaluate
 from tinylmm.stages.job import StageJob, make_job
 
