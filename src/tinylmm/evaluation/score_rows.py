@@ -32,11 +32,11 @@ def score_rows(
             are no means over questions have none.
 
     Returns:
-        `{"metric", "value", "blind", "blind_p", "chance", "count", "interval", "interval_by"}`; value, blind, chance and
+        `{"metric", "value", "blind", "blind_p", "chance", "count", "top", "interval", "interval_by"}`; value, blind, chance and
         interval (`[low, high]` at 95 %, never outside the metric's scale) in the metric's own unit; None where there is none.
-        `count` is how many questions, or groups that are scored as one, the metric rests on. `blind_p` is the p-value of
-        "as good without the image", by flipping images. `interval_by` is `bootstrap` for means over questions, `wilson` where
-        their grades are all equal, and `half-samples` for all else.
+        `count` is how many questions, or groups that are scored as one, the metric rests on, `top` the end of its scale.
+        `blind_p` is the p-value of "as good without the image", by flipping images. `interval_by` is `bootstrap` for means
+        over questions, `wilson` where their grades are all equal, and `half-samples` for all else.
     """
     keys = content_keys(items) if keys is None else keys
     clusters = {item.item_id: cluster_of(item, keys) for item in items}
@@ -58,6 +58,7 @@ def score_rows(
                 "blind_p": _blind_p(basis, blind_bases.get(name), clusters),
                 "chance": _chance(basis, options),
                 "count": len(basis.items),
+                "top": basis.top,
                 "interval": None if interval is None else [round(end, 4) for end in interval],
                 "interval_by": by,
             }

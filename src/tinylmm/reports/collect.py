@@ -142,7 +142,7 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
         value, blind, chance = float(row["value"]), row.get("blind"), row.get("chance")
         low_high = row.get("interval")
         bounds = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        figures = (value, blind, chance, int(row["count"]), bounds, row.get("blind_p"))
+        figures = (value, blind, chance, int(row["count"]), bounds, row.get("blind_p"), row.get("top"))
         scores.append(Score(record["benchmark"], row["metric"], *figures, name, protocol))
     return Evaluation(models[model], name, record["benchmark"], protocol, tuple(scores), folder)
 

@@ -141,10 +141,10 @@ def compare_runs(report: Report) -> list[Pair]:
         )
     first, *others = report.runs
     pairs = [pair for other in others for pair in _pairs_of(report.store, first, other)]
-    return _corrected(pairs)
+    return corrected(pairs)
 
 
-def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
+def corrected(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with their p-values corrected for all that were tested."""
     tested = [pair.p_value for pair in pairs if pair.p_value is not None]
     left = iter(holm(tested))
@@ -286,24 +286,35 @@ def render_comparison(report: Report, pairs: Sequence[Pair]) -> Group:
     """The comparison for the terminal: a table, a sentence an evaluation, and the first flips."""
     names = [run.name for run in report.runs]
     several = len(names) > 2
-    title = f"{', '.join(names[1:])} against {names[0]}: mean score a question in %"
+    number_of = max(pair.comparisons for pair in pairs)
+    correction = f"; p corrected for {number_of} comparisons (Holm)" if number_of > 1 else ""
+    title = f"{', '.join(names[1:])} against {names[0]}: mean score a question in %{correction}"
     table = Table(title=Text(title), title_justify="left")
-    heads = ["benchmark", "first", "second", "difference", "95 %", "p", "p corrected", "n"]
-    for index, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if index == 0 else "right", no_wrap=True)
+    rows = [_cells(pair, several) for pair in pairs]
+    heads = ["benchmark", "first", "second", "difference", "95 %", "p", "n"]
+    for index, head in enumerate(heads):  # a narrow terminal folds the words of headers, never a figure
+        width = max(len(cells[index]) for cells in rows)
+        table.add_column(Text(head), justify="left" if index == 0 else "right", min_width=width if index else None)
     parts: list[Any] = [table]
-    for pair in pairs:
-        low, high = pair.interval
-        title = f"{pair.name}, {pair.runs[1]}" if several else pair.name
-        sample = " (sample)" if any(protocol.limited for protocol in pair.protocols) else ""
-        cells = [f"{title}{sample}", number(pair.means[0]), number(pair.means[1]), points(pair.difference)]
-        cells += [f"{points(low)} to {points(high)}", p_text(pair.p_value), p_text(pair.corrected), f"{pair.count:,}"]
+    for pair, cells in zip(pairs, rows, strict=True):
         table.add_row(*(Text(cell) for cell in cells))
-        parts += [Text(f"{title}: {line}") for line in (pair.verdict, *pair_notes(pair))]
+        parts += [Text(f"{_title(pair, several)}: {line}") for line in (pair.verdict, *pair_notes(pair))]
         parts += [Text(f"  {line}") for line in flip_lines(pair)[:SHOWN_IN_TERMINAL]]
         if len(pair.flips) > SHOWN_IN_TERMINAL:
             parts.append(Text(f"  and {len(pair.flips) - SHOWN_IN_TERMINAL:,} more"))
     return Group(*parts)
+
+
+def _title(pair: Pair, several: bool) -> str:
+    return f"{pair.name}, {pair.runs[1]}" if several else pair.name
+
+
+def _cells(pair: Pair, several: bool) -> list[str]:
+    low, high = pair.interval
+    sample = " (sample)" if any(protocol.limited for protocol in pair.protocols) else ""
+    means = [number(mean) for mean in pair.means]
+    sure = [f"{points(low)} to {points(high)}", p_text(pair.corrected)]
+    return [f"{_title(pair, several)}{sample}", *means, points(pair.difference), *sure, f"{pair.count:,}"]
 
 
 def pair_notes(pair: Pair) -> list[str]:

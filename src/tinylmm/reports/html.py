@@ -150,33 +150,42 @@ def _scores(run: RunReport) -> dict[str, Any]:
     stages = run.scored_stages
     rows = run.score_rows()
     shares = all(row.last.is_share for row in rows)
-    top = {row.name: _top(rows, row.name) for row in rows}
+    shown = [_score_row(run, row, _top(rows, row)) for row in rows]
+    names = list(dict.fromkeys(row.name for row in rows))
+    groups = [{"name": name, "rows": [one for one in shown if one["name"] == name]} for name in names]
     return {
         "stages": stages,
         "blind": any(score.blind is not None for row in rows for score in row.by_stage.values()),
         "chance": any(row.last.chance is not None for row in rows),
-        "rows": [
-            {
-                "label": _label(run, row),
-                "overall": row.last.overall,
-                "by_stage": [row.by_stage.get(stage) for stage in stages],
-                "gain": _gain(row.by_stage, stages),
-                "last": row.last,
-                "bars": _bars(row.by_stage, stages, top[row.name]),
-                "chance_at": _place(row.last.chance, top[row.name]),
-                "low_high": span(row.last.interval()),
-                "interval": [_place(end, top[row.name]) for end in row.last.interval() or ()],
-            }
-            for row in rows
-        ],
+        "rows": [group["rows"][0] for group in groups] if len(groups) > 1 else shown,
+        "groups": groups if len(groups) > 1 else [],
+        "intervals": any(row.last.interval() for row in rows),
         "protocols": dict(zip(("header", "rows"), protocol_grid(run), strict=True)),
         "shares": shares,
     }
 
 
-def _top(rows: Sequence[ScoreRow], name: str) -> float:
-    """The end of an evaluation's scale: 100, or its largest value where that is more (MME's points)."""
-    values = [score.value for row in rows if row.name == name for score in row.by_stage.values()]
+def _score_row(run: RunReport, row: ScoreRow, top: float) -> dict[str, Any]:
+    stages = run.scored_stages
+    return {
+        "name": row.name,
+        "label": _label(run, row),
+        "overall": row.last.overall,
+        "by_stage": [row.by_stage.get(stage) for stage in stages],
+        "gain": _gain(row.by_stage, stages),
+        "last": row.last,
+        "bars": _bars(row.by_stage, stages, top),
+        "chance_at": _place(row.last.chance, top),
+        "low_high": span(row.last.interval()),
+        "interval": [_place(end, top) for end in row.last.interval() or ()],
+    }
+
+
+def _top(rows: Sequence[ScoreRow], row: ScoreRow) -> float:
+    """The end of a metric's scale; where that is not known 100, or its evaluation's largest value where that is more."""
+    if row.last.top is not None:
+        return row.last.top
+    values = [score.value for other in rows if other.name == row.name for score in other.by_stage.values()]
     return max([*values, 100.0])
 
 

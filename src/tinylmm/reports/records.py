@@ -34,6 +34,8 @@ class Score:
     """95 % interval as the evaluation found it, by resampling images."""
     blind_p: float | None = None
     """p-value of "as good without the image", by flipping images; None where it was not tested."""
+    top: float | None = None
+    """End of the metric's scale, which begins at 0; None where it has none, or it is not known."""
     name: str = ""
     """Key of the evaluation under `eval`; by default the benchmark's."""
     protocol: Protocol | None = None

@@ -7,7 +7,7 @@ Several runs: a row a run, as in a paper's ablation table.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from string import ascii_lowercase
 from typing import Any, Literal
 
@@ -117,8 +117,11 @@ def compare_notes(report: Report) -> list[str]:
 
 def protocol_line(protocol: Protocol) -> str:
     """A protocol in one line: `gqa-llava, questions 300 of 12,578 (limit 300, seed 0), template phi, ...`."""
-    (_, name), *facts = protocol.facts()
-    return ", ".join([name, *(f"{label} {value}" for label, value in facts)])
+    return _in_words(protocol.facts())
+
+
+def _in_words(facts: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(value if label == "protocol" else f"{label} {value}" for label, value in facts)
 
 
 def protocol_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
@@ -167,7 +170,15 @@ def render_scores(report: Report) -> Group:
 
 def _protocol_lines(run: RunReport) -> list[str]:
     """For the terminal: how each evaluation was made, and which have no figure."""
-    lines = [f"{words(name)}: {protocol_line(e.protocol)}" for name, e in run.last_evaluations.items()]
+    facts = {name: evaluation.protocol.facts() for name, evaluation in run.last_evaluations.items()}
+    shared = [fact for fact in next(iter(facts.values()), []) if all(fact in found for found in facts.values())]
+    lines = [
+        f"{words(name)}: {_in_words(fact for fact in found if fact not in shared)}" for name, found in facts.items()
+    ]
+    if len(facts) > 1 and shared:
+        lines.append(f"All: {_in_words(shared)}")
+    elif facts:
+        lines = [f"{words(name)}: {_in_words(found)}" for name, found in facts.items()]
     return [*lines, *(note for note in run.notes if " has no figure: " in note)]
 
 

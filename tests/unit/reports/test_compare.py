@@ -223,7 +223,7 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_reason(two: StoreBuil
 def test_the_command_prints_the_table_the_sentence_and_where_the_page_is(two: StoreBuilder) -> None:
     result = CliRunner().invoke(APP, ["--compare", "a", "b", "--store", str(two.root)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert "−50.0" in result.stdout and "p corrected" in result.stdout and "compare.html" in result.stdout
+    assert "−50.0" in result.stdout and "p = 1.9e-06" in result.stdout and "compare.html" in result.stdout
     assert "expected 'seven'" in result.stdout
 
 
