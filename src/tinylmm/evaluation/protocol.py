@@ -38,7 +38,7 @@ class Protocol:
     benchmark: str
     variant: str
     split: str | None = None
-    layout: str = "llava"
+    layout: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     limit: int | None = None
     seed: int = 0

@@ -15,7 +15,7 @@ from tinylmm.evaluation.benchmarks.vizwiz import VizWiz
 from tinylmm.evaluation.protocol import Protocol, protocol_of
 
 ITEMS = [Item(str(n), n, f"question {n}?", (ImageRef(Path(f"/a/{n}.jpg")),), reference="red") for n in range(30)]
-HOW: dict[str, Any] = {"template": "phi", "max_new_tokens": 128, "precision": "fp32", "code": 3}
+HOW: dict[str, Any] = {"template": "phi", "max_new_tokens": 128, "precision": "fp32", "code": 3, "layout": "llava"}
 
 
 def made(

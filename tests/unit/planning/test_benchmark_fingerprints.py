@@ -72,8 +72,11 @@ def test_the_digest_holds_content_and_protocol_but_no_place(tmp_path: Path) -> N
     judge = ("eval.gqa.judge.model=m", "eval.gqa.judge.base_url=http://localhost:1/v1")
     same = plan(tmp_path, moved, "launch.eval_batch=1", "launch.eval_tokens=9")
     assert digest(same) == stage.digest
-    changes = (["eval.gqa.limit=3"], list(judge))
-    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 3
+    limit = "eval.gqa.limit=3"
+    changes = ([limit], [limit, "eval.gqa.limit_seed=1"], list(judge), [*judge, "eval.gqa.judge.runs=5"])
+    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 5
+    unchanged = ["eval.gqa.limit_seed=0", *judge, "eval.gqa.judge.runs=1"]  # later fields, where they are not set
+    assert digest(plan(tmp_path, moved, *unchanged)) == digest(plan(tmp_path, moved, *judge))
 
 
 def test_missing_files_stop_a_run_before_it_starts_naming_each(tmp_path: Path) -> None:
