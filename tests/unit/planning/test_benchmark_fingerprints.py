@@ -107,3 +107,10 @@ def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> 
     run = compose_run(["eval=gqa", "eval.gqa.variant=oficial", f"store={tmp_path}"])
     with pytest.raises(ConfigError, match=r"eval\.gqa\.variant: 'oficial' is unknown\. Did you mean 'official'\?"):
         plan_run(run, "run")
+
+
+@pytest.mark.parametrize("benchmark", ["mvbench", "videomme"])
+def test_questions_about_videos_are_refused_before_anything_is_asked(tmp_path: Path, benchmark: str) -> None:
+    words = ["eval=gqa", f"eval.gqa.benchmark={benchmark}", f"eval.gqa.root={tmp_path}", f"store={tmp_path / 'store'}"]
+    with pytest.raises(ConfigError, match=r"eval\.gqa\.benchmark: is .*about videos.*tinylmm score"):
+        plan_run(compose_run(words), "run")
