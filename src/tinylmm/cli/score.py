@@ -36,6 +36,7 @@ def score(
         str | None, typer.Option(help="OpenAI-compatible endpoint; its key: TINYLMM_JUDGE_API_KEY.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's model name.")] = None,
+    judge_runs: Annotated[int, typer.Option(help="How often each answer is judged (MM-Vet averages them).")] = 1,
     trust: Annotated[list[str] | None, typer.Option(help="Package that your own benchmark's class is in.")] = None,
 ) -> None:
     """Score an answer file by a benchmark's published rules."""
@@ -46,7 +47,7 @@ def score(
 
     chosen = get_benchmark(benchmark, trust or (), **({"split": split} if split else {}))
     variant = pick_variant(chosen, variant)
-    judge = _judge(judge_url, judge_model)
+    judge = _judge(judge_url, judge_model, judge_runs)
     rows = read_answer_file(answers)
     items = _load(chosen, root, layout)
     paired = chosen.pair(items, rows)
@@ -88,7 +89,7 @@ def _checked(items: list[Item], root: Path) -> list[Item]:
     return items
 
 
-def _judge(url: str | None, model: str | None) -> Judge | None:
+def _judge(url: str | None, model: str | None, runs: int) -> Judge | None:
     if url is None and model is None:
         return None
     if url is None or model is None:
@@ -96,7 +97,7 @@ def _judge(url: str | None, model: str | None) -> Judge | None:
         raise ConfigError([Fault(missing, "missing: a judge needs both its address and its model.")])
     from tinylmm.evaluation.judge import Judge, default_cache
 
-    return Judge(url, model, cache=default_cache())
+    return Judge(url, model, cache=default_cache(), runs=runs)
 
 
 def _write(path: Path, text: str) -> None:

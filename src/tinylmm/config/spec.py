@@ -224,6 +224,8 @@ class JudgeSpec(Frozen):
     base_url: str | None = None
     """With the version: `https://api.openai.com/v1`. Without one, a judged benchmark stops when its answers are written."""
     model: str | None = None
+    runs: Positive = 1
+    """How often every answer is judged, where a benchmark averages over that (MM-Vet; its paper takes 5)."""
 
     @model_validator(mode="after")
     def _url_and_model(self) -> JudgeSpec:
@@ -251,7 +253,9 @@ class EvalSpec(Frozen):
     """Scoring protocol; by default the benchmark's first, which reproduces the papers."""
     judge: JudgeSpec = JudgeSpec()
     limit: Positive | None = None
-    """Ask only the first so many questions."""
+    """Ask at most so many questions, drawn from every category; questions that are scored together stay together."""
+    limit_seed: Annotated[int, Field(ge=0)] = 0
+    """Which draw it is."""
     after: Literal["last", "every"] = "last"
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""

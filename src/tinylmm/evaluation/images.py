@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.files import open_parquet
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item
+from tinylmm.evaluation.benchmarks.spreadsheet import read_tsv_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,6 +58,24 @@ def first_refs(items: Sequence[Item], keys: Mapping[str, str]) -> dict[str, Imag
     return found
 
 
+def image_digests(refs: Mapping[str, ImageRef]) -> dict[str, str]:
+    """Key -> SHA-256 of the encoded image, of files, cells and bytes alike; without those that are not there.
+
+    Raises:
+        DataError: a parquet file or table cannot be read.
+    """
+    found: dict[str, str] = {}
+    for key, ref in refs.items():
+        if ref.data is not None:
+            found[key] = _digest(ref.data)
+        elif ref.row is None and ref.path.is_file():
+            found[key] = _digest(ref.path.read_bytes())
+        elif ref.row is not None and ref.column is not None and ref.path.is_file():
+            data = _cell_bytes(ref.path, ref.row, ref.column)
+            found |= {} if data is None else {key: _digest(data)}
+    return found
+
+
 def open_image_ref(ref: ImageRef) -> Image.Image:
     """Decode an image file, a parquet cell or the bytes that the benchmark's file held, as RGB.
 
@@ -71,10 +90,23 @@ def open_image_ref(ref: ImageRef) -> Image.Image:
         raise DataError(f"image {ref.path} does not exist. Put the benchmark's images there.")
     if ref.row is None or ref.column is None:
         return open_image(ref.path)
-    data = _encoded(_cell(ref.path, ref.row, ref.column))
+    data = _cell_bytes(ref.path, ref.row, ref.column)
     if data is None:
         raise DataError(f"{ref.path}, row {ref.row}: column {ref.column} holds no image bytes. Fetch the file again.")
     return open_image(Path(ref.key), data)
+
+
+def _cell_bytes(path: Path, row: int, column: str) -> bytes | None:
+    """The encoded image in a cell of a parquet file or of a TSV."""
+    if path.suffix == ".tsv":
+        return _table_cells(path, path.stat().st_mtime_ns).get(row)
+    return _encoded(_cell(path, row, column))
+
+
+@lru_cache(maxsize=1)  # as large as the file: pages show a few images of one benchmark after the other
+def _table_cells(path: Path, stamp: int) -> dict[int, bytes]:
+    rows = enumerate(read_tsv_images(path, ("index", "image")), 1)
+    return {number: ref.data for number, (_, ref) in rows if ref.data is not None}
 
 
 def _encoded(cell: Any) -> bytes | None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.records import Answer, Item, Scores
+from tinylmm.evaluation.benchmarks.records import Answer, Basis, Item, Scores
 from tinylmm.evaluation.images import cluster_of, content_keys
-from tinylmm.evaluation.statistics import bootstrap_mean, half_samples
+from tinylmm.evaluation.statistics import Interval, half_samples, interval_on_scale, mean_interval, paired_p_value
 
 MANY_ITEMS = 20_000
 FEW_HALVES = 60
@@ -32,73 +32,102 @@ def score_rows(
             are no means over questions have none.
 
     Returns:
-        `{"metric", "value", "blind", "chance", "count", "interval", "interval_by"}`; value, blind, chance and interval
-        (`[low, high]` at 95 %) in the metric's own unit; blind, chance and interval are None where there is none.
-        `interval_by` is `bootstrap` for means over questions and `half-samples` for all else.
+        `{"metric", "value", "blind", "blind_p", "chance", "count", "top", "interval", "interval_by"}`; value, blind, chance and
+        interval (`[low, high]` at 95 %, never outside the metric's scale) in the metric's own unit; None where there is none.
+        `count` is how many questions, or groups that are scored as one, the metric rests on, `top` the end of its scale.
+        `blind_p` is the p-value of "as good without the image", by flipping images. `interval_by` is `bootstrap` for means
+        over questions, `wilson` where their grades are all equal, and `half-samples` for all else.
     """
     keys = content_keys(items) if keys is None else keys
     clusters = {item.item_id: cluster_of(item, keys) for item in items}
     names = sorted(scores.aggregate, key=lambda name: name != benchmark.headline)
-    values = {row.item_id: row.score for row in scores.per_item}
-    means = {name: _mean_over(name, scores.aggregate[name], items, values) for name in names}
-    others = [name for name in names if means[name] is None]
-    judged = judged or benchmark.judged
-    halves = {} if judged else _halves(benchmark, items, answers, scores, others, clusters)
+    bases = {name: _basis(name, scores, items) for name in names}
+    blind_bases = {} if blind is None else {name: _basis(name, blind, items) for name in blind.aggregate}
+    others = [name for name in names if bases[name].values is None]
+    errors = {} if judged or benchmark.judged else _errors(benchmark, items, answers, scores, others, clusters)
+    options = {item.item_id: item.options for item in items}
     rows = []
     for name in names:
-        subset = means[name]
-        if subset is None:
-            interval, by = halves.get(name), "half-samples"
-        else:
-            scored = [values[item.item_id] or 0.0 for item in subset]
-            interval, by = bootstrap_mean(scored, [clusters[item.item_id] for item in subset]), "bootstrap"
-            interval = None if interval is None else (100 * interval[0], 100 * interval[1])
+        basis = bases[name]
+        interval, by = _interval(basis, scores.aggregate[name], errors.get(name), clusters)
         rows.append(
             {
                 "metric": name,
                 "value": scores.aggregate[name],
                 "blind": None if blind is None else blind.aggregate.get(name),
-                "chance": _chance(subset),
-                "count": len(_category_of(name, items) or items) if subset is None else len(subset),
+                "blind_p": _blind_p(basis, blind_bases.get(name), clusters),
+                "chance": _chance(basis, options),
+                "count": len(basis.items),
+                "top": basis.top,
                 "interval": None if interval is None else [round(end, 4) for end in interval],
-                "interval_by": None if interval is None else by,
+                "interval_by": by,
             }
         )
     return rows
 
 
-def _mean_over(name: str, value: float, items: Sequence[Item], values: Mapping[str, float | None]) -> list[Item] | None:
-    """The items of which this metric is 100 times the mean score: all, or those of the category that its name holds."""
-    rounding = 0.051 if round(value, 1) == value else 0.0051  # official scorers print one decimal, or two
+def _basis(name: str, scores: Scores, items: Sequence[Item]) -> Basis:
+    """What a metric rests on, as the benchmark says.
+
+    Of a benchmark of one's own that does not say: all questions with a score, or those of the category that the name holds;
+    the metric is taken for their mean where it is that, up to rounding, and its scale is not known.
+    """
+    if name in scores.bases:
+        return scores.bases[name]
+    values = {row.item_id: row.score for row in scores.per_item}
     scored = [item for item in items if values.get(item.item_id) is not None]
-    subsets = [scored, _category_of(name, scored)]
-    for subset in subsets[::-1] if subsets[1] else subsets[:1]:
-        mean = 100 * sum(values[item.item_id] or 0.0 for item in subset) / len(subset) if subset else None
-        if mean is not None and abs(mean - value) < rounding:
-            return subset
-    return None
+    value = scores.aggregate[name]
+    rounding = 0.051 if round(value, 1) == value else 0.0051  # official scorers print one decimal, or two
+    named = [item for item in scored if item.category and f"/{item.category}/" in f"/{name}/"]
+    for subset in ([named] if named else []) + [scored]:
+        grades = tuple(values[item.item_id] or 0.0 for item in subset)
+        if grades and abs(100 * sum(grades) / len(grades) - value) < rounding:
+            return Basis(tuple(item.item_id for item in subset), grades)
+    return Basis(tuple(item.item_id for item in named or scored), top=None)
 
 
-def _category_of(name: str, items: Sequence[Item]) -> list[Item]:
-    """The items of the category that a metric's name holds (`accuracy/digit`, `adversarial/f1`), if it holds one."""
-    return [item for item in items if item.category and f"/{item.category}/" in f"/{name}/"]
+def _interval(
+    basis: Basis, value: float, error: float | None, clusters: Mapping[str, str]
+) -> tuple[Interval | None, str | None]:
+    images = [clusters[item_id] for item_id in basis.items]
+    if basis.values:
+        interval, by = mean_interval(basis.values, images)
+        return (100 * interval[0], 100 * interval[1]), by
+    if error is None or not images or (basis.top is None and error == 0):
+        return None, None
+    return interval_on_scale(value, error, len(set(images)), basis.top), "half-samples"
 
 
-def _chance(items: Sequence[Item] | None) -> float | None:
-    """What a uniform guess among each question's options scores, in %; None if a question is open."""
-    if not items or any(item.options <= 0 for item in items):
+def _blind_p(basis: Basis, blind: Basis | None, clusters: Mapping[str, str]) -> float | None:
+    """p-value of "as good without the image", over the units that were scored both ways."""
+    if blind is None or not basis.values or not blind.values:
         return None
-    return round(100 * sum(1 / item.options for item in items) / len(items), 4)
+    unseen = dict(zip(blind.items, blind.values, strict=True))
+    both = [
+        (seen - unseen[name], clusters[name])
+        for name, seen in zip(basis.items, basis.values, strict=True)
+        if name in unseen
+    ]
+    return paired_p_value([difference for difference, _ in both], [cluster for _, cluster in both])
 
 
-def _halves(
+def _chance(basis: Basis, options: Mapping[str, int]) -> float | None:
+    """What a uniform guess among each question's options scores, in %; None for open questions, groups, and other metrics."""
+    found = [options[item_id] for item_id in basis.items]
+    if basis.values is None or basis.grouped or not found or min(found) <= 0:
+        return None
+    return round(100 * sum(1 / count for count in found) / len(found), 4)
+
+
+def _errors(
     benchmark: Benchmark,
     items: Sequence[Item],
     answers: Mapping[str, Answer],
     scores: Scores,
     names: Sequence[str],
     clusters: Mapping[str, str],
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, float]:
+    """Standard errors of metrics that are no means, each half of the images scored anew."""
     if not names:
         return {}
 
@@ -110,5 +139,4 @@ def _halves(
         return {item_id: answers[item_id] for item_id in ids if item_id in answers}
 
     halves = {"halves": FEW_HALVES} if len(items) > MANY_ITEMS else {}
-    whole = {name: scores.aggregate[name] for name in names}
-    return half_samples(metrics, [clusters[item.item_id] for item in items], whole, **halves)
+    return half_samples(metrics, [clusters[item.item_id] for item in items], names, **halves)

@@ -31,6 +31,7 @@ from tinylmm.data.sample import Sample, read_samples
 from tinylmm.errors import DataError, DiskError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.evaluation.sampling import sampled
 from tinylmm.store.disk import writing
 from tinylmm.store.integrity import hash_file, write_atomic
 from tinylmm.store.stage import digest
@@ -44,7 +45,7 @@ TOLD_BYTES = 1_000_000_000
 """To hash a file of this size takes seconds: it is said in the log."""
 CACHED_BYTES = 100_000
 """Hashes of smaller files are not cached: to read them takes no longer than to read the cache."""
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 _READERS = 8
 """Threads that look images up: on a network's disk it is waiting that takes the time."""
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".avi", ".webm", ".mkv"}
@@ -84,12 +85,12 @@ def benchmark_fingerprint(benchmark: Benchmark, spec: EvalSpec, cache_folder: Pa
     """
     assert spec.root is not None  # EvalSpec's validator holds this
     root = Path(spec.root).absolute()
-    fields = spec.model_dump(mode="json", include={"benchmark", "options", "layout", "limit"})
+    fields = spec.model_dump(mode="json", include={"benchmark", "options", "layout", "limit", "limit_seed"})
     state = {"files": _state_of_files(root), "code": _code(benchmark)}
     cache = _Cache(cache_folder, {**fields, "root": str(root)}, state)
     known = cache.read()
     if known is None:
-        items = benchmark.load(root, spec.layout)[: spec.limit]
+        items = sampled(benchmark, benchmark.load(root, spec.layout), spec.limit, spec.limit_seed)
         known = {"items": _items_digest(items, root), "count": len(items), "paths": _paths(items, root)}
         cache.write(known)
     return {"items": known["items"], "count": known["count"], **_listing(root, known["paths"], cache_folder)}

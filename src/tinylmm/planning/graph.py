@@ -146,9 +146,13 @@ class _Builder:
 
     def _evaluation(self, benchmark: str, spec: EvalSpec, model: Stage) -> None:
         template = self.run.llm.template if spec.template == "auto" else spec.template
-        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge"})
+        # what is later than the first digests is in them only where it is set
+        optional = set() if spec.limit_seed else {"limit_seed"}
+        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", *optional})
         fields["template"] = template
         fields["judge"] = spec.judge.model
+        if spec.judge.runs > 1:
+            fields["judge_runs"] = spec.judge.runs
         parents = {"model": model.digest}
         if spec.data is not None and spec.source is not None:
             fields["source"] = self._source(spec.data, spec.source)

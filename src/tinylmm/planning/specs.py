@@ -150,12 +150,14 @@ class EvalStage(Recorded):
     options: dict[str, Any] = Field(default_factory=dict)
     variant: str | None = None
     limit: int | None = None
+    limit_seed: int = 0
     blind: bool = False
     max_new_tokens: int
     template: str
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     judge: str | None = None
     """Name of the judging model."""
+    judge_runs: int = 1
     source: SourceIdentity | None = None
     content: Content | None = None
 

@@ -12,8 +12,16 @@ from math import isfinite
 from pathlib import Path
 
 from tinylmm.errors import IntegrityError, UserError, suggestion
+from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.records import Answer, Evaluation, Example, Report, RunReport, Score, StageReport
-from tinylmm.reports.stored import choose_generations, read_generations, read_json, read_jsonl, read_stored_spec
+from tinylmm.reports.stored import (
+    Generation,
+    choose_generations,
+    read_generations,
+    read_json,
+    read_jsonl,
+    read_stored_spec,
+)
 from tinylmm.store.layout import (
     ERROR_FILE,
     MANIFEST_FILE,
@@ -81,8 +89,16 @@ def _collect_run(store_root: Path, folder: Path) -> RunReport:
     )
     if not evaluations:
         notes.append("No evaluation has finished, so there are no scores.")
+    notes += [_unscored(evaluation) for evaluation in evaluations if not evaluation.scores]
     examples = _collect_examples(store_root, list(models.values()), evaluations)
     return RunReport(record, stages, evaluations, examples, tuple(notes))
+
+
+def _unscored(evaluation: Evaluation) -> str:
+    what = f"{evaluation.name} after {evaluation.stage} has no figure: the right answers are not in its files."
+    if evaluation.upload is None:
+        return what
+    return f"{what} Its server gives the score to whoever uploads {evaluation.upload}."
 
 
 def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> StageReport:
@@ -117,6 +133,8 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
         )
     path = folder / OUTPUT_FOLDER / SCORES_FILE
     record = read_json(path)
+    name = stage.name.partition("@")[0]
+    protocol = Protocol.of_json(record.get("protocol"), record["benchmark"])
     scores = []
     for row in record["metrics"]:
         if not isfinite(row["value"]):
@@ -124,9 +142,9 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
         value, blind, chance = float(row["value"]), row.get("blind"), row.get("chance")
         low_high = row.get("interval")
         bounds = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        scores.append(Score(record["benchmark"], row["metric"], value, blind, chance, int(row["count"]), bounds))
-    protocol = str(record.get("protocol") or "")
-    return Evaluation(models[model], record["benchmark"], protocol, tuple(scores), folder)
+        figures = (value, blind, chance, int(row["count"]), bounds, row.get("blind_p"), row.get("top"))
+        scores.append(Score(record["benchmark"], row["metric"], *figures, name, protocol))
+    return Evaluation(models[model], name, record["benchmark"], protocol, tuple(scores), folder)
 
 
 # ---------------------------------------------------------------------------------------------------- examples
@@ -135,13 +153,13 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
 def _collect_examples(
     store_root: Path, train_stages: list[str], evaluations: Sequence[Evaluation]
 ) -> dict[str, tuple[Example, ...]]:
-    """For each benchmark, questions balanced over categories and right and wrong, with what every model said."""
+    """For each evaluation, questions balanced over categories and right and wrong, with what every model said."""
     ordered = sorted(evaluations, key=lambda evaluation: train_stages.index(evaluation.stage))
-    by_benchmark: dict[str, list[Evaluation]] = {}
+    by_name: dict[str, list[Evaluation]] = {}
     for evaluation in ordered:
-        by_benchmark.setdefault(evaluation.benchmark, []).append(evaluation)
-    limit = max(EXAMPLES_A_PAGE // max(len(by_benchmark), 1), MIN_EXAMPLES_A_BENCHMARK)
-    return {name: _examples(store_root, group, limit) for name, group in by_benchmark.items()}
+        by_name.setdefault(evaluation.name, []).append(evaluation)
+    limit = max(EXAMPLES_A_PAGE // max(len(by_name), 1), MIN_EXAMPLES_A_BENCHMARK)
+    return {name: _examples(store_root, group, limit) for name, group in by_name.items()}
 
 
 def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tuple[Example, ...]:
@@ -151,7 +169,7 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
     for evaluation in before:
         for one in read_generations(evaluation.generations):
             if one.item_id in earlier:
-                earlier[one.item_id].append(Answer(evaluation.stage, one.text, one.correct))
+                earlier[one.item_id].append(_answer(evaluation, one))
     folder = read_stored_spec(last.folder).images_folder(store_root)
     examples = []
     for one in chosen:
@@ -166,8 +184,16 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
                 truth=one.truth,
                 image_name=one.image_name,
                 image=one.first_image(folder),
-                answer=Answer(last.stage, one.text, one.correct),
+                answer=_answer(last, one),
                 earlier=tuple(others),
             )
         )
     return tuple(examples)
+
+
+def _answer(evaluation: Evaluation, one: Generation) -> Answer:
+    top, score = evaluation.protocol.top, one.score
+    grade = ""
+    if score is not None and (top > 1 or 0 < score < 1):
+        grade = f"{score:.3g} of {top:g}" if score >= 0 else "the judge's rating could not be read"
+    return Answer(evaluation.stage, one.text, one.correct, grade)

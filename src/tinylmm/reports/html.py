@@ -13,11 +13,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tinylmm.reports.compare import Pair
+from tinylmm.reports.compare import Pair, p_text, pair_notes
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
-from tinylmm.reports.records import Evaluation, Example, Report, RunReport, Score, ScoreRow, StageReport
-from tinylmm.reports.tables import compare_grid, row_label
+from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
+from tinylmm.reports.tables import compare_grid, compare_notes, protocol_grid, protocol_line, row_label
 from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
 from tinylmm.version import __version__
@@ -34,7 +34,7 @@ def render_html(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         title=report.runs[0].name if single else f"{len(report.runs)} runs side by side",
         single=single,
-        compare={"header": header, "rows": rows},
+        compare={"header": header, "rows": rows, "notes": [] if single else compare_notes(report)},
         runs=[_run(run, f"run{index}") for index, run in enumerate(report.runs)],
         version=__version__,
     )
@@ -47,7 +47,17 @@ def render_comparison_html(report: Report, pairs: Sequence[Pair]) -> str:
         .get_template("compare.html.j2")
         .render(
             names=[run.name for run in report.runs],
-            pairs=[{"record": pair, "sides": [_side(pair, 1), _side(pair, 0)]} for pair in pairs],
+            pairs=[
+                {
+                    "record": pair,
+                    "title": f"{pair.name}, {pair.runs[1]}" if len(report.runs) > 2 else pair.name,
+                    "notes": pair_notes(pair),
+                    "protocol": protocol_line(pair.protocols[1]),
+                    "sides": [_side(pair, 1), _side(pair, 0)],
+                }
+                for pair in pairs
+            ],
+            comparisons=max((pair.comparisons for pair in pairs), default=1),
             version=__version__,
         )
     )
@@ -74,6 +84,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "moment": moment, "words": words, "points": points}
+    environment.filters["p_text"] = p_text
     return environment
 
 
@@ -98,8 +109,8 @@ def _run(run: RunReport, identifier: str) -> dict[str, Any]:
         "scores": _scores(run),
         "published": dict(zip(("header", "rows"), published_grid(run), strict=True)),
         "examples": [
-            {"benchmark": benchmark, "total": _total(run, benchmark), "cards": [_card(example) for example in examples]}
-            for benchmark, examples in run.examples.items()
+            {"name": name, "total": _total(run, name), "cards": [_card(example) for example in examples]}
+            for name, examples in run.examples.items()
             if examples
         ],
         "locations": _locations(run),
@@ -139,40 +150,49 @@ def _scores(run: RunReport) -> dict[str, Any]:
     stages = run.scored_stages
     rows = run.score_rows()
     shares = all(row.last.is_share for row in rows)
-    top = {row.benchmark: _top(rows, row.benchmark) for row in rows}
+    shown = [_score_row(run, row, _top(rows, row)) for row in rows]
+    names = list(dict.fromkeys(row.name for row in rows))
+    groups = [{"name": name, "rows": [one for one in shown if one["name"] == name]} for name in names]
     return {
         "stages": stages,
         "blind": any(score.blind is not None for row in rows for score in row.by_stage.values()),
         "chance": any(row.last.chance is not None for row in rows),
-        "rows": [
-            {
-                "label": _label(run, row),
-                "overall": row.last.overall,
-                "by_stage": [row.by_stage.get(stage) for stage in stages],
-                "gain": _gain(row.by_stage, stages),
-                "last": row.last,
-                "bars": _bars(row.by_stage, stages, top[row.benchmark]),
-                "chance_at": _place(row.last.chance, top[row.benchmark]),
-                "low_high": span(row.last.interval()),
-                "interval": [_place(end, top[row.benchmark]) for end in row.last.interval() or ()],
-            }
-            for row in rows
-        ],
-        "protocols": [evaluation for evaluation in _last_evaluations(run) if evaluation.protocol],
+        "rows": [group["rows"][0] for group in groups] if len(groups) > 1 else shown,
+        "groups": groups if len(groups) > 1 else [],
+        "intervals": any(row.last.interval() for row in rows),
+        "protocols": dict(zip(("header", "rows"), protocol_grid(run), strict=True)),
         "shares": shares,
     }
 
 
-def _top(rows: Sequence[ScoreRow], benchmark: str) -> float:
-    """The end of a benchmark's scale: 100, or its largest value where that is more (MME's points)."""
-    values = [score.value for row in rows if row.benchmark == benchmark for score in row.by_stage.values()]
+def _score_row(run: RunReport, row: ScoreRow, top: float) -> dict[str, Any]:
+    stages = run.scored_stages
+    return {
+        "name": row.name,
+        "label": _label(run, row),
+        "overall": row.last.overall,
+        "by_stage": [row.by_stage.get(stage) for stage in stages],
+        "gain": _gain(row.by_stage, stages),
+        "last": row.last,
+        "bars": _bars(row.by_stage, stages, top),
+        "chance_at": _place(row.last.chance, top),
+        "low_high": span(row.last.interval()),
+        "interval": [_place(end, top) for end in row.last.interval() or ()],
+    }
+
+
+def _top(rows: Sequence[ScoreRow], row: ScoreRow) -> float:
+    """The end of a metric's scale; where that is not known 100, or its evaluation's largest value where that is more."""
+    if row.last.top is not None:
+        return row.last.top
+    values = [score.value for other in rows if other.name == row.name for score in other.by_stage.values()]
     return max([*values, 100.0])
 
 
 def _label(run: RunReport, row: ScoreRow) -> str:
     """The row's name; accuracy over all questions is called that, as the table's head says accuracy already."""
     label = row_label(run, row)
-    return f"{label.removesuffix('accuracy')}all questions" if row.metric == "accuracy" else label
+    return label.replace("accuracy", "all questions", 1) if row.metric == "accuracy" else label
 
 
 def _gain(by_stage: dict[str, Score], stages: list[str]) -> float | None:
@@ -204,12 +224,8 @@ def _place(value: float | None, top: float) -> float | None:
     return None if value is None else round(min(max(100 * value / top, 0.0), 100.0), 2)
 
 
-def _last_evaluations(run: RunReport) -> list[Evaluation]:
-    return list({evaluation.benchmark: evaluation for evaluation in run.evaluations}.values())
-
-
-def _total(run: RunReport, benchmark: str) -> Score | None:
-    return next((row.last for row in run.score_rows() if row.benchmark == benchmark and row.last.overall), None)
+def _total(run: RunReport, name: str) -> Score | None:
+    return next((row.last for row in run.score_rows() if row.name == name and row.last.overall), None)
 
 
 def _card(example: Example) -> dict[str, Any]:
@@ -222,7 +238,8 @@ def _card(example: Example) -> dict[str, Any]:
 def _locations(run: RunReport) -> list[tuple[str, str]]:
     rows = [("Run", str(run.record.folder))]
     rows += [(f"Model after {stage}", str(folder)) for stage, folder in run.models.items()]
-    rows += [(f"Answers, {words(e.benchmark)} after {e.stage}", str(e.generations)) for e in run.evaluations]
+    rows += [(f"Answers, {words(e.name)} after {e.stage}", str(e.generations)) for e in run.evaluations]
+    rows += [(f"Upload, {words(e.name)} after {e.stage}", str(e.upload)) for e in run.evaluations if e.upload]
     return rows
 
 

@@ -41,10 +41,10 @@ def find_overlaps(store: Path, run: RunReport) -> list[Overlap]:
     """
     trained = _trained_images(store, run)
     rows = []
-    for evaluation in {evaluation.benchmark: evaluation for evaluation in run.evaluations}.values():
+    for evaluation in run.last_evaluations.values():
         asked = _asked_images(store, evaluation)
         pairs = tuple(overlapping_images(trained, asked))
-        rows.append(Overlap(run.name, evaluation.benchmark, len(asked), len(trained), pairs))
+        rows.append(Overlap(run.name, evaluation.name, len(asked), len(trained), pairs))
     return rows
 
 

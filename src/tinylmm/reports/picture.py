@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import UserError
 from tinylmm.reports.records import Example, Report, RunReport, ScoreRow
-from tinylmm.reports.tables import row_label
 from tinylmm.reports.thumbnails import SMALL_SIDE, ThumbnailError, load_image
 from tinylmm.reports.wording import words
 from tinylmm.store.integrity import write_atomic
@@ -28,6 +27,8 @@ INK, MUTED, LINE, ACCENT, SOFT, BLIND, WRONG = (
     "#b4b7b9",
     "#a8331d",
 )
+MARKS = {True: ("✓", ACCENT), False: ("✗", WRONG), None: ("·", MUTED)}
+"""Of answers that are right, wrong, and neither."""
 COLUMNS, ROWS = 3, 2
 LINE_CHARS, LABEL_CHARS = 28, 18
 """What fits under an image at 10.5 points and beside a bar at 11, in letters of usual width; wider ones are clipped."""
@@ -82,7 +83,7 @@ def _picked(run: RunReport) -> list[Example]:
     """
     assert run.headline is not None, "results_picture refuses a run without scores"
     score = run.headline[1]
-    shown = [e for e in run.examples.get(score.benchmark, ()) if e.image and e.image.path.is_file()]
+    shown = [e for e in run.examples.get(score.title, ()) if e.image and e.image.path.is_file()]
     places = min(COLUMNS * ROWS, len(shown))
     share = score.value / 100 if score.is_share else 0.5
     wrong = max(1, round(places * (1 - share)))
@@ -114,8 +115,7 @@ def _draw_examples(figure: Figure, examples: list[Example]) -> None:
             crisp = max(image.size) <= SMALL_SIDE
             axes.imshow(image, interpolation="nearest" if crisp else "antialiased")
         lines = [(line, INK, "normal") for line in _wrapped(example.question, 3)]
-        mark = "✓" if example.answer.correct else "✗"
-        colour = ACCENT if example.answer.correct else WRONG
+        mark, colour = MARKS[example.answer.correct]
         lines += [
             (line, colour, "bold") for line in [_cut(f"{mark} {_line(example.answer.text) or '(empty)'}", LINE_CHARS)]
         ]
@@ -146,13 +146,14 @@ def _cut(text: str, characters: int) -> str:
 
 def _draw_scores(figure: Figure, run: RunReport) -> None:
     assert run.headline is not None, "results_picture refuses a run without scores"
-    benchmark = run.headline[1].benchmark
-    family = run.headline[1].metric
-    found = [r for r in run.score_rows() if r.benchmark == benchmark and r.metric.partition("/")[0] == family]
+    headline = run.headline[1]
+    family = headline.metric
+    found = [r for r in run.score_rows() if r.name == headline.title and _is_of(r.metric, family)]
     rows, stages = found[:MAX_ROWS], run.scored_stages
     # a chart that leaves types out says so
     part = f" (first {len(rows) - 1} of {len(found) - 1})" if len(found) > len(rows) else ""
-    title = f"{words(family).capitalize()} by question type{part}, %"
+    sample = f" ({headline.mark})" if headline.mark else ""
+    title = f"{words(family).capitalize()} by question type{part}, %{sample}"
     figure.text(0.535, 0.955, title, fontsize=15, fontweight="bold", color=INK, va="center")
     axes = figure.add_axes((0.665, 0.07, 0.315, 0.76))
     series: list[tuple[str, str, list[float | None]]] = [
@@ -194,12 +195,17 @@ def _draw_scores(figure: Figure, run: RunReport) -> None:
     axes.legend([handles[index] for index in order], [labels[index] for index in order], **LEGEND)
 
 
+def _is_of(metric: str, family: str) -> bool:
+    """Whether a metric is the headline's, of all questions or of a category: `accuracy/digit`, POPE's `random/f1`."""
+    return family in (metric, metric.partition("/")[0], metric.rpartition("/")[2])
+
+
 def _value(row: ScoreRow, stage: str) -> float | None:
     return row.by_stage[stage].value if stage in row.by_stage else None
 
 
 def _label(run: RunReport, row: ScoreRow) -> str:
-    name = "all questions" if row.last.overall else row_label(run, row).rpartition(": ")[2]
+    name = "all questions" if row.last.overall else words(row.last.label)
     return f"{_cut(name, LABEL_CHARS)}  ({row.last.count:,})"
 
 

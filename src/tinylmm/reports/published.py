@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.records import RunReport
 from tinylmm.reports.wording import number, words
 
@@ -69,19 +70,28 @@ def published_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
     """Header and cells of what is published of a run's parts, for the benchmarks that the run was evaluated on.
 
     Ours is the figure that the published one corresponds to, after the last stage; where the source leaves open which
-    one that is, the benchmark's first. No rows where nothing is published.
+    one that is, the benchmark's first. What sets it apart from the published protocol stands beside it: a sample of the
+    questions, another split or rule, prompts without OCR tokens. No rows where nothing is published.
     """
     llm, tower, recipe, connector = (
         str((run.record.spec.get(part) or {}).get("name")) for part in ("llm", "vision_tower", "recipe", "connector")
     )
     rows = []
-    for benchmark in dict.fromkeys(evaluation.benchmark for evaluation in run.evaluations):
-        ours = {row.metric: row.last.value for row in run.score_rows() if row.benchmark == benchmark}
+    for name, evaluation in run.last_evaluations.items():
+        ours = {row.metric: row.last.value for row in run.score_rows() if row.name == name}
         first = next(iter(ours.values()), None)
-        for figure in published_for(llm, tower, recipe, benchmark, connector):
+        for figure in published_for(llm, tower, recipe, evaluation.benchmark, connector):
             mine = first if figure.metric is None else ours.get(figure.metric)
-            rows.append([words(benchmark), figure.source, figure.unit, number(mine), number(figure.value)])
+            cells = [figure.unit, f"{number(mine)}{_apart(evaluation.protocol)}", number(figure.value)]
+            rows.append([words(name), figure.source, *cells])
     return ["benchmark", "published by", "unit", "ours", "published"], rows
+
+
+def _apart(protocol: Protocol) -> str:
+    split = [f"split {protocol.split}"] if protocol.split else []
+    judge = [f"judged by {protocol.judge}"] if protocol.judge else []
+    apart = [*protocol.departs, *split, *judge]
+    return f" ({', '.join(apart)})" if apart else ""
 
 
 def _figures(content: dict[str, Any]) -> Iterator[Published]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.evaluation.benchmarks.records import ImageRef
-from tinylmm.evaluation.statistics import Z_95, wilson
+from tinylmm.evaluation.protocol import Protocol
+from tinylmm.evaluation.statistics import SURE, wilson
 from tinylmm.store.layout import GENERATIONS_FILE, OUTPUT_FOLDER, model_folder
 from tinylmm.store.runs import TRAIN, RunRecord, StageRow
 
@@ -31,6 +32,13 @@ class Score:
     count: int
     bounds: tuple[float, float] | None = None
     """95 % interval as the evaluation found it, by resampling images."""
+    blind_p: float | None = None
+    """p-value of "as good without the image", by flipping images; None where it was not tested."""
+    top: float | None = None
+    """End of the metric's scale, which begins at 0; None where it has none, or it is not known."""
+    name: str = ""
+    """Key of the evaluation under `eval`; by default the benchmark's."""
+    protocol: Protocol | None = None
 
     @property
     def overall(self) -> bool:
@@ -38,9 +46,26 @@ class Score:
         return "/" not in self.metric
 
     @property
+    def title(self) -> str:
+        """What the evaluation is called."""
+        return self.name or self.benchmark
+
+    @property
     def label(self) -> str:
-        """The category's name, or the metric's where it is over all questions."""
-        return self.metric.partition("/")[2] or self.metric
+        """The metric with its category, without the group's name where that says only that it is accuracy."""
+        group, _, category = self.metric.partition("/")
+        return category if category and group == "accuracy" else self.metric.replace("/", " ", 1)
+
+    @property
+    def mark(self) -> str:
+        """In words, what sets the figure apart from the benchmark's own protocol; shorter for a category's."""
+        if self.protocol is None:
+            return ""
+        sample = ["sample"] if self.protocol.limited else []
+        if not self.overall:
+            return "".join(sample)
+        rest = [words for words in self.protocol.departs if not words.startswith("a sample of ")]
+        return ", ".join([f"sample of {self.protocol.asked:,}" for _ in sample] + rest)
 
     @property
     def is_share(self) -> bool:
@@ -54,13 +79,24 @@ class Score:
         low, high = wilson(self.value / 100, self.count)
         return 100 * low, 100 * high
 
-    def differs_from(self, other: float) -> bool:
-        """Whether `other`, a share in % over as many questions, lies further away than sampling explains (95 %).
+    def beyond(self, other: float) -> bool:
+        """Whether `other`, a number that has no error of its own (chance), lies outside the 95 % interval."""
+        interval = self.interval()
+        return interval is not None and not interval[0] <= other <= interval[1]
 
-        The two are treated as independent; as they share their questions, this errs on the side of "no difference".
+    @property
+    def beyond_blind(self) -> bool:
+        """Whether the model sees something (5 %): by the paired test over images.
+
+        Where a store of an earlier version has none, by both intervals, as wide as this one, and independent: that errs on
+        the side of "no".
         """
-        variance = (self.value * (100 - self.value) + other * (100 - other)) / max(self.count, 1)
-        return self.is_share and abs(self.value - other) > Z_95 * sqrt(variance)
+        interval = self.interval()
+        if self.blind is None or interval is None:
+            return False
+        if self.blind_p is not None:
+            return self.blind_p < SURE
+        return abs(self.value - self.blind) > sqrt(2) * (interval[1] - interval[0]) / 2
 
 
 @dataclass(frozen=True)
@@ -69,7 +105,10 @@ class Answer:
 
     stage: str
     text: str
-    correct: bool
+    correct: bool | None
+    """None where nobody says what is right: the answers are hidden, or a judge gives ratings."""
+    grade: str = ""
+    """What the answer was given, where that is neither all nor nothing."""
 
     def literal(self, truth: str) -> bool:
         """Whether the text is the truth word for word, so that showing both says nothing more."""
@@ -98,8 +137,10 @@ class Evaluation:
 
     stage: str
     """Name of the training stage."""
+    name: str
+    """Its key under `eval`: a benchmark's name, or what the user calls one of several evaluations on it."""
     benchmark: str
-    protocol: str
+    protocol: Protocol
     scores: tuple[Score, ...]
     folder: Path
     """Of the evaluation's stage."""
@@ -108,6 +149,11 @@ class Evaluation:
     def generations(self) -> Path:
         """The file of all answers."""
         return self.folder / OUTPUT_FOLDER / GENERATIONS_FILE
+
+    @property
+    def upload(self) -> Path | None:
+        """The file that the benchmark's server takes, where these answers are for it."""
+        return next(iter(sorted((self.folder / OUTPUT_FOLDER).glob("upload.*"))), None)
 
     @property
     def primary(self) -> Score | None:
@@ -141,9 +187,9 @@ class StageReport(StageRow):
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One metric of one benchmark over a run's training stages."""
+    """One metric of one evaluation over a run's training stages."""
 
-    benchmark: str
+    name: str
     metric: str
     by_stage: dict[str, Score]
 
@@ -160,7 +206,7 @@ class RunReport:
     Attributes:
         record: what run.json says.
         stages: its stages, with what their folders hold.
-        examples: benchmark -> a balanced choice of its questions, answered by the last evaluated model.
+        examples: evaluation -> a balanced choice of its questions, answered by the last evaluated model.
         notes: what is missing from the store, and what stages left out, in words.
     """
 
@@ -202,15 +248,21 @@ class RunReport:
         return {stage.name: model_folder(stage.folder) for stage in trained if stage.folder is not None}
 
     def score_rows(self) -> list[ScoreRow]:
-        """One row a metric, benchmark by benchmark, over all questions first, categories in their file's order."""
+        """One row a metric, evaluation by evaluation, over all questions first, categories in their file's order."""
         table: dict[tuple[str, str], dict[str, Score]] = {}
         for stage in self.scored_stages:
             for evaluation in (e for e in self.evaluations if e.stage == stage):
                 for score in evaluation.scores:
-                    table.setdefault((score.benchmark, score.metric), {})[stage] = score
-        benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in table))
-        order = sorted(table, key=lambda key: (benchmarks.index(key[0]), "/" in key[1]))
-        return [ScoreRow(benchmark, metric, table[benchmark, metric]) for benchmark, metric in order]
+                    table.setdefault((evaluation.name, score.metric), {})[stage] = score
+        names = list(dict.fromkeys(name for name, _ in table))
+        order = sorted(table, key=lambda key: (names.index(key[0]), "/" in key[1]))
+        return [ScoreRow(name, metric, table[name, metric]) for name, metric in order]
+
+    @property
+    def last_evaluations(self) -> dict[str, Evaluation]:
+        """Each evaluation by its name, after the latest stage that has it."""
+        order = self.scored_stages
+        return {e.name: e for e in sorted(self.evaluations, key=lambda evaluation: order.index(evaluation.stage))}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Generation:
         item_id: what tells it from the others; question ids are not unique in every benchmark.
         truth: the expected answer in words.
         score: None where it takes no part in the score.
-        correct: whether it counts as right, for showing.
+        correct: whether it counts as right, for showing; None where nobody says what is right.
         blind_text: what the same model said without the image; None where it was not asked.
         images: as the line names them, below the evaluation's image folder.
         image_name: of the first image, for showing.
@@ -39,16 +39,17 @@ class Generation:
     truth: str
     text: str
     score: float | None
-    correct: bool
+    correct: bool | None
     blind_text: str | None
-    blind_correct: bool
+    blind_correct: bool | None
     images: tuple[ImageRef, ...]
     image_name: str
+    named_cluster: str = ""
 
     @property
     def cluster(self) -> str:
-        """Equal for questions about the same images."""
-        return "\n".join(ref.key for ref in self.images) or f"item {self.item_id}"
+        """Equal for questions about the same images: as the evaluation found, or by name in stores of earlier versions."""
+        return self.named_cluster or "\n".join(ref.key for ref in self.images) or f"item {self.item_id}"
 
     def first_image(self, folder: Path | None) -> ImageRef | None:
         """The first image; None if there is none, or it would lie outside `folder`."""
@@ -85,21 +86,22 @@ def _generation(row: dict[str, Any]) -> Generation:
         truth=str(row.get("truth") or ""),
         text=str(row["text"]),
         score=None if score is None else float(score),
-        correct=bool(correct),
+        correct=None if correct is None else bool(correct),
         blind_text=row.get("blind_text"),
-        blind_correct=bool(row.get("blind_correct")),
+        blind_correct=None if row.get("blind_correct") is None else bool(row["blind_correct"]),
         images=tuple(ImageRef(Path(one["path"]), one.get("row"), one.get("column")) for one in images),
         image_name=name,
+        named_cluster=str(row.get("cluster") or ""),
     )
 
 
 def choose_generations(generations: Iterable[Generation], limit: int) -> list[Generation]:
-    """Pick up to `limit` of them, balanced over categories, then over right and wrong.
+    """Pick up to `limit` of them, balanced over categories, then over right and wrong; what is neither comes last.
 
     The order within a group is that of the SHA-256 of the question's id: always the same choice, and nobody's taste.
     Holds `limit` a group at most, however long the file.
     """
-    groups: dict[tuple[str, bool], list[tuple[int, int, Generation]]] = {}
+    groups: dict[tuple[str, bool | None], list[tuple[int, int, Generation]]] = {}
     for index, one in enumerate(generations):
         heap = groups.setdefault((one.category, one.correct), [])
         rank = int(hashlib.sha256(one.item_id.encode()).hexdigest(), 16)
@@ -113,7 +115,8 @@ def choose_generations(generations: Iterable[Generation], limit: int) -> list[Ge
     for turn in range(2 * limit):
         for position, category in enumerate(categories):
             right_first = (turn + position) % 2 == 0
-            queue = queues.get((category, right_first)) or queues.get((category, not right_first))
+            wanted = (right_first, not right_first, None)
+            queue = next((queues[category, side] for side in wanted if queues.get((category, side))), None)
             if queue and len(chosen) < limit:
                 chosen.append((position, queue.pop()))
     chosen.sort(key=lambda pair: (pair[0], not pair[1].correct))
@@ -128,12 +131,14 @@ class StoredSpec:
         parents: role -> digest.
         root: folder of the source it read; None for the output of the stage that plays `data`.
         annotations, images: of the source, below it.
+        identity: equal for evaluations of the same questions about the same images.
     """
 
     parents: dict[str, str]
     root: Path | None
     annotations: str
     images: str
+    identity: str = ""
 
     def source_root(self, store_root: Path) -> Path | None:
         """The folder that `annotations` and `images` are below; None where that is not known."""
@@ -160,7 +165,12 @@ def read_stored_spec(folder: Path) -> StoredSpec:
         source = location.get("source") or content["spec"].get("source") or {}
         root = location.get("root")
         where = None if root is None else Path(root)
-        return StoredSpec(content["parents"], where, source.get("annotations") or "", source.get("images") or "")
+        asked = content.get("spec") or {}
+        read = [asked.get("content"), asked.get("source"), content["parents"].get("data")]
+        identity = json.dumps(read, sort_keys=True)
+        return StoredSpec(
+            content["parents"], where, source.get("annotations") or "", source.get("images") or "", identity
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder / SPEC_FILE} is no stage's spec ({type(error).__name__}: {error})") from error
 

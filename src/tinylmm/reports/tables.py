@@ -7,14 +7,18 @@ Several runs: a row a run, as in a paper's ablation table.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from string import ascii_lowercase
 from typing import Any, Literal
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from tinylmm.errors import printable
+from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.published import published_grid
-from tinylmm.reports.records import Report, RunReport, ScoreRow
+from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
 
 MAX_COMPARED_CATEGORIES = 8
@@ -27,6 +31,7 @@ def result_rows(report: Report) -> list[dict[str, Any]]:
         {
             "run": run.name,
             "stage": evaluation.stage,
+            "evaluation": evaluation.name,
             "benchmark": score.benchmark,
             "metric": score.metric,
             "value": score.value,
@@ -34,6 +39,8 @@ def result_rows(report: Report) -> list[dict[str, Any]]:
             "chance": score.chance,
             "count": score.count,
             "interval": score.interval(),
+            "limited": evaluation.protocol.limited,
+            "protocol": evaluation.protocol.as_json(),
         }
         for run in report.runs
         for evaluation in run.evaluations
@@ -55,22 +62,73 @@ def score_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
 
 
 def compare_grid(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of several runs' last scores: a row a run, after which stage, a column a metric."""
-    last = {run.name: {(r.benchmark, r.metric): r.last for r in run.score_rows()} for run in report.runs}
-    keys = list(dict.fromkeys(key for scores in last.values() for key in scores))
+    """Header and cells of several runs' last scores: a row a run, after which stage, a column a metric.
+
+    Figures of one column that were made by different protocols carry letters, which `protocol_marks` explains.
+    """
+    last = {run.name: {(r.name, r.metric): r.last for r in run.score_rows()} for run in report.runs}
+    found = {key: score for scores in last.values() for key, score in scores.items()}
+    keys = list(found)
     if len(keys) > MAX_COMPARED_CATEGORIES:
         keys = [key for key in keys if "/" not in key[1]]
-    one = len({benchmark for benchmark, _ in keys}) == 1
-    header = ["run", "after"]
-    for benchmark, metric in keys:
-        label = words(metric.partition("/")[2] or metric)
-        header.append(label if one else f"{words(benchmark)} {label}")
+    one = len({name for name, _ in keys}) == 1
+    labels = {key: words(found[key].label) for key in keys}
+    header = ["run", "after", *(labels[key] if one else f"{words(key[0])} {labels[key]}" for key in keys)]
+    letters = protocol_marks(report)
     rows = []
     for run in report.runs:
-        scores = [last[run.name].get(key) for key in keys]
         after = run.scored_stages[-1] if run.scored_stages else ABSENT
-        rows.append([run.name, after, *(number(score.value if score else None) for score in scores)])
+        rows.append([run.name, after, *(_marked(last[run.name].get(key), letters) for key in keys)])
     return header, rows
+
+
+def _marked(score: Score | None, letters: Mapping[tuple[str, Protocol], str]) -> str:
+    if score is None:
+        return ABSENT
+    letter = letters.get((score.title, score.protocol), "") if score.protocol else ""
+    sample = " (sample)" if score.protocol and score.protocol.limited else ""
+    return f"{number(score.value)}{f' {letter}' if letter else ''}{sample}"
+
+
+def protocol_marks(report: Report) -> dict[tuple[str, Protocol], str]:
+    """(evaluation, protocol) -> letter, for evaluations that the runs of a report made by several protocols."""
+    protocols: dict[str, list[Protocol]] = {}
+    for run in report.runs:
+        for name, evaluation in run.last_evaluations.items():
+            if evaluation.protocol not in protocols.setdefault(name, []):
+                protocols[name].append(evaluation.protocol)
+    differing = [(name, one) for name, found in protocols.items() if len(found) > 1 for one in found]
+    return {key: ascii_lowercase[number % 26] * (number // 26 + 1) for number, key in enumerate(differing)}
+
+
+def compare_notes(report: Report) -> list[str]:
+    """One line a letter of `compare_grid`: what it stands for, and that such figures are not comparable."""
+    letters = protocol_marks(report)
+    first: dict[str, Protocol] = {}
+    lines = []
+    for (name, protocol), letter in letters.items():
+        other = first.setdefault(name, protocol)
+        apart = (
+            "" if other is protocol else f" (against {letters[name, other]}: {'; '.join(other.differences(protocol))})"
+        )
+        lines.append(f"{letter}  {words(name)}: {protocol_line(protocol)}{apart}")
+    return [*lines, "Figures with different letters are not comparable."] if lines else []
+
+
+def protocol_line(protocol: Protocol) -> str:
+    """A protocol in one line: `gqa-llava, questions 300 of 12,578 (limit 300, seed 0), template phi, ...`."""
+    return _in_words(protocol.facts())
+
+
+def _in_words(facts: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(value if label == "protocol" else f"{label} {value}" for label, value in facts)
+
+
+def protocol_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the protocols that a run was evaluated by: a row an evaluation, a column a field that any has."""
+    facts = {name: dict(evaluation.protocol.facts()) for name, evaluation in run.last_evaluations.items()}
+    columns = list(dict.fromkeys(label for found in facts.values() for label in found))
+    return ["", *columns], [[words(name), *(found.get(c, ABSENT) for c in columns)] for name, found in facts.items()]
 
 
 MAX_LABEL_WIDTH = 24
@@ -78,13 +136,16 @@ MAX_LABEL_WIDTH = 24
 
 
 def row_label(run: RunReport, row: ScoreRow) -> str:
-    """What a score row is called; the benchmark is named where the run has several."""
-    label = words(row.last.label)
-    several = len({evaluation.benchmark for evaluation in run.evaluations}) > 1
-    return f"{words(row.benchmark)}: {label}" if several else label
+    """What a score row is called, with what sets it apart from the benchmark's own protocol.
+
+    The evaluation is named where the run has several.
+    """
+    label = words(row.last.label) + (f" ({row.last.mark})" if row.last.mark else "")
+    several = len({evaluation.name for evaluation in run.evaluations}) > 1
+    return f"{words(row.name)}: {label}" if several else label
 
 
-def render_scores(report: Report) -> Table:
+def render_scores(report: Report) -> Group:
     """The table that ends a run in the terminal."""
     single = len(report.runs) == 1
     header, rows = score_grid(report.runs[0]) if single else compare_grid(report)
@@ -104,7 +165,21 @@ def render_scores(report: Report) -> Table:
         overall = single and "/" not in metrics[index]
         ends_group = overall and index + 1 < len(metrics) and "/" in metrics[index + 1]
         table.add_row(*(Text(cell) for cell in cells), style="bold" if overall else "", end_section=ends_group)
-    return table
+    return Group(table, *map(Text, _protocol_lines(report.runs[0]) if single else compare_notes(report)))
+
+
+def _protocol_lines(run: RunReport) -> list[str]:
+    """For the terminal: how each evaluation was made, and which have no figure."""
+    facts = {name: evaluation.protocol.facts() for name, evaluation in run.last_evaluations.items()}
+    shared = [fact for fact in next(iter(facts.values()), []) if all(fact in found for found in facts.values())]
+    lines = [
+        f"{words(name)}: {_in_words(fact for fact in found if fact not in shared)}" for name, found in facts.items()
+    ]
+    if len(facts) > 1 and shared:
+        lines.append(f"All: {_in_words(shared)}")
+    elif facts:
+        lines = [f"{words(name)}: {_in_words(found)}" for name, found in facts.items()]
+    return [*lines, *(note for note in run.notes if " has no figure: " in note)]
 
 
 def render_markdown(report: Report) -> str:
@@ -112,6 +187,7 @@ def render_markdown(report: Report) -> str:
     blocks = []
     if len(report.runs) > 1:
         blocks += [f"# {len(report.runs)} runs", markdown_table(*compare_grid(report), text_columns=2)]
+        blocks.append("\n".join(f"- {escape_markdown(line)}" for line in compare_notes(report)))
     for run in report.runs:
         blocks.append(f"{'#' if len(report.runs) == 1 else '##'} {escape_markdown(run.name)}")
         blocks.append(escape_markdown(verdict(run)))
@@ -119,8 +195,10 @@ def render_markdown(report: Report) -> str:
             blocks.append(markdown_table(*score_grid(run)))
             blocks.append(
                 "In % (MME: points). 95 %: the last model's interval; blind: the last model asked without the image; "
-                "chance: a uniform guess among the options."
+                "chance: a uniform guess among the options; n: questions, or groups that are scored as one."
             )
+            header, rows = protocol_grid(run)
+            blocks.append(markdown_table(header, rows, text_columns=len(header)))
         header, rows = published_grid(run)
         if rows:
             blocks.append("Published of the same parts and recipe, each in its source's own unit:")

@@ -64,22 +64,22 @@ def verdict(run: RunReport) -> str:
         return progress or "The run is done; it had no evaluation."
     stage, score = run.headline
     unit = " %" if score.is_share else ""
-    questions = f"{score.count:,} held-out questions ({words(score.benchmark)})"
-    subject = f"{score.value:.1f} % of {questions} are answered right after {stage}"
+    named = ", ".join([words(score.title), *(score.protocol.departs if score.protocol else ())])
+    subject = f"{score.value:.1f} % of {score.count:,} held-out questions ({named}) are answered right after {stage}"
     if not score.is_share:
-        subject = f"{words(score.metric)} on {words(score.benchmark)} is {score.value:.1f} after {stage}"
-    against = [
-        _against(score, other, what, unit)
-        for other, what in ((score.blind, "the same model without the image"), (score.chance, "chance"))
-        if other is not None
-    ]
+        subject = f"{words(score.metric)} on {named} is {score.value:.1f} after {stage}"
+    against = []
+    if score.blind is not None:
+        against.append(_against(score, score.blind, "the same model without the image", unit, score.beyond_blind))
+    if score.chance is not None:
+        against.append(_against(score, score.chance, "chance", unit, score.beyond(score.chance)))
     sentence = f"{subject}, {' and '.join(against)}" if against else subject
     return f"{sentence}. {progress}" if progress else f"{sentence}."
 
 
-def _against(score: Score, other: float, what: str, unit: str) -> str:
+def _against(score: Score, other: float, what: str, unit: str, clear: bool) -> str:
     gap = score.value - other
-    if score.is_share and not score.differs_from(other):
+    if not clear:
         return f"not clearly different from {what} ({other:.1f}{unit})"
     return f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {what} ({other:.1f}{unit})"
 

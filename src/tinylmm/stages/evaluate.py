@@ -7,6 +7,7 @@ are worth. Runs on every rank: each answers the questions about its share of the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -26,6 +27,8 @@ from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Answer, ImageRef, Item, Scores
 from tinylmm.evaluation.benchmarks.registry import get_benchmark
 from tinylmm.evaluation.images import cluster_of, content_keys, first_refs, open_image_ref
+from tinylmm.evaluation.protocol import Protocol, protocol_of
+from tinylmm.evaluation.sampling import sampled
 from tinylmm.evaluation.score_rows import score_rows
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
@@ -33,6 +36,7 @@ from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, choose_device, to_precision
+from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER
@@ -58,7 +62,7 @@ def run(job: StageJob[EvalStage]) -> dict[str, Any]:
         UserError: the benchmark needs a judge and has none; the answers are kept, and the message says where.
         DataError: a question file or an image is missing or broken.
     """
-    benchmark, items = read_items(job)
+    benchmark, items, total = read_items(job)
     set_timeout(RANKS_WAIT_S)
     keys = content_keys(items)
     asked = _ask(job, items, keys)
@@ -67,7 +71,7 @@ def run(job: StageJob[EvalStage]) -> dict[str, Any]:
         return {}
     answers = read_answers(job.folder / ANSWERS)
     _refuse_unanswered(job, items, answers)
-    return _score(job, benchmark, items, answers, asked, keys)
+    return _score(job, benchmark, items, total, answers, asked, keys)
 
 
 def _refuse_unanswered(job: StageJob[EvalStage], items: Sequence[Item], answers: Mapping[tuple[str, str], Any]) -> None:
@@ -85,17 +89,18 @@ def _refuse_unanswered(job: StageJob[EvalStage], items: Sequence[Item], answers:
         )
 
 
-def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item]]:
-    """The benchmark and its questions, from its own files or from a source of a data set."""
+def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item], int]:
+    """The benchmark, the questions to ask, from its own files or from a source of a data set, and how many there are."""
     (location,), spec = job.locations, job.spec
     root = job.root_of(location)
     benchmark = get_benchmark(spec.benchmark, job.settings.trust, **spec.options)
     if spec.source is None:
-        return benchmark, benchmark.load(root, spec.layout)[: spec.limit]
-    source = location.source
-    assert source.annotations is not None  # a source of a data set has a file
-    items = benchmark.load_source(root / source.annotations, root / source.images, source.limit)
-    return benchmark, items[: spec.limit]
+        items = benchmark.load(root, spec.layout)
+    else:
+        source = location.source
+        assert source.annotations is not None  # a source of a data set has a file
+        items = benchmark.load_source(root / source.annotations, root / source.images, source.limit)
+    return benchmark, sampled(benchmark, items, spec.limit, spec.limit_seed), len(items)
 
 
 # ---------------------------------------------------------------------------------------------------- asking
@@ -213,6 +218,7 @@ def _score(
     job: StageJob[EvalStage],
     benchmark: Benchmark,
     items: Sequence[Item],
+    total: int,
     rows: dict[tuple[str, str], dict[str, Any]],
     asked: dict[str, Any],
     keys: Mapping[str, str],
@@ -221,7 +227,7 @@ def _score(
     variant, judge = job.spec.variant, _judge(job)
     _write_upload(job, benchmark, items, answers["image"])
     if benchmark.judged and judge is None:
-        _write_generations(job, benchmark, items, rows, None, None)
+        _write_generations(job, benchmark, items, rows, None, None, keys)
         raise UserError(
             f"{benchmark.name} is scored by a judge, and none is set: all {len(items)} questions are answered, and the "
             f"answers are kept in {job.output / GENERATIONS}. Set eval.{job.name.split('@')[0]}.judge.base_url and "
@@ -231,11 +237,11 @@ def _score(
     scores = benchmark.score(items, answers["image"], variant, judge)
     blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec.blind else None
     metrics = score_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
-    protocol = f"{benchmark.name}-{scores.variant}"
-    _write_generations(job, benchmark, items, rows, scores, blind)
+    protocol = _protocol(job, benchmark, scores, items, total)
+    _write_generations(job, benchmark, items, rows, scores, blind, keys)
     record = {
         "benchmark": benchmark.name,
-        "protocol": protocol,
+        "protocol": protocol.as_json(),
         "variant": scores.variant,
         "model_digest": job.parents["model"].parent.name,
         "metrics": metrics,
@@ -244,7 +250,31 @@ def _score(
     }
     (job.output / SCORES).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     images = len(set(keys.values()))
-    return {"protocol": protocol, "metrics": metrics, "questions": len(items), "images": images, **asked}
+    return {"protocol": protocol.name, "metrics": metrics, "questions": len(items), "images": images, **asked}
+
+
+def _protocol(
+    job: StageJob[EvalStage], benchmark: Benchmark, scores: Scores, items: Sequence[Item], total: int
+) -> Protocol:
+    (location,), spec = job.locations, job.spec
+    judged = "judge_requests" in scores.counts
+    return protocol_of(
+        benchmark,
+        scores.variant,
+        items,
+        total,
+        spec.options,
+        split=benchmark.chosen_split(job.root_of(location), spec.layout) if spec.source is None else None,
+        layout=spec.layout,
+        limit=spec.limit,
+        seed=spec.limit_seed,
+        template=spec.template,
+        max_new_tokens=spec.max_new_tokens,
+        precision=spec.precision,
+        judge=spec.judge if judged else None,
+        judge_runs=spec.judge_runs if judged else 1,
+        code=KINDS["eval"].version,
+    )
 
 
 def _write_upload(
@@ -269,7 +299,7 @@ def _judge(job: StageJob[EvalStage]) -> Judge | None:
         return None
     from tinylmm.evaluation.judge import Judge, default_cache
 
-    return Judge(location.judge_url, job.spec.judge, cache=default_cache())
+    return Judge(location.judge_url, job.spec.judge, cache=default_cache(), runs=job.spec.judge_runs)
 
 
 def _write_generations(
@@ -279,6 +309,7 @@ def _write_generations(
     rows: dict[tuple[str, str], dict[str, Any]],
     scores: Scores | None,
     blind: Scores | None,
+    keys: Mapping[str, str],
 ) -> None:
     """One line an item in the order of the question file; `question_id`, `prompt` and `text` as in LLaVA's answer files."""
     folder = _image_folder(job)
@@ -294,24 +325,20 @@ def _write_generations(
                 "question_id": item.question_id,
                 "image": _image_name(item.images[0], folder) if item.images else "",
                 "images": [_image_record(ref, folder) for ref in item.images],
+                "cluster": hashlib.sha256(cluster_of(item, keys).encode()).hexdigest()[:16],
                 "category": item.category,
                 "prompt": item.prompt,
                 "truth": benchmark.truth(item),
                 "text": answer["text"],
                 "score": row.score if row else None,
-                "correct": _correct(row.score if row else None),
+                "correct": benchmark.correct(row.score if row else None),
                 "blind_text": unseen["text"] if unseen else None,
                 "blind_score": blind_row.score if blind_row else None,
-                "blind_correct": _correct(blind_row.score) if blind_row else None,
+                "blind_correct": benchmark.correct(blind_row.score) if blind_row else None,
                 "options": item.options,
                 **{key: answer[key] for key in ("prompt_tokens", "new_tokens", "latency_s", "batch")},
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _correct(score: float | None) -> bool | None:
-    """Right or wrong, for showing: at least half of what can be had."""
-    return None if score is None else score >= 0.5
 
 
 def _image_folder(job: StageJob[EvalStage]) -> Path:

@@ -72,8 +72,11 @@ def test_the_digest_holds_content_and_protocol_but_no_place(tmp_path: Path) -> N
     judge = ("eval.gqa.judge.model=m", "eval.gqa.judge.base_url=http://localhost:1/v1")
     same = plan(tmp_path, moved, "launch.eval_batch=1", "launch.eval_tokens=9")
     assert digest(same) == stage.digest
-    changes = (["eval.gqa.limit=3"], list(judge))
-    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 3
+    limit = "eval.gqa.limit=3"
+    changes = ([limit], [limit, "eval.gqa.limit_seed=1"], list(judge), [*judge, "eval.gqa.judge.runs=5"])
+    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 5
+    unchanged = ["eval.gqa.limit_seed=0", *judge, "eval.gqa.judge.runs=1"]  # later fields, where they are not set
+    assert digest(plan(tmp_path, moved, *unchanged)) == digest(plan(tmp_path, moved, *judge))
 
 
 def test_missing_files_stop_a_run_before_it_starts_naming_each(tmp_path: Path) -> None:
@@ -104,3 +107,10 @@ def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> 
     run = compose_run(["eval=gqa", "eval.gqa.variant=oficial", f"store={tmp_path}"])
     with pytest.raises(ConfigError, match=r"eval\.gqa\.variant: 'oficial' is unknown\. Did you mean 'official'\?"):
         plan_run(run, "run")
+
+
+@pytest.mark.parametrize("benchmark", ["mvbench", "videomme"])
+def test_questions_about_videos_are_refused_before_anything_is_asked(tmp_path: Path, benchmark: str) -> None:
+    words = ["eval=gqa", f"eval.gqa.benchmark={benchmark}", f"eval.gqa.root={tmp_path}", f"store={tmp_path / 'store'}"]
+    with pytest.raises(ConfigError, match=r"eval\.gqa\.benchmark: is .*about videos.*tinylmm score"):
+        plan_run(compose_run(words), "run")

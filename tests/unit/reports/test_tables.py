@@ -7,6 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from tinylmm.evaluation.protocol import Protocol
 from tinylmm.evaluation.statistics import wilson
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.records import Report, Score
@@ -85,6 +86,9 @@ def test_results_are_tidy_rows_of_the_scores_files(store: StoreBuilder) -> None:
         "chance": 10.0,
         "count": 40,
         "interval": rows[0]["interval"],
+        "evaluation": "digits",
+        "limited": False,
+        "protocol": Protocol.of_json("exact match", "digits").as_json(),
     }
     low, high = rows[0]["interval"]
     assert low == pytest.approx(18.07, abs=0.01) and high == pytest.approx(45.43, abs=0.01)

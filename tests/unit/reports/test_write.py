@@ -31,7 +31,7 @@ def test_results_hold_format_and_rows(store: StoreBuilder) -> None:
     results = json.loads(write_report(store.root).results.read_text())
     assert results["format"] == 1
     columns = {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count", "interval"}
-    assert set(results["rows"][0]) == columns
+    assert set(results["rows"][0]) == columns | {"evaluation", "limited", "protocol"}
 
 
 def test_writing_again_changes_no_byte(store: StoreBuilder) -> None:

@@ -23,6 +23,7 @@ from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.launch.backends import torchrun
 from tinylmm.models.checkpoint import save_model
+from tinylmm.planning.kinds import KINDS
 from tinylmm.stages import evaluate
 from tinylmm.stages.job import StageJob, make_job
 
@@ -119,11 +120,16 @@ def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJ
     job, summary = plain
     record = json.loads((job.output / "scores.json").read_text())
     assert record["metrics"] == summary["metrics"]
-    assert (record["benchmark"], record["variant"], record["protocol"]) == (
-        "digits",
-        "exact-match-v1",
-        "digits-exact-match-v1",
-    )
+    assert (record["benchmark"], record["variant"]) == ("digits", "exact-match-v1")
+    asked = {
+        "name": "digits-exact-match-v1",
+        "asked": 60,
+        "total": 60,
+        "limited": False,
+        "departs": ["max_new_tokens=4"],
+    }
+    how = {"template": "llama", "max_new_tokens": 4, "precision": "fp32", "judge": None, "code": KINDS["eval"].version}
+    assert record["protocol"] == record["protocol"] | asked | how
     assert list(record["aggregate"]) == ["accuracy", "accuracy/even", "accuracy/odd"]
     assert [row["id"] for row in record["per_item"]] == [
         row["item_id"] for row in lines(job.output / "generations.jsonl")
@@ -196,6 +202,16 @@ def test_a_stop_keeps_the_answers_and_the_next_try_goes_on(
     kept = len(read_answers(job.folder / "answers"))
     monkeypatch.setattr(generate, "stop_requested", lambda: False)
     assert 0 < kept < 60 and evaluate.run(job)["asked"] == 60 - kept
+
+
+def test_a_limited_evaluation_draws_from_every_category_and_says_so(tmp_path: Path, model: Path) -> None:
+    job = job_of(tmp_path, model, blind=False, limit=10, limit_seed=3)
+    summary = evaluate.run(job)
+    rows = lines(job.output / "generations.jsonl")
+    assert {row["category"] for row in rows} == {"even", "odd"} and summary["questions"] == len(rows) == 10
+    protocol = json.loads((job.output / "scores.json").read_text())["protocol"]
+    assert (protocol["limited"], protocol["asked"], protocol["total"], protocol["seed"]) == (True, 10, 60, 3)
+    assert protocol["departs"][0] == "a sample of 10 of 60 questions"
 
 
 def test_without_its_judge_a_benchmark_stops_with_its_answers_kept(

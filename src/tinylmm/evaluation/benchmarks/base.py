@@ -31,6 +31,7 @@ class Benchmark(ABC):
         headline: key of `Scores.aggregate` that papers report.
         max_new_tokens: of the published script.
         judged: whether a variant needs a judge model.
+        top: best score of one item; above 1 a score is a judge's rating, by which no answer is right or wrong.
         needs_frames: whether its questions are about frames of videos, which no model can be shown yet.
         upload: ending of the file that its server takes (`json`); empty where there is no server.
         splits: the splits to choose from, where there are several; `load` takes the first whose files are there if none is
@@ -42,6 +43,7 @@ class Benchmark(ABC):
     headline: ClassVar[str]
     max_new_tokens: ClassVar[int]
     judged: ClassVar[bool] = False
+    top: ClassVar[float] = 1.0
     needs_frames: ClassVar[bool] = False
     upload: ClassVar[str] = ""
     splits: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +68,10 @@ class Benchmark(ABC):
         Raises:
             DataError: a file is missing (which, where it is looked for, where to get it), or a record is broken.
         """
+
+    def chosen_split(self, root: Path, layout: Format = "llava") -> str | None:
+        """The split that `load` reads; None where the benchmark has but one. Those that take what is there override it."""
+        return self.split if len(self.splits) > 1 else None
 
     def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
         """Read the items from a source of a data set: a question file, and the folder that its images lie in.
@@ -92,9 +98,23 @@ class Benchmark(ABC):
         """
 
     def truth(self, item: Item) -> str:
-        """The expected answer in words, for reports: the reference, or its `answer` if it is a mapping; others override it."""
-        reference = item.reference["answer"] if isinstance(item.reference, Mapping) else item.reference
-        return "" if reference is None else str(reference)
+        """The expected answer in words, for reports: the reference, or its `answer` if it is a mapping; others override it.
+
+        A reference of another class is shown where the class says how (`__str__`); nobody wants to read its repr.
+        """
+        reference = item.reference.get("answer") if isinstance(item.reference, Mapping) else item.reference
+        if isinstance(reference, list | tuple):
+            return ", ".join(map(str, reference))
+        written = isinstance(reference, str | int | float) or type(reference).__str__ is not object.__str__
+        return str(reference) if written and reference is not None else ""
+
+    def correct(self, score: float | None) -> bool | None:
+        """Right or wrong, for showing: at least half of what can be had. None where there is no score, or it is a rating."""
+        return None if score is None or self.top > 1 else score >= self.top / 2
+
+    def group_of(self, item: Item) -> str:
+        """What is scored together with others: `limit` keeps such questions or leaves them out as one. By default, none is."""
+        return item.item_id
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """Pair the rows of an answer file (`question_id`, `text`, `prompt`) with items, by content, never by position.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl
+from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -61,25 +62,22 @@ class Digits(Benchmark):
             answer = answers.get(item.item_id)
             right = answer is not None and is_correct(answer.text, item.reference)
             per_item.append(ItemScore(item.item_id, float(right), (normalise(answer.text) or None) if answer else None))
-        scored = list(zip(items, per_item, strict=True))
-        groups = {"accuracy": [row.score or 0.0 for row in per_item]} if items else {}
-        for category in sorted({item.category for item in items}):
-            groups[f"accuracy/{category}"] = [row.score or 0.0 for item, row in scored if item.category == category]
-        return Scores(
-            benchmark=self.name,
-            variant=pick_variant(self, variant),
-            aggregate={name: percent(values, 4) for name, values in groups.items()},
-            per_item=tuple(per_item),
-            counts=count_items(items, answers, per_item),
-        )
+        metrics, found = Metrics(digits=4), graded(items, per_item)
+        if found:
+            metrics.mean("accuracy", found)
+            metrics.means_by("accuracy", found, lambda item: item.category, ordered=True)
+        counts = count_items(items, answers, per_item)
+        variant = pick_variant(self, variant)
+        return Scores(self.name, variant, metrics.aggregate, tuple(per_item), counts, metrics.bases)
 
 
 def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
     if not path.is_file():
         raise DataError(f"question file {path} does not exist")
+    records = read_jsonl(path, FIELDS)[:limit]
     return [
         Item(
-            item_id=str(record["question_id"]),
+            item_id=name,
             question_id=record["question_id"],
             prompt=record["text"],
             images=(image(record["image"]),),
@@ -87,5 +85,5 @@ def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None 
             reference=record["answer"],
             options=record["options"],
         )
-        for record in read_jsonl(path, FIELDS)[:limit]
+        for name, record in zip(unique_ids(record["question_id"] for record in records), records, strict=True)
     ]

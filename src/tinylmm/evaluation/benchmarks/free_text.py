@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Answer, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded
 from tinylmm.evaluation.benchmarks.vqa_text import clean, m4c_text, official_text, soft_accuracy
 
 Rule = Callable[[str, Sequence[str]], tuple[str, float]]
@@ -30,6 +31,11 @@ class FreeTextReference:
     answers: tuple[str, ...] = ()
     groups: Mapping[str, str] | None = None
     upload_list: Path | None = None
+
+    def __str__(self) -> str:
+        """The answers in words, most frequent first: `red (8), dark red (2)`; nothing where they are hidden."""
+        counted = Counter(self.answers).most_common()
+        return ", ".join(answer if len(counted) == 1 else f"{answer} ({count})" for answer, count in counted)
 
 
 def official_rule(text: str, references: Sequence[str]) -> tuple[str, float]:
@@ -64,23 +70,19 @@ def score_free_text(
 
     Items without references (hidden answers) take no part; where all are such, there is no metric, and `hidden` counts them.
     """
-    rows, groups = [], defaultdict[str, list[float]](list)
-    for item in items:
-        row = _score_item(item, answers.get(item.item_id), rule)
-        rows.append(row)
-        if row.score is not None:
-            groups["accuracy"].append(row.score)
-            for name, value in (item.reference.groups or {}).items():
-                groups[f"{name}/{value}"].append(row.score)
+    rows = [_score_item(item, answers.get(item.item_id), rule) for item in items]
     hidden = sum(row.score is None for row in rows)
-    names = ["accuracy", *sorted(set(groups) - {"accuracy"})] if groups else []
-    return Scores(
-        benchmark.name,
-        variant,
-        {name: percent(groups[name]) for name in names},
-        tuple(rows),
-        count_items(items, answers, rows, **({"hidden": hidden} if hidden else {})),
-    )
+    counts = count_items(items, answers, rows, **({"hidden": hidden} if hidden else {}))
+    metrics, found = Metrics(), graded(items, rows)
+    if found:
+        metrics.mean("accuracy", found)
+        for label in sorted({label for item, _ in found for label in item.reference.groups or ()}):
+            metrics.means_by(label, found, partial(_group, label), ordered=True)
+    return Scores(benchmark.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+
+def _group(label: str, item: Item) -> str:
+    return str((item.reference.groups or {}).get(label, ""))
 
 
 def _score_item(item: Item, answer: Answer | None, rule: Rule) -> ItemScore:

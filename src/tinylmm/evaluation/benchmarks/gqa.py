@@ -20,7 +20,7 @@ from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, read_questions
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -127,11 +127,11 @@ class GQA(Benchmark):
         """Score; a missing answer is wrong here, where GQA's script refuses the file."""
         variant = pick_variant(self, variant)
         per_item = tuple(_score_item(item, answers.get(item.item_id), variant) for item in items)
-        scored = [(i.reference, row) for i, row in zip(items, per_item, strict=True) if row.score is not None]
+        scored = [(item, row) for item, row in zip(items, per_item, strict=True) if row.score is not None]
         unbalanced = len(items) - len(scored)
         counts = count_items(items, answers, per_item, **({"unbalanced": unbalanced} if unbalanced else {}))
-        spelling = lmms_text if variant == "lmms" else str
-        return Scores(self.name, variant, _aggregate(scored, spelling), per_item, counts)
+        metrics = _metrics(scored, lmms_text if variant == "lmms" else str)
+        return Scores(self.name, variant, metrics.aggregate, per_item, counts, metrics.bases)
 
 
 def _score_item(item: Item, answer: Answer | None, variant: str) -> ItemScore:
@@ -147,23 +147,20 @@ def _score_item(item: Item, answer: Answer | None, variant: str) -> ItemScore:
     return ItemScore(item.item_id, float(parsed == gold), parsed if answer.text.strip() else None)
 
 
-def _aggregate(scored: Sequence[tuple[GQAReference, ItemScore]], spelling: Callable[[str], str]) -> dict[str, float]:
+def _metrics(scored: Sequence[tuple[Item, ItemScore]], spelling: Callable[[str], str]) -> Metrics:
     """Accuracies in percent (two decimals), and `distribution`: chi-square / 100, lower is better."""
-    groups = defaultdict[str, list[float]](list)
-    for reference, row in scored:
-        score = row.score or 0.0
-        groups["binary" if reference.structural != "query" else "open"].append(score)
-        groups[f"structural/{reference.structural or 'unknown'}"].append(score)
-        groups[f"semantic/{reference.semantic or 'unknown'}"].append(score)
-        groups[f"steps/{reference.steps:02d}"].append(score)
-        groups[f"words/{reference.words:02d}"].append(score)
-    return {
-        "accuracy": percent(row.score or 0.0 for _, row in scored),
-        "binary": percent(groups.pop("binary", [])),
-        "open": percent(groups.pop("open", [])),
-        "distribution": round(_chi_square(scored, spelling) / 100, 2),
-        **{name: percent(groups[name]) for name in sorted(groups)},
-    }
+    metrics = Metrics()
+    rows = [(item, row.score or 0.0) for item, row in scored]
+    metrics.mean("accuracy", rows)
+    metrics.mean("binary", [row for row in rows if row[0].reference.structural != "query"])
+    metrics.mean("open", [row for row in rows if row[0].reference.structural == "query"])
+    distribution = _chi_square([(item.reference, row) for item, row in scored], spelling) / 100
+    metrics.other("distribution", round(distribution, 2), (item for item, _ in scored), top=None)
+    metrics.means_by("semantic", rows, lambda item: item.reference.semantic or "unknown", ordered=True)
+    metrics.means_by("steps", rows, lambda item: f"{item.reference.steps:02d}", ordered=True)
+    metrics.means_by("structural", rows, lambda item: item.reference.structural or "unknown", ordered=True)
+    metrics.means_by("words", rows, lambda item: f"{item.reference.words:02d}", ordered=True)
+    return metrics
 
 
 def _chi_square(scored: Sequence[tuple[GQAReference, ItemScore]], spelling: Callable[[str], str]) -> float:

@@ -13,7 +13,7 @@ from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -79,6 +79,7 @@ class LLaVABench(Benchmark):
     headline = "all"
     max_new_tokens = 1024
     judged = True
+    top = 10.0
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `llava-bench-in-the-wild/` (questions, context by image, GPT-4's answers by question id), or the parquet."""
@@ -119,7 +120,8 @@ class LLaVABench(Benchmark):
         )
         unread = ratings.count(FAILED)
         counts = count_items(items, answers, rows, unread_reviews=unread, unjudged=0) | judge.usage.counts(before)
-        return Scores(self.name, variant, _aggregate(items, ratings), rows, counts)
+        metrics = _metrics(items, ratings)
+        return Scores(self.name, variant, metrics.aggregate, rows, counts, metrics.bases)
 
 
 def _content(item: Item, text: str) -> str:
@@ -131,17 +133,21 @@ def _content(item: Item, text: str) -> str:
     )
 
 
-def _aggregate(items: Sequence[Item], ratings: Sequence[tuple[float, float]]) -> dict[str, float]:
-    relative: dict[str, float] = {}
-    means: dict[str, float] = {}
+def _metrics(items: Sequence[Item], ratings: Sequence[tuple[float, float]]) -> Metrics:
+    """Ratings relative to the reference's, in percent without an end, then the mean ratings of both."""
+    relative, means = Metrics(), Metrics()
     for name in ("all", *CATEGORIES):
-        within = [pair for item, pair in zip(items, ratings, strict=True) if name in ("all", item.category)]
-        if within:
-            first, model = (round(sum(column) / len(column), 3) for column in zip(*within, strict=True))
-            means |= {f"reference/{name}": first, f"model/{name}": model}
+        rows = [(item, pair) for item, pair in zip(items, ratings, strict=True) if name in ("all", item.category)]
+        if rows:
+            about = [item for item, _ in rows]
+            first, model = (round(sum(column) / len(column), 3) for column in zip(*(p for _, p in rows), strict=True))
+            means.other(f"reference/{name}", first, about, top=LLaVABench.top)
+            means.other(f"model/{name}", model, about, top=LLaVABench.top)
             if first:
-                relative[name] = round(model / first * 100, 1)
-    return relative | means
+                relative.other(name, round(model / first * 100, 1), about, top=None)
+    relative.aggregate |= means.aggregate
+    relative.bases |= means.bases
+    return relative
 
 
 def _load_llava(files: BenchmarkFiles) -> list[Item]:

@@ -23,7 +23,7 @@ from tinylmm.evaluation.benchmarks.choice import (
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, pick_variant
 from tinylmm.evaluation.benchmarks.spreadsheet import is_nan, read_tsv_images, write_sheet
 
 if TYPE_CHECKING:
@@ -87,10 +87,8 @@ class MMBench(Benchmark):
 
         Without a chosen split the first that is there. The test splits have no answers: they can only be uploaded.
         """
-        files = BenchmarkFiles.under(root, GET, "mmbench", "mmbench_cn", "MMBench")
-        wanted = (self.split,) if self.split else self.splits
+        files, found = _files(root), self.chosen_split(root, layout)
         if layout == "hf":
-            found = next((s for s in wanted if files.has_parquet(_phase(s), _language(s))), wanted[0])
             suffix = _SUFFIXES[_language(found)]
             rows = read_parquet(files.parquet(_phase(found), _language(found)), _REQUIRED, _OPTIONAL)
             images: dict[int, ImageRef] = {}  # a question's rotations repeat its image
@@ -99,14 +97,19 @@ class MMBench(Benchmark):
                 image = images.setdefault(_index(row.values, row.where) % ROTATION, row.image())
                 items.append(_item(row.values, row.where, image, suffix))
             return items
-        if root.suffix == ".tsv" and root.is_file():
-            path, found = root, self.split or ("dev_cn" if "cn" in root.stem.lower().split("_") else "dev")
-        else:
-            found = next((s for s in wanted if files.find(*FILES[s])), wanted[0])
-            path = files.file(*FILES[found])
+        path = root if _is_table(root) else files.file(*FILES[found])
         table = read_tsv_images(path, (*_REQUIRED, "image"), _OPTIONAL)
         suffix = _SUFFIXES[_language(found)]
         return [_item(values, f"{path}, row {n}", image, suffix) for n, (values, image) in enumerate(table, 1)]
+
+    def chosen_split(self, root: Path, layout: Format = "llava") -> str:
+        """As `Benchmark.chosen_split`."""
+        files, wanted = _files(root), (self.split,) if self.split else self.splits
+        if layout == "hf":
+            return next((s for s in wanted if files.has_parquet(_phase(s), _language(s))), wanted[0])
+        if _is_table(root):
+            return self.split or ("dev_cn" if "cn" in root.stem.lower().split("_") else "dev")
+        return next((s for s in wanted if files.find(*FILES[s])), wanted[0])
 
     def score(
         self,
@@ -152,7 +155,13 @@ class MMBench(Benchmark):
             )
             for item in items
         )
-        return Scores(self.name, variant, _aggregate(groups, hits), rows, count_items(items, answers, rows, **more))
+        metrics = _metrics(groups, hits)
+        counts = count_items(items, answers, rows, **more)
+        return Scores(self.name, variant, metrics.aggregate, rows, counts, metrics.bases)
+
+    def group_of(self, item: Item) -> str:
+        """As `Benchmark.group_of`: a question's rotations are right together or not."""
+        return str(item.reference["base"])
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By index. Of LLaVA's `--all-rounds` files round 0 counts: further rounds rotate what the file has rotated."""
@@ -171,6 +180,14 @@ class MMBench(Benchmark):
             number for number, name in enumerate(_UPLOAD) if name != "answer" or any(row[number] for row in table)
         ]  # the test split has no answers, so its upload has no such column
         write_sheet(path, [_UPLOAD[number] for number in present], [[row[n] for n in present] for row in table])
+
+
+def _files(root: Path) -> BenchmarkFiles:
+    return BenchmarkFiles.under(root, GET, "mmbench", "mmbench_cn", "MMBench")
+
+
+def _is_table(root: Path) -> bool:
+    return root.suffix == ".tsv" and root.is_file()
 
 
 def _index(values: Mapping[str, Any], where: str) -> int:
@@ -273,10 +290,12 @@ def _match(item: Item, text: str, variant: str, judge: Judge) -> str | None:
     return None
 
 
-def _aggregate(groups: Mapping[int, Sequence[Item]], hits: Mapping[int, float]) -> dict[str, float]:
-    if not groups:
-        return {}
-    aggregate = {"accuracy": percent(hits.values())}
-    for label, read in (("category", lambda item: item.category), ("l2", lambda item: item.reference["l2"])):
-        aggregate |= percent_by(label, (read(group[0]) for group in groups.values()), (hits[base] for base in groups))
-    return aggregate
+def _metrics(groups: Mapping[int, Sequence[Item]], hits: Mapping[int, float]) -> Metrics:
+    metrics = Metrics()
+    rows = [(group[0], hits[base]) for base, group in groups.items()]
+    if rows:
+        rotated = any(len(group) > 1 for group in groups.values())
+        metrics.mean("accuracy", rows, rotated)
+        metrics.means_by("category", rows, lambda item: item.category, rotated)
+        metrics.means_by("l2", rows, lambda item: str(item.reference["l2"]), rotated)
+    return metrics

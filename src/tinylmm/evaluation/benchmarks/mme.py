@@ -17,7 +17,7 @@ from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import pair_by_prompt, unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, count_items, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -42,6 +42,8 @@ PERCEPTION = (
     "OCR",
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+TASK_TOP = 200.0
+"""A task's best score: all answers right, and with them all images."""
 
 
 def official_answer(text: str) -> str | None:
@@ -110,35 +112,46 @@ class MME(Benchmark):
         """Score; answers with tabs or newlines, which break MME's tool, are like any other here."""
         variant = pick_variant(self, variant)
         parse = lmms_answer if variant == "lmms" else official_answer
-        rows, tasks = [], defaultdict[str, dict[str, list[bool]]](lambda: defaultdict(list))
+        rows, tasks = [], defaultdict[str, list[tuple[Item, float]]](list)
         for item in items:
             answer = answers.get(item.item_id)
             parsed = None if answer is None else parse(answer.text)
             rows.append(ItemScore(item.item_id, float(parsed == item.reference), parsed))
-            tasks[item.category][str(item.question_id)].append(parsed == item.reference)
-        counts = count_items(items, answers, rows)
-        return Scores(self.name, variant, _aggregate(tasks), tuple(rows), counts)
+            tasks[item.category].append((item, float(parsed == item.reference)))
+        metrics, counts = _metrics(tasks), count_items(items, answers, rows)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+    def group_of(self, item: Item) -> str:
+        """As `Benchmark.group_of`: the two questions about an image are right together or not."""
+        return str(item.question_id)
 
     def pair(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
         """Match by image and question: the two questions about an image share its path as their id."""
         return pair_by_prompt(items, rows, _bare)
 
 
-def _aggregate(tasks: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, float]:
-    """Task -> image -> which answers are right; to the two totals, then the metrics of each task."""
-    metrics: dict[str, float] = {}
+def _metrics(tasks: Mapping[str, Graded]) -> Metrics:
+    """The two totals, then the metrics of each task, from the questions of each task."""
+    each = Metrics(digits=None)
     for task in [*PERCEPTION, *COGNITION, *sorted(tasks.keys() - {*PERCEPTION, *COGNITION})]:
-        images = tasks.get(task)
-        if images:
-            answers = [right for image in images.values() for right in image]
-            metrics[f"{task}/acc"] = 100 * sum(answers) / len(answers)
-            metrics[f"{task}/acc+"] = 100 * sum(all(image) for image in images.values()) / len(images)
-            metrics[f"{task}/score"] = metrics[f"{task}/acc"] + metrics[f"{task}/acc+"]
-    return {
-        "perception": sum(metrics.get(f"{task}/score", 0.0) for task in PERCEPTION),
-        "cognition": sum(metrics.get(f"{task}/score", 0.0) for task in COGNITION),
-        **metrics,
-    }
+        if tasks.get(task):
+            images: dict[str, list[tuple[Item, float]]] = {}
+            for item, right in tasks[task]:
+                images.setdefault(str(item.question_id), []).append((item, right))
+            both = [(image[0][0], float(all(right for _, right in image))) for image in images.values()]
+            each.mean(f"{task}/acc", tasks[task])
+            each.mean(f"{task}/acc+", both, grouped=True)
+            score = each.aggregate[f"{task}/acc"] + each.aggregate[f"{task}/acc+"]
+            each.other(f"{task}/score", score, (item for item, _ in tasks[task]), top=TASK_TOP)
+    totals = Metrics(digits=None)
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        found = [task for task in members if tasks.get(task)]
+        total = sum((each.aggregate[f"{task}/score"] for task in found), 0.0)
+        items = [item for task in found for item, _ in tasks[task]]
+        totals.other(name, total, items, top=TASK_TOP * max(len(found), 1))
+    totals.aggregate |= each.aggregate
+    totals.bases |= each.bases
+    return totals
 
 
 def _bare(text: str) -> str:

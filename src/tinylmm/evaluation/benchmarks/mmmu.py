@@ -23,7 +23,7 @@ from tinylmm.evaluation.benchmarks.choice import (
 from tinylmm.evaluation.benchmarks.files import ParquetRow, image_file, read_list, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, count_items, graded, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -179,7 +179,8 @@ class MMMU(Benchmark):
                 scored[item.item_id] = ItemScore(item.item_id, float(right), _printable(meanings))
         rows = [scored[item.item_id] for item in items]
         counts = count_items(items, answers, rows, guessed=guessed)
-        return Scores(self.name, variant, _aggregate(items, rows), tuple(rows), counts)
+        metrics = _metrics(graded(items, rows))
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
     def write_submission(self, items: Sequence[Item], answers: Mapping[str, Answer], path: Path) -> None:
         """Write what the official main_eval_only.py and EvalAI take: JSON of id -> letter (choices, parsed) or text (open)."""
@@ -201,14 +202,15 @@ def _printable(meanings: Sequence[str | float]) -> list[str | float]:
     return [m if isinstance(m, str) or math.isfinite(m) else str(m) for m in meanings]
 
 
-def _aggregate(items: Sequence[Item], rows: Sequence[ItemScore]) -> dict[str, float]:
-    pairs = [(item.category, row.score) for item, row in zip(items, rows, strict=True) if row.score is not None]
-    aggregate = {"overall": percent((score for _, score in pairs), 1)}
+def _metrics(rows: Graded) -> Metrics:
+    metrics = Metrics(digits=1)
+    metrics.mean("overall", rows)
     for domain, subjects in DOMAINS.items():
-        within = [score for subject, score in pairs if subject in subjects]
+        within = [(item, score) for item, score in rows if item.category in subjects]
         if within:
-            aggregate[f"domain/{domain}"] = percent(within, 1)
-    return aggregate | percent_by("subject", (name for name, _ in pairs), (score for _, score in pairs), 1)
+            metrics.mean(f"domain/{domain}", within)
+    metrics.means_by("subject", rows, lambda item: item.category)
+    return metrics
 
 
 def subject_of(item_id: str) -> str:

@@ -13,7 +13,7 @@ from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_obj
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import pair_by_key
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, count_items, graded, percent, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -72,8 +72,8 @@ class MMVet(Benchmark):
     Variants: `official` (the benchmark's notebook, which LLaVA and TinyLLaVA use; published with gpt-4-0613) and `lmms`
     (lmms-eval: another header, 128 tokens, other re-asking; its models are also asked with a step-by-step pre-prompt).
     Aggregate: `total`, the six capabilities, `set/...` per exact set of capabilities (percent, one decimal), and `std` over
-    the judge's runs. A grade nobody could read after all re-asks is 0 and counted as `ungraded`. Without a judge nothing has a
-    score, and counts.unjudged says of how many.
+    the judge's runs, if there are several. A grade nobody could read after all re-asks is 0 and counted as `ungraded`.
+    Without a judge nothing has a score, and counts.unjudged says of how many.
     """
 
     name = "mmvet"
@@ -109,20 +109,20 @@ class MMVet(Benchmark):
             answer = answers.get(item.item_id)
             return [grade(item, answer.text, judge, run) if answer else 0.0 for run in range(judge.runs)]
 
-        graded = judge.map(grades_of, items)
-        runs = [[value or 0.0 for value in grades] for grades in graded]
+        judged = judge.map(grades_of, items)
+        runs = [[value or 0.0 for value in grades] for grades in judged]
         rows = [
             ItemScore(
                 item.item_id,
                 statistics.fmean(values),
                 None if None in grades or item.item_id not in answers else values,
             )
-            for item, grades, values in zip(items, graded, runs, strict=True)
+            for item, grades, values in zip(items, judged, runs, strict=True)
         ]
-        ungraded = sum(grades.count(None) for grades in graded)
+        ungraded = sum(grades.count(None) for grades in judged)
         counts = count_items(items, answers, rows, ungraded=ungraded, unjudged=0) | judge.usage.counts(before)
-        aggregate = _aggregate(items, [row.score or 0.0 for row in rows], runs)
-        return Scores(self.name, variant, aggregate, tuple(rows), counts)
+        metrics = _metrics(graded(items, rows), runs)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By question id: 12 and "v1_12" are the same."""
@@ -172,20 +172,25 @@ def _grade_lmms(item: Item, text: str, judge: Judge, run: int) -> float | None:
     return None
 
 
-def _aggregate(items: Sequence[Item], scores: Sequence[float], runs: Sequence[Sequence[float]]) -> dict[str, float]:
-    aggregate = {"total": percent(scores, 1)}
-    sets = [frozenset(item.reference["capabilities"]) for item in items]
+def _metrics(rows: Graded, runs: Sequence[Sequence[float]]) -> Metrics:
+    metrics = Metrics(digits=1)
+    metrics.mean("total", rows)
     for capability in CAPABILITIES:
-        within = [score for names, score in zip(sets, scores, strict=True) if capability in names]
+        within = [(item, score) for item, score in rows if capability in item.reference["capabilities"]]
         if within:
-            aggregate[capability] = percent(within, 1)
-    order = {name: number for number, name in enumerate(CAPABILITIES)}
-    for names in dict.fromkeys(sets):
-        label = "_".join(sorted(names, key=lambda name: (order.get(name, len(order)), name)))
-        aggregate[f"set/{label}"] = percent((s for n, s in zip(sets, scores, strict=True) if n == names), 1)
+            metrics.mean(capability, within)
+    metrics.means_by("set", rows, _set_of)
     totals = [percent(column, None) for column in zip(*runs, strict=True)]
-    aggregate["std"] = round(statistics.pstdev(totals), 1) if totals else 0.0
-    return aggregate
+    if len(totals) > 1:  # one run says nothing of how far runs differ
+        metrics.other("std", round(statistics.pstdev(totals), 1), (item for item, _ in rows), top=None)
+    return metrics
+
+
+def _set_of(item: Item) -> str:
+    """The exact set of capabilities that a question needs, in the official order."""
+    order = {name: number for number, name in enumerate(CAPABILITIES)}
+    names = set(item.reference["capabilities"])
+    return "_".join(sorted(names, key=lambda name: (order.get(name, len(order)), name)))
 
 
 def _load_llava(files: BenchmarkFiles) -> list[Item]:

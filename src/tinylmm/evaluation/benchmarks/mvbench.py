@@ -14,7 +14,7 @@ from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered,
 from tinylmm.evaluation.benchmarks.files import read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
 
 if TYPE_CHECKING:
@@ -108,15 +108,15 @@ class MVBench(Benchmark):
                 guessed += letter is None
                 chosen = letter or guess(item.item_id, list(options))
                 rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
-        pairs = [(item.category, row.score) for item, row in zip(items, rows, strict=True) if row.score is not None]
-        aggregate = {"average": percent(score for _, score in pairs)}
+        metrics, found = Metrics(), graded(items, rows)
+        metrics.mean("average", found)
         for task in dict.fromkeys(item.category for item in items):
-            aggregate[f"task/{task}"] = percent(score for name, score in pairs if name == task)
+            metrics.mean(f"task/{task}", [row for row in found if row[0].category == task])
         tasks = len({item.category for item in items})
         counts = count_items(items, answers, rows, guessed=guessed, tasks=tasks)
         left_out = sum(row.score is None for row in rows)
         counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
-        return Scores(self.name, variant, aggregate, tuple(rows), counts)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By id (`action_count/3`, `action_count_3`, `Action Count/3`), else by what was asked, else by number.

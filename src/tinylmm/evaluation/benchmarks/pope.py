@@ -18,7 +18,7 @@ from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.pairing import unique_ids
 from tinylmm.evaluation.benchmarks.prompts import SHORT_ANSWER, question_in, read_questions
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -150,18 +150,47 @@ class POPE(Benchmark):
         """Score; never divides by zero, also where every answer is "no"."""
         variant = pick_variant(self, variant)
         parse = lmms_answer if variant == "lmms" else official_answer
-        categories = {item.category: Confusion() for item in sorted(items, key=_order)}
-        pooled, rows = Confusion(), []
+        rows = []
         for item in items:
             answer = answers.get(item.item_id)
             parsed = None if answer is None else parse(answer.text)
             rows.append(ItemScore(item.item_id, float(parsed == item.reference), parsed))
-            for confusion in (categories[item.category], pooled):
-                confusion.add(parsed, item.reference)
-        each = {name: confusion.metrics(variant == "lmms") for name, confusion in categories.items()}
-        overall = pooled.metrics(lmms=True) if variant == "lmms" else _means(list(each.values()))
-        aggregate = overall | {f"{name}/{key}": value for name, row in each.items() for key, value in row.items()}
-        return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
+        metrics = _metrics(list(zip(items, rows, strict=True)), variant == "lmms")
+        counts = count_items(items, answers, rows)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+
+Rows = Sequence[tuple[Item, ItemScore]]
+
+
+def _metrics(rows: Rows, lmms: bool) -> Metrics:
+    """Over all questions (lmms-eval pools them, LLaVA takes the mean over the categories), then a category at a time."""
+    metrics = Metrics(digits=None)
+    categories: dict[str, list[tuple[Item, ItemScore]]] = {}
+    for item, row in sorted(rows, key=lambda pair: _order(pair[0])):
+        categories.setdefault(item.category, []).append((item, row))
+    each = {name: _confusion(within).metrics(lmms) for name, within in categories.items()}
+    equal = len({len(within) for within in categories.values()}) <= 1
+    _add(metrics, "", rows, _confusion(rows).metrics(lmms=True) if lmms else _means(list(each.values())), lmms or equal)
+    for name, within in categories.items():
+        _add(metrics, f"{name}/", within, each[name], plain=True)
+    return metrics
+
+
+def _add(metrics: Metrics, prefix: str, rows: Rows, values: Mapping[str, float], plain: bool) -> None:
+    """Add the metrics of some questions; `plain` where their accuracy is the mean over them."""
+    for name, value in values.items():
+        if name == "accuracy" and plain:
+            metrics.mean(f"{prefix}{name}", [(item, row.score or 0.0) for item, row in rows])
+        else:
+            metrics.other(f"{prefix}{name}", value, (item for item, _ in rows))
+
+
+def _confusion(rows: Rows) -> Confusion:
+    confusion = Confusion()
+    for item, row in rows:
+        confusion.add(row.parsed, item.reference)
+    return confusion
 
 
 def _order(item: Item) -> int:

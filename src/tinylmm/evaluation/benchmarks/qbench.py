@@ -12,7 +12,7 @@ from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, guess, 
 from tinylmm.evaluation.benchmarks.files import image_file, read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -64,12 +64,12 @@ class QBench(Benchmark):
                 guessed += 1
                 chosen = guess(item.item_id, list(options))
             rows.append(ItemScore(item.item_id, float(chosen == item.reference["answer"]), letter))
-        aggregate = {"accuracy": percent(row.score or 0.0 for row in rows)}
-        for field in ("type", "concern"):
-            aggregate |= percent_by(
-                field, (item.reference[field] for item in items), (row.score or 0.0 for row in rows)
-            )
-        return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows, guessed=guessed))
+        metrics, found = Metrics(), graded(items, rows)
+        metrics.mean("accuracy", found)
+        metrics.means_by("type", found, lambda item: str(item.reference["type"]))
+        metrics.means_by("concern", found, lambda item: str(item.reference["concern"]))
+        counts = count_items(items, answers, rows, guessed=guessed)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
 
 def _load_json(files: BenchmarkFiles) -> list[Item]:

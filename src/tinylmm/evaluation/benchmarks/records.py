@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,23 @@ class ItemScore:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What a metric rests on: how many answers, whose chance they have, and how its interval is found.
+
+    Attributes:
+        items: ids of its units: of each question, or of one question of each group that is scored as one.
+        values: of each unit, in [0, 1], where the metric is 100 times their mean; None for any other metric.
+        grouped: whether a unit is several questions (MMBench's rotations, MME's pairs).
+        top: end of the metric's scale, which begins at 0; None where it has none.
+    """
+
+    items: tuple[str, ...]
+    values: tuple[float, ...] | None = None
+    grouped: bool = False
+    top: float | None = 100.0
+
+
+@dataclass(frozen=True)
 class Scores:
     """Result of scoring.
 
@@ -91,6 +108,8 @@ class Scores:
         aggregate: metrics by name, in the papers' units, the headline first; `group/name` for breakdowns.
         per_item: in the order of the question file, one an item, also for missing answers.
         counts: at least `scored`, `missing` (no answer given) and `unparsed` (an answer nothing could be read from).
+        bases: what each metric rests on; of one that is not named it is taken to be all questions, or those of the category
+            in its name.
     """
 
     benchmark: str
@@ -98,6 +117,7 @@ class Scores:
     aggregate: dict[str, float]
     per_item: tuple[ItemScore, ...]
     counts: dict[str, int]
+    bases: Mapping[str, Basis] = field(default_factory=dict)
 
     def as_json(self, items: Sequence[Item] = ()) -> dict[str, Any]:
         """The JSON of `tinylmm score --json`; `id` is the question file's own id where the items are given, else the item id.

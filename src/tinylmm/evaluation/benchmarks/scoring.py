@@ -1,12 +1,12 @@
-"""What every scorer shares: the choice of a variant, counts, percentages."""
+"""What every scorer shares: the choice of a variant, counts, and metrics with what they rest on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tinylmm.errors import ConfigError, Fault, suggestion
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.records import Answer, Item, ItemScore
+from tinylmm.evaluation.benchmarks.records import Answer, Basis, Item, ItemScore
 
 
 def pick_variant(benchmark: Benchmark, variant: str | None) -> str:
@@ -42,19 +42,47 @@ def count_items(
     }
 
 
-def percent_by(label: str, groups: Iterable[str], scores: Iterable[float], digits: int | None = 2) -> dict[str, float]:
-    """`label/group` -> `percent` of the scores of each group, in the order in which groups first occur.
+Graded = Sequence[tuple[Item, float]]
+"""Items with their scores in [0, 1]."""
 
-    Args:
-        label: what the groups are.
-        groups: of each score; an empty name is none.
-        scores: in [0, 1], as many.
-    """
-    grouped: dict[str, list[float]] = {}
-    for group, score in zip(groups, scores, strict=True):
-        if group:
-            grouped.setdefault(group, []).append(score)
-    return {f"{label}/{group}": percent(within, digits) for group, within in grouped.items()}
+
+class Metrics:
+    """Collects metrics in order, each with what it rests on; `aggregate` and `bases` are those of `Scores`."""
+
+    def __init__(self, digits: int | None = 2) -> None:
+        """Args: digits: decimals of percentages, as the official scorer prints them; None: all."""
+        self.digits = digits
+        self.aggregate: dict[str, float] = {}
+        self.bases: dict[str, Basis] = {}
+
+    def mean(self, name: str, rows: Iterable[tuple[Item, float]], grouped: bool = False) -> None:
+        """100 times the mean score of `rows`; `grouped` where a row stands for a group of questions."""
+        listed = list(rows)
+        values = tuple(score for _, score in listed)
+        self.aggregate[name] = percent(values, self.digits)
+        self.bases[name] = Basis(tuple(item.item_id for item, _ in listed), values, grouped)
+
+    def means_by(
+        self, label: str, rows: Graded, group: Callable[[Item], str], grouped: bool = False, ordered: bool = False
+    ) -> None:
+        """`label/group` for each group, in the order in which groups first occur, or sorted; an empty name is none."""
+        groups: dict[str, list[tuple[Item, float]]] = {}
+        for item, score in rows:
+            name = group(item)
+            if name:
+                groups.setdefault(name, []).append((item, score))
+        for name in sorted(groups) if ordered else groups:
+            self.mean(f"{label}/{name}", groups[name], grouped)
+
+    def other(self, name: str, value: float, items: Iterable[Item], top: float | None = 100.0) -> None:
+        """A metric that is no mean over questions, on a scale from 0 to `top`."""
+        self.aggregate[name] = value
+        self.bases[name] = Basis(tuple(item.item_id for item in items), top=top)
+
+
+def graded(items: Sequence[Item], rows: Sequence[ItemScore]) -> list[tuple[Item, float]]:
+    """Items that have a score, with it."""
+    return [(item, row.score) for item, row in zip(items, rows, strict=True) if row.score is not None]
 
 
 def percent(values: Iterable[float], digits: int | None = 2) -> float:

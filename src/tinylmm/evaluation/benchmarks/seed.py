@@ -13,7 +13,7 @@ from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, lettered, listin
 from tinylmm.evaluation.benchmarks.files import image_file, read_jsonl, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -69,14 +69,15 @@ class SEED(Benchmark):
                     text if len(text) == 1 and text in _LETTERS else None,
                 )
             )
-        kinds = [item.reference["data_type"] for item in items]
-        scores = [row.score or 0.0 for row in rows]
-        aggregate = {"image": percent(score for kind, score in zip(kinds, scores, strict=True) if kind == "image")}
-        if "video" in kinds:
-            aggregate["video"] = percent(score for kind, score in zip(kinds, scores, strict=True) if kind == "video")
-            aggregate["all"] = percent(scores)
-        aggregate |= percent_by("type", (item.category for item in items), scores)
-        return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
+        metrics, found = Metrics(), graded(items, rows)
+        videos = [row for row in found if row[0].reference["data_type"] == "video"]
+        metrics.mean("image", [row for row in found if row[0].reference["data_type"] == "image"])
+        if videos:
+            metrics.mean("video", videos)
+            metrics.mean("all", found)
+        metrics.means_by("type", found, lambda item: item.category)
+        counts = count_items(items, answers, rows)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By question id; without video questions among the items, answers to other questions are theirs and pass by."""

@@ -13,7 +13,7 @@ from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, LETTERS, infer_v
 from tinylmm.evaluation.benchmarks.files import image_file, read_list, read_object, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, ImageRef, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -92,13 +92,12 @@ class SQA(Benchmark):
             rows.append(
                 ItemScore(item.item_id, float(letter == item.reference["answer"]) if taking_part else None, letter)
             )
-        pairs = [(item, row.score) for item, row in zip(items, rows, strict=True) if row.score is not None]
-        aggregate = {
-            "img_accuracy": percent(score for item, score in pairs if item.reference["has_image"]),
-            "accuracy": percent(score for _, score in pairs),
-        }
-        aggregate |= percent_by("subject", (item.category for item, _ in pairs), (score for _, score in pairs))
-        return Scores(self.name, variant, aggregate, tuple(rows), count_items(items, answers, rows))
+        metrics, found = Metrics(), graded(items, rows)
+        metrics.mean("img_accuracy", [row for row in found if row[0].reference["has_image"]])
+        metrics.mean("accuracy", found)
+        metrics.means_by("subject", found, lambda item: item.category)
+        counts = count_items(items, answers, rows)
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
 
 _READERS: dict[str, Callable[[str, Mapping[str, str]], str | None]] = {

@@ -13,7 +13,7 @@ from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, parse_lea
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import count_items, percent, percent_by, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, count_items, graded, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ class VideoMME(Benchmark):
         counts = count_items(items, answers, rows, guessed=guessed)
         left_out = sum(row.score is None for row in rows)
         counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
-        return Scores(self.name, variant, _aggregate(items, rows), tuple(rows), counts)
+        metrics = _metrics(graded(items, rows))
+        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
 
 
 def official_prompt(item: Item) -> str:
@@ -150,13 +151,13 @@ def _options(texts: Any, where: str) -> dict[str, str]:
     return {match.group(1): match.group(2).removesuffix(".") for match in found if match}
 
 
-def _aggregate(items: Sequence[Item], rows: Sequence[ItemScore]) -> dict[str, float]:
-    pairs = [(item, row.score) for item, row in zip(items, rows, strict=True) if row.score is not None]
-    aggregate = {"overall": percent((score for _, score in pairs), 1)}
+def _metrics(rows: Graded) -> Metrics:
+    metrics = Metrics(digits=1)
+    metrics.mean("overall", rows)
     for duration in DURATIONS:
-        within = [score for item, score in pairs if item.category == duration]
+        within = [(item, score) for item, score in rows if item.category == duration]
         if within:
-            aggregate[duration] = percent(within, 1)
-    for label in ("domain", "task"):
-        aggregate |= percent_by(label, (item.reference[label] for item, _ in pairs), (score for _, score in pairs), 1)
-    return aggregate
+            metrics.mean(duration, within)
+    metrics.means_by("domain", rows, lambda item: str(item.reference["domain"]))
+    metrics.means_by("task", rows, lambda item: str(item.reference["task"]))
+    return metrics

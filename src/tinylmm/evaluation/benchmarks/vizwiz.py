@@ -51,9 +51,10 @@ class VizWiz(Benchmark):
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read the chosen split, else test where LLaVA's question file is there, else val."""
         files = BenchmarkFiles.under(root, GET, "vizwiz")
+        split = self.chosen_split(root, layout)
         if layout == "hf":
-            return self._load_hf(files)
-        if (self.split or ("val" if files.find(*ANNOTATIONS) and not files.find(QUESTIONS) else "test")) == "val":
+            return _load_hf(files, split)
+        if split == "val":
             return _load_val(files)
         questions = read_questions(files.file(QUESTIONS))
         folder = files.image_folder("test")
@@ -63,12 +64,12 @@ class VizWiz(Benchmark):
             items.append(Item(name, row["question_id"], row["text"], (image,), reference=FreeTextReference()))
         return items
 
-    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
-        split = self.split or ("test" if files.has_parquet("test") else "val")
-        required = ("question_id", "question")
-        rows = read_parquet(files.parquet(split), required, ("answers", "category"))
-        names = unique_ids(row.values["question_id"] for row in rows)
-        return [_hf_item(row, name) for name, row in zip(names, rows, strict=True)]
+    def chosen_split(self, root: Path, layout: Format = "llava") -> str:
+        """As `Benchmark.chosen_split`."""
+        files = BenchmarkFiles.under(root, GET, "vizwiz")
+        if layout == "hf":
+            return self.split or ("test" if files.has_parquet("test") else "val")
+        return self.split or ("val" if files.find(*ANNOTATIONS) and not files.find(QUESTIONS) else "test")
 
     def score(
         self,
@@ -117,6 +118,12 @@ def _load_val(files: BenchmarkFiles) -> list[Item]:
         # an image has one question, so its name is the id
         items.append(_item(record["image"], record["image"], record["question"], image, reference))
     return items
+
+
+def _load_hf(files: BenchmarkFiles, split: str) -> list[Item]:
+    rows = read_parquet(files.parquet(split), ("question_id", "question"), ("answers", "category"))
+    names = unique_ids(row.values["question_id"] for row in rows)
+    return [_hf_item(row, name) for name, row in zip(names, rows, strict=True)]
 
 
 def _hf_item(row: ParquetRow, name: str) -> Item:

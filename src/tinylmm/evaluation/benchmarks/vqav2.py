@@ -63,13 +63,9 @@ class VQAv2(Benchmark):
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read the chosen split, else val where its annotations and questions are there, else test-dev, else test."""
-        files = BenchmarkFiles.under(root, GET, "vqav2")
+        files, split = BenchmarkFiles.under(root, GET, "vqav2"), self.chosen_split(root, layout)
         if layout == "hf":
-            return self._load_hf(files)
-        present = [split for split in self.splits if files.find(*QUESTIONS[split])]
-        if files.find(ANNOTATIONS) is None and "val" in present and len(present) > 1:
-            present.remove("val")
-        split = self.split or next(iter(present), "val")
+            return _load_hf(files, split)
         questions = _read_question_file(files.file(*QUESTIONS[split]), split)
         references = self._references(files, split)
         upload = None if split == "val" else files.find(*QUESTIONS["test"])
@@ -87,6 +83,17 @@ class VQAv2(Benchmark):
             items.append(Item(name, question["question_id"], question["text"], (image,), category, reference))
         return items
 
+    def chosen_split(self, root: Path, layout: Format = "llava") -> str:
+        """As `Benchmark.chosen_split`."""
+        files = BenchmarkFiles.under(root, GET, "vqav2")
+        if layout == "hf":
+            present = [split for split in self.splits if files.has_parquet(HF_SPLITS[split])]
+        else:
+            present = [split for split in self.splits if files.find(*QUESTIONS[split])]
+            if files.find(ANNOTATIONS) is None and "val" in present and len(present) > 1:
+                present.remove("val")
+        return self.split or next(iter(present), "val")
+
     @staticmethod
     def _references(files: BenchmarkFiles, split: str) -> dict[str, FreeTextReference]:
         """References by question id; also of test-dev questions, where val's annotations lie beside them alone."""
@@ -94,16 +101,6 @@ class VQAv2(Benchmark):
             return _read_annotations(files.file(ANNOTATIONS))
         found = files.find(ANNOTATIONS)
         return _read_annotations(found) if found and not files.find(*QUESTIONS["val"]) else {}
-
-    def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
-        found = [split for split in self.splits if files.has_parquet(HF_SPLITS[split])]
-        split = self.split or next(iter(found), "val")
-        rows = read_parquet(
-            files.parquet(HF_SPLITS[split]), ("question_id", "question"), ("answers", "answer_type", "question_type")
-        )
-        upload = None if split == "val" else files.find(*QUESTIONS["test"])
-        names = unique_ids(row.values["question_id"] for row in rows)
-        return [_hf_item(row, name, upload) for row, name in zip(rows, names, strict=True)]
 
     def score(
         self,
@@ -176,6 +173,15 @@ def _read_annotations(path: Path) -> dict[str, FreeTextReference]:
 def _reference(record: Mapping[str, Any]) -> FreeTextReference:
     groups = {name: record[name] for name in ("answer_type", "question_type") if record.get(name)}
     return FreeTextReference(answer_texts(record.get("answers")), groups)
+
+
+def _load_hf(files: BenchmarkFiles, split: str) -> list[Item]:
+    rows = read_parquet(
+        files.parquet(HF_SPLITS[split]), ("question_id", "question"), ("answers", "answer_type", "question_type")
+    )
+    upload = None if split == "val" else files.find(*QUESTIONS["test"])
+    names = unique_ids(row.values["question_id"] for row in rows)
+    return [_hf_item(row, name, upload) for row, name in zip(rows, names, strict=True)]
 
 
 def _hf_item(row: ParquetRow, name: str, upload: Path | None) -> Item:

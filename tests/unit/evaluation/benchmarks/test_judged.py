@@ -83,7 +83,6 @@ def test_mmvet_total_capabilities_and_sets(vet_root: Path) -> None:
         "set/ocr_math": 50.0,
         "set/rec": 100.0,
         "set/rec_know": 20.0,
-        "std": 0.0,
     }
     assert by_id(scores) == {"0": (0.5, [0.5]), "1": (1.0, [1.0]), "2": (0.2, [0.2])}
     body = next(body for body in s.bodies if "x = -1 | " in body["messages"][0]["content"][-9:])
@@ -181,7 +180,7 @@ def test_mmvet_parquet_has_capabilities_in_one_text(tmp_path: Path) -> None:
     assert item.reference["capabilities"] == ["ocr", "spat"]
     with judge_server(lambda body: completion("1.0")) as server:
         scores = scored(MMVet(), [item], {0: "Ann"}, judge=Judge(server.url, "m"))
-    assert scores.aggregate == {"total": 100.0, "ocr": 100.0, "spat": 100.0, "set/ocr_spat": 100.0, "std": 0.0}
+    assert scores.aggregate == {"total": 100.0, "ocr": 100.0, "spat": 100.0, "set/ocr_spat": 100.0}
 
 
 def test_mmvet_question_without_metadata_is_named(vet_root: Path) -> None:
