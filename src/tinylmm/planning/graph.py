@@ -31,6 +31,10 @@ ANY_POLICY = {"on_bad": "fail", "max_bad": 0}
 good ones. `planning/planner.py` holds reused stages to the policy asked for."""
 
 
+NOT_OF_IMAGES = {"orientation", *ANY_POLICY}
+"""Fields of a source that say nothing of which images it names and whether they can be decoded."""
+
+
 class Fingerprints(Protocol):
     """Identity by content of files outside the store; `planning/planner.py` has the real one."""
 
@@ -189,7 +193,8 @@ class _Builder:
         template = self.run.llm.template if stage.template == "auto" else stage.template
         read, located = self._source(self.run.data, source), {"location": _location(self.run.data, source)}
         parents = self._data_parent(self.run.data)
-        images = self._add("images", f"images[{source}]", {"source": read}, parents, located)
+        named = {field: value for field, value in read.items() if field not in NOT_OF_IMAGES}
+        images = self._add("images", f"images[{source}]", {"source": named}, parents, located)
         spec: Fields = {"template": template, "source": read}
         parents = parents | {"images": images.digest}
         _attach(spec, parents, "tokenizer", tokenizer)
