@@ -1,53 +1,43 @@
 """Identity by content of what lies outside the store: data sources, benchmarks, checkpoint folders. No torch, no Pillow.
 
 Content decides. What was found of a file is cached under its path, size, modification time and inode, so that a plan reads a
-file once. Weights and annotations are hashed whole. Of an image of more than 2 * EDGE_BYTES the size and both ends are: the
-compressed formats that we read change behind an edit and up to their checksum or end marker, and to read a million files from
-end to end just to plan a run would take longer than many a run.
+file once. Weights and annotations are hashed whole, of images what `planning/listing.py` says.
 A benchmark's is made of the questions as the benchmark reads them (prompts, references, which images), not of its files:
 the same questions in another folder or in files of another kind are the same evaluation.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
 import logging
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, TypeGuard
 
 from tinylmm.config.spec import EvalSpec, SourceSpec
 from tinylmm.data.image_names import is_embedded
 from tinylmm.data.records import read_records
 from tinylmm.data.sample import Sample, read_samples
-from tinylmm.errors import DataError, DiskError
+from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
 from tinylmm.evaluation.sampling import sampled
-from tinylmm.store.disk import writing
-from tinylmm.store.integrity import hash_file, write_atomic
+from tinylmm.planning.cache import Cache
+from tinylmm.planning.listing import Names, image_listing
+from tinylmm.store.integrity import hash_file
 from tinylmm.store.stage import digest
 
 log = logging.getLogger(__name__)
 
-MISSING_SHOWN = 20
-EDGE_BYTES = 4096
-"""Of a large image, so much of its beginning and of its end is hashed."""
 TOLD_BYTES = 1_000_000_000
 """To hash a file of this size takes seconds: it is said in the log."""
 CACHED_BYTES = 100_000
 """Hashes of smaller files are not cached: to read them takes no longer than to read the cache."""
-_CACHE_FORMAT = 4
-_READERS = 8
-"""Threads that look images up: on a network's disk it is waiting that takes the time."""
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".avi", ".webm", ".mkv"}
 """Endings of a benchmark's files that its questions do not depend on."""
 
@@ -67,10 +57,12 @@ def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> di
     cache = _source_cache(annotations, source, cache_folder)
     known = cache.read()
     if known is None:
-        known = {"annotations": _content(annotations), "paths": _image_paths(annotations, source)}
-        cache.write(known)
+        content, names = _content(annotations), Names.of(_image_paths(annotations, source))
+        cache.write({"annotations": content}, text=names.text, ends=names.ends)
+    else:
+        content, names = known.value["annotations"], Names(known.arrays["text"], known.arrays["ends"])
     images = Path(os.path.abspath(root / source.images))  # noqa: PTH100 (links are not followed: the path names the cache)
-    return {"annotations": known["annotations"], **_listing(images, known["paths"], cache_folder)}
+    return {"annotations": content, **image_listing(images, names, cache_folder)}
 
 
 def benchmark_fingerprint(benchmark: Benchmark, spec: EvalSpec, cache_folder: Path) -> dict[str, Any]:
@@ -87,13 +79,15 @@ def benchmark_fingerprint(benchmark: Benchmark, spec: EvalSpec, cache_folder: Pa
     root = Path(spec.root).absolute()
     fields = spec.model_dump(mode="json", include={"benchmark", "options", "layout", "limit", "limit_seed"})
     state = {"files": _state_of_files(root), "code": _code(benchmark)}
-    cache = _Cache(cache_folder, {**fields, "root": str(root)}, state)
+    cache = Cache(cache_folder, {**fields, "root": str(root)}, state)
     known = cache.read()
     if known is None:
         items = sampled(benchmark, benchmark.load(root, spec.layout), spec.limit, spec.limit_seed)
-        known = {"items": _items_digest(items, root), "count": len(items), "paths": _paths(items, root)}
-        cache.write(known)
-    return {"items": known["items"], "count": known["count"], **_listing(root, known["paths"], cache_folder)}
+        value, names = {"items": _items_digest(items, root), "count": len(items)}, Names.of(_paths(items, root))
+        cache.write(value, text=names.text, ends=names.ends)
+    else:
+        value, names = known.value, Names(known.arrays["text"], known.arrays["ends"])
+    return {**value, **image_listing(root, names, cache_folder)}
 
 
 def checkpoint_fingerprint(path_or_id: str, cache_folder: Path) -> dict[str, Any]:
@@ -129,16 +123,17 @@ def _hash(path: Path, cache_folder: Path) -> str:
     stat = path.stat()
     if stat.st_size < CACHED_BYTES:
         return hash_file(path)
-    cache = _Cache(cache_folder, {"file": str(path.absolute())}, {"stat": _state(stat)})
+    cache = Cache(cache_folder, {"file": str(path.absolute())}, {"stat": _state(stat)})
     known = cache.read()
     if known is None:
         if stat.st_size >= TOLD_BYTES:
             log.warning(
                 "reading %s (%.1f GB) to tell it from others; the next plan will know it", path, stat.st_size / 1e9
             )
-        known = {"sha256": hash_file(path)}
-        cache.write(known)
-    return str(known["sha256"])
+        value = {"sha256": hash_file(path)}
+        cache.write(value)
+        return str(value["sha256"])
+    return str(known.value["sha256"])
 
 
 def _state(stat: os.stat_result) -> list[int]:
@@ -146,52 +141,10 @@ def _state(stat: os.stat_result) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-class _Cache:
-    """One JSON file for one state of what lies on disk.
-
-    Args:
-        folder: of all cache files.
-        where: what is cached; names the file.
-        state: how it was found (sizes, times): what was cached for another state counts as none.
-    """
-
-    def __init__(self, folder: Path, where: dict[str, Any], state: dict[str, Any]) -> None:
-        self.path = folder / f"{digest(where)[:32]}.json"
-        self.key = {"format": _CACHE_FORMAT, **where, **state}
-
-    def read(self) -> dict[str, Any] | None:
-        """What was cached for the state as it is now; a damaged or foreign cache file counts as none."""
-        try:
-            checksum, _, text = self.path.read_bytes().partition(b"\n")
-            if checksum.decode() != hashlib.sha256(text).hexdigest():
-                return None
-            record = json.loads(text)
-        except (OSError, ValueError):
-            return None
-        if not isinstance(record, dict) or record.get("key") != self.key:
-            return None
-        with contextlib.suppress(OSError):  # of a store that can only be read
-            os.utime(self.path)  # it was of use: `store gc` deletes what was not for long
-        return dict(record["value"])
-
-    def write(self, value: dict[str, Any]) -> None:
-        """Replace the cache file, so that another process never reads half of it.
-
-        Where the store cannot be written there is no cache, and all is read anew each time: planning needs none.
-        """
-        try:
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"key": self.key, "value": value}).encode()
-            write_atomic(self.path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text, durable=False)
-        except DiskError as error:
-            log.info("not cached: %s", error)
-
-
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _source_cache(annotations: Path, source: SourceSpec, folder: Path) -> _Cache:
+def _source_cache(annotations: Path, source: SourceSpec, folder: Path) -> Cache:
     try:
         stats = [path.stat() for path in _files(annotations)]
     except OSError as error:
@@ -199,7 +152,7 @@ def _source_cache(annotations: Path, source: SourceSpec, folder: Path) -> _Cache
         raise DataError(f"annotation file {annotations}: not found ({error.strerror}). {hint}") from error
     where = {"path": str(annotations.absolute()), "images": source.images, "limit": source.limit}
     where |= {} if source.format == "llava" else {"layout": source.format}
-    return _Cache(folder, where, {"stat": list(map(_state, stats))})
+    return Cache(folder, where, {"stat": list(map(_state, stats))})
 
 
 def _files(annotations: Path) -> list[Path]:
@@ -218,65 +171,19 @@ def _content(annotations: Path) -> str:
     return digest([hash_file(path) for path in _files(annotations)])
 
 
-def _image_paths(annotations: Path, source: SourceSpec) -> list[str]:
-    """Every image path that the first `limit` records name, sorted, each once. Faults are `prepare`'s to report."""
-    paths: set[str] = set()
+def _image_paths(annotations: Path, source: SourceSpec) -> Iterator[str]:
+    """Image paths that the first `limit` records name, as often as they do. Faults are `prepare`'s to report."""
     if source.format in ("llava", "questions"):
         for record in islice(read_records(annotations), source.limit):
             named = record.get("image") if isinstance(record, dict) else None
-            paths.update(filter(_is_path, named if isinstance(named, list) else [named]))
+            yield from filter(_is_path, named if isinstance(named, list) else [named])
     else:
         for sample in islice(read_samples(annotations, source.format), source.limit):
-            paths.update(filter(_is_path, sample.images) if isinstance(sample, Sample) else ())
-    return sorted(paths)
+            yield from filter(_is_path, sample.images) if isinstance(sample, Sample) else ()
 
 
 def _is_path(name: Any) -> TypeGuard[str]:
     return isinstance(name, str) and not is_embedded(name) and not name.startswith("data:")
-
-
-def _listing(root: Path, paths: Sequence[str], cache_folder: Path) -> dict[str, Any]:
-    """Digest of (path, size, content) of all images, and those that are missing.
-
-    What the paths name is only read where it is a regular file; they are no promise of an image, nor of one below `root`.
-    """
-    cache = _Cache(cache_folder, {"images": str(root), "of": digest(list(paths))}, {})
-    known = cache.read() or {}
-    with ThreadPoolExecutor(_READERS) as threads:
-        states = list(threads.map(lambda path: _look_up(root, path, known.get(path)), paths, chunksize=256))
-    found = dict(zip(paths, states, strict=True))
-    if found != known:
-        cache.write(found)
-    listing = hashlib.sha256()
-    missing = [path for path, state in found.items() if state is None]
-    for path, state in found.items():
-        line = [path, -1, ""] if state is None else [path, state[0], state[3]]
-        listing.update(json.dumps(line).encode() + b"\n")
-    counts = {"num_images": len(paths), "missing": missing[:MISSING_SHOWN], "num_missing": len(missing)}
-    return {"images": listing.hexdigest(), **counts}
-
-
-def _look_up(root: Path, path: str, known: list[Any] | None) -> list[Any] | None:
-    """Size, modification time, inode and content of an image, or None if there is none; read only if it changed."""
-    where = f"{root}/{path}"
-    try:
-        stat = os.stat(where)  # noqa: PTH116 - a million calls, and pathlib's are three times slower
-        state = _state(stat)
-        if known is not None and known[:3] == state:
-            return known
-        return [*state, _edges(where, stat) if S_ISREG(stat.st_mode) else ""]
-    except (OSError, ValueError):
-        return None
-
-
-def _edges(path: str, stat: os.stat_result) -> str:
-    """32 digits of the SHA-256 of a file's first and last EDGE_BYTES, or of all of a small one."""
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        content = file.read(2 * EDGE_BYTES) if stat.st_size <= 2 * EDGE_BYTES else file.read(EDGE_BYTES)
-        if stat.st_size > 2 * EDGE_BYTES:
-            file.seek(-EDGE_BYTES, os.SEEK_END)
-            content += file.read(EDGE_BYTES)
-    return hashlib.sha256(content).hexdigest()[:32]
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks
@@ -317,8 +224,8 @@ def _plain(value: Any) -> Any:
 
 
 def _paths(items: Sequence[Item], root: Path) -> list[str]:
-    """Files that hold the items' images, sorted, each once."""
-    return sorted({_below(ref.path, root) for item in items for ref in item.images if ref.data is None})
+    """Files that hold the items' images."""
+    return [_below(ref.path, root) for item in items for ref in item.images if ref.data is None]
 
 
 def _below(path: Path, root: Path) -> str:

@@ -17,6 +17,7 @@ import pytest
 from tinylmm.config.spec import SourceSpec
 from tinylmm.errors import DataError
 from tinylmm.planning import fingerprints as fingerprint
+from tinylmm.planning import listing
 from tinylmm.planning.fingerprints import checkpoint_fingerprint, source_fingerprint
 
 SOURCE = SourceSpec(annotations="a.json", images="images", how_to_get="Download a.json from the project page.")
@@ -39,10 +40,10 @@ def identity(root: Path, source: SourceSpec = SOURCE) -> dict[str, Any]:
 
 def test_source_is_the_hash_of_its_file_and_the_listing_of_its_images(root: Path) -> None:
     content = {name: (root / "images" / name).read_bytes() for name in ("1.png", "2.png", "3.png")}
-    listing = "".join(f'["{n}", 5, "{hashlib.sha256(data).hexdigest()[:32]}"]\n' for n, data in content.items())
+    lines = "".join(f'["{n}", 5, "{hashlib.sha256(data).hexdigest()[:32]}"]\n' for n, data in content.items())
     assert identity(root) == {
         "annotations": hashlib.sha256((root / "a.json").read_bytes()).hexdigest(),
-        "images": hashlib.sha256(listing.encode()).hexdigest(),
+        "images": hashlib.sha256(lines.encode()).hexdigest(),
         "num_images": 3,
         "missing": [],
         "num_missing": 0,
@@ -122,9 +123,9 @@ def test_of_a_large_image_both_ends_count(root: Path, where: int) -> None:
 
 def test_an_image_is_read_once_for_each_state_of_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = identity(root)
-    read = fingerprint._edges
+    read = listing.edges_of
     seen: list[str] = []
-    monkeypatch.setattr(fingerprint, "_edges", lambda path, stat: (seen.append(path), read(path, stat))[1])
+    monkeypatch.setattr(listing, "edges_of", lambda path, size: (seen.append(path), read(path, size))[1])
     assert identity(root) == first and seen == []
     (root / "images" / "1.png").write_bytes(b"another one")
     identity(root)
@@ -247,3 +248,37 @@ def test_a_folder_of_parquet_files_is_identified_by_all_of_them(root: Path) -> N
     assert first["num_images"] == 2 and identity(root, source) == first
     (root / "shards" / "train-1.parquet").write_bytes((root / "shards" / "train-0.parquet").read_bytes())
     assert identity(root, source)["annotations"] != first["annotations"]
+
+
+def test_names_are_in_order_and_each_there_once_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "_JOINED", 7)
+    monkeypatch.setattr(listing, "BLOCK", 5)
+    given = [f"b/{number % 40}.jpg" for number in range(200)] + ["é.png", "\U0001f600.png", "a\0b", "", "half \ud800"]
+    names = listing.Names.of(iter(given))
+    assert [name for block in names.blocks() for name in block] == sorted(set(given[:-1]))
+    assert len(names) == 44
+    assert list(listing.Names.of([]).blocks()) == []
+
+
+def test_blocks_and_threads_find_what_one_look_finds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        (root / "images" / f"{number}.jpg").write_bytes(b"x" * number * 1000)
+    (root / "images" / "folder").mkdir()
+    records = [{"image": f"{number}.jpg"} for number in range(50)] + [{"image": "folder"}, {"image": "a\0b"}]
+    (root / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    at_once = identity(root)
+    assert (at_once["num_images"], at_once["num_missing"]) == (52, 11)
+    monkeypatch.setattr(listing, "BLOCK", 7)
+    monkeypatch.setattr(listing, "_SLOW_SECONDS", 0)
+    assert identity(root) == at_once
+    assert source_fingerprint(root, SOURCE, root / "another cache") == at_once
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
+def test_a_damaged_cache_is_read_anew(root: Path, damage: str) -> None:
+    first = identity(root)
+    for path in (root.parent / "cache").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes({"cut": content[:-9], "bit": content, "empty": b""}[damage])
+    assert identity(root) == first
