@@ -24,7 +24,7 @@ from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
 from tinylmm.models.devices import choose_device
-from tinylmm.models.tuning import apply_tuning, enable_checkpointing
+from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.images import EMBEDDED_FOLDER
 from tinylmm.stages.job import StageJob
@@ -37,7 +37,7 @@ from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
 from tinylmm.training.pipes import num_readers
-from tinylmm.training.ranks import barrier, from_rank_zero, rank, set_timeout, waiting, world_size
+from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_tensorboard, wandb_run
 from tinylmm.training.trainer import LMMTrainer, SaveSchedule
@@ -51,19 +51,12 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     device = choose_device(launch.device, spec.precision)
     attention = choose_attention(launch.attention, spec.precision, device)
     configure_tensorboard(job.folder)
-    loaded = _start_model(job)
+    start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
+    with in_turn(device.type != "cpu"):
+        loaded = _start_model(job, start)
+        kept, tuning, frozen = _to_device(job, loaded, device)
+    barrier()
     model = loaded.model
-    kept = kept_parts(loaded, spec.tune, job.parents, job.folder, StoreLayout(job.store))
-    model.vision_tower.to(device)
-    model.connector.to(device)
-    tuning = apply_tuning(model, spec.tune, spec.seed, spec.precision, device)
-    for part, decision in tuning.items():
-        log.info(
-            "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
-        )
-    frozen = frozen_in_trained_parts(model, kept) if launch.deepspeed_stage else {}
-    cast_frozen(model, kept, spec.precision, device)
-    model.to(device)
     model.set_attention(attention)
     images = _Images(job, loaded)
     samples = PreparedSamples(_sources(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
@@ -262,14 +255,36 @@ class _WithFeatures:
         return batch
 
 
-def _start_model(job: StageJob[TrainStage]) -> LoadedModel:
-    """Return the model this stage starts from: of an earlier stage, or put together from parts."""
+def _to_device(
+    job: StageJob[TrainStage], loaded: LoadedModel, device: torch.device
+) -> tuple[dict[str, Path], dict[str, PartTuning], dict[str, torch.Tensor]]:
+    """Say what of the model is trained, and move it to the device, what is frozen in the stage's precision.
+
+    Returns the folders of parts that stay as they are, what was decided for each part, and frozen tensors to save.
+    """
+    spec, model = job.spec, loaded.model
+    kept = kept_parts(loaded, spec.tune, job.parents, job.folder, StoreLayout(job.store))
+    model.vision_tower.to(device)
+    model.connector.to(device)
+    tuning = apply_tuning(model, spec.tune, spec.seed, spec.precision, device)
+    for part, decision in tuning.items():
+        log.info(
+            "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
+        )
+    frozen = frozen_in_trained_parts(model, kept) if job.settings.launch.deepspeed_stage else {}
+    cast_frozen(model, kept, spec.precision, device)
+    model.to(device)
+    return kept, tuning, frozen
+
+
+def _start_model(job: StageJob[TrainStage], start: Path | None) -> LoadedModel:
+    """Return the model this stage starts from: of an earlier stage, at `start`, or put together from parts."""
     spec, parents, folders = job.spec, job.parents, job.settings.folders
     trust, attention = job.settings.trust, job.settings.launch.attention
     if "from" in parents:
         return load_model(parents["from"] / MODEL_FOLDER, trust, attention)
-    if spec.model is not None:
-        return load_model(own_copy(Path(folders["from"]), job.folder, StoreLayout(job.store)), trust, attention)
+    if start is not None:
+        return load_model(start, trust, attention)
     assert spec.connector is not None and spec.tower_output is not None and spec.chat_template is not None
     llm = part_source(PartIdentity, spec.llm, parents.get("llm"), folders.get("llm"))
     tower = part_source(TowerIdentity, spec.vision_tower, parents.get("vision_tower"), folders.get("vision_tower"))

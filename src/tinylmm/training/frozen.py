@@ -32,7 +32,7 @@ def kept_parts(
 
     They are linked into this stage's model. Where no earlier stage's output has exactly them (published or random parts, a
     new adapter on a merged one), they are written now: once they are cast to the stage's precision, quantised or wrapped in
-    adapters, they cannot be had from memory. Every rank must call it.
+    adapters, they cannot be had from memory. Rank 0 writes; the others wait for it before they read.
     """
     kept = {}
     for part in PARTS:
@@ -48,7 +48,6 @@ def kept_parts(
             kept[part] = work / KEPT / part
             if rank() == 0:
                 _hold_once(loaded, part, kept[part], store)
-    barrier()
     return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,27 @@ def barrier() -> None:
     """Wait for every rank."""
     if active():
         distributed.barrier()
+
+
+@contextmanager
+def in_turn(needed: bool = True) -> Iterator[None]:
+    """Let the ranks of this machine through the block one after the other; nothing in it may wait for another rank.
+
+    For what takes much of the machine's memory for a moment: eight ranks that load a model at once, each to move it to its
+    own GPU, would hold it eight times.
+
+    Args:
+        needed: without it, all go through at once.
+    """
+    if not (needed and active()):
+        yield
+        return
+    mine, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    for _ in range(mine):
+        barrier()
+    yield
+    for _ in range(mine, ranks):
+        barrier()
 
 
 @contextmanager

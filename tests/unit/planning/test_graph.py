@@ -95,7 +95,9 @@ def test_how_a_run_is_done_and_recorded_changes_no_digest(word: str) -> None:
 )
 def test_a_change_reruns_just_what_depends_on_it(words: list[str], expected: set[str]) -> None:
     if "data.build" in words[0]:  # the benchmark and the parts keep their own data
-        expected = TRAINED | {f"{stage}[{source}]" for stage in ("images", "prepare") for source in ("pretrain", "finetune")}
+        expected = TRAINED | {
+            f"{stage}[{source}]" for stage in ("images", "prepare") for source in ("pretrain", "finetune")
+        }
     assert changed(*words) - {"digits"} == expected
 
 
