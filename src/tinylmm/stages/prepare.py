@@ -9,30 +9,29 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
-from tinylmm.constants import IGNORE_INDEX
-from tinylmm.data.chat import ChatTemplate, Rendered, get_template
+from tinylmm.data.chat import get_template
 from tinylmm.data.records import Place
-from tinylmm.data.sample import BadRecord, Sample, parse_record
+from tinylmm.data.sample import BadRecord
 from tinylmm.errors import DataError
 from tinylmm.models.build import load_tokenizer
 from tinylmm.planning.specs import PrepareStage
-from tinylmm.stages.chunks import Chunk, ChunkFolder, hashed
-from tinylmm.stages.images import names_of, read_faults
+from tinylmm.stages import rendering
+from tinylmm.stages.chunks import Chunk, ChunkFolder
+from tinylmm.stages.images import read_faults
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.pool import in_order
+from tinylmm.stages.rendering import SCHEMA, Renderer, pieces_of
 from tinylmm.stages.sources import Progress, Source, processes
 from tinylmm.stop import require_claim
 
@@ -40,21 +39,8 @@ log = logging.getLogger(__name__)
 
 DOING = "preparing samples"
 FAULTS_SHOWN = 20
-CHUNK = 2048
-"""Records that a process takes at a time, and that are kept at a time,"""
-CHUNK_BYTES = 16 << 20
-"""or fewer, where so many bytes of them are reached."""
-SERIAL_BELOW = 2000
-"""So few records are done sooner in this process than in others that must start first."""
-
-FEATURES = datasets.Features(
-    {
-        "sample_id": datasets.Value("string"),
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "images": datasets.List(datasets.Value("string")),
-    }
-)
+SERIAL_PIECES = 4
+"""So few pieces are done sooner in this process than in others that must start first."""
 
 
 @dataclass
@@ -103,124 +89,22 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
     source, place, scratch = Source.of(job), Place(), job.folder / "scratch"
     tokenizer = load_tokenizer(job.spec.tokenizer, job.parents.get("tokenizer"), job.settings.folders.get("tokenizer"))
     template = get_template(job.spec.template).fitted(tokenizer)
-    kept = ChunkFolder(scratch / f"chunks-of-{CHUNK}", FEATURES.arrow_schema)
+    kept = ChunkFolder(scratch / f"chunks-of-{rendering.CHUNK}", SCHEMA)
     renderer = Renderer(template, tokenizer, source, read_faults(job.parents["images"]), kept)
     progress = Progress(job, "records", DOING, place, source.limit)
     tally = _Tally()
-    pieces = _pieces(progress.read(source.records(place)))
-    first = next(pieces, None)
-    if first is not None:
-        several = processes(job) if len(first.records) >= SERIAL_BELOW else 1
-        for chunk in in_order(renderer, chain([first], pieces), several, DOING):
-            require_claim()
-            tally.add(chunk)
-            progress(chunk.records)
+    pieces = pieces_of(progress.read(source.records(place)))
+    first = list(islice(pieces, SERIAL_PIECES))
+    several = processes(job) if len(first) == SERIAL_PIECES else 1
+    for chunk in in_order(renderer, chain(first, pieces), several, DOING):
+        require_claim()
+        tally.add(chunk)
+        progress(chunk.records)
     _enforce_policy(source, tally)
     _write_rows(scratch / "rows.arrow", kept.tables(tally.chunks))
     _publish(scratch / "rows.arrow", job)
     shutil.rmtree(scratch)
     return _report(job, tally)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some records of a file, on their way to whatever process renders them.
-
-    Attributes:
-        number: of the chunk that they become.
-        first: place of the first one in the file.
-        records: each pickled, so that how much memory they take is known.
-    """
-
-    number: int
-    first: int
-    records: list[bytes]
-
-
-def _pieces(records: Iterable[Any]) -> Iterator[Piece]:
-    """Cut a file into pieces of CHUNK records, or fewer where they are large: the same pieces at every try."""
-    number = first = size = 0
-    batch: list[bytes] = []
-    for record in records:
-        batch.append(pickle.dumps(record))
-        size += len(batch[-1])
-        if len(batch) == CHUNK or size >= CHUNK_BYTES:
-            yield Piece(number, first, batch)
-            number, first, size, batch = number + 1, first + len(batch), 0, []
-    if batch:
-        yield Piece(number, first, batch)
-
-
-@dataclass(frozen=True)
-class Renderer:
-    """Makes chunks of pieces; travels to other processes.
-
-    Attributes:
-        template: fitted to the tokenizer.
-        faults: image -> what is wrong with it, of those that cannot be used.
-        kept: where chunks are written.
-    """
-
-    template: ChatTemplate
-    tokenizer: PreTrainedTokenizerBase
-    source: Source
-    faults: Mapping[str, str]
-    kept: ChunkFolder
-
-    def __call__(self, piece: Piece) -> Chunk:
-        """Return a piece's chunk: the one that is kept already, or a new one, which is kept from now on."""
-        done = self.kept.read(piece.number)
-        if done is not None and done.records == len(piece.records):
-            return done
-        bad: list[BadRecord] = []
-        rows: list[tuple[str, Rendered, tuple[str, ...]]] = []
-        for index, pickled in enumerate(piece.records, piece.first):
-            sample = parse_record(index, pickle.loads(pickled), self.source.format)
-            if isinstance(sample, BadRecord):
-                bad.append(sample)
-                continue
-            images, rendered = names_of(sample, self.source.images), self.render(sample)
-            if (fault := self._fault(images, rendered)) is not None:
-                bad.append(BadRecord(index, sample.sample_id, fault))
-            else:
-                rows.append((sample.sample_id, rendered, images))
-        tokens = sum(len(rendered.input_ids) for _, rendered, _ in rows)
-        ids = hashed([*(row[0] for row in rows), *(one.sample_id for one in bad)])
-        chunk = Chunk(len(piece.records), bad, tokens, sum(_supervised(row[1]) for row in rows), ids)
-        self.kept.write(piece.number, chunk, _table(rows))
-        return chunk
-
-    def render(self, sample: Sample) -> Rendered:
-        """Token ids and labels of a sample."""
-        return self.template.render(sample.turns, self.tokenizer, sample.system)
-
-    def _fault(self, images: Iterable[str], rendered: Rendered) -> str | None:
-        """Why a rendered sample cannot be used, or None."""
-        faults = [self.faults[name] for name in images if name in self.faults]
-        if not _supervised(rendered):
-            faults.append("no token of it would be trained on")
-        return " ".join(dict.fromkeys(faults)) or None
-
-
-def _supervised(rendered: Rendered) -> int:
-    return len(rendered.labels) - rendered.labels.count(IGNORE_INDEX)
-
-
-def _table(rows: list[tuple[str, Rendered, tuple[str, ...]]]) -> pa.Table:
-    """Rows as columns; of numbers through numpy, which is ten times faster than one by one."""
-    columns = {
-        "sample_id": pa.array([name for name, _, _ in rows], pa.string()),
-        "input_ids": _lists([rendered.input_ids for _, rendered, _ in rows]),
-        "labels": _lists([rendered.labels for _, rendered, _ in rows]),
-        "images": pa.array([list(images) for _, _, images in rows], pa.list_(pa.string())),
-    }
-    return pa.table(columns).cast(FEATURES.arrow_schema)
-
-
-def _lists(values: list[list[int]]) -> pa.Array:
-    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    flat = np.fromiter(chain.from_iterable(values), np.int32, int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
 
 
 def _enforce_policy(source: Source, tally: _Tally) -> None:
@@ -242,7 +126,7 @@ def _enforce_policy(source: Source, tally: _Tally) -> None:
 
 def _write_rows(path: Path, tables: Iterator[pa.Table]) -> None:
     """Stream rows to an Arrow file, so that memory does not grow with the data set."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, FEATURES.arrow_schema) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for table in tables:
             writer.write_table(table)
 
@@ -252,7 +136,7 @@ def _publish(rows: Path, job: StageJob[PrepareStage]) -> None:
     samples = job.output / "samples"
     shutil.rmtree(samples, ignore_errors=True)
     table = datasets.Dataset.from_file(str(rows)).data
-    info = datasets.DatasetInfo(features=FEATURES)
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(SCHEMA))
     dataset = datasets.Dataset(table, info=info, fingerprint=job.digest[:16])
     datasets.disable_progress_bars()  # the command shows its own
     dataset.save_to_disk(samples)

@@ -24,7 +24,7 @@ from tests.unit.stages.preparing import prepared
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.errors import ConfigError, DataError, StoppedError, UserError
 from tinylmm.planning.specs import PrepareStage, StageSettings
-from tinylmm.stages import prepare
+from tinylmm.stages import prepare, rendering
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import watch_for_stop
 
@@ -192,7 +192,8 @@ def test_worker_processes_give_the_same_bytes(root: Path, tokenizer: Path, monke
     job = job_of(root, tokenizer, [record(str(number), ["a.png", "b.jpg"][number % 2]) for number in range(20)])
     prepared(job)
     first = output_hashes(job)
-    monkeypatch.setattr(prepare, "SERIAL_BELOW", 10)
+    monkeypatch.setattr(prepare, "SERIAL_PIECES", 1)
+    monkeypatch.setattr(rendering, "CHUNK", 7)
     job = replace(job, settings=StageSettings.model_validate(job.settings.as_json() | {"launch": {"num_workers": 2}}))
     prepared(job)
     assert output_hashes(job) == first
@@ -201,7 +202,7 @@ def test_worker_processes_give_the_same_bytes(root: Path, tokenizer: Path, monke
 def test_chunks_of_a_long_file_are_joined_in_order(
     root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "CHUNK", 3)
+    monkeypatch.setattr(rendering, "CHUNK", 3)
     job = job_of(root, tokenizer, [record(str(number)) for number in range(8)])
     assert prepared(job)["images"] == 1
     assert load_from_disk(job.output / "samples")["sample_id"][:] == [str(number) for number in range(8)]
@@ -245,9 +246,9 @@ def test_tokenizer_that_cannot_be_loaded_is_refused_by_name(root: Path, tmp_path
 
 def broken_off(job: StageJob[Any], monkeypatch: pytest.MonkeyPatch, after: int, stop: BaseException) -> None:
     """Run the stage until so many records are rendered; then it is stopped, or dies."""
-    render, calls = prepare.Renderer.render, []
+    render, calls = rendering.Renderer.render, []
 
-    def counted(self: prepare.Renderer, sample: Any) -> Any:
+    def counted(self: rendering.Renderer, sample: Any) -> Any:
         calls.append(sample)
         if len(calls) > after:
             if isinstance(stop, StoppedError):
@@ -256,17 +257,17 @@ def broken_off(job: StageJob[Any], monkeypatch: pytest.MonkeyPatch, after: int, 
                 raise stop
         return render(self, sample)
 
-    monkeypatch.setattr(prepare.Renderer, "render", counted)
+    monkeypatch.setattr(rendering.Renderer, "render", counted)
     with watch_for_stop(), pytest.raises(type(stop)):
         prepared(job)
-    monkeypatch.setattr(prepare.Renderer, "render", render)
+    monkeypatch.setattr(rendering.Renderer, "render", render)
 
 
 @pytest.mark.parametrize("stop", [StoppedError(), MemoryError()], ids=["asked to stop", "died"])
 def test_what_was_stopped_goes_on_behind_the_last_whole_chunk_to_the_same_bytes(
     stop: BaseException, root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "CHUNK", 3)
+    monkeypatch.setattr(rendering, "CHUNK", 3)
     images = ["a.png", "gone.png", "b.jpg"]
     records = [record(str(number), images[number % 3]) for number in range(9)] + [record("1"), {"id": "no"}]
     job = job_of(root, tokenizer, records, on_bad="skip", max_bad=4)
@@ -276,9 +277,9 @@ def test_what_was_stopped_goes_on_behind_the_last_whole_chunk_to_the_same_bytes(
     job.output.mkdir(parents=True)
     broken_off(job, monkeypatch, 7, stop)
     rendered: list[str] = []
-    render = prepare.Renderer.render
+    render = rendering.Renderer.render
     monkeypatch.setattr(
-        prepare.Renderer, "render", lambda self, sample: rendered.append(sample.sample_id) or render(self, sample)
+        rendering.Renderer, "render", lambda self, sample: rendered.append(sample.sample_id) or render(self, sample)
     )
     assert prepared(job) == summary
     assert rendered == (["6", "7", "8", "1"] if isinstance(stop, MemoryError) else ["1"]), "whole chunks are kept"
@@ -289,7 +290,7 @@ def test_what_was_stopped_goes_on_behind_the_last_whole_chunk_to_the_same_bytes(
 def test_a_kept_chunk_that_is_not_whole_is_made_again(
     name: str, root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "CHUNK", 3)
+    monkeypatch.setattr(rendering, "CHUNK", 3)
     job = job_of(root, tokenizer, [record(str(number)) for number in range(11)])
     prepared(job)
     undisturbed = output_hashes(job)
@@ -304,8 +305,8 @@ def test_a_kept_chunk_that_is_not_whole_is_made_again(
 def test_preparing_in_several_processes_can_be_stopped(
     root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "SERIAL_BELOW", 10)
-    monkeypatch.setattr(prepare, "CHUNK", 500)
+    monkeypatch.setattr(prepare, "SERIAL_PIECES", 1)
+    monkeypatch.setattr(rendering, "CHUNK", 500)
     job = job_of(root, tokenizer, [record(str(number)) for number in range(5_000)])
     job = replace(job, settings=StageSettings.model_validate(job.settings.as_json() | {"launch": {"num_workers": 2}}))
     done = threading.Event()
