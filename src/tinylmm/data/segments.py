@@ -199,8 +199,11 @@ class _Encoder:
                 f"'{self._tokenizer.convert_ids_to_tokens(found)}' of ordinary text, so a text could end an answer or play "
                 "a role. Use a tokenizer that encodes every text by its own vocabulary, or clean the data."
             )
+        if not any(supervised):
+            return ids, [IGNORE_INDEX] * len(ids)
+        supervised.append(supervised[-1])  # for an empty token behind the last character
         labels = [
-            token if supervised[min(max(start, end - 1), len(text) - 1)] else IGNORE_INDEX
+            token if supervised[end - 1 if end > start else start] else IGNORE_INDEX
             for token, (start, end) in zip(ids, encoding.offsets, strict=True)
         ]
         return ids, labels
