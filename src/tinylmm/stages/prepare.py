@@ -30,7 +30,7 @@ from tinylmm.stages import rendering
 from tinylmm.stages.chunks import Chunk, ChunkFolder
 from tinylmm.stages.images import read_faults
 from tinylmm.stages.job import StageJob
-from tinylmm.stages.pool import in_order
+from tinylmm.stages.pool import heed, in_order
 from tinylmm.stages.rendering import SCHEMA, Renderer, pieces_of
 from tinylmm.stages.sources import Progress, Source, processes
 from tinylmm.stop import require_claim
@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 
 DOING = "preparing samples"
 FAULTS_SHOWN = 20
+SHARD_BYTES = 500_000_000
+"""Of a file of samples; the last chunk in it goes beyond."""
+STATE_FILE = "state.json"
+"""Of a `datasets` folder: which files its rows are in."""
 SERIAL_PIECES = 4
 """So few pieces are done sooner in this process than in others that must start first."""
 
@@ -101,8 +105,7 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
         tally.add(chunk)
         progress(chunk.records)
     _enforce_policy(source, tally)
-    _write_rows(scratch / "rows.arrow", kept.tables(tally.chunks))
-    _publish(scratch / "rows.arrow", job)
+    _publish(kept.tables(tally.chunks), job)
     shutil.rmtree(scratch)
     return _report(job, tally)
 
@@ -124,22 +127,34 @@ def _enforce_policy(source: Source, tally: _Tally) -> None:
         raise DataError(f"{source.annotations}: no usable record among {tally.records}. Check the file.")
 
 
-def _write_rows(path: Path, tables: Iterator[pa.Table]) -> None:
-    """Stream rows to an Arrow file, so that memory does not grow with the data set."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for table in tables:
-            writer.write_table(table)
+def _publish(tables: Iterator[pa.Table], job: StageJob[PrepareStage]) -> None:
+    """Write a `datasets` folder, chunk after chunk: the library's own writer would map all of it into memory.
 
-
-def _publish(rows: Path, job: StageJob[PrepareStage]) -> None:
-    """Save as a `datasets` folder. Its fingerprint is the stage's digest: by default it would be a random one."""
-    samples = job.output / "samples"
-    shutil.rmtree(samples, ignore_errors=True)
-    table = datasets.Dataset.from_file(str(rows)).data
-    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(SCHEMA))
-    dataset = datasets.Dataset(table, info=info, fingerprint=job.digest[:16])
+    It writes what describes a folder, of an empty one. The fingerprint is the stage's digest: by default it would be a random
+    one.
+    """
+    folder = job.output / "samples"
+    shutil.rmtree(folder, ignore_errors=True)
     datasets.disable_progress_bars()  # the command shows its own
-    dataset.save_to_disk(samples)
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(SCHEMA))
+    empty = datasets.table.InMemoryTable(SCHEMA.empty_table())
+    datasets.Dataset(empty, info=info, fingerprint=job.digest[:16]).save_to_disk(folder)
+    for path in folder.glob("*.arrow"):
+        path.unlink()
+    files: list[Path] = []
+    while (first := next(tables, None)) is not None:
+        heed(DOING)
+        files.append(folder / f"{len(files)}.part")
+        with pa.OSFile(str(files[-1]), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            writer.write_table(first)
+            while sink.tell() < SHARD_BYTES and (table := next(tables, None)) is not None:
+                writer.write_table(table)
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    names = [f"data-{number:05d}-of-{len(files):05d}.arrow" for number in range(len(files))]
+    for path, name in zip(files, names, strict=True):
+        path.rename(folder / name)
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _report(job: StageJob[PrepareStage], tally: _Tally) -> dict[str, Any]:

@@ -182,18 +182,19 @@ def test_rerun_gives_the_same_bytes_also_over_leftovers(root: Path, tokenizer: P
     first = output_hashes(job)
     (job.output / "samples" / "data-00007-of-00009.arrow").write_bytes(b"left by a killed try")
     (job.folder / "scratch").mkdir()
-    (job.folder / "scratch" / "rows.arrow").write_bytes(b"half")
+    (job.folder / "scratch" / "chunks-of-2048").mkdir()
+    (job.folder / "scratch" / "chunks-of-2048" / "0.arrow").write_bytes(b"half")
     prepared(job)
     assert output_hashes(job) == first
     assert set(first) >= {"report.json", "samples/state.json", "samples/dataset_info.json"}
 
 
 def test_worker_processes_give_the_same_bytes(root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "CHUNK", 7)
     job = job_of(root, tokenizer, [record(str(number), ["a.png", "b.jpg"][number % 2]) for number in range(20)])
     prepared(job)
     first = output_hashes(job)
     monkeypatch.setattr(prepare, "SERIAL_PIECES", 1)
-    monkeypatch.setattr(rendering, "CHUNK", 7)
     job = replace(job, settings=StageSettings.model_validate(job.settings.as_json() | {"launch": {"num_workers": 2}}))
     prepared(job)
     assert output_hashes(job) == first
@@ -206,6 +207,17 @@ def test_chunks_of_a_long_file_are_joined_in_order(
     job = job_of(root, tokenizer, [record(str(number)) for number in range(8)])
     assert prepared(job)["images"] == 1
     assert load_from_disk(job.output / "samples")["sample_id"][:] == [str(number) for number in range(8)]
+
+
+def test_rows_of_many_chunks_lie_in_files_of_a_size(
+    root: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "CHUNK", 3)
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 3_000)
+    job = job_of(root, tokenizer, [record(str(number)) for number in range(20)])
+    prepared(job)
+    assert len(list((job.output / "samples").glob("*.arrow"))) > 2
+    assert load_from_disk(job.output / "samples")["sample_id"][:] == [str(number) for number in range(20)]
 
 
 def test_limit_takes_the_first_records_only(root: Path, tokenizer: Path) -> None:
