@@ -30,7 +30,7 @@ from tinylmm.store.stage import Stage
 __all__ = ["Project", "Stage", "StoreBuilder", "compose_run", "qa_folders", "resolve_target", "tiny_project"]
 
 
-VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2}
+VERSIONS = {"data": 2, "parts": 1, "prepare": 1, "train": 1, "eval": 2, "judge": 1}
 """Of the kinds' code when digests were frozen. A version is raised when results change, which moves every digest behind it;
 what else is in a digest is compared at these."""
 

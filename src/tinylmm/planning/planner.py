@@ -22,7 +22,7 @@ from tinylmm.planning.fingerprints import (
     source_fingerprint,
 )
 from tinylmm.planning.graph import StageGraph, build_graph
-from tinylmm.planning.specs import Content, StageSettings
+from tinylmm.planning.specs import Content, JudgeStage, StageSettings
 from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import StoreLayout
 from tinylmm.store.stage import Stage
@@ -73,7 +73,15 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
         raise ConfigError([fault])
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
-    return RunPlan(name, list(overrides), run, graph, files.missing, unknown, _warnings(run))
+    return RunPlan(
+        name,
+        list(overrides),
+        run,
+        graph,
+        files.missing,
+        unknown,
+        [*_warnings(run), *filter(None, map(waits_for, graph))],
+    )
 
 
 def _warnings(run: RunSpec) -> list[str]:
@@ -186,8 +194,20 @@ def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
 
 
 def stage_status(store_root: Path, stage: Stage) -> str:
-    """`complete` or `todo`; looks, touches nothing."""
-    return Store(store_root).status(stage)
+    """`complete`, `waits` or `todo`; looks, touches nothing."""
+    return "waits" if waits_for(stage) else Store(store_root).status(stage)
+
+
+def waits_for(stage: Stage) -> str:
+    """What only the user can give before the stage can run, in words; empty where nothing is."""
+    if stage.kind != "judge" or (spec := JudgeStage.model_validate(stage.spec)).judge is not None:
+        return ""
+    benchmark, name = spec.benchmark, stage.name.partition("@")[0]
+    return (
+        f"{stage.name}: {benchmark} is scored by a judge, and none is named. Set eval.{name}.judge.base_url and "
+        f"eval.{name}.judge.model and give the same command again: nothing is asked of the model twice. Or score the answers "
+        f"with `tinylmm score {benchmark}`."
+    )
 
 
 class _Files:
