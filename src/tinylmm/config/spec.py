@@ -256,6 +256,8 @@ class EvalSpec(Frozen):
     """Ask at most so many questions, drawn from every category; questions that are scored together stay together."""
     limit_seed: Annotated[int, Field(ge=0)] = 0
     """Which draw it is."""
+    optional: bool = False
+    """Leave the benchmark out where its files are not found, and say so; so `eval=auto` chooses."""
     after: Literal["last", "every"] = "last"
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""

@@ -80,6 +80,8 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
     require_files(plan)
     ledger = _Ledger(_create_run(plan), console)
     console.print(f"run [bold]{ledger.folder.name}[/bold]", highlight=False)
+    for item in plan.not_found:
+        console.print(f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}", markup=False)
     with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
         errors, came_to_end = _carry_out(plan, Store(plan.run.store), ledger)
     ledger.finish(_status(errors))

@@ -23,6 +23,8 @@ Fields = dict[str, Any]
 TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
 """How a tower's output is read: decides training, not the tower's own weights."""
 
+MISSING = "missing"
+"""Key in the content of files that are not there."""
 LOCAL_FOLDER = "(local folder)"
 """Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
@@ -39,7 +41,7 @@ class Fingerprints(Protocol):
         """Of a source's annotation file and images."""
 
     def benchmark(self, spec: EvalSpec) -> Content:
-        """Of a benchmark's questions and images."""
+        """Of a benchmark's questions and images; of an optional one with the key `MISSING` where any of them is not there."""
 
     def checkpoint(self, path_or_id: str) -> Content:
         """Of a local checkpoint folder; empty for a hub id."""
@@ -149,7 +151,7 @@ class _Builder:
         template = self.run.llm.template if spec.template == "auto" else spec.template
         # what is later than the first digests is in them only where it is set
         optional = set() if spec.limit_seed else {"limit_seed"}
-        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", *optional})
+        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", "optional", *optional})
         fields |= {"template": template, "judge": None}
         parents = {"model": model.digest}
         if spec.data is not None and spec.source is not None:
@@ -158,6 +160,8 @@ class _Builder:
             location = _location(spec.data, spec.source)
         else:
             fields["content"] = self.fingerprints.benchmark(spec)
+            if spec.optional and MISSING in fields["content"]:
+                return
             location = {"root": spec.root, "source": {"images": ""}}
         self._answers_and_judging(f"{benchmark}@{model.name}", spec, fields, parents, location)
 
@@ -171,8 +175,8 @@ class _Builder:
         needs_judge = get_benchmark(spec.benchmark, self.run.trust, **spec.options).judged
         asked = fields | {"variant": None} if needs_judge else fields
         answers = self._add("eval", name, asked, parents, {"location": location})
-        if not needs_judge and spec.judge.model is None:
-            return
+        if spec.judge.model is None and (spec.optional or not needs_judge):
+            return  # what nobody asked for by name waits for no judge
         judged = fields | {"judge": spec.judge.model}
         if spec.judge.runs > 1:  # only where it is set, so that it is in no other digest
             judged["judge_runs"] = spec.judge.runs

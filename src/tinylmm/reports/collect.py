@@ -94,7 +94,7 @@ def _collect_run(store_root: Path, folder: Path) -> RunReport:
     )
     if not evaluations:
         notes.append("No evaluation has finished, so there are no scores.")
-    notes += [_unjudged(stage) for stage in waiting]
+    notes += [_unjudged(*stage.name.split("@")) for stage in waiting]
     unjudged = {stage.name for stage in waiting}
     notes += [_unscored(one) for one in evaluations if not one.scores and f"{one.name}@{one.stage}" not in unjudged]
     examples = _collect_examples(store_root, list(models.values()), evaluations)
@@ -108,14 +108,16 @@ def _judgements(stages: Sequence[StageReport]) -> tuple[set[str], list[StageRepo
     return {read_stored_spec(folder).parents["answers"] for folder in done}, [s for s in judges if not s.finished]
 
 
-def _unjudged(stage: StageReport) -> str:
-    name, _, model = stage.name.partition("@")
+def _unjudged(name: str, model: str) -> str:
+    how = f"eval.{name}.judge.base_url and .model"
     return (
-        f"{name} after {model} has not been judged; the command below judges the answers as soon as its judge is named."
+        f"{name} after {model} has not been judged; the command below with {how} set judges the answers that are kept."
     )
 
 
 def _unscored(evaluation: Evaluation) -> str:
+    if read_json(evaluation.folder / OUTPUT_FOLDER / SCORES_FILE).get("counts", {}).get("unjudged"):
+        return _unjudged(evaluation.name, evaluation.stage)
     what = f"{evaluation.name} after {evaluation.stage} has no figure: the right answers are not in its files."
     if evaluation.upload is None:
         return what

@@ -132,3 +132,35 @@ def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> 
     run = compose_run(["eval=gqa", "eval.gqa.variant=oficial", f"store={tmp_path}"])
     with pytest.raises(ConfigError, match=r"eval\.gqa\.variant: 'oficial' is unknown\. Did you mean 'official'\?"):
         plan_run(run, "run")
+
+
+def test_eval_auto_asks_what_is_there_and_the_plan_names_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINYLMM_DATA", str(tmp_path))
+    write_benchmark(tmp_path / "eval/gqa")
+    broken = write_benchmark(tmp_path / "eval/pope")
+    (broken / "images/1-green.png").unlink()
+    words = ["llm=phi2", "vt=siglip", "eval.gqa.benchmark=digits", "eval.pope.benchmark=digits", f"store={tmp_path}/s"]
+    planned = plan_run(compose_run(words), "run")
+    assert [stage.name for stage in planned.graph if stage.kind == "eval"] == ["gqa@finetune"]
+    record = plan_record([planned])
+    left_out = {item["what"] for item in record["not_found"]}
+    assert "questions of benchmark mmvet" in left_out and len(left_out) == 8
+    assert "1 of 12 images of benchmark digits (images/1-green.png)" in left_out
+    assert not any("benchmark" in item["what"] for item in record["missing"])
+    strict = plan_record([plan_run(compose_run([*words, "eval=paper"]), "run")])
+    assert left_out <= {item["what"] for item in strict["missing"]} and strict["not_found"] == []
+
+
+def test_what_eval_auto_asks_waits_for_no_judge(tmp_path: Path) -> None:
+    vet = write_benchmark(tmp_path / "vet")
+    (vet / "llava-mm-vet.jsonl").write_text('{"question_id": 0, "image": "0-red.png", "text": "What?"}\n')
+    answer = {"imagename": "0-red.png", "question": "What?", "answer": "red", "capability": ["rec"], "imagesource": ""}
+    (vet / "mm-vet.json").write_text(json.dumps({"v1_0": answer}))
+    words = ["llm=phi2", "vt=siglip", f"eval.mmvet.root={vet}", f"store={tmp_path}/s"]
+    kinds = [stage.kind for stage in plan_run(compose_run(words), "run").graph if stage.name == "mmvet@finetune"]
+    assert kinds == ["eval"]
+    judge = "eval.mmvet.judge={base_url: http://localhost:1/v1, model: m}"
+    kinds = [stage.kind for stage in plan_run(compose_run([*words, judge]), "run").graph if "mmvet" in stage.name]
+    assert kinds == ["eval", "judge"]
