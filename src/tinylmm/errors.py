@@ -56,6 +56,10 @@ class DataError(UserError):
     """An annotation file, a record or an image is at fault, or missing."""
 
 
+class WaitingError(UserError):
+    """A stage waits for what only the user can give; all else is done, and the same command continues."""
+
+
 class IntegrityError(TinyLMMError):
     """A stored file is missing or differs from its recorded SHA-256; the message names it."""
 
@@ -80,6 +84,12 @@ class StoppedError(TinyLMMError):
     """A signal ended the work, with all that is needed to go on with it on disk (exit code 75)."""
 
     exit_code = EXIT_STOPPED
+
+
+def worst_exit_code(codes: Iterable[int]) -> int:
+    """Return the one exit code of several endings: stopped before failed before wrong input before done."""
+    found = set(codes)
+    return next((code for code in (EXIT_STOPPED, EXIT_STAGE_FAILED, EXIT_USER) if code in found), EXIT_DONE)
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:

@@ -143,9 +143,9 @@ def test_an_llm_of_another_scale_brings_its_own_numbers() -> None:
     assert not isinstance(tune, str) and tune.from_layer == 0.25
 
 
-def test_auto_means_the_published_data_and_no_benchmark_for_published_parts() -> None:
+def test_auto_means_the_published_data_for_published_parts() -> None:
     spec = compose_run([*PUBLISHED, "recipe=share"])
-    assert (run_name(spec), spec.data.name, spec.eval) == ("phi2-siglip-mlp-share", "sharegpt4v", {})
+    assert (run_name(spec), spec.data.name) == ("phi2-siglip-mlp-share", "sharegpt4v")
 
 
 def test_the_alias_and_plain_keys_reach_the_spec() -> None:
@@ -285,3 +285,24 @@ def test_the_class_of_every_shipped_architecture_is_found(folder: str) -> None:
         part = getattr(composed(folder, name), folder)
         config = config_class(part.target if folder == "llm" else part.encoder)
         assert config is not None and set(part.architecture) <= set(config_fields(config) or ()), name
+
+
+@pytest.mark.parametrize(
+    ("words", "benchmarks"),
+    [
+        (["llm=phi2", "vt=siglip"], "vqav2 gqa sqa textvqa mmvet pope llava_bench mme mmbench"),
+        (["llm=phi2", "vt=siglip", "recipe=share_factory"], "vqav2 gqa sqa textvqa mmvet pope mme mmmu"),
+        ([], "digits"),
+    ],
+)
+def test_eval_auto_is_what_the_recipes_paper_reports_as_far_as_it_is_there(words: list[str], benchmarks: str) -> None:
+    run = compose_run(words)
+    assert " ".join(run.eval) == benchmarks
+    assert all(spec.optional is bool(words) for spec in run.eval.values())
+    strict = compose_run([*words, "eval=paper"])
+    assert not any(spec.optional for spec in strict.eval.values())
+
+
+def test_keys_of_a_benchmark_that_eval_auto_chooses_can_be_set() -> None:
+    run = compose_run(["llm=phi2", "vt=siglip", "eval.gqa.limit=5", "eval.pope.optional=false"])
+    assert (run.eval["gqa"].limit, run.eval["gqa"].optional, run.eval["pope"].optional) == (5, True, False)

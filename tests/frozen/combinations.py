@@ -170,7 +170,13 @@ COMBINATIONS: dict[str, list[str]] = {
     "judges": [
         *PUBLISHED,
         "eval=[mmvet,llava_bench]",
-        "eval.mmvet.judge={base_url: https://api.example.com/v1, model: judge-1}",
+        "eval.mmvet.judge={base_url: https://api.example.com/v1, model: judge-1, runs: 5}",
+    ],
+    "a judge of what rules can score": [
+        *[*PUBLISHED, "eval=mmbench", "eval.mmbench.judge={base_url: http://localhost:1/v1, model: judge-2, runs: 3}"],
+        *["eval.mmbench.layout=hf", "eval.mmbench.options={split: dev}", "eval.mmbench.variant=lmms"],
+        *["eval.mmbench.limit=9", "eval.mmbench.blind=true", "eval.mmbench.max_new_tokens=7"],
+        *["eval.mmbench.template=llama", "eval.mmbench.precision=bf16"],
     ],
     "limit, template, precision": [
         *PUBLISHED,
@@ -260,6 +266,7 @@ SPECIMENS: dict[str, list[str]] = {
 """Combination -> stages whose whole identity is frozen beside its digest, so that a drift can be read."""
 
 NEVER_VARY = {
+    ("eval", "judge"),  # of no part in the answers
     ("prepare", "source.orientation"),  # in it only where it is applied
     *(("prepare", f"tokenizer.{name}") for name in ("content", "vocab_size")),
     *(("train", f"tokenizer.{name}") for name in ("content", "vocab_size")),

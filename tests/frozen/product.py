@@ -22,7 +22,7 @@ from tinylmm.cli.main import app
 from tinylmm.config.compose import compose_run
 from tinylmm.config.spec import DataSpec, EvalSpec
 from tinylmm.config.targets import resolve_target
-from tinylmm.planning.graph import build_graph
+from tinylmm.planning.graph import MISSING, build_graph
 from tinylmm.planning.kinds import KINDS, Kind
 from tinylmm.planning.planner import plan_run
 from tinylmm.store.stage import Stage
@@ -30,7 +30,7 @@ from tinylmm.store.stage import Stage
 __all__ = ["Project", "Stage", "StoreBuilder", "compose_run", "qa_folders", "resolve_target", "tiny_project"]
 
 
-VERSIONS = {"data": 2, "parts": 1, "images": 1, "prepare": 1, "train": 1, "eval": 2}
+VERSIONS = {"data": 2, "parts": 1, "images": 1, "prepare": 1, "train": 1, "eval": 2, "judge": 1}
 """Of the kinds' code when digests were frozen. A version is raised when results change, which moves every digest behind it;
 what else is in a digest is compared at these."""
 
@@ -60,6 +60,8 @@ class _MadeUp:
         return {"annotations": _hash(source.annotations), "images": _hash(f"images of {source.images}")}
 
     def benchmark(self, spec: EvalSpec) -> dict[str, Any]:
+        if spec.optional:
+            return {MISSING: spec.benchmark}
         about = [spec.benchmark, spec.layout, spec.limit, spec.options]
         return {"items": _hash(json.dumps(about, sort_keys=True)), "images": _hash(f"images of {spec.benchmark}")}
 

@@ -35,12 +35,13 @@ def plan(
         console.print(f"warning: {sentence}", markup=False, highlight=False)
     for sentence in record["unknown"]:
         console.print(f"unknown: {sentence}", markup=False, highlight=False)
-    for item in record["missing"]:
-        console.print(
-            f"missing: {item['what']}\n  looked at:  {item['looked_at']}\n  how to get: {item['how_to_get']}",
-            markup=False,
-            highlight=False,
-        )
+    for kind, items in (("missing", record["missing"]), ("not found, so left out", record["not_found"])):
+        for item in items:
+            console.print(
+                f"{kind}: {item['what']}\n  looked at:  {item['looked_at']}\n  how to get: {item['how_to_get']}",
+                markup=False,
+                highlight=False,
+            )
 
 
 def _table(record: dict[str, Any]) -> Table:

@@ -99,13 +99,13 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
 
 
 def _finish(outcomes: list[RunOutcome], console: Console) -> int:
-    """Write the report of the runs that finished, print its table, and return the worst exit code."""
-    from tinylmm.errors import printable
+    """Write the report of the runs that came to their end, print its table, and return the worst exit code."""
+    from tinylmm.errors import printable, worst_exit_code
     from tinylmm.reports.collect import collect_report
     from tinylmm.reports.tables import render_scores
     from tinylmm.reports.write import write_files
 
-    finished = [outcome for outcome in outcomes if outcome.error is None]
+    finished = [outcome for outcome in outcomes if outcome.came_to_end]
     if finished:
         report = collect_report(finished[0].folder.parents[1], [outcome.name for outcome in finished])
         paths = write_files(report)
@@ -115,8 +115,7 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
     for outcome in outcomes:
         if outcome.error is not None:
             sys.stderr.write(printable(f"run {outcome.name}: {outcome.error}\n"))
-    codes = {outcome.exit_code for outcome in outcomes}
-    return next((code for code in (75, 1, 2) if code in codes), 0)
+    return worst_exit_code(outcome.exit_code for outcome in outcomes)
 
 
 def _run_hydra_flags(arguments: Sequence[str]) -> int:

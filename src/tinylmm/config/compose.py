@@ -22,7 +22,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -187,7 +187,10 @@ def _finish(words: list[str], faults: list[Fault], vocabulary: Vocabulary, cfg: 
     try:
         cfg = _load(words, vocabulary) if cfg is None else cfg
         chosen = _auto_choices(cfg, faults, vocabulary)
+        automatic = bool(OmegaConf.select(cfg, "eval.auto"))
         cfg = _load([*words, *chosen], vocabulary) if chosen else cfg
+        if automatic:
+            _take_what_is_there(cfg)
         if OmegaConf.select(cfg, "recipe.from_model", throw_on_resolution_failure=False):
             faults += take_parts(cfg, words)
     except ConfigError as error:
@@ -216,21 +219,31 @@ def _auto_choices(cfg: DictConfig, faults: list[Fault], vocabulary: Vocabulary) 
         published = OmegaConf.select(cfg, "recipe.published_data", throw_on_resolution_failure=False)
         other_model = "from_model" in (OmegaConf.select(cfg, "recipe", throw_on_resolution_failure=False) or {})
         embedded = inits == ["built", "built"] and not other_model
-        data = "digits" if embedded or published is None else str(published)
-        choices = [choice for choice in vocabulary.groups["data"] if choice != "auto"]
-        if data not in choices:
-            wrong = choice_fault("data", data, choices)
-            faults.append(Fault("recipe.published_data", wrong.what, wrong.fix))
-            data = "digits"
+        named = "digits" if embedded or published is None else published
+        data = _known("data", named, faults, vocabulary, "digits")
         words.append(f"data={data}")
     if OmegaConf.select(cfg, "eval.auto"):
-        words.append("eval=digits" if data == "digits" else "eval=none")
-        if data != "digits":
-            log.info(
-                "eval=auto: no benchmark is shipped for data=%s, so nothing is evaluated; choose one with eval=...",
-                data,
-            )
+        published = OmegaConf.select(cfg, "recipe.published_eval", throw_on_resolution_failure=False) or "none"
+        words.append(f"eval={'digits' if data == 'digits' else _known('eval', published, faults, vocabulary, 'none')}")
     return words
+
+
+def _known(group: str, published: object, faults: list[Fault], vocabulary: Vocabulary, instead: str) -> str:
+    """What a recipe was published with as a choice of a group; where there is none, a fault and another choice."""
+    choices = [choice for choice in vocabulary.groups[group] if choice != "auto"]
+    if published in choices:
+        return str(published)
+    wrong = choice_fault(group, str(published), choices)
+    faults.append(Fault(f"recipe.published_{group}", wrong.what, wrong.fix))
+    return instead
+
+
+def _take_what_is_there(cfg: DictConfig) -> None:
+    """Let the benchmarks that `eval=auto` chose be left out where their files are not found, unless the user says otherwise."""
+    with open_dict(cfg):
+        for benchmark in cfg.eval.values():
+            if OmegaConf.is_dict(benchmark) and "root" in benchmark and "optional" not in benchmark:
+                benchmark.optional = True
 
 
 def _without_sweeps(words: Words, loader: ConfigLoader) -> Words:

@@ -158,6 +158,8 @@ class RecipeSpec(Frozen):
     name: str
     published_data: str
     """The data set that the recipe was published with; `data=auto` means it."""
+    published_eval: str = "none"
+    """The benchmarks that its paper reports, a choice of `eval`; `eval=auto` means those whose files are there."""
     from_model: str | None = None
     """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
     stages: Annotated[dict[str, RecipeStage], Field(min_length=1)]

@@ -222,7 +222,7 @@ class JudgeSpec(Frozen):
     """The model that scores open answers, behind an OpenAI-compatible endpoint; its key comes from the environment only."""
 
     base_url: str | None = None
-    """With the version: `https://api.openai.com/v1`. Without one, a judged benchmark stops when its answers are written."""
+    """With the version: `https://api.openai.com/v1`. Without one, the answers of a judged benchmark wait."""
     model: str | None = None
     runs: Positive = 1
     """How often every answer is judged, where a benchmark averages over that (MM-Vet; its paper takes 5)."""
@@ -256,6 +256,8 @@ class EvalSpec(Frozen):
     """Ask at most so many questions, drawn from every category; questions that are scored together stay together."""
     limit_seed: Annotated[int, Field(ge=0)] = 0
     """Which draw it is."""
+    optional: bool = False
+    """Leave the benchmark out where its files are not found, and say so; so `eval=auto` chooses."""
     after: Literal["last", "every"] = "last"
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""

@@ -82,7 +82,7 @@ class Judge:
         max_bytes: longest reply read.
 
     Raises:
-        ConfigError: `base_url` is no plain http(s) address, or `model` is empty.
+        ConfigError: `base_url` is no plain http(s) address, `model` is empty, or the key cannot be one.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Judge:
         max_bytes: int = 4_000_000,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.base_url = _checked(base_url, model, runs)
+        self.base_url = checked_address(base_url, model, runs)
         self.model = model
         self.cache = cache
         self.runs = runs
@@ -218,8 +218,7 @@ class Judge:
 
     def _post(self, body: Mapping[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "tinylmm"}
-        key = os.environ.get(KEY_VARIABLE, "")
-        if key:
+        if key := _key():
             headers["Authorization"] = f"Bearer {key}"
         return self._transport.post(json.dumps(body).encode(), headers, self.timeout, self.max_bytes)
 
@@ -255,7 +254,20 @@ class Judge:
             return problem, 0.0
 
     def _redacted(self, text: str) -> str:
-        return without_key(text, os.environ.get(KEY_VARIABLE, ""))
+        return without_key(text, _key())
+
+
+def _key() -> str:
+    """The key as it is sent: a file that it was read from ends in a newline, which no header may hold.
+
+    Raises:
+        ConfigError: it holds what no key and no header can hold; the message does not show it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
+        what = "holds spaces, line ends or letters that no key has."
+        raise ConfigError([Fault(KEY_VARIABLE, what, "Set it to the key alone.")])
+    return key
 
 
 def _take_done(done: queue.SimpleQueue[T]) -> T:
@@ -277,7 +289,12 @@ def _stopped() -> StoppedError:
     )
 
 
-def _checked(base_url: str, model: str, runs: int) -> str:
+def checked_address(base_url: str, model: str, runs: int = 1) -> str:
+    """Return where to ask, without what is added to it.
+
+    Raises:
+        ConfigError: as `Judge`.
+    """
     faults = []
     try:
         parts = urlsplit(base_url)

@@ -13,7 +13,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +33,11 @@ from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import load_model
 from tinylmm.models.devices import DTYPES, named_device, to_precision
+from tinylmm.store.find_model import find_model
 
 log = logging.getLogger(__name__)
 
+AUTO, ROWS = "auto", 64
 DEFAULT_NEW_TOKENS = 128
 """Where a task names no `max_new_tokens`; LLaVA's scripts use as many."""
 
@@ -50,10 +51,12 @@ class TinyLMM(lmms):
     """A model folder that `tinylmm-train` has written, as lmms-eval's "simple" kind of model.
 
     Args:
-        pretrained: the folder (a train stage's output/model).
-        device: `cpu`, `cuda` or `cuda:N`; by default the GPU where there is one.
+        pretrained: a model, stage or run folder, or the name of a run in the store that TINYLMM_STORE names.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; by default the GPU where there is one.
         precision: of the weights, fp32, bf16 or fp16.
-        batch_size: most prompts at once; lmms-eval's own default of 1 is as good, as answers do not depend on it.
+        batch_size: most prompts at once, or `auto`; lmms-eval's own default of 1 is as good, as answers do not depend on it.
+        tokens: most tokens, of prompts and answers, at once.
+        max_batch_size: most prompts at once where `batch_size` is `auto`.
         template: chat template; by default the one that the model was trained with.
     """
 
@@ -64,26 +67,27 @@ class TinyLMM(lmms):
         pretrained: str,
         device: str | None = None,
         precision: str = "fp32",
-        batch_size: int | str = 64,
+        batch_size: int | str = AUTO,
         tokens: int | str = 32768,
+        max_batch_size: int | str | None = None,
         template: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
             raise UserError(
-                f"tinylmm models take pretrained, device, precision, batch_size, tokens and template; "
+                f"tinylmm models take pretrained, device, precision, batch_size, max_batch_size, tokens and template; "
                 f"found {', '.join(unknown)} too. Remove it from --model_args."
             )
         if precision not in DTYPES:
             raise UserError(f"precision={precision} is none of {', '.join(DTYPES)}; correct --model_args.")
-        loaded = load_model(Path(pretrained), [])
+        loaded = load_model(find_model(pretrained), [])
         self._device = named_device(device or "auto")
         to_precision(loaded.model, self._device, DTYPES[precision])
         loaded.model.set_attention(choose_attention("auto", precision, self._device))
         self.model = loaded.model.eval()
         self.prompts = PromptMaker(get_template(template or loaded.description.template), loaded.tokenizer)
-        self.rows, self.tokens = int(batch_size), int(tokens)
+        self.rows, self.tokens = _rows(batch_size, max_batch_size), _count("tokens", tokens)
         self._transform = ImageTransform.of(loaded.description.image)
 
     @property
@@ -188,6 +192,20 @@ class TinyLMM(lmms):
             tokens=self.tokens,
             sizes={key: image.size for key, image in images.items()} if self.model.tiled else None,
         )
+
+
+def _rows(wanted: int | str, most: int | str | None) -> int:
+    """How many prompts at once; `auto`, or lmms-eval's `auto:N`, is a number that fits, as `tokens` holds the memory too."""
+    if str(wanted).partition(":")[0] != AUTO:
+        return _count("batch_size", wanted)
+    return ROWS if most is None else min(ROWS, _count("max_batch_size", most))
+
+
+def _count(name: str, value: int | str) -> int:
+    if not str(value).isdigit() or int(value) < 1:
+        allowed = "a number of 1 or more" + (" or auto" if name == "batch_size" else "")
+        raise UserError(f"{name}={value} is not {allowed}; correct --{name} or --model_args.")
+    return int(value)
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:

@@ -41,7 +41,7 @@ def load(
 
     Args:
         where: a model folder, a stage or run folder of the store, or the name of a run.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; or a torch.device.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" or "mps"; or a torch.device.
         dtype: "auto" (bf16 on a GPU, fp32 on the CPU), "fp32", "bf16" or "fp16".
         trust: packages besides tinylmm and transformers whose classes the model may be made of.
         store: where runs are looked for by name.

@@ -16,20 +16,21 @@ from rich.markup import escape
 
 from tinylmm.config.compose import run_name
 from tinylmm.errors import (
-    EXIT_DONE,
     ClaimLostError,
     DiskError,
     IntegrityError,
     StageFailedError,
     StoppedError,
     TinyLMMError,
+    WaitingError,
+    worst_exit_code,
 )
 from tinylmm.launch.backends import LaunchBackend, make_backend
 from tinylmm.launch.progress import StageProgress
 from tinylmm.launch.scheduler import in_order
 from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER
 from tinylmm.planning.kinds import KINDS
-from tinylmm.planning.planner import RunPlan, require_files
+from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import STOP_FILE, claimed, stop_requested, uninterrupted, watch_for_stop
 from tinylmm.store.claims import Claim, Owner
@@ -51,12 +52,18 @@ SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, FAILED_RANKS, WORDS_FOLDER)
 
 @dataclass
 class RunOutcome:
-    """How a run ended."""
+    """How a run ended.
+
+    Attributes:
+        error: what went wrong, or waits; None if all is done.
+        came_to_end: whether every stage that could run has, so that there are results to report.
+    """
 
     name: str
     folder: Path
     exit_code: int
     error: str | None
+    came_to_end: bool = False
 
 
 def failed_before_start(overrides: list[str], error: TinyLMMError) -> RunOutcome:
@@ -71,32 +78,69 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
         DataError: files are missing; nothing was started or written.
     """
     require_files(plan)
-    store = Store(plan.run.store)
     ledger = _Ledger(_create_run(plan), console)
     console.print(f"run [bold]{ledger.folder.name}[/bold]", highlight=False)
-    error: TinyLMMError | None = None
+    for item in plan.not_found:
+        console.print(f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}", markup=False)
     with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
-        for title, stage in in_order(plan.graph):
-            try:
-                if stop_requested():
-                    raise StoppedError(
-                        f"stopped before {stage.kind} {stage.name}; the same command continues from there"
-                    )
-                seconds = _make(title, stage, plan, store, ledger)
-            except KeyboardInterrupt:
-                ledger.mark(stage, "todo")
-                doing = f"{stage.kind} {stage.name}"
-                error = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
-                break
-            except TinyLMMError as failure:
-                ledger.mark(stage, "todo" if isinstance(failure, StoppedError) else "failed")
-                error = failure
-                break
-            ledger.mark(stage, "reused" if seconds is None else "run", seconds)
-            ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
-    ledger.finish("done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed")
-    code = EXIT_DONE if error is None else error.exit_code
-    return RunOutcome(ledger.folder.name, ledger.folder, code, None if error is None else str(error))
+        errors, came_to_end = _carry_out(plan, Store(plan.run.store), ledger)
+    ledger.finish(_status(errors))
+    text = "\n".join(map(str, errors)) if errors else None
+    code = worst_exit_code(error.exit_code for error in errors)
+    return RunOutcome(ledger.folder.name, ledger.folder, code, text, came_to_end)
+
+
+def _carry_out(plan: RunPlan, store: Store, ledger: _Ledger) -> tuple[list[TinyLMMError], bool]:
+    """Make the stages in their order; returns what went wrong, and whether the end was reached all the same.
+
+    A failure ends the run, but that of an evaluation only what needs it: the others are worth their time.
+    """
+    errors: list[TinyLMMError] = []
+    lost: set[str] = set()
+    for title, stage in in_order(plan.graph):
+        if lost & set(stage.parents.values()):
+            lost.add(stage.digest)
+            continue
+        try:
+            _make_or_reuse(title, stage, plan, store, ledger)
+        except KeyboardInterrupt:
+            ledger.mark(stage, "todo")
+            doing = f"{stage.kind} {stage.name}"
+            stopped = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
+            return [*errors, stopped], False
+        except TinyLMMError as failure:
+            ledger.mark(stage, "todo" if isinstance(failure, StoppedError | WaitingError) else "failed")
+            errors.append(failure)
+            lost.add(stage.digest)
+            if not KINDS[stage.kind].others_go_on or isinstance(failure, StoppedError | ClaimLostError | DiskError):
+                return errors, False
+            ledger.tell_left_out(stage, failure)
+    return errors, True
+
+
+def _status(errors: Sequence[TinyLMMError]) -> RunStatus:
+    if any(isinstance(error, StoppedError) for error in errors):
+        return "stopped"
+    if not errors:
+        return "done"
+    return "waiting" if all(isinstance(error, WaitingError) for error in errors) else "failed"
+
+
+def _make_or_reuse(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger) -> None:
+    """Make sure the store has the stage, and say so.
+
+    Raises:
+        StoppedError: a stop was asked for.
+        WaitingError: the stage waits for what only the user can give.
+        TinyLMMError: as `_make`.
+    """
+    if stop_requested():
+        raise StoppedError(f"stopped before {stage.kind} {stage.name}; the same command continues from there")
+    if said := waits_for(stage):
+        raise WaitingError(said)
+    seconds = _make(title, stage, plan, store, ledger)
+    ledger.mark(stage, "reused" if seconds is None else "run", seconds)
+    ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
 
 
 def _create_run(plan: RunPlan) -> Path:
@@ -218,6 +262,12 @@ class _Ledger:
         """Say what the stage that was just marked has left out."""
         for sentence in sentences:
             self.console.print(f"      {sentence}", style="yellow", markup=False, highlight=False)
+
+    def tell_left_out(self, stage: Stage, failure: TinyLMMError) -> None:
+        """Say at once that a stage has no result; why is said again when the run ends."""
+        what = "waits" if isinstance(failure, WaitingError) else "failed"
+        said = f"  {stage.kind} {stage.name} {what}, what does not need it goes on: {failure}"
+        self.console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def waiting(self, title: str) -> Callable[[Owner], None]:
         """Return what tells of another process that works on the stage."""

@@ -33,7 +33,8 @@ def named_device(wanted: str) -> torch.device:
     """Return the device that a user names outside of a stage.
 
     Args:
-        wanted: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+        wanted: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1", or "mps" (Apple's GPUs; what is computed
+            there has not been compared with the other devices).
 
     Raises:
         UserError: a GPU is named and none is there, or there is no such device.
@@ -42,8 +43,14 @@ def named_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if found else "cpu")
     name, _, number = wanted.partition(":")
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(
+                f"device is 'mps', but torch {torch.__version__} finds no Apple GPU on this machine. Use device=cpu."
+            )
+        return torch.device("mps")
     if name not in ("cpu", "cuda") or (number and not (name == "cuda" and number.isdigit())):
-        raise UserError(f"device is '{wanted}'; allowed: auto, cpu, cuda and cuda:N.")
+        raise UserError(f"device is '{wanted}'; allowed: auto, cpu, cuda, cuda:N and mps.")
     if name == "cuda" and not found:
         raise UserError(f"device is '{wanted}', but no CUDA GPU was found (torch {torch.__version__}). Use device=cpu.")
     if name == "cuda" and int(number or 0) >= found:

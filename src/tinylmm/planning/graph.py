@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import DataSpec, EvalSpec, LLMSpec, PretrainedPart, RunSpec, SourceSpec
+from tinylmm.evaluation.benchmarks.registry import get_benchmark
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.specs import Content, StageSettings
 from tinylmm.store.stage import Stage
@@ -22,6 +23,8 @@ Fields = dict[str, Any]
 TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
 """How a tower's output is read: decides training, not the tower's own weights."""
 
+MISSING = "missing"
+"""Key in the content of files that are not there."""
 LOCAL_FOLDER = "(local folder)"
 """Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
@@ -42,7 +45,7 @@ class Fingerprints(Protocol):
         """Of a source's annotation file and images."""
 
     def benchmark(self, spec: EvalSpec) -> Content:
-        """Of a benchmark's questions and images."""
+        """Of a benchmark's questions and images; of an optional one with the key `MISSING` where any of them is not there."""
 
     def checkpoint(self, path_or_id: str) -> Content:
         """Of a local checkpoint folder; empty for a hub id."""
@@ -152,11 +155,8 @@ class _Builder:
         template = self.run.llm.template if spec.template == "auto" else spec.template
         # what is later than the first digests is in them only where it is set
         optional = set() if spec.limit_seed else {"limit_seed"}
-        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", *optional})
-        fields["template"] = template
-        fields["judge"] = spec.judge.model
-        if spec.judge.runs > 1:
-            fields["judge_runs"] = spec.judge.runs
+        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", "optional", *optional})
+        fields |= {"template": template, "judge": None}
         parents = {"model": model.digest}
         if spec.data is not None and spec.source is not None:
             fields["source"] = self._source(spec.data, spec.source)
@@ -164,9 +164,28 @@ class _Builder:
             location = _location(spec.data, spec.source)
         else:
             fields["content"] = self.fingerprints.benchmark(spec)
+            if spec.optional and MISSING in fields["content"]:
+                return
             location = {"root": spec.root, "source": {"images": ""}}
-        location["judge_url"] = spec.judge.base_url
-        self._add("eval", f"{benchmark}@{model.name}", fields, parents, {"location": location})
+        self._answers_and_judging(f"{benchmark}@{model.name}", spec, fields, parents, location)
+
+    def _answers_and_judging(
+        self, name: str, spec: EvalSpec, fields: Fields, parents: dict[str, str], location: Fields
+    ) -> None:
+        """Add the stage that asks, and one that judges where the benchmark needs it or a judge is named.
+
+        The judge has no part in the answers, nor has the variant where only a judge can score: another one asks nothing again.
+        """
+        needs_judge = get_benchmark(spec.benchmark, self.run.trust, **spec.options).judged
+        asked = fields | {"variant": None} if needs_judge else fields
+        answers = self._add("eval", name, asked, parents, {"location": location})
+        if spec.judge.model is None and (spec.optional or not needs_judge):
+            return  # what nobody asked for by name waits for no judge
+        judged = fields | {"judge": spec.judge.model}
+        if spec.judge.runs > 1:  # only where it is set, so that it is in no other digest
+            judged["judge_runs"] = spec.judge.runs
+        located = {"location": location | {"judge_url": spec.judge.base_url}}
+        self._add("judge", name, judged, parents | {"answers": answers.digest}, located)
 
     def _mix(
         self, name: str, stage: RecipeStage, tokenizer: Stage | Fields, spec: Fields, parents: dict[str, str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinylmm.config.identities import Recorded
-from tinylmm.planning.specs import DataStage, EvalStage, ImagesStage, PartsStage, PrepareStage, TrainStage
+from tinylmm.planning.specs import DataStage, EvalStage, ImagesStage, JudgeStage, PartsStage, PrepareStage, TrainStage
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Kind:
         uses_ranks: whether it runs on every rank of the launch; others run in the command's own process.
         scratch: names in the work folder, besides checkpoints, that are deleted when the stage is done.
         curve: what a report calls the curve in metrics.jsonl; None where there is none to draw.
+        others_go_on: whether the stages that need nothing of it run all the same when it fails.
     """
 
     spec: type[Recorded]
@@ -31,6 +32,7 @@ class Kind:
     uses_ranks: bool = False
     scratch: tuple[str, ...] = ()
     curve: str | None = None
+    others_go_on: bool = False
 
 
 KINDS = {
@@ -41,6 +43,7 @@ KINDS = {
     "train": Kind(
         TrainStage, 2, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
     ),
-    "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",)),
+    "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",), others_go_on=True),
+    "judge": Kind(JudgeStage, 1, "tinylmm.stages.judging", others_go_on=True),
 }
 """Kind -> what it is; the names stand in digests and folder names."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from tinylmm.planning.fingerprints import (
     model_fingerprint,
     source_fingerprint,
 )
-from tinylmm.planning.graph import StageGraph, build_graph
-from tinylmm.planning.specs import Content, StageSettings
+from tinylmm.planning.graph import MISSING, StageGraph, build_graph
+from tinylmm.planning.specs import Content, JudgeStage, StageSettings
 from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import StoreLayout
 from tinylmm.store.stage import Stage
@@ -49,6 +49,8 @@ class RunPlan:
     run: RunSpec
     graph: StageGraph
     missing: list[Missing] = field(default_factory=list)
+    not_found: list[Missing] = field(default_factory=list)
+    """Files of optional benchmarks, which are left out for that."""
     unknown: list[str] = field(default_factory=list)
     """What cannot be known before the run starts, a sentence each."""
     warnings: list[str] = field(default_factory=list)
@@ -73,7 +75,8 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
         raise ConfigError([fault])
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
-    return RunPlan(name, list(overrides), run, graph, files.missing, unknown, _warnings(run))
+    warnings = [*_warnings(run), *filter(None, map(waits_for, graph))]
+    return RunPlan(name, list(overrides), run, graph, files.missing, files.not_found, unknown, warnings)
 
 
 def _warnings(run: RunSpec) -> list[str]:
@@ -174,20 +177,36 @@ def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
         for stage in distinct.values()
     ]
     totals = {"runs": len(runs), "asked": dict(asked), "distinct": dict(Counter(s.kind for s in distinct.values()))}
-    missing = {(m.what, m.looked_at, m.how_to_get): m for plan in plans for m in plan.missing}
     return {
         "runs": runs,
         "stages": stages,
         "totals": totals,
         "unknown": list(dict.fromkeys(sentence for plan in plans for sentence in plan.unknown)),
         "warnings": list(dict.fromkeys(sentence for plan in plans for sentence in plan.warnings)),
-        "missing": [{"what": m.what, "looked_at": m.looked_at, "how_to_get": m.how_to_get} for m in missing.values()],
+        "missing": _each_once(item for plan in plans for item in plan.missing),
+        "not_found": _each_once(item for plan in plans for item in plan.not_found),
     }
 
 
+def _each_once(items: Iterable[Missing]) -> list[dict[str, str]]:
+    return [asdict(item) for item in dict.fromkeys(items)]
+
+
 def stage_status(store_root: Path, stage: Stage) -> str:
-    """`complete` or `todo`; looks, touches nothing."""
-    return Store(store_root).status(stage)
+    """`complete`, `waits` or `todo`; looks, touches nothing."""
+    return "waits" if waits_for(stage) else Store(store_root).status(stage)
+
+
+def waits_for(stage: Stage) -> str:
+    """What only the user can give before the stage can run, in words; empty where nothing is."""
+    if stage.kind != "judge" or (spec := JudgeStage.model_validate(stage.spec)).judge is not None:
+        return ""
+    benchmark, name = spec.benchmark, stage.name.partition("@")[0]
+    return (
+        f"{stage.name}: {benchmark} is scored by a judge, and none is named. Set eval.{name}.judge.base_url and "
+        f"eval.{name}.judge.model and give the same command again: nothing is asked of the model twice. Or score the answers "
+        f"with `tinylmm score {benchmark}`."
+    )
 
 
 class _Files:
@@ -197,6 +216,7 @@ class _Files:
         self.cache = cache
         self.trust = trust
         self.missing: list[Missing] = []
+        self.not_found: list[Missing] = []
         self._known: dict[tuple[str, str], Content] = {}
 
     def source(self, data: DataSpec, name: str) -> Content:
@@ -226,17 +246,20 @@ class _Files:
     def _benchmark(self, spec: EvalSpec) -> Content:
         assert spec.root is not None  # EvalSpec's validator holds this
         root = Path(spec.root).absolute()
+        missing = self.not_found if spec.optional else self.missing
         try:
             benchmark = get_benchmark(spec.benchmark, self.trust, **spec.options)
             found = benchmark_fingerprint(benchmark, spec, self.cache)
         except DataError as error:
-            self.missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
-            return {"missing": spec.benchmark}
+            missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
+            return {MISSING: spec.benchmark}
         if found["num_missing"]:
             shown = ", ".join(found["missing"][:3]) + (", ..." if found["num_missing"] > 3 else "")
             what = f"{found['num_missing']:,} of {found['num_images']:,} images of benchmark {spec.benchmark} ({shown})"
             how = "put them there, or set the `root` of this benchmark to the folder that has them"
-            self.missing.append(Missing(what, str(root), how))
+            missing.append(Missing(what, str(root), how))
+            if spec.optional:
+                return {MISSING: spec.benchmark}
         return {"items": found["items"], "images": found["images"]}
 
     def _source(self, data: DataSpec, name: str) -> Content:
@@ -246,7 +269,7 @@ class _Files:
         how = source.how_to_get or f"set data.sources.{name}.annotations to the file you have"
         if not annotations.exists():
             self.missing.append(Missing(f"annotations of {data.name}/{name}", str(annotations), how))
-            return {"missing": source.annotations}
+            return {MISSING: source.annotations}
         found = source_fingerprint(root, source, self.cache)
         if found["num_missing"] > (source.max_bad if source.on_bad == "skip" else 0):
             shown = ", ".join(found["missing"][:3])

@@ -142,7 +142,7 @@ class TrainStage(Recorded):
     """Weights of the prepared sources, in the order of the parents `prepared.0`, `prepared.1`; None for a single one."""
 
 
-class EvalStage(Recorded):
+class AskedStage(Recorded):
     """One benchmark asked of one model (`EvalSpec` has the meanings)."""
 
     benchmark: str
@@ -155,11 +155,23 @@ class EvalStage(Recorded):
     max_new_tokens: int
     template: str
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    judge: str | None = None
-    """Name of the judging model."""
-    judge_runs: int = 1
     source: SourceIdentity | None = None
     content: Content | None = None
+
+
+class EvalStage(AskedStage):
+    """Asks a benchmark's questions, and scores the answers by rules."""
+
+    judge: None = None
+    """Whoever judges the answers has no part in them; that it is said keeps the digests as they were."""
+
+
+class JudgeStage(AskedStage):
+    """Lets a judge score the answers of the parent `answers`."""
+
+    judge: str | None
+    """Name of the judging model; None where none is named yet, and the answers wait for one."""
+    judge_runs: int = 1
 
 
 # ------------------------------------------------------------------------------------------------ how it is run

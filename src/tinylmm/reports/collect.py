@@ -36,6 +36,10 @@ from tinylmm.store.runs import TRAIN, StageRow, read_run, read_runs
 
 log = logging.getLogger(__name__)
 
+EVALUATIONS = ("eval", "judge")
+"""Kinds of the stages that leave scores."""
+ENDED = ("done", "waiting")
+"""Of runs that have all the scores they can have."""
 EXAMPLES_A_PAGE = 24
 MIN_EXAMPLES_A_BENCHMARK = 6
 MAX_ERROR_CHARS = 20_000
@@ -70,7 +74,7 @@ def _newest_finished(store_root: Path) -> Path:
     for run in runs:
         if run.status == "unreadable":
             log.warning("Run %s is left out of the search for the newest one: %s", run.name, run.problem)
-    finished = [(run.finished, run.name, run.folder) for run in runs if run.status == "done" and run.finished]
+    finished = [(run.finished, run.name, run.folder) for run in runs if run.status in ENDED and run.finished]
     if not finished:
         states = ", ".join(f"{run.name} ({run.status})" for run in reversed(runs))
         raise UserError(f"no run has finished yet: {states}. Name one to see how far it came: `tinylmm report NAME`.")
@@ -82,19 +86,38 @@ def _collect_run(store_root: Path, folder: Path) -> RunReport:
     notes: list[str] = []
     stages = tuple(_collect_stage(StoreLayout(store_root), row, notes) for row in record.stages)
     models = {stage.digest: stage.name for stage in stages if stage.kind == TRAIN}
+    judged, waiting = _judgements(stages)
     evaluations = tuple(
         _collect_evaluation(stage, stage.folder, models)
         for stage in stages
-        if stage.kind == "eval" and stage.folder is not None and stage.finished
+        if stage.kind in EVALUATIONS and stage.folder is not None and stage.finished and stage.digest not in judged
     )
     if not evaluations:
         notes.append("No evaluation has finished, so there are no scores.")
-    notes += [_unscored(evaluation) for evaluation in evaluations if not evaluation.scores]
+    notes += [_unjudged(*stage.name.split("@")) for stage in waiting]
+    unjudged = {stage.name for stage in waiting}
+    notes += [_unscored(one) for one in evaluations if not one.scores and f"{one.name}@{one.stage}" not in unjudged]
     examples = _collect_examples(store_root, list(models.values()), evaluations)
     return RunReport(record, stages, evaluations, examples, tuple(notes))
 
 
+def _judgements(stages: Sequence[StageReport]) -> tuple[set[str], list[StageReport]]:
+    """Digests of the answers that a judge has scored (its figures then stand for them), and the judgements still to come."""
+    judges = [stage for stage in stages if stage.kind == "judge"]
+    done = [stage.folder for stage in judges if stage.finished and stage.folder is not None]
+    return {read_stored_spec(folder).parents["answers"] for folder in done}, [s for s in judges if not s.finished]
+
+
+def _unjudged(name: str, model: str) -> str:
+    how = f"eval.{name}.judge.base_url and .model"
+    return (
+        f"{name} after {model} has not been judged; the command below with {how} set judges the answers that are kept."
+    )
+
+
 def _unscored(evaluation: Evaluation) -> str:
+    if read_json(evaluation.folder / OUTPUT_FOLDER / SCORES_FILE).get("counts", {}).get("unjudged"):
+        return _unjudged(evaluation.name, evaluation.stage)
     what = f"{evaluation.name} after {evaluation.stage} has no figure: the right answers are not in its files."
     if evaluation.upload is None:
         return what

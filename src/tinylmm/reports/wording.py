@@ -92,7 +92,7 @@ def _progress(run: RunReport) -> str:
         reason = f": {failed.error.splitlines()[-1]}" if failed and failed.error else "."
         return f"The run failed{where} after {done} of {len(run.stages)} stages{reason}"
     if run.record.status != "done":
-        state = "is still running" if run.record.status == "running" else "was stopped"
+        state = {"running": "is still running", "waiting": "waits for a judge"}.get(run.record.status, "was stopped")
         return f"The run {state}: {done} of {len(run.stages)} stages are done."
     return ""
 

@@ -2,54 +2,39 @@
 
 Asking and scoring are separate. Answers go to work files as they come (a killed stage asks only what it has not answered);
 when all are there, output/generations.jsonl holds them in the order of the question file and output/scores.json what they
-are worth. Runs on every rank: each answers the questions about its share of the images.
+are worth by rules. What a judge says of them is a stage of its own (`stages/judging.py`). Runs on every rank: each answers the
+questions about its share of the images.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
-from tinylmm.errors import ConfigError, DataError, IntegrityError, UserError
+from tinylmm.errors import IntegrityError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
-from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.records import Answer, ImageRef, Item, Scores
-from tinylmm.evaluation.benchmarks.registry import get_benchmark
+from tinylmm.evaluation.benchmarks.records import ImageRef, Item
 from tinylmm.evaluation.images import cluster_of, content_keys, first_refs, open_image_ref
-from tinylmm.evaluation.protocol import Protocol, protocol_of
-from tinylmm.evaluation.sampling import sampled
-from tinylmm.evaluation.score_rows import score_rows
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, choose_device, to_precision
-from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.scoring import MODES, Asked, read_items, write_scores, write_upload
 from tinylmm.store.layout import MODEL_FOLDER
 from tinylmm.training.ranks import barrier, from_rank_zero, gather, rank, set_timeout, world_size
 
-if TYPE_CHECKING:
-    from tinylmm.evaluation.judge import Judge
-
-log = logging.getLogger(__name__)
-
 ANSWERS = "answers"
-GENERATIONS, SCORES = "generations.jsonl", "scores.json"
-MODES = ("image", "blind")
 RANKS_WAIT_S = 7 * 24 * 3600.0
 """Ranks meet when the slowest has answered its share; until then only a rank's end ends the others."""
 
@@ -59,19 +44,20 @@ def run(job: StageJob[EvalStage]) -> dict[str, Any]:
 
     Raises:
         StoppedError: a stop was asked for; what was answered is kept.
-        UserError: the benchmark needs a judge and has none; the answers are kept, and the message says where.
         DataError: a question file or an image is missing or broken.
     """
     benchmark, items, total = read_items(job)
     set_timeout(RANKS_WAIT_S)
     keys = content_keys(items)
-    asked = _ask(job, items, keys)
+    how = _ask(job, items, keys)
     barrier()
     if rank() != 0:
         return {}
     answers = read_answers(job.folder / ANSWERS)
     _refuse_unanswered(job, items, answers)
-    return _score(job, benchmark, items, total, answers, asked, keys)
+    asked = Asked(benchmark, items, total, keys, answers, how)
+    write_upload(job, asked)
+    return write_scores(job, asked)
 
 
 def _refuse_unanswered(job: StageJob[EvalStage], items: Sequence[Item], answers: Mapping[tuple[str, str], Any]) -> None:
@@ -87,20 +73,6 @@ def _refuse_unanswered(job: StageJob[EvalStage], items: Sequence[Item], answers:
             f"{job.folder / ANSWERS}: {gone} answers that were written cannot be read. Give the same command again: their "
             "questions are asked again."
         )
-
-
-def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item], int]:
-    """The benchmark, the questions to ask, from its own files or from a source of a data set, and how many there are."""
-    (location,), spec = job.locations, job.spec
-    root = job.root_of(location)
-    benchmark = get_benchmark(spec.benchmark, job.settings.trust, **spec.options)
-    if spec.source is None:
-        items = benchmark.load(root, spec.layout)
-    else:
-        source = location.source
-        assert source.annotations is not None  # a source of a data set has a file
-        items = benchmark.load_source(root / source.annotations, root / source.images, source.limit)
-    return benchmark, sampled(benchmark, items, spec.limit, spec.limit_seed), len(items)
 
 
 # ---------------------------------------------------------------------------------------------------- asking
@@ -209,149 +181,3 @@ def _row(mode: str, reply: Reply, maker: PromptMaker) -> dict[str, Any]:
         "latency_s": round(reply.seconds, 4),
         "batch": reply.rows,
     }
-
-
-# ---------------------------------------------------------------------------------------------------- scoring
-
-
-def _score(
-    job: StageJob[EvalStage],
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    total: int,
-    rows: dict[tuple[str, str], dict[str, Any]],
-    asked: dict[str, Any],
-    keys: Mapping[str, str],
-) -> dict[str, Any]:
-    answers = {mode: {i: Answer(row["text"]) for (m, i), row in rows.items() if m == mode} for mode in MODES}
-    variant, judge = job.spec.variant, _judge(job)
-    _write_upload(job, benchmark, items, answers["image"])
-    if benchmark.judged and judge is None:
-        _write_generations(job, benchmark, items, rows, None, None, keys)
-        raise UserError(
-            f"{benchmark.name} is scored by a judge, and none is set: all {len(items)} questions are answered, and the "
-            f"answers are kept in {job.output / GENERATIONS}. Set eval.{job.name.split('@')[0]}.judge.base_url and "
-            f".model and give the same command again (nothing is asked of the model twice), or score the file with "
-            f"`tinylmm score {benchmark.name}`."
-        )
-    scores = benchmark.score(items, answers["image"], variant, judge)
-    blind = benchmark.score(items, answers["blind"], variant, judge) if job.spec.blind else None
-    metrics = score_rows(benchmark, items, answers["image"], scores, blind, keys, judge is not None)
-    protocol = _protocol(job, benchmark, scores, items, total)
-    _write_generations(job, benchmark, items, rows, scores, blind, keys)
-    record = {
-        "benchmark": benchmark.name,
-        "protocol": protocol.as_json(),
-        "variant": scores.variant,
-        "model_digest": job.parents["model"].parent.name,
-        "metrics": metrics,
-        **{key: value for key, value in scores.as_json().items() if key not in ("benchmark", "variant")},
-        "generation": asked,
-    }
-    (job.output / SCORES).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    images = len(set(keys.values()))
-    return {"protocol": protocol.name, "metrics": metrics, "questions": len(items), "images": images, **asked}
-
-
-def _protocol(
-    job: StageJob[EvalStage], benchmark: Benchmark, scores: Scores, items: Sequence[Item], total: int
-) -> Protocol:
-    (location,), spec = job.locations, job.spec
-    judged = "judge_requests" in scores.counts
-    return protocol_of(
-        benchmark,
-        scores.variant,
-        items,
-        total,
-        spec.options,
-        split=benchmark.chosen_split(job.root_of(location), spec.layout) if spec.source is None else None,
-        layout=spec.layout,
-        limit=spec.limit,
-        seed=spec.limit_seed,
-        template=spec.template,
-        max_new_tokens=spec.max_new_tokens,
-        precision=spec.precision,
-        judge=spec.judge if judged else None,
-        judge_runs=spec.judge_runs if judged else 1,
-        code=KINDS["eval"].version,
-    )
-
-
-def _write_upload(
-    job: StageJob[EvalStage], benchmark: Benchmark, items: Sequence[Item], answers: dict[str, Answer]
-) -> None:
-    """Write output/upload.* where the benchmark has a server and these questions are its."""
-    if not benchmark.upload:
-        return
-    path = job.output / f"upload.{benchmark.upload}"
-    try:
-        benchmark.write_submission(items, answers, path)
-    except (ConfigError, DataError) as error:
-        # scored locally, or the server's own list is not at hand: no fault of the run
-        path.unlink(missing_ok=True)
-        log.warning("no upload file for %s: %s", benchmark.name, error)
-
-
-def _judge(job: StageJob[EvalStage]) -> Judge | None:
-    """The judge that the run names: some benchmarks need one, others (MMBench) let it read what their rules cannot."""
-    (location,) = job.locations
-    if location.judge_url is None or job.spec.judge is None:
-        return None
-    from tinylmm.evaluation.judge import Judge, default_cache
-
-    return Judge(location.judge_url, job.spec.judge, cache=default_cache(), runs=job.spec.judge_runs)
-
-
-def _write_generations(
-    job: StageJob[EvalStage],
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    rows: dict[tuple[str, str], dict[str, Any]],
-    scores: Scores | None,
-    blind: Scores | None,
-    keys: Mapping[str, str],
-) -> None:
-    """One line an item in the order of the question file; `question_id`, `prompt` and `text` as in LLaVA's answer files."""
-    folder = _image_folder(job)
-    unknown: dict[str, Any] = {}
-    by_id = {row.item_id: row for row in scores.per_item} if scores else unknown
-    blind_by_id = {row.item_id: row for row in blind.per_item} if blind else unknown
-    with (job.output / GENERATIONS).open("w", encoding="utf-8") as file:
-        for item in items:
-            answer, unseen = rows["image", item.item_id], rows.get(("blind", item.item_id))
-            row, blind_row = by_id.get(item.item_id), blind_by_id.get(item.item_id)
-            line = {
-                "item_id": item.item_id,
-                "question_id": item.question_id,
-                "image": _image_name(item.images[0], folder) if item.images else "",
-                "images": [_image_record(ref, folder) for ref in item.images],
-                "cluster": hashlib.sha256(cluster_of(item, keys).encode()).hexdigest()[:16],
-                "category": item.category,
-                "prompt": item.prompt,
-                "truth": benchmark.truth(item),
-                "text": answer["text"],
-                "score": row.score if row else None,
-                "correct": benchmark.correct(row.score if row else None),
-                "blind_text": unseen["text"] if unseen else None,
-                "blind_score": blind_row.score if blind_row else None,
-                "blind_correct": benchmark.correct(blind_row.score) if blind_row else None,
-                "options": item.options,
-                **{key: answer[key] for key in ("prompt_tokens", "new_tokens", "latency_s", "batch")},
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _image_folder(job: StageJob[EvalStage]) -> Path:
-    (location,) = job.locations
-    return (job.root_of(location) / location.source.images).resolve()
-
-
-def _image_name(ref: ImageRef, folder: Path) -> str:
-    """Path below `folder`, where the report looks for it; absolute where the image lies elsewhere."""
-    path = ref.path.resolve()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
-
-
-def _image_record(ref: ImageRef, folder: Path) -> dict[str, Any]:
-    cell = {} if ref.row is None else {"row": ref.row, "column": ref.column}
-    return {"path": _image_name(replace(ref, data=None), folder), **cell}

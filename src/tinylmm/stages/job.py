@@ -18,7 +18,7 @@ from tinylmm.store.claims import require_claim
 from tinylmm.store.layout import JOB_FILE, METRICS_FILE, OUTPUT_FOLDER
 from tinylmm.training.metrics import MetricsFile
 
-Spec = TypeVar("Spec", bound=Recorded)
+Spec = TypeVar("Spec", bound=Recorded, covariant=True)
 
 
 @dataclass(frozen=True)

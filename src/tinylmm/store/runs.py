@@ -34,7 +34,7 @@ TRAIN = "train"
 """Kind of the stages that leave a model."""
 
 StageStatus = Literal["todo", "running", "run", "reused", "failed"]
-RunStatus = Literal["running", "done", "failed", "stopped", "unreadable"]
+RunStatus = Literal["running", "done", "waiting", "failed", "stopped", "unreadable"]
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class RunRecord:
 
     Attributes:
         folder: where it lies. Its name is the run's name: that is what every command finds it by.
-        status: `running` only while the process may be alive; `unreadable` if run.json cannot be read.
+        status: `running` only while the process may be alive; `waiting` if all that is not done waits for the user;
+            `unreadable` if run.json cannot be read.
         created, finished: ISO 8601; `finished` is None as long as it is not.
         stages: in the order in which they are made.
         versions: of the software (`provenance.software_versions`).

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.builders import IMAGE_SIZE, tiny_loaded
+import tinylmm
+from tests.builders import IMAGE_SIZE, redescribe, tiny_loaded
 from tinylmm.errors import DataError, UserError
+from tinylmm.models.anyres import with_tiles
 from tinylmm.models.checkpoint import save_model
+from tinylmm.store.layout import stage_key
+from tinylmm.store.runs import StageRow, create_run
 
 lmms_model = pytest.importorskip("lmms_eval.api.model", reason="the extra `lmms` is not installed")
 pytestmark = pytest.mark.slow
@@ -146,3 +150,73 @@ def test_what_it_cannot_do_is_refused(model: Any, folder: Path) -> None:
         TinyLMM(pretrained=str(folder), conv_template="v1")
     with pytest.raises(UserError, match="int8"):
         TinyLMM(pretrained=str(folder), precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({}, 64),
+        ({"batch_size": "auto"}, 64),
+        ({"batch_size": "auto:4"}, 64),
+        ({"batch_size": "3"}, 3),
+        ({"batch_size": "auto", "max_batch_size": 8}, 8),
+    ],
+)
+def test_batch_sizes_are_taken_as_lmms_eval_writes_them(given: dict[str, Any], rows: int, folder: Path) -> None:
+    from tinylmm.evaluation.lmms import TinyLMM
+
+    assert TinyLMM.create_from_arg_string(f"pretrained={folder},device=cpu", given).batch_size == rows
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": "many"}, {"batch_size": 0}, {"tokens": "x"}])
+def test_a_wrong_number_is_refused_by_name(wrong: dict[str, Any], folder: Path) -> None:
+    from tinylmm.evaluation.lmms import TinyLMM
+
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}=.* is not a number of 1 or more"):
+        TinyLMM(pretrained=str(folder), device="cpu", **wrong)
+
+
+def test_a_run_is_taken_by_its_name_and_a_stage_by_its_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinylmm.evaluation.lmms import TinyLMM
+
+    digest = "ab" * 32
+    stage = tmp_path / "store/stages" / stage_key("train", digest)
+    (stage / "output").mkdir(parents=True)
+    save_model(tiny_loaded(), stage / "output/model", None, {})
+    create_run(tmp_path / "store", "mine", "mine", stages=[StageRow("train", "finetune", digest, stage.name, "run")])
+    monkeypatch.setenv("TINYLMM_STORE", str(tmp_path / "store"))
+    with pytest.raises(Exception, match="cannot be used"):  # no manifest: the same rule as for chat and export
+        TinyLMM(pretrained="mine", device="cpu")
+    monkeypatch.setattr("tinylmm.store.find_model.check_folder", lambda *_, **__: [])
+    asked = ("<image>\nWhat is it?", {"max_new_tokens": 5})
+    answers = [
+        bridge.generate_until([request(bridge, 0, *asked, visuals=pictures()[:1])])
+        for bridge in (TinyLMM(pretrained=where, device="cpu") for where in ("mine", str(stage), str(folder)))
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_model_of_tiles_answers_as_in_chat(tmp_path: Path) -> None:
+    from tinylmm.evaluation.lmms import TinyLMM
+
+    loaded = tiny_loaded()
+    redescribe(loaded, image=loaded.description.as_json()["image"] | {"mode": "anyres", "tiles": [[1, 2], [2, 1]]})
+    parts = (loaded.model.connector, loaded.description.image, loaded.model.vision_tower.num_tokens)
+    loaded.model.connector = with_tiles(*parts)
+    save_model(loaded, tmp_path / "model", None, {})
+    bridge, chat = (
+        TinyLMM(pretrained=str(tmp_path / "model"), device="cpu"),
+        tinylmm.load(tmp_path / "model", device="cpu"),
+    )
+    shapes = [Image.new("RGB", size, (0, 255, 0)) for size in ((40, 12), (12, 40), (16, 16))]
+    asked = [
+        request(bridge, n, "What is it?", {"max_new_tokens": 5}, visuals=[shape]) for n, shape in enumerate(shapes)
+    ]
+    asked.append(request(bridge, 3, "And these?", {"max_new_tokens": 5}, visuals=shapes))
+    expected = [chat.chat("What is it?", shape, max_new_tokens=5) for shape in shapes]
+    assert bridge.generate_until(asked) == [*expected, chat.chat("And these?", shapes, max_new_tokens=5)]
+    for visuals in ([shapes[0]], shapes, []):
+        scores = bridge.loglikelihood([request(bridge, 0, "which?", word, visuals=visuals) for word in ("red", "3")])
+        assert all(total < 0 for total, _ in scores)

@@ -24,10 +24,16 @@ def test_a_gpu_that_is_not_there_is_refused(wanted: str) -> None:
         named_device(wanted)
 
 
-@pytest.mark.parametrize("wanted", ["gpu", "cuda:x", "cpu:0", "mps"])
+@pytest.mark.parametrize("wanted", ["gpu", "cuda:x", "cpu:0", "mps:1"])
 def test_a_device_of_another_name_is_refused_with_those_allowed(wanted: str) -> None:
-    with pytest.raises(UserError, match=f"device is '{wanted}'; allowed: auto, cpu, cuda and cuda:N"):
+    with pytest.raises(UserError, match=f"device is '{wanted}'; allowed: auto, cpu, cuda, cuda:N and mps"):
         named_device(wanted)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU")
+def test_an_apple_gpu_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"device is 'mps', but torch \S+ finds no Apple GPU.*Use device=cpu"):
+        named_device("mps")
 
 
 @pytest.mark.parametrize("name", ["tinyllama", "phi2", "qwen2_0_5b", "gemma", "gemma3_270m", "stablelm2"])

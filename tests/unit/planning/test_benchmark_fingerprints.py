@@ -17,7 +17,8 @@ from tinylmm.config.spec import EvalSpec
 from tinylmm.errors import ConfigError, DataError
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.planning.fingerprints import benchmark_fingerprint
-from tinylmm.planning.planner import RunPlan, plan_run, require_files
+from tinylmm.planning.planner import RunPlan, plan_record, plan_run, require_files
+from tinylmm.store.stage import Stage
 
 ROW = {"question_id": "1", "text": "what?", "category": "digit", "answer": "3", "options": 10}
 
@@ -69,14 +70,38 @@ def test_the_digest_holds_content_and_protocol_but_no_place(tmp_path: Path) -> N
     assert stage.settings["location"]["root"] == str(root)
     moved = root.rename(tmp_path / "b")
     assert digest(plan(tmp_path, moved)) == stage.digest
-    judge = ("eval.gqa.judge.model=m", "eval.gqa.judge.base_url=http://localhost:1/v1")
     same = plan(tmp_path, moved, "launch.eval_batch=1", "launch.eval_tokens=9")
     assert digest(same) == stage.digest
     limit = "eval.gqa.limit=3"
-    changes = ([limit], [limit, "eval.gqa.limit_seed=1"], list(judge), [*judge, "eval.gqa.judge.runs=5"])
-    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 5
-    unchanged = ["eval.gqa.limit_seed=0", *judge, "eval.gqa.judge.runs=1"]  # later fields, where they are not set
-    assert digest(plan(tmp_path, moved, *unchanged)) == digest(plan(tmp_path, moved, *judge))
+    changes = ([limit], [limit, "eval.gqa.limit_seed=1"], ["eval.gqa.max_new_tokens=3"])
+    assert len({stage.digest, *(digest(plan(tmp_path, moved, *words)) for words in changes)}) == 4
+    assert (
+        digest(plan(tmp_path, moved, "eval.gqa.limit_seed=0")) == stage.digest
+    )  # later fields, where they are not set
+
+
+def test_a_judgement_is_of_its_judge_at_whatever_address_and_of_how_often_it_judges(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "a")
+
+    def judged(*words: str) -> Stage:
+        judge = ("eval.gqa.judge.model=m", "eval.gqa.judge.base_url=http://localhost:1/v1")
+        return next(stage for stage in plan(tmp_path, root, *judge, *words).graph if stage.kind == "judge")
+
+    stage = judged()
+    assert stage.settings["location"]["judge_url"] == "http://localhost:1/v1"
+    assert stage.parents["answers"] == digest(plan(tmp_path, root)) == digest(plan(tmp_path, root))
+    same = ("eval.gqa.judge.runs=1", "eval.gqa.judge.base_url=http://localhost:2/v1")
+    assert {judged(word).digest for word in same} == {stage.digest}
+    assert len({stage.digest, judged("eval.gqa.judge.model=n").digest, judged("eval.gqa.judge.runs=5").digest}) == 3
+
+
+def test_a_judged_benchmark_without_its_judge_is_planned_as_waiting(tmp_path: Path) -> None:
+    planned = plan_run(compose_run(["eval=mmvet", f"eval.mmvet.root={tmp_path}", f"store={tmp_path / 'store'}"]), "run")
+    assert {s["kind"]: s["status"] for s in plan_record([planned])["stages"]}["judge"] == "waits"
+    (said,) = planned.warnings
+    assert said.startswith(
+        "mmvet@finetune: mmvet is scored by a judge, and none is named. Set eval.mmvet.judge.base_url"
+    )
 
 
 def test_missing_files_stop_a_run_before_it_starts_naming_each(tmp_path: Path) -> None:
@@ -114,3 +139,35 @@ def test_questions_about_videos_are_refused_before_anything_is_asked(tmp_path: P
     words = ["eval=gqa", f"eval.gqa.benchmark={benchmark}", f"eval.gqa.root={tmp_path}", f"store={tmp_path / 'store'}"]
     with pytest.raises(ConfigError, match=r"eval\.gqa\.benchmark: is .*about videos.*tinylmm score"):
         plan_run(compose_run(words), "run")
+
+
+def test_eval_auto_asks_what_is_there_and_the_plan_names_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINYLMM_DATA", str(tmp_path))
+    write_benchmark(tmp_path / "eval/gqa")
+    broken = write_benchmark(tmp_path / "eval/pope")
+    (broken / "images/1-green.png").unlink()
+    words = ["llm=phi2", "vt=siglip", "eval.gqa.benchmark=digits", "eval.pope.benchmark=digits", f"store={tmp_path}/s"]
+    planned = plan_run(compose_run(words), "run")
+    assert [stage.name for stage in planned.graph if stage.kind == "eval"] == ["gqa@finetune"]
+    record = plan_record([planned])
+    left_out = {item["what"] for item in record["not_found"]}
+    assert "questions of benchmark mmvet" in left_out and len(left_out) == 8
+    assert "1 of 12 images of benchmark digits (images/1-green.png)" in left_out
+    assert not any("benchmark" in item["what"] for item in record["missing"])
+    strict = plan_record([plan_run(compose_run([*words, "eval=paper"]), "run")])
+    assert left_out <= {item["what"] for item in strict["missing"]} and strict["not_found"] == []
+
+
+def test_what_eval_auto_asks_waits_for_no_judge(tmp_path: Path) -> None:
+    vet = write_benchmark(tmp_path / "vet")
+    (vet / "llava-mm-vet.jsonl").write_text('{"question_id": 0, "image": "0-red.png", "text": "What?"}\n')
+    answer = {"imagename": "0-red.png", "question": "What?", "answer": "red", "capability": ["rec"], "imagesource": ""}
+    (vet / "mm-vet.json").write_text(json.dumps({"v1_0": answer}))
+    words = ["llm=phi2", "vt=siglip", f"eval.mmvet.root={vet}", f"store={tmp_path}/s"]
+    kinds = [stage.kind for stage in plan_run(compose_run(words), "run").graph if stage.name == "mmvet@finetune"]
+    assert kinds == ["eval"]
+    judge = "eval.mmvet.judge={base_url: http://localhost:1/v1, model: m}"
+    kinds = [stage.kind for stage in plan_run(compose_run([*words, judge]), "run").graph if "mmvet" in stage.name]
+    assert kinds == ["eval", "judge"]

@@ -45,7 +45,7 @@ def test_versions_are_raised_where_results_change_and_nowhere_else() -> None:
     eval 2: intervals; eval 3: answers end at the turn's end of the template as fitted to the tokenizer.
     """
     versions = {kind: row.version for kind, row in KINDS.items()}
-    assert versions == {"data": 2, "parts": 1, "images": 1, "prepare": 3, "train": 2, "eval": 3}
+    assert versions == {"data": 2, "parts": 1, "images": 1, "prepare": 3, "train": 2, "eval": 3, "judge": 1}
 
 
 def test_the_default_run_has_these_stages() -> None:
@@ -166,3 +166,33 @@ def test_a_single_source_has_no_trace_of_mixtures_or_formats_in_its_identity() -
         "max_bad": 0,
     }
     assert stages["prepare[finetune]"].spec["source"] == source
+
+
+def kinds(*words: str) -> dict[tuple[str, str], str]:
+    return {(s.kind, s.name): s.digest for s in build_graph(compose_run(["llm=phi2", "vt=siglip", *words]), NoFiles())}
+
+
+JUDGE = "eval.{}.judge={{base_url: http://localhost:1/v1, model: {}}}"
+
+
+@pytest.mark.parametrize("benchmark", ["mmvet", "mmbench"])
+def test_naming_or_changing_a_judge_asks_the_model_nothing_again(benchmark: str) -> None:
+    words = (f"eval=[{benchmark},gqa]",)
+    runs = [kinds(*words), *(kinds(*words, JUDGE.format(benchmark, judge)) for judge in ("one", "other"))]
+    assert len({digests[("eval", f"{benchmark}@finetune")] for digests in runs}) == 1
+    judged = {digests.get(("judge", f"{benchmark}@finetune")) for digests in runs}
+    assert len(judged) == 3  # mmbench without a judge has none: its rules score it
+    assert (None in judged) is (benchmark == "mmbench")
+    repeated = kinds(*words, JUDGE.format(benchmark, "one"), f"eval.{benchmark}.judge.runs=5")
+    assert repeated[("judge", f"{benchmark}@finetune")] not in judged
+    assert ("judge", "gqa@finetune") not in runs[1]
+
+
+def test_another_rule_of_judging_asks_the_model_nothing_again_either() -> None:
+    first, other = (kinds("eval=mmvet", f"eval.mmvet.variant={variant}") for variant in ("official", "lmms"))
+    assert first[("eval", "mmvet@finetune")] == other[("eval", "mmvet@finetune")]
+    assert first[("judge", "mmvet@finetune")] != other[("judge", "mmvet@finetune")]
+
+
+def test_a_benchmark_without_judge_is_one_stage() -> None:
+    assert [kind for kind, name in kinds("eval=gqa") if name == "gqa@finetune"] == ["eval"]

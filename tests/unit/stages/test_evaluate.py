@@ -17,14 +17,17 @@ import pytest
 import tinylmm
 from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
+from tests.unit.evaluation.judge_server import completion, judge_server
 from tests.unit.generation.test_prompts import model_that_ends_turns
-from tinylmm.errors import ConfigError, StoppedError, UserError
+from tinylmm.errors import ConfigError, StoppedError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
+from tinylmm.evaluation.benchmarks.records import ItemScore, Scores
+from tinylmm.evaluation.judge import Judge
 from tinylmm.launch.backends import torchrun
 from tinylmm.models.checkpoint import save_model
 from tinylmm.planning.kinds import KINDS
-from tinylmm.stages import evaluate
+from tinylmm.stages import evaluate, judging
 from tinylmm.stages.job import StageJob, make_job
 
 QUESTIONS_AN_IMAGE = 5
@@ -73,7 +76,7 @@ def job_of(folder: Path, model: Path, launch: dict[str, Any] | None = None, **sp
     fields |= {"options": {}}
     fields |= {"max_new_tokens": 4, "template": "llama", "precision": "fp32"}
     settings = {"launch": LAUNCH | (launch or {}), "trust": []}
-    settings["location"] = {"root": str(root), "source": {"images": ""}, "judge_url": None}
+    settings["location"] = {"root": str(root), "source": {"images": ""}}
     parents, work = {"model": model}, folder / "work"
     job = make_job("eval", "digits@finetune", "0" * 64, fields | spec, parents, settings, work, folder / "store")
     job.output.mkdir(parents=True, exist_ok=True)
@@ -214,17 +217,52 @@ def test_a_limited_evaluation_draws_from_every_category_and_says_so(tmp_path: Pa
     assert protocol["departs"][0] == "a sample of 10 of 60 questions"
 
 
-def test_without_its_judge_a_benchmark_stops_with_its_answers_kept(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blind", [False, True])
+def test_answers_wait_unscored_for_their_judge_who_scores_them_without_the_model(
+    blind: bool, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Digits, "judged", True)
-    job = job_of(tmp_path, model, blind=False, limit=7)
-    with pytest.raises(UserError, match=r"scored by a judge, and none is set.*eval\.digits\.judge\.base_url"):
-        evaluate.run(job)
+    monkeypatch.setattr(Digits, "score", score_by_judge)
+    job = job_of(tmp_path, model, blind=blind, limit=7)
+    summary = evaluate.run(job)
     rows = lines(job.output / "generations.jsonl")
-    assert len(rows) == 7 and all(row["score"] is None for row in rows)
-    monkeypatch.setattr(Digits, "judged", False)
-    assert evaluate.run(job)["asked"] == 0
+    assert summary["metrics"] == [] and len(rows) == 7 and all(row["score"] is None for row in rows)
+    with judge_server(lambda body: completion("0.5")) as server:
+        judge_job = judging_of(job, server.url)
+        judged = judging.run(judge_job)
+    assert [(row["metric"], row["value"]) for row in judged["metrics"]] == [("grade", 50.0)]
+    assert judged["metrics"][0]["blind"] == (50.0 if blind else None)
+    scored = lines(judge_job.output / "generations.jsonl")
+    changes = {"score": 0.5, "correct": True} | ({"blind_score": 0.5, "blind_correct": True} if blind else {})
+    assert scored == [row | changes for row in rows]
+    record = json.loads((judge_job.output / "scores.json").read_text())
+    assert (record["protocol"]["judge"], record["protocol"]["judge_runs"]) == ("judge-1", 1)
+    assert record["generation"]["asked"] == summary["asked"] and record["model_digest"].startswith("train-0123")
+
+
+def score_by_judge(
+    self: Digits, items: Any, answers: Any, variant: str | None = None, judge: Judge | None = None
+) -> Scores:
+    """Whatever number the judge says."""
+    if judge is None:
+        rows = tuple(ItemScore(item.item_id, None) for item in items)
+        return Scores("digits", "said", {}, rows, {"scored": 0, "missing": 0, "unparsed": 0, "unjudged": len(items)})
+    ask = [[{"role": "user", "content": f"grade {answers[item.item_id].text}"}] for item in items]
+    grades = [float(said) for said in judge.map(lambda messages: judge.ask(messages, max_tokens=3), ask)]
+    rows = tuple(ItemScore(item.item_id, grade) for item, grade in zip(items, grades, strict=True))
+    counts = {"scored": len(items), "missing": 0, "unparsed": 0} | judge.usage.counts()
+    return Scores("digits", "said", {"grade": 100 * sum(grades) / len(grades)}, rows, counts)
+
+
+def judging_of(job: StageJob[Any], url: str) -> StageJob[Any]:
+    spec = job.spec.as_json() | {"judge": "judge-1"}
+    settings = job.settings.as_json()
+    settings["location"]["judge_url"] = url
+    parents, work = job.parents | {"answers": job.output}, job.folder.parent / "judging"
+    made = make_job("judge", job.name, "1" * 64, spec, parents, settings, work, job.store)
+    made.output.mkdir(parents=True)
+    return made
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault, suggestion
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.scoring import pick_variant
+from tinylmm.evaluation.judge import checked_address
 
 _DEFINITION = re.compile(r"^class \w+\(Benchmark\):", re.MULTILINE)
 
@@ -49,12 +50,14 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
     """Refuse, before anything starts, an evaluation that would fail after training: when it is asked, or scored.
 
     Raises:
-        ConfigError: the benchmark, its options or its variant is unknown, it needs frames of videos, or it cannot be asked
-            from a source of a data set; each fault names its key below `eval.<key>`.
+        ConfigError: the benchmark, its options or its variant is unknown, its judge's address is none, it needs frames of
+            videos, or it cannot be asked from a source of a data set; each fault names its key below `eval.<key>`.
     """
     try:
         benchmark = get_benchmark(spec.benchmark, trust, **spec.options)
         pick_variant(benchmark, spec.variant)
+        if spec.judge.base_url is not None and spec.judge.model is not None:
+            checked_address(spec.judge.base_url, spec.judge.model)
     except ConfigError as error:
         keys = {"_target_": "benchmark", "split": "options.split"}
         faults = [Fault(f"eval.{key}.{keys.get(f.where, f.where)}", f.what, f.fix) for f in error.faults]
