@@ -127,7 +127,7 @@ def test_the_stage_is_identified_by_the_models_bytes_not_by_its_place(tmp_path: 
         given = ["recipe=custom_finetune", f"recipe.from_model={tmp_path / name}", "data=digits", "eval=none"]
         plan = plan_run(compose_run(given), name)
         digests[name] = {stage.name: stage.digest for stage in plan.graph}
-    assert set(digests["a"]) == {"digits", "prepare[finetune]", "finetune"}
+    assert set(digests["a"]) == {"digits", "images[finetune]", "prepare[finetune]", "finetune"}
     assert digests["a"] == digests["b"] != digests["c"]
     assert digests["a"]["prepare[finetune]"] == digests["c"]["prepare[finetune]"]
 
