@@ -80,7 +80,7 @@ def test_a_benchmark_is_added_by_one_module_and_one_yaml(tmp_path: Path) -> None
     project = follow("A benchmark", tmp_path)
     (evaluated,) = project.stages("eval")
     scores = json.loads((evaluated / "output/scores.json").read_text())
-    assert scores["protocol"] == "colours-exact" and scores["counts"]["scored"] == 3
+    assert scores["protocol"]["name"] == "colours-exact" and scores["counts"]["scored"] == 3
     shown = [json.loads(line)["truth"] for line in (evaluated / "output/generations.jsonl").read_text().splitlines()]
     assert shown == ["yes", "no", "no"]
 
