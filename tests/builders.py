@@ -155,6 +155,9 @@ class NoFiles:
     def model(self, folder: str) -> dict[str, Any]:
         return {}
 
+    def stage_of(self, model: str) -> None:
+        return None
+
 
 def record(sample_id: str, ids: list[int], supervised: int, images: tuple[str, ...] = ()) -> dict[str, Any]:
     """A prepared row whose last `supervised` tokens are answers."""

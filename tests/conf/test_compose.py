@@ -22,7 +22,7 @@ from tinylmm.planning.planner import plan_run
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted(path.relative_to(conf_folder()) for path in conf_folder().rglob("*/*.yaml"))
-NEED_MORE = {"custom", "custom_finetune"}
+NEED_MORE = {"custom", "custom_finetune", "evaluate"}
 """They need a model and data of one's own: tests/conf/test_from_model.py."""
 STUDIES = sorted(path.relative_to(REPOSITORY / "experiments") for path in (REPOSITORY / "experiments").rglob("*.yaml"))
 PUBLISHED = ["llm=phi2", "vt=siglip"]

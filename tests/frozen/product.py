@@ -65,6 +65,9 @@ class _MadeUp:
         about = [spec.benchmark, spec.layout, spec.limit, spec.options]
         return {"items": _hash(json.dumps(about, sort_keys=True)), "images": _hash(f"images of {spec.benchmark}")}
 
+    def stage_of(self, model: str) -> None:
+        return None
+
     def model(self, folder: str) -> dict[str, Any]:
         return {"files": {"config.json": _hash("model"), "llm/model.safetensors": _hash("weights")}}
 

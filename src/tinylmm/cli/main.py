@@ -9,6 +9,7 @@ import typer
 from tinylmm.cli import convert, data, store
 from tinylmm.cli.chat import chat
 from tinylmm.cli.errors import guarded
+from tinylmm.cli.evaluate import evaluate
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
 from tinylmm.cli.score import score
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan)
 app.command("runs")(store.runs)
+app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("score")(score)
 app.command("chat")(chat)

@@ -224,7 +224,9 @@ def _auto_choices(cfg: DictConfig, faults: list[Fault], vocabulary: Vocabulary) 
         words.append(f"data={data}")
     if OmegaConf.select(cfg, "eval.auto"):
         published = OmegaConf.select(cfg, "recipe.published_eval", throw_on_resolution_failure=False) or "none"
-        words.append(f"eval={'digits' if data == 'digits' else _known('eval', published, faults, vocabulary, 'none')}")
+        trains = bool(OmegaConf.select(cfg, "recipe.stages", throw_on_resolution_failure=False))
+        on_digits = data == "digits" and trains
+        words.append(f"eval={'digits' if on_digits else _known('eval', published, faults, vocabulary, 'none')}")
     return words
 
 

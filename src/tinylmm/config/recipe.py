@@ -165,10 +165,15 @@ class RecipeSpec(Frozen):
     """The benchmarks that its paper reports, a choice of `eval`; `eval=auto` means those whose files are there."""
     from_model: str | None = None
     """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
-    stages: Annotated[dict[str, RecipeStage], Field(min_length=1)]
+    stages: dict[str, RecipeStage]
+    """None where a model is only evaluated."""
 
     @model_validator(mode="after")
     def _stages_start_from_earlier_ones(self) -> RecipeSpec:
+        if not self.stages:
+            if self.from_model is None:
+                raise ValueError("trains nothing, so set recipe.from_model to a model's folder or the name of a run")
+            return self
         starts = {stage.start for stage in self.stages.values()}
         if self.from_model is None and "model" in starts:
             raise ValueError("starts from a model, so set recipe.from_model to a model's folder or the name of a run")

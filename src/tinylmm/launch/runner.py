@@ -81,7 +81,12 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
     ledger = _Ledger(_create_run(plan), console)
     console.print(f"run [bold]{ledger.folder.name}[/bold]", highlight=False)
     for item in plan.not_found:
-        console.print(f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}", markup=False)
+        console.print(
+            f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
         errors, came_to_end = _carry_out(plan, Store(plan.run.store), ledger)
     ledger.finish(_status(errors))
@@ -158,6 +163,8 @@ def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger
     """
     if _reusable(stage, store, ledger.console):
         return None
+    if any(digest not in plan.graph for digest in stage.parents.values()):
+        raise IntegrityError(f"{stage.name} was made by another run. Give that run's command again to make it anew.")
     with Claim(store.root, stage.key, on_wait=ledger.waiting(title)) as claim:
         if store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
             return None

@@ -7,7 +7,9 @@ here: a laptop can plan any run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from tinylmm.config.recipe import RecipeStage
@@ -53,6 +55,9 @@ class Fingerprints(Protocol):
     def model(self, folder: str) -> Content:
         """Of a trained model's folder."""
 
+    def stage_of(self, model: str) -> Stage | None:
+        """The finished stage of the store that made the model in a folder; None for models from elsewhere."""
+
 
 class StageGraph:
     """Stages in an order in which each comes after its parents; a digest occurs once."""
@@ -72,6 +77,10 @@ class StageGraph:
         stage = Stage.of(kind, name, row.version, decides, parents, recorded)
         return self._stages.setdefault(stage.digest, stage)
 
+    def take(self, stage: Stage) -> None:
+        """Add a finished stage of an earlier run; its parents need not be there."""
+        self._stages.setdefault(stage.digest, stage)
+
     def __iter__(self) -> Iterator[Stage]:
         return iter(self._stages.values())
 
@@ -88,6 +97,15 @@ class StageGraph:
 def build_graph(run: RunSpec, fingerprints: Fingerprints) -> StageGraph:
     """Return the stages that `run` asks for, parents first."""
     return _Builder(run, fingerprints).build()
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A model that benchmarks are asked of: its name, and how it stands in an evaluation's parents and fields."""
+
+    name: str
+    parents: dict[str, str]
+    fields: Fields = field(default_factory=dict)
 
 
 class _Builder:
@@ -107,6 +125,14 @@ class _Builder:
         self.folders: dict[str, str] = {}
 
     def build(self) -> StageGraph:
+        if self.run.recipe.stages:
+            trained = self._trainings()
+            self._evaluations([_Evaluated(name, {"model": stage.digest}) for name, stage in trained.items()])
+        else:
+            self._evaluations([self._finished_model()])
+        return self.graph
+
+    def _trainings(self) -> dict[str, Stage]:
         llm = self._part("llm", self.run.llm)
         tokenizer = self._tokenizer(self.run.llm)
         tower = self._part("vision_tower", self.run.vision_tower)
@@ -126,8 +152,17 @@ class _Builder:
             spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
             located = self._mix(name, stage, tokenizer, spec, parents) | {"max_dropped": stage.max_dropped}
             trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
-        self._evaluations(trained)
-        return self.graph
+        return trained
+
+    def _finished_model(self) -> _Evaluated:
+        """The model that is evaluated without any training: of a stage of the store, or identified by its content."""
+        folder = self.run.recipe.from_model
+        assert folder is not None  # RecipeSpec's validator holds this
+        if (stage := self.fingerprints.stage_of(folder)) is not None:
+            self.graph.take(stage)
+            return _Evaluated(stage.name, {"model": stage.digest})
+        self.folders["model"] = folder
+        return _Evaluated(Path(folder).name, {}, {"model": {"content": self.fingerprints.model(folder)}})
 
     def _from_parts(self, parents: dict[str, str], **parts: Stage | Fields) -> Fields:
         """The fields of a training that starts from parts; those that a stage built are added to `parents`."""
@@ -153,19 +188,18 @@ class _Builder:
         begins = stage.start in ("parts", "model")
         return self.run.vision_tower.image.mode if begins else self.run.image_mode(stage.start)
 
-    def _evaluations(self, trained: dict[str, Stage]) -> None:
-        names = list(trained)
+    def _evaluations(self, models: Sequence[_Evaluated]) -> None:
         for benchmark, spec in self.run.eval.items():
-            for name in names if spec.after == "every" else names[-1:]:
-                self._evaluation(benchmark, spec, trained[name])
+            for model in models if spec.after == "every" else models[-1:]:
+                self._evaluation(benchmark, spec, model)
 
-    def _evaluation(self, benchmark: str, spec: EvalSpec, model: Stage) -> None:
+    def _evaluation(self, benchmark: str, spec: EvalSpec, model: _Evaluated) -> None:
         template = self.run.llm.template if spec.template == "auto" else spec.template
         # what is later than the first digests is in them only where it is set
         optional = set() if spec.limit_seed else {"limit_seed"}
         fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", "optional", *optional})
-        fields |= {"template": template, "judge": None}
-        parents = {"model": model.digest}
+        fields |= {"template": template, "judge": None} | model.fields
+        parents = dict(model.parents)
         if spec.data is not None and spec.source is not None:
             fields["source"] = self._source(spec.data, spec.source)
             parents |= self._data_parent(spec.data)

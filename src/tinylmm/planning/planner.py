@@ -24,7 +24,7 @@ from tinylmm.planning.fingerprints import (
 from tinylmm.planning.graph import MISSING, StageGraph, build_graph
 from tinylmm.planning.specs import Content, JudgeStage, StageSettings
 from tinylmm.store.integrity import read_manifest
-from tinylmm.store.layout import StoreLayout
+from tinylmm.store.layout import model_folder
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
@@ -67,7 +67,7 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
     """
     for key, evaluation in run.eval.items():
         check_evaluation(key, evaluation, run.trust)
-    files = _Files(StoreLayout(run.store).fingerprints, run.trust)
+    files = _Files(Store(run.store), run.trust)
     graph = build_graph(run, files)
     _refuse_attention(run, graph)
     _refuse_left_out(run, graph)
@@ -140,9 +140,11 @@ def require_files(plan: RunPlan) -> None:
     """Stop before anything starts if files are missing.
 
     Raises:
-        DataError: one screen with each missing file, where it was looked for and how to get it.
+        DataError: one screen with each missing file, where it was looked for and how to get it; or nothing is left to do.
     """
     if not plan.missing:
+        if not plan.run.recipe.stages and not any(stage.kind == "eval" for stage in plan.graph):
+            raise DataError(_asks_nothing(plan))
         return
     number = "1 thing" if len(plan.missing) == 1 else f"{len(plan.missing)} things"
     lines = [f"{number} needed by this run cannot be found; nothing was started."]
@@ -154,6 +156,15 @@ def require_files(plan: RunPlan) -> None:
             f"Data is looked for under data.root={root} (environment variable TINYLMM_DATA, or data.root=FOLDER)."
         )
     raise DataError("\n".join(lines))
+
+
+def _asks_nothing(plan: RunPlan) -> str:
+    """Of a run that only evaluates: no benchmark is chosen, or the files of none are there."""
+    lines = [
+        f"this run trains nothing and asks nothing of {plan.run.recipe.from_model}; choose benchmarks: eval=[gqa,pope]."
+    ]
+    lines += [f"  not found: {item.what}, looked for at {item.looked_at}" for item in plan.not_found]
+    return "\n".join(lines)
 
 
 def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
@@ -212,8 +223,9 @@ def waits_for(stage: Stage) -> str:
 class _Files:
     """Identities of files outside the store, each read once; notes what is missing on the way. See `graph.Fingerprints`."""
 
-    def __init__(self, cache: Path, trust: Sequence[str]) -> None:
-        self.cache = cache
+    def __init__(self, store: Store, trust: Sequence[str]) -> None:
+        self.store = store
+        self.cache = store.layout.fingerprints
         self.trust = trust
         self.missing: list[Missing] = []
         self.not_found: list[Missing] = []
@@ -231,6 +243,10 @@ class _Files:
 
     def model(self, folder: str) -> Content:
         return self._once("model", folder, lambda: model_fingerprint(folder, self.cache))
+
+    def stage_of(self, model: str) -> Stage | None:
+        folder = Path(model).resolve().parent.parent
+        return self.store.stage_at(folder) if model_folder(folder) == Path(model).resolve() else None
 
     def _checkpoint(self, path_or_id: str) -> Content:
         for name in path_or_id.split("+"):

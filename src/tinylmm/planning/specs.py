@@ -159,6 +159,8 @@ class AskedStage(Recorded):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     source: SourceIdentity | None = None
     content: Content | None = None
+    model: ModelContent | None = None
+    """Of a model that no stage of this store made; else it is the parent `model`."""
 
 
 class EvalStage(AskedStage):
@@ -215,7 +217,7 @@ class StageSettings(Recorded):
     """Every field that is set; those that decide a result stand in the stage's own `trainer` too."""
     trust: tuple[str, ...] = ()
     folders: dict[str, str] = Field(default_factory=dict)
-    """Role -> local folder of published weights; `from` is the model that a recipe starts from."""
+    """Role -> local folder of published weights; `from` is the model that a recipe starts from, `model` one to evaluate."""
     max_dropped: float = 1.0
     """Of a training: the share of its samples that `max_length` may leave nothing of."""
     location: Location | None = None

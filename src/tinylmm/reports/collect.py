@@ -97,7 +97,8 @@ def _collect_run(store_root: Path, folder: Path) -> RunReport:
     notes += [_unjudged(*stage.name.split("@")) for stage in waiting]
     unjudged = {stage.name for stage in waiting}
     notes += [_unscored(one) for one in evaluations if not one.scores and f"{one.name}@{one.stage}" not in unjudged]
-    examples = _collect_examples(store_root, list(models.values()), evaluations)
+    others = [one.stage for one in evaluations if one.stage not in models.values()]  # models from outside the store
+    examples = _collect_examples(store_root, [*models.values(), *others], evaluations)
     return RunReport(record, stages, evaluations, examples, tuple(notes))
 
 
@@ -149,14 +150,14 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
 
 
 def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]) -> Evaluation:
-    model = read_stored_spec(folder).parents["model"]
-    if model not in models:
+    model = read_stored_spec(folder).parents.get("model")
+    if model is not None and model not in models:
         raise IntegrityError(
             f"{folder / SPEC_FILE}: evaluates model {model[:16]}, which no training stage of this run made"
         )
     path = folder / OUTPUT_FOLDER / SCORES_FILE
     record = read_json(path)
-    name = stage.name.partition("@")[0]
+    name, _, evaluated = stage.name.partition("@")
     protocol = Protocol.of_json(record.get("protocol"), record["benchmark"])
     scores = []
     for row in record["metrics"]:
@@ -167,7 +168,9 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
         bounds = None if low_high is None else (float(low_high[0]), float(low_high[1]))
         figures = (value, blind, chance, int(row["count"]), bounds, row.get("blind_p"), row.get("top"))
         scores.append(Score(record["benchmark"], row["metric"], *figures, name, protocol))
-    return Evaluation(models[model], name, record["benchmark"], protocol, tuple(scores), folder)
+    return Evaluation(
+        evaluated if model is None else models[model], name, record["benchmark"], protocol, tuple(scores), folder
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- examples

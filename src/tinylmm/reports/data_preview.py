@@ -193,6 +193,9 @@ class _Checkpoints:
     def model(self, folder: str) -> Content:
         return {}
 
+    def stage_of(self, model: str) -> None:
+        return None
+
 
 def _is_of(stage: Stage, name: str) -> bool:
     """Whether a prepare stage belongs to a training stage; those of a mixture share template and tokenizer."""

@@ -228,9 +228,10 @@ class RunReport:
 
     @property
     def scored_stages(self) -> list[str]:
-        """Names of the training stages whose model was evaluated, in the order in which they ran."""
-        scored = {evaluation.stage for evaluation in self.evaluations}
-        return [stage.name for stage in self.stages if stage.kind == TRAIN and stage.name in scored]
+        """Names of the evaluated models: of training stages in the order in which they ran, then those from elsewhere."""
+        scored = [evaluation.stage for evaluation in self.evaluations]
+        trained = [stage.name for stage in self.stages if stage.kind == TRAIN and stage.name in scored]
+        return list(dict.fromkeys([*trained, *scored]))
 
     @property
     def headline(self) -> tuple[str, Score] | None:

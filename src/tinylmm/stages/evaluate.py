@@ -112,7 +112,9 @@ def _load(job: StageJob[EvalStage]) -> LoadedModel:
     launch, precision = job.settings.launch, job.spec.precision
     device = choose_device(launch.device, precision)
     attention = choose_attention(launch.attention, precision, device)
-    loaded = load_model(job.parents["model"] / MODEL_FOLDER, job.settings.trust, launch.attention)
+    made_here = job.parents.get("model")
+    folder = Path(job.settings.folders["model"]) if made_here is None else made_here / MODEL_FOLDER
+    loaded = load_model(folder, job.settings.trust, launch.attention)
     to_precision(loaded.model, device, DTYPES[precision])
     loaded.model.set_attention(attention)
     loaded.model.eval()

@@ -25,6 +25,7 @@ from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.specs import AskedStage, JudgeStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import GENERATIONS_FILE, SCORES_FILE
+from tinylmm.store.stage import digest
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -104,7 +105,7 @@ def write_scores(job: StageJob[AskedStage], asked: Asked, judge: Judge | None = 
         "benchmark": benchmark.name,
         "protocol": protocol.as_json(),
         "variant": scores.variant,
-        "model_digest": job.parents["model"].parent.name,
+        "model_digest": _model_digest(job),
         "metrics": metrics,
         **{key: value for key, value in scores.as_json().items() if key not in ("benchmark", "variant")},
         "generation": dict(asked.how),
@@ -112,6 +113,13 @@ def write_scores(job: StageJob[AskedStage], asked: Asked, judge: Judge | None = 
     (job.output / SCORES_FILE).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     images = len(set(asked.keys.values()))
     return {"protocol": protocol.name, "metrics": metrics, "questions": len(items), "images": images, **asked.how}
+
+
+def _model_digest(job: StageJob[AskedStage]) -> str:
+    """Key of the stage that made the model; of a model from elsewhere the digest of its content."""
+    if job.spec.model is None:
+        return job.parents["model"].parent.name
+    return digest(job.spec.model.content)
 
 
 def _protocol(job: StageJob[AskedStage], asked: Asked, scores: Scores) -> Protocol:

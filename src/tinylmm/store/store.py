@@ -97,6 +97,22 @@ class Store:
         """Return what is wrong with a finished stage (or its folder), one sentence a finding, naming the file."""
         return check_folder(stage if isinstance(stage, Path) else self.folder(stage), deep)
 
+    def stage_at(self, folder: Path) -> Stage | None:
+        """The finished stage in a folder of this store, without its settings; None where it is no such folder.
+
+        Raises:
+            IntegrityError: its spec cannot be read.
+        """
+        if folder.resolve().parent != self.layout.stages.resolve() or not (folder / MARKER_FILE).exists():
+            return None
+        path = folder / SPEC_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            name = read_manifest(folder)["name"]
+            return Stage.of(fields["kind"], name, fields["version"], fields["spec"], fields["parents"], {})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path} cannot be read ({error}).") from error
+
     def check_spec(self, stage: Stage) -> None:
         """Compare the finished stage's spec.json with what is asked for.
 

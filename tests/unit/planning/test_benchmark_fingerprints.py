@@ -134,13 +134,6 @@ def test_an_unknown_scoring_variant_is_refused_when_planning(tmp_path: Path) -> 
         plan_run(run, "run")
 
 
-@pytest.mark.parametrize("benchmark", ["mvbench", "videomme"])
-def test_questions_about_videos_are_refused_before_anything_is_asked(tmp_path: Path, benchmark: str) -> None:
-    words = ["eval=gqa", f"eval.gqa.benchmark={benchmark}", f"eval.gqa.root={tmp_path}", f"store={tmp_path / 'store'}"]
-    with pytest.raises(ConfigError, match=r"eval\.gqa\.benchmark: is .*about videos.*tinylmm score"):
-        plan_run(compose_run(words), "run")
-
-
 def test_eval_auto_asks_what_is_there_and_the_plan_names_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,3 +164,10 @@ def test_what_eval_auto_asks_waits_for_no_judge(tmp_path: Path) -> None:
     judge = "eval.mmvet.judge={base_url: http://localhost:1/v1, model: m}"
     kinds = [stage.kind for stage in plan_run(compose_run([*words, judge]), "run").graph if "mmvet" in stage.name]
     assert kinds == ["eval", "judge"]
+
+
+@pytest.mark.parametrize("benchmark", ["mvbench", "videomme"])
+def test_questions_about_videos_are_refused_before_anything_is_asked(tmp_path: Path, benchmark: str) -> None:
+    words = ["eval=gqa", f"eval.gqa.benchmark={benchmark}", f"eval.gqa.root={tmp_path}", f"store={tmp_path / 'store'}"]
+    with pytest.raises(ConfigError, match=r"eval\.gqa\.benchmark: is .*about videos.*tinylmm score"):
+        plan_run(compose_run(words), "run")

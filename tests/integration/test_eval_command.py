@@ -1,0 +1,124 @@
+"""`tinylmm eval`: benchmarks on a model that is there, in the digests that a training run would have."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.project import Project, tiny_project, write_images
+from tests.unit.evaluation.benchmarks.disk import write_jsonl
+from tinylmm.cli.main import main
+
+MODEL_WORDS = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with a finished run called `mine`, whose model nothing was asked of."""
+    root = tmp_path_factory.mktemp("eval")
+    made = tiny_project(root)
+    names = write_images(root / "shapes/images")
+    rows = [
+        {"question_id": n, "image": name, "text": "Which colour?", "category": "colour", "answer": "red", "options": 3}
+        for n, name in enumerate(names)
+    ]
+    write_jsonl(root / "shapes/test.jsonl", rows)
+    project = Project(root, (*made.words, *MODEL_WORDS))
+    assert project.train_here("name=mine").returncode == 0
+    return project
+
+
+@pytest.fixture
+def ask(trained: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Run `tinylmm eval` in the project's folder; returns exit code and output."""
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["tinylmm", "eval", *words])
+        said = io.StringIO()
+        with (
+            contextlib.chdir(trained.root),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            pytest.raises(SystemExit) as left,
+        ):
+            main()
+        return int(left.value.code or 0), said.getvalue()
+
+    return run
+
+
+def benchmark(project: Project) -> list[str]:
+    return [
+        "eval=gqa",
+        "eval.gqa.benchmark=digits",
+        f"eval.gqa.root={project.root / 'shapes'}",
+        "eval.gqa.max_new_tokens=3",
+    ]
+
+
+def evaluations(project: Project) -> set[str]:
+    return {path.name for path in project.stages("eval")}
+
+
+def test_a_run_is_evaluated_by_name_and_a_training_run_reuses_the_answers(
+    trained: Project, ask: Callable[..., tuple[int, str]]
+) -> None:
+    words = benchmark(trained)
+    code, said = ask("mine", *words, "name=later")
+    assert code == 0 and "accuracy" in said, said
+    found = evaluations(trained)
+    record = json.loads((trained.store / "runs/later/run.json").read_text())
+    assert [(row["kind"], row["name"], row["status"]) for row in record["stages"]] == [
+        ("train", "finetune", "reused"),
+        ("eval", "gqa@finetune", "run"),
+    ]
+    again = trained.train_here(*[word for word in words if word != "eval=none"], "name=whole")
+    assert again.returncode == 0, again.stderr
+    assert evaluations(trained) == found
+    code, said = ask(str(trained.model("finetune")), *words, "name=by_folder")
+    assert code == 0 and evaluations(trained) == found
+    assert "<html" in (trained.store / "reports/later/report.html").read_text().lower()
+
+
+def test_a_model_from_elsewhere_is_known_by_its_content_wherever_it_lies(
+    trained: Project, ask: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(trained.model("finetune"), tmp_path / "imported"))
+    before = evaluations(trained)
+    code, said = ask(str(elsewhere), *benchmark(trained), "name=foreign")
+    assert code == 0 and "accuracy" in said, said
+    (made,) = evaluations(trained) - before
+    rows = json.loads((trained.store / "reports/foreign/results.json").read_text())["rows"]
+    assert {row["stage"] for row in rows} == {"imported"}
+    code, said = ask(str(elsewhere.rename(tmp_path / "moved")), *benchmark(trained), "name=moved")
+    assert code == 0 and evaluations(trained) - before == {made}
+    same = [
+        json.loads((trained.store / f"reports/{run}/results.json").read_text())["rows"] for run in ("foreign", "later")
+    ]
+    assert same[0][0]["value"] == same[1][0]["value"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nobody", "eval=gqa"], "neither a folder nor the name of a run"),
+        (["mine", "eval=gqb"], "Did you mean 'gqa'"),
+        (["mine", "eval=gqa"], "questions of benchmark gqa"),
+        (["mine"], "asks nothing"),
+        (["mine", "eval=none"], "asks nothing"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_anything_starts(
+    words: list[str], said: str, ask: Callable[..., tuple[int, str]], trained: Project
+) -> None:
+    runs = sorted(path.name for path in (trained.store / "runs").iterdir())
+    code, text = ask(*words)
+    assert code == 2 and said in " ".join(text.split()), text
+    assert sorted(path.name for path in (trained.store / "runs").iterdir()) == runs
