@@ -145,11 +145,6 @@ def test_a_wrong_value_is_refused_at_its_key_with_what_is_allowed(words: str, wh
     assert len(found) == 1
 
 
-def test_a_stage_cannot_leave_a_towers_tiles() -> None:
-    found = faults("recipe.stages.finetune.image_mode=pad", "vt.image.mode=anyres")
-    assert "Leave it auto." in found["recipe.stages.finetune.image_mode"] and len(found) == 1
-
-
 def test_faults_of_words_values_and_across_groups_come_at_once() -> None:
     found = faults(
         "lmm=phi2", "recipe=shar", "recipe.stages.pretrain.lr=fast", "recipe.stages.finetune.warmup_ration=1",
