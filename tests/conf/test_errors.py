@@ -101,11 +101,6 @@ WRONG = [
     ("vt.encoder=torch.load", "vision_tower.encoder", "encoder's class"),
     ("connector.options._target_=x", "connector.options._target_", "may not stand here"),
     ("trainer.label_smoothing_factor=0.5", "trainer.label_smoothing_factor", "our loss does not use it"),
-    (
-        "recipe.stages.finetune.image_mode=pad vt.image.mode=anyres",
-        "recipe.stages.finetune.image_mode",
-        "Leave it auto.",
-    ),
     ("trainer.dataloader_prefetch_factor=4", "trainer.dataloader_prefetch_factor", "set launch.num_workers"),
     ("trainer.optim_args='momentum=0.9'", "trainer", "optim=adamw_torch does not read"),
     ("llm.scale.tunning.lr=1e-3", "llm.scale.tunning", "Did you mean 'tuning'?"),

@@ -57,7 +57,6 @@ COMBINATIONS: dict[str, list[str]] = {
         "llm.tokenizer.pretrained=/models/tokenizer",
     ],
     "mof of a folder and an id": ["llm=phi2", "vt=mof", "connector=mof_mlp", "vt.pretrained=/models/clip+org/dino"],
-    "a stage's own image mode": [*LLAVA, "vt.image.mode=pad", f"{PRETRAIN}.image_mode=square"],
     "pad token and chat template": [*LLAVA, "llm.tokenizer.pad_token='<pad>'", "llm.template=llama"],
     "architecture": [*LLAVA, "llm.architecture.resid_pdrop=0.0", "vt.architecture.attention_dropout=0.1"],
     "tower output": [*LLAVA, "vt=clip", "vt.select_layer=-1", "vt.select=all"],

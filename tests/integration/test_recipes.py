@@ -142,16 +142,3 @@ def test_a_stopped_training_of_adapters_goes_on_bit_for_bit(
     assert train(project, f"recipe={recipe}", *words) == 0
     again = tmp_path / "store/stages" / whole.parents[1].name / "output/model"
     assert folder_bytes(again) == folder_bytes(whole)
-
-
-def test_a_stage_makes_images_square_in_its_own_way_and_the_model_keeps_the_last_one(project: Project) -> None:
-    words = ("recipe.stages.pretrain.image_mode=center_crop", "recipe.stages.finetune.image_mode=pad")
-    assert train(project, "name=modes", *SHORT, *words) == 0
-    record = json.loads((project.store / "runs/modes/run.json").read_text())
-    folders = {row["name"]: project.store / "stages" / row["key"] for row in record["stages"]}
-    modes = {
-        name: load_model(folders[name] / "output/model", ()).description.image.mode for name in ("pretrain", "finetune")
-    }
-    assert modes == {"pretrain": "center_crop", "finetune": "pad"}
-    used = {name: json.loads((folders[name] / "features.json").read_text()) for name in modes}
-    assert used["pretrain"] != used["finetune"], "features of pictures that were cut are not those of padded ones"

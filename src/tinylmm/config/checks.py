@@ -154,17 +154,7 @@ def _check_stages(raw: Mapping[str, Any]) -> list[Fault]:
         for source in [mixed] if isinstance(mixed, str) else [*mixed] if isinstance(mixed, Mapping) else []:
             faults += _check_source(where, source, raw)
         faults += _check_tune(where, stage)
-        faults += _check_image_mode(where, stage, raw)
     return faults
-
-
-def _check_image_mode(where: str, stage: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Fault]:
-    """A model that takes tiles takes them in every stage."""
-    chosen = stage.get("image_mode", "auto")
-    if chosen == "auto" or mapping_at(raw, "vision_tower", "image").get("mode") != "anyres":
-        return []
-    what = f"is {chosen}, and this tower's images are cut into tiles (vision_tower.image.mode=anyres), in every stage."
-    return [Fault(f"{where}.image_mode", what, "Leave it auto.")]
 
 
 def _check_source(where: str, source: Any, raw: Mapping[str, Any]) -> list[Fault]:

@@ -137,11 +137,6 @@ class ModelDescription(Recorded):
         """The description of the model once its adapters are merged."""
         return type(self).model_validate({key: value for key, value in self.as_json().items() if key != "adapters"})
 
-    def with_image_mode(self, mode: str) -> Self:
-        """The description of the model once it is trained on images made square in another way."""
-        record = self.as_json()
-        return type(self).model_validate(record | {"image": record["image"] | {"mode": mode}})
-
     def with_adapters(self, adapters: dict[str, AdapterEntry]) -> Self:
         """The description of the model with these adapters beside their bases; none at all leaves it as it is."""
         entries = {part: entry.as_json() for part, entry in adapters.items()}

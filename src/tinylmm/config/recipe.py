@@ -91,9 +91,6 @@ class RecipeStage(Frozen):
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the samples that may be left out because `max_length` leaves them nothing to learn. With more the stage stops
     before it trains. It decides no result, so it is in no digest."""
-    image_mode: Literal["auto", "square", "squash", "center_crop", "pad"] = "auto"
-    """How images are made square in this stage; `auto` is the tower's own `vision_tower.image.mode`. TinyLLaVABench pretrains
-    with `square` and finetunes with `pad`. What the last stage did is what the model asks for afterwards."""
     warmup_ratio: Fraction = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

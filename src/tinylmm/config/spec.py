@@ -364,8 +364,3 @@ class RunSpec(Frozen):
     trainer: TrainerSpec = TrainerSpec()
     trust: tuple[str, ...] = ()
     """Packages besides tinylmm, torch and transformers that `_target_` may name."""
-
-    def image_mode(self, stage: str) -> str:
-        """How a recipe's stage makes images square: its own word, or the tower's."""
-        chosen, image = self.recipe.stages[stage].image_mode, self.vision_tower.image
-        return image.mode if chosen == "auto" else image.square if chosen == "square" else chosen

@@ -145,10 +145,7 @@ class _Builder:
                 spec = self._from_model()
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped", "image_mode"})
-            mode = self.run.image_mode(name)
-            if mode != self._inherited_mode(stage):  # only where it is another one, so that it is in no other digest
-                spec["image_mode"] = mode
+            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped"})
             spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
             located = self._mix(name, stage, tokenizer, spec, parents) | {"max_dropped": stage.max_dropped}
             trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
@@ -182,11 +179,6 @@ class _Builder:
         assert folder is not None  # RecipeSpec's validator holds this
         self.folders["from"] = folder
         return {"model": {"content": self.fingerprints.model(folder)}}
-
-    def _inherited_mode(self, stage: RecipeStage) -> str:
-        """How images are made square in the model that a stage starts from."""
-        begins = stage.start in ("parts", "model")
-        return self.run.vision_tower.image.mode if begins else self.run.image_mode(stage.start)
 
     def _evaluations(self, models: Sequence[_Evaluated]) -> None:
         for benchmark, spec in self.run.eval.items():

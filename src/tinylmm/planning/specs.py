@@ -128,8 +128,6 @@ class TrainStage(Recorded):
     epochs: float
     max_steps: int | None
     max_length: int
-    image_mode: Literal["squash", "center_crop", "pad"] | None = None
-    """How images are made square; None is as in the model that this starts from."""
     warmup_ratio: float
     schedule: Literal["cosine", "linear", "constant"]
     weight_decay: float

@@ -58,8 +58,6 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     barrier()
     model = loaded.model
     model.set_attention(attention)
-    if spec.image_mode is not None:
-        loaded.description = loaded.description.with_image_mode(spec.image_mode)
     images = _Images(job, loaded)
     samples = PreparedSamples(_sources(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
     cache = _open_cache(job, loaded, samples, images)

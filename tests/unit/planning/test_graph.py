@@ -101,25 +101,6 @@ def test_a_change_reruns_just_what_depends_on_it(words: list[str], expected: set
     assert changed(*words) - {"digits"} == expected
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ([], (None, None)),
-        (["recipe.stages.pretrain.image_mode=square"], ("squash", "pad")),
-        (["recipe.stages.finetune.image_mode=center_crop"], (None, "center_crop")),
-        (["recipe.stages.pretrain.image_mode=pad"], (None, None)),
-        (["recipe.stages.pretrain.image_mode=square", "recipe.stages.finetune.image_mode=squash"], ("squash", None)),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_stages_own_image_mode_decides_where_it_is_another_one(
-    words: list[str], expected: tuple[str | None, str | None]
-) -> None:
-    run = compose_run(["llm=phi2", "vt=siglip", "eval=none", "vt.image.mode=pad", *words])
-    stages = {stage.name: stage for stage in build_graph(run, NoFiles())}
-    assert tuple(stages[name].spec.get("image_mode") for name in ("pretrain", "finetune")) == expected
-
-
 def test_the_share_recipes_first_stage_is_the_base_recipes_pretraining() -> None:
     base, share = digests(), digests("recipe=share")
     assert base["pretrain"] == share["pretrain"] and base["prepare[pretrain]"] == share["prepare[pretrain]"]
