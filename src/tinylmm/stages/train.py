@@ -22,7 +22,7 @@ from tinylmm.data.images import ImageTransform
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
-from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
@@ -51,6 +51,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     attention = choose_attention(launch.attention, spec.precision, device)
     configure_tensorboard(job.folder)
     loaded = _start_model(job)
+    if spec.image_mode is not None:
+        set_image_mode(loaded, spec.image_mode, spec.seed)
     model = loaded.model
     kept = kept_parts(loaded, spec.tune, job.parents, job.folder, StoreLayout(job.store))
     model.vision_tower.to(device)
