@@ -54,6 +54,7 @@ def test_a_misspelt_key_or_value_gets_the_right_suggestion_among_many(
 WRONG = [
     ("seed=true", "seed", "a whole number"),
     ("seed='1'", "seed", "a whole number"),
+    ("recipe.stages.finetune.image_mode=pat", "recipe.stages.finetune.image_mode", "Did you mean 'pad'"),
     ("seed=1.5", "seed", "a whole number"),
     ("name=a/b", "name", "letters, digits"),
     ("name=../x", "name", "letters, digits"),

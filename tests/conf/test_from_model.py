@@ -135,7 +135,7 @@ def test_the_stage_is_identified_by_the_models_bytes_not_by_its_place(tmp_path: 
 @pytest.mark.parametrize("parts", [[], ["llm=phi2", "vt=siglip", "eval=none"]], ids=["nano", "published"])
 def test_every_recipe_begins_with_the_pretraining_of_base(parts: list[str]) -> None:
     digests = {}
-    for recipe in ("base", "share", "share_factory", "full", "lora", "qlora"):
+    for recipe in ("base", "share", "share_factory", "full", "lora", "qlora", "bench", "share_bench"):
         graph = build_graph(compose_run([*parts, f"recipe={recipe}"]), NoFiles())
         digests[recipe] = {stage.name: stage.digest for stage in graph}
     assert len({stages["pretrain"] for stages in digests.values()}) == 1
@@ -161,6 +161,20 @@ def test_share_factory_is_share_but_for_the_tower() -> None:
     whole = {name: stage.model_dump() for name, stage in share.items()}
     whole["share_pretrain"]["tune"]["vision_tower"] = "frozen"
     assert {name: stage.model_dump() for name, stage in factory.items()} == whole
+
+
+@pytest.mark.parametrize(("recipe", "like"), [("bench", "base"), ("share_bench", "share")])
+def test_the_benchs_recipes_square_images_first_and_pad_them_in_the_finetuning(recipe: str, like: str) -> None:
+    """TinyLLaVABench's scripts: pretrain.sh has no image_aspect_ratio, finetune.sh has pad; 3,072 tokens."""
+    bench, other = (compose_run(["llm=phi2", "vt=clip", "eval=none", f"recipe={name}"]) for name in (recipe, like))
+    assert [bench.image_of(stage).mode for stage in bench.recipe.stages][:-1] == ["center_crop"] * (
+        len(other.recipe.stages) - 1
+    )
+    assert bench.image_of("finetune").mode == "pad" and bench.recipe.stages["finetune"].max_length == 3072
+    changes = {"image_mode": "auto", "max_length": 0}
+    assert [stage.model_copy(update=changes) for stage in bench.recipe.stages.values()] == [
+        stage.model_copy(update=changes) for stage in other.recipe.stages.values()
+    ]
 
 
 def test_a_scale_that_was_asked_for_holds_for_a_model_of_another_kind(phi: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.builders import folder_bytes
 from tests.integration.project import Project, tiny_project
 from tinylmm.cli.train import run
+from tinylmm.errors import ConfigError
 from tinylmm.models.checkpoint import load_model
 from tinylmm.training import trainer
 
@@ -87,6 +88,42 @@ def test_qlora_reuses_the_pretraining_and_loads_as_it_was_trained(project: Proje
     base = load_file(model_of(project, "qlora") / "llm/model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(loaded.model.llm.get_parameter(name), base[name])
+
+
+def image_mode(model: Path) -> str:
+    return str(json.loads((model / "config.json").read_text())["image"]["mode"])
+
+
+def test_a_stage_trains_in_its_own_image_mode_and_leaves_it_to_those_who_use_its_model(
+    project: Project, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(project, "recipe=bench", "name=bench", *SHORT) == 0
+    assert stages(project, "bench")["pretrain"] == "reused", "the tower's own mode is base's"
+    bench = model_of(project, "bench")
+    assert (image_mode(project.model("pretrain")), image_mode(bench)) == ("squash", "pad")
+    # the same said the other way round is another identity, and the same weights
+    monkeypatch.setenv("TINYLMM_STORE", str(tmp_path / "store"))
+    words = ["vt.image.mode=pad", "recipe.stages.pretrain.image_mode=square", "name=padded", *SHORT]
+    assert train(project, *words) == 0
+    padded = model_of(Project(tmp_path, ()), "padded")
+    assert padded.parts[-3] != bench.parts[-3] and image_mode(padded) == "pad"
+    assert (padded / "llm/model.safetensors").read_bytes() == (bench / "llm/model.safetensors").read_bytes()
+    assert train(project, "name=square", *SHORT) == 0
+    square = model_of(Project(tmp_path, ()), "square")
+    assert (square / "llm/model.safetensors").read_bytes() != (bench / "llm/model.safetensors").read_bytes()
+
+
+def test_images_in_tiles_from_one_stage_on_teach_the_connector_a_newline(project: Project, lora: Path) -> None:
+    """The embedding's width, 32, and what the connector had learned before it: tiles begin in the finetuning."""
+    words = ["recipe.stages.finetune.image_mode=anyres", "recipe.stages.finetune.max_length=256", "name=tiles", *SHORT]
+    assert train(project, *words) == 0
+    connector = load_file(model_of(project, "tiles") / "connector/model.safetensors")
+    assert connector["image_newline"].shape == (32,)
+    before = load_file(project.model("pretrain") / "connector/model.safetensors")
+    assert {f"inner.{name}" for name in before} == connector.keys() - {"image_newline"}
+    assert image_mode(model_of(project, "tiles")) == "anyres" and load_model(model_of(project, "tiles"), []).model.tiled
+    with pytest.raises(ConfigError, match="end in a newline to be learned"):
+        train(project, *words, "recipe.stages.finetune.tune.connector=frozen")
 
 
 def test_custom_finetune_goes_on_from_a_run_on_ones_own_data(project: Project, lora: Path, mine: Path) -> None:

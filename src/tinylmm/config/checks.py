@@ -48,7 +48,9 @@ def check_all(raw: Mapping[str, Any]) -> list[Fault]:
         *_check_sharding(raw),
         *_check_evaluations(raw),
         *_check_tokenizer(raw),
-        *check_compatibility(mapping_at(raw, "vision_tower"), mapping_at(raw, "connector")),
+        *check_compatibility(
+            mapping_at(raw, "vision_tower"), mapping_at(raw, "connector"), mapping_at(raw, "recipe", "stages")
+        ),
         *check_parts(raw),
         *_check_trainer(raw),
     ]
@@ -154,6 +156,7 @@ def _check_stages(raw: Mapping[str, Any]) -> list[Fault]:
         for source in [mixed] if isinstance(mixed, str) else [*mixed] if isinstance(mixed, Mapping) else []:
             faults += _check_source(where, source, raw)
         faults += _check_tune(where, stage)
+        faults += _check_newline(where, stage, raw)
     return faults
 
 
@@ -195,6 +198,22 @@ def _check_tune(where: str, stage: Mapping[str, Any]) -> list[Fault]:
             Fault(f"{where}.lr", f"names no rate for {', '.join(missing)}, which this stage trains.", "Add it.")
         )
     return faults
+
+
+def _check_newline(where: str, stage: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Fault]:
+    """Whether a stage that cuts images into tiles can learn the newline that its connector has for them."""
+    before = mapping_at(raw, "vision_tower", "image").get("mode")
+    start = stage.get("from")
+    if (
+        isinstance(start, str)
+        and (asked := mapping_at(raw, "recipe", "stages", start).get("image_mode", "auto")) != "auto"
+    ):
+        before = asked
+    tune = mapping_at(stage, "tune").get("connector", "full")
+    if stage.get("image_mode") != "anyres" or before == "anyres" or tune == "full":
+        return []
+    what = f"is anyres, whose rows of tokens end in a newline to be learned, but {where}.tune.connector is not full."
+    return [Fault(f"{where}.image_mode", what, f"Set {where}.tune.connector=full, or vision_tower.image.mode=anyres.")]
 
 
 def _check_sharding(raw: Mapping[str, Any]) -> list[Fault]:

@@ -137,6 +137,10 @@ class ModelDescription(Recorded):
         """The description of the model once its adapters are merged."""
         return type(self).model_validate({key: value for key, value in self.as_json().items() if key != "adapters"})
 
+    def with_image(self, image: ImageSpec) -> Self:
+        """The description of the model once it sees images like this."""
+        return type(self).model_validate(self.as_json() | {"image": image.model_dump(mode="json", exclude_unset=True)})
+
     def with_adapters(self, adapters: dict[str, AdapterEntry]) -> Self:
         """The description of the model with these adapters beside their bases; none at all leaves it as it is."""
         entries = {part: entry.as_json() for part, entry in adapters.items()}

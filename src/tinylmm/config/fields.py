@@ -13,6 +13,8 @@ TemplateName = Literal[
     "llava_llama_2", "mpt", "hf_llava", "chatml", "gemma_chat", "phi3", "llama3", "native",
 ]  # fmt: skip
 """Chat templates; their layouts are in `data/chat.py`, which has exactly these."""
+ImageMode = Literal["square", "squash", "center_crop", "pad", "anyres"]
+"""How an image becomes a tower's input; `ImageSpec` has the meanings."""
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

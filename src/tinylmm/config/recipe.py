@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tinylmm.config.fields import Fraction, Frozen, PartName, Positive, Sparse, TemplateName
+from tinylmm.config.fields import Fraction, Frozen, ImageMode, PartName, Positive, Sparse, TemplateName
 
 
 class LoraSpec(Frozen):
@@ -100,6 +100,9 @@ class RecipeStage(Frozen):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     template: Literal["auto"] | TemplateName
     """Chat template; `auto` is the LLM's own."""
+    image_mode: Literal["auto"] | ImageMode = "auto"
+    """How this stage sees images, and so whoever uses its model (`vision_tower.image.mode` has the meanings); `auto` is the
+    tower's own."""
 
     @property
     def mixture(self) -> dict[str, float]:

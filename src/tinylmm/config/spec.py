@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from tinylmm.config.fields import Fraction, Frozen, Positive, Sparse, TemplateName
+from tinylmm.config.fields import Fraction, Frozen, ImageMode, Positive, Sparse, TemplateName
 from tinylmm.config.gpus import ranks_here
 from tinylmm.config.recipe import RecipeSpec, ScaleSpec
 from tinylmm.config.trainer import TrainerSpec
@@ -159,7 +159,7 @@ class ImageSpec(Frozen):
     std: tuple[float, float, float]
     square: Literal["squash", "center_crop"] = "squash"
     """What `mode: square` means for this tower."""
-    mode: Literal["square", "squash", "center_crop", "pad", "anyres"]
+    mode: ImageMode
     """`squash` resizes to size x size, `center_crop` resizes the short edge and cuts the rest, `pad` squares with the mean
     colour first; `square` is what the tower's own processor does, as in TinyLLaVA Factory's `image_aspect_ratio`; `anyres`
     cuts it into tiles of `size`, as LLaVA-1.6 does."""
@@ -180,6 +180,12 @@ class ImageSpec(Frozen):
     def _square_is_another_name(cls, mode: str, found: ValidationInfo) -> str:
         """Resolve `square`: a run that asks for it is the same run as one that names the mode itself."""
         return str(found.data.get("square", "squash")) if mode == "square" else mode
+
+    def in_mode(self, mode: str) -> ImageSpec:
+        """Return the same preprocessing in another mode; `auto` is its own."""
+        return (
+            self if mode == "auto" else ImageSpec.model_validate(self.model_dump(exclude_unset=True) | {"mode": mode})
+        )
 
     @model_validator(mode="after")
     def _crop_lies_inside(self) -> ImageSpec:
@@ -364,3 +370,7 @@ class RunSpec(Frozen):
     trainer: TrainerSpec = TrainerSpec()
     trust: tuple[str, ...] = ()
     """Packages besides tinylmm, torch and transformers that `_target_` may name."""
+
+    def image_of(self, stage: str) -> ImageSpec:
+        """How a stage of the recipe sees images."""
+        return self.vision_tower.image.in_mode(self.recipe.stages[stage].image_mode)

@@ -34,7 +34,7 @@ from tinylmm.config.fields import PARTS
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
 from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
-from tinylmm.models.anyres import with_tiles
+from tinylmm.models.anyres import TiledConnector, with_tiles
 from tinylmm.models.attention import loading_attention
 from tinylmm.models.build import build_connector
 from tinylmm.models.llm import load_llm
@@ -54,6 +54,7 @@ class LoadedModel:
         description: the folder's config.json, without `adapters`.
         folder: where it was loaded from (source of hard links for parts that stay unchanged).
         adapters: part -> its adapter, for parts whose folder there lacks what is merged in memory.
+        rebuilt: parts whose tensors are others than those in the folder.
     """
 
     model: LMM
@@ -61,6 +62,7 @@ class LoadedModel:
     description: ModelDescription
     folder: Path | None
     adapters: dict[str, AdapterEntry] = field(default_factory=dict)
+    rebuilt: set[str] = field(default_factory=set)
 
 
 def save_model(
@@ -159,6 +161,23 @@ def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> L
     for part, adapter in adapters.items():
         merge_adapter(model, part, folder / ADAPTERS / part, adapter.quantization)
     return LoadedModel(model, tokenizer, description.without_adapters(), folder, adapters)
+
+
+def set_image_mode(loaded: LoadedModel, mode: str, seed: int) -> None:
+    """Let a model see images in another mode from now on. Into `anyres` it gets a newline to learn, drawn from `seed`.
+
+    Raises:
+        ConfigError: `anyres` needs a grid of tokens, which the connector does not give.
+    """
+    model, image = loaded.model, loaded.description.image.in_mode(mode)
+    loaded.description = loaded.description.with_image(image)
+    connector = model.connector
+    torch.manual_seed(seed)
+    inner = connector.inner if isinstance(connector, TiledConnector) else connector
+    model.connector = with_tiles(inner, image, model.vision_tower.num_tokens)
+    if model.connector is not connector:
+        loaded.rebuilt.add("connector")
+        loaded.adapters.pop("connector", None)
 
 
 def _part_state(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:

@@ -145,7 +145,8 @@ class _Builder:
                 spec = self._from_model()
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped"})
+            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped", "image_mode"})
+            spec |= self._image_mode(name, stage)
             spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
             located = self._mix(name, stage, tokenizer, spec, parents) | {"max_dropped": stage.max_dropped}
             trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
@@ -173,6 +174,13 @@ class _Builder:
         for role, part in parts.items():
             _attach(spec, parents, role, part)
         return spec
+
+    def _image_mode(self, name: str, stage: RecipeStage) -> Fields:
+        """Only where the stage sees images in another mode than the model it starts from, so that it is in no other digest."""
+        earlier = stage.start in self.run.recipe.stages
+        before = self.run.image_of(stage.start) if earlier else self.run.vision_tower.image
+        mode = self.run.image_of(name).mode
+        return {} if mode == before.mode else {"image_mode": mode}
 
     def _from_model(self) -> Fields:
         folder = self.run.recipe.from_model

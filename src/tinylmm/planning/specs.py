@@ -140,6 +140,8 @@ class TrainStage(Recorded):
     """The fields of TrainingArguments that decide what is learnt."""
     mixture: list[float] | None = None
     """Weights of the prepared sources, in the order of the parents `prepared.0`, `prepared.1`; None for a single one."""
+    image_mode: str | None = None
+    """How images are seen, where the model that the stage starts from sees them otherwise."""
 
 
 class AskedStage(Recorded):

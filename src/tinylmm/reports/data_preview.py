@@ -146,14 +146,14 @@ class RunData:
             tokens.append(Token("" if is_image else decode(token), label != IGNORE_INDEX, images if is_image else None))
             images += is_image
         stage: RecipeStage = self.run.recipe.stages[stage_name]
-        seen = tuple(self._see_image(files, sample, name) for name in sample.images)
+        seen = tuple(self._see_image(files, sample, name, stage_name) for name in sample.images)
         return SeenSample(files, number, sample, stage_name, template.name, stage.max_length, tuple(tokens), seen)
 
-    def _see_image(self, files: SourceFiles, sample: Sample, name: str) -> SeenImage:
+    def _see_image(self, files: SourceFiles, sample: Sample, name: str, stage_name: str) -> SeenImage:
         data = sample.embedded.get(name)
         place = safe_path(files.images, name, files.follow_links) if data is None else io.BytesIO(data)
         image = open_image(place, upright=files.upright)
-        spec = self.run.vision_tower.image
+        spec = self.run.image_of(stage_name)
         pixels = ImageTransform.of(spec)(image)
         tiles = pixels if pixels.ndim == 4 else pixels[None]  # (T, 3, H, W)
         return SeenImage(name, image.size, tuple(_picture(tile, spec.mean, spec.std) for tile in tiles))

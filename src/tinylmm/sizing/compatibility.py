@@ -17,11 +17,14 @@ _QUERIES = ("QFormerConnector", "PerceiverConnector", "BenchResamplerConnector")
 _MIXTURE = "MoFTower"
 
 
-def check_compatibility(tower: Mapping[str, Any], connector: Mapping[str, Any]) -> list[Fault]:
+def check_compatibility(
+    tower: Mapping[str, Any], connector: Mapping[str, Any], stages: Mapping[str, Any] | None = None
+) -> list[Fault]:
     """Return why the tower's tokens cannot go through the connector.
 
     Args:
         tower, connector: the two parts of the composed spec, as plain data.
+        stages: of the recipe, of which each may have an image mode of its own.
     """
     kind, connector_kind = _kind(tower), _kind(connector)
     faults = []
@@ -30,12 +33,14 @@ def check_compatibility(tower: Mapping[str, Any], connector: Mapping[str, Any]) 
         faults.append(Fault("connector", what, "Set vision_tower=mof, or choose connector=mlp."))
     if connector_kind in _GRIDS:
         faults += _check_grid(tower, connector)
-    image = tower.get("image")
+    asked = {"vision_tower.image.mode": (tower.get("image"), "mode")}
+    asked |= {f"recipe.stages.{name}.image_mode": (stage, "image_mode") for name, stage in (stages or {}).items()}
+    modes = {where: part.get(key) for where, (part, key) in asked.items() if isinstance(part, Mapping)}
     gridless = kind == _MIXTURE or connector_kind in (*_QUERIES, _PAIRS) or _breaks_grid(tower)
-    if isinstance(image, Mapping) and image.get("mode") == "anyres" and gridless:
+    if gridless:
         what = "is anyres, which needs a square grid of tokens from each tile, but these parts give none."
         fix = "Take a tower with one encoder, select=patch, drop_first_token=false and connector=mlp."
-        faults.append(Fault("vision_tower.image.mode", what, fix))
+        faults += [Fault(where, what, fix) for where, mode in modes.items() if mode == "anyres"]
     return faults
 
 

@@ -22,7 +22,7 @@ from tinylmm.data.images import ImageTransform
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
-from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
+from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
@@ -54,6 +54,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
     with in_turn(device.type != "cpu"):
         loaded = _start_model(job, start)
+        if spec.image_mode is not None:
+            set_image_mode(loaded, spec.image_mode, spec.seed)
         kept, tuning, frozen = _to_device(job, loaded, device)
     barrier()
     model = loaded.model

@@ -40,8 +40,9 @@ def kept_parts(
         adapter = isinstance(how, TuneHow) and how.from_layer is None
         if how != "frozen" and not adapter:
             continue
-        if loaded.folder is not None and not (adapter and part in loaded.adapters):
-            kept[part] = loaded.folder / part
+        folder = None if part in loaded.rebuilt else loaded.folder
+        if folder is not None and not (adapter and part in loaded.adapters):
+            kept[part] = folder / part
         elif part in parents:
             kept[part] = parents[part]
         else:

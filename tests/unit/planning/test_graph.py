@@ -101,6 +101,33 @@ def test_a_change_reruns_just_what_depends_on_it(words: list[str], expected: set
     assert changed(*words) - {"digits"} == expected
 
 
+PADDED = "vision_tower.image.mode=pad"
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "expected"),
+    [
+        ((), ["pretrain.image_mode=pad"], TRAINED),
+        ((), ["finetune.image_mode=pad"], {"finetune", "digits@finetune"}),
+        ((), ["pretrain.image_mode=auto", "finetune.image_mode=square"], set()),
+        ((PADDED,), ["pretrain.image_mode=pad", "finetune.image_mode=pad"], set()),
+        ((PADDED,), ["pretrain.image_mode=square"], TRAINED),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_stages_image_mode_decides_where_it_is_not_the_towers(
+    before: tuple[str, ...], words: list[str], expected: set[str]
+) -> None:
+    old, new = digests(*before), digests(*before, *(f"recipe.stages.{word}" for word in words))
+    assert {name for name in old if new[name] != old[name]} == expected
+
+
+def test_an_image_mode_is_recorded_where_a_stages_start_has_another() -> None:
+    words = ["vision_tower.image.mode=pad", "recipe.stages.pretrain.image_mode=square"]
+    stages = {stage.name: stage.spec for stage in build_graph(compose_run(words), NoFiles())}
+    assert (stages["pretrain"]["image_mode"], stages["finetune"]["image_mode"]) == ("squash", "pad")
+
+
 def test_the_share_recipes_first_stage_is_the_base_recipes_pretraining() -> None:
     base, share = digests(), digests("recipe=share")
     assert base["pretrain"] == share["pretrain"] and base["prepare[pretrain]"] == share["prepare[pretrain]"]

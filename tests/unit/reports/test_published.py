@@ -24,6 +24,8 @@ from tinylmm.reports.tables import render_markdown
         (("phi2", "siglip", "share"), "mme", [1464.9, 1464.9, 1466.4]),
         (("phi2", "siglip", "share_factory"), "mmmu", [38.4]),
         (("tinyllama", "clip", "base"), "gqa", [58.1, 58.0]),
+        (("tinyllama", "clip", "bench"), "gqa", [58.1]),
+        (("phi2", "siglip", "share_bench"), "vqav2", [79.9, 79.9, 79.9]),
         (("tinyllama", "siglip", "share"), "sqa", [60.1, 60.3]),  # table and card disagree
         (("stablelm2", "clip", "share"), "pope", [85.4]),
         (("openelm_450m", "siglip", "base"), "vqav2", [71.74, 71.7]),

@@ -68,6 +68,14 @@ def test_what_fits_after_the_change_is_no_fault() -> None:
     assert not faults(part("vision_tower", "clip", image={"mode": "anyres"}), part("connector", "avgpool_mlp"))
 
 
+def test_tiles_in_one_stage_are_judged_as_tiles_in_all() -> None:
+    stages = {"pretrain": {"image_mode": "square"}, "finetune": {"image_mode": "anyres"}, "broken": 3}
+    clip = part("vision_tower", "clip")
+    assert not check_compatibility(clip, part("connector", "mlp"), stages)
+    (fault,) = check_compatibility(clip, part("connector", "resampler"), stages)
+    assert fault.where == "recipe.stages.finetune.image_mode" and "a square grid of tokens" in fault.what
+
+
 def test_classes_of_others_and_broken_values_are_left_to_those_who_judge_them() -> None:
     foreign = part("vision_tower", "clip", _target_="my_towers.Tower")
     assert not faults(foreign, part("connector", "mof_mlp"))
