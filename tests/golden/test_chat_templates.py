@@ -98,6 +98,7 @@ FORMATS = {
     "qwen2_base": f"{SYSTEM} USER: {Q1} ASSISTANT: A cat.<|endoftext|>USER: {Q2} ASSISTANT: Black.<|endoftext|>",
     "qwen2_instruct": f"{SYSTEM} USER: {Q1} ASSISTANT: A cat.<|im_end|>USER: {Q2} ASSISTANT: Black.<|im_end|>",
     "hf_llava": f"USER: {Q1}\nASSISTANT: A cat.</s>USER: {Q2}\nASSISTANT: Black.</s>",
+    "hf_llava_1_5": f"USER: {Q1} ASSISTANT: A cat.</s>USER: {Q2} ASSISTANT: Black.</s>",
     "llava_llama_2": f"[INST] <<SYS>>\n{VISION}\n<</SYS>>\n\n{Q1} [/INST] A cat. </s><s>[INST] {Q2} [/INST] Black. </s>",
     "tiny_llama": f"<s><|system|>\n{VISION}\n<|user|>\n{Q1}\n<|assistant|>\nA cat.</s>"
     f"<s><|user|>\n{Q2}\n<|assistant|>\nBlack.</s>",

@@ -32,6 +32,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     write_jsonl(root / "shapes/test.jsonl", rows)
     project = Project(root, (*made.words, *MODEL_WORDS))
     assert project.train_here("name=mine").returncode == 0
+    (root / "exported").mkdir()
+    (root / "exported/config.json").write_text(json.dumps({"model_type": "llava"}))
     return project
 
 
@@ -111,6 +113,7 @@ def test_a_model_from_elsewhere_is_known_by_its_content_wherever_it_lies(
         (["nobody", "eval=gqa"], "neither a folder nor the name of a run"),
         (["mine", "eval=gqb"], "Did you mean 'gqa'"),
         (["mine", "eval=gqa"], "questions of benchmark gqa"),
+        (["exported", "eval=gqa"], "Import it first: tinylmm import"),
         (["mine"], "asks nothing"),
         (["mine", "eval=none"], "asks nothing"),
     ],

@@ -10,7 +10,7 @@ PartName = Literal["llm", "vision_tower", "connector"]
 PARTS: tuple[str, ...] = get_args(PartName)
 TemplateName = Literal[
     "phi", "llama", "gemma", "qwen2_base", "qwen2_instruct", "pretrain", "plain", "tiny_llama", "tiny_llama_bench",
-    "llava_llama_2", "mpt", "hf_llava", "chatml", "gemma_chat", "phi3", "llama3", "native",
+    "llava_llama_2", "mpt", "hf_llava", "hf_llava_1_5", "chatml", "gemma_chat", "phi3", "llama3", "native",
 ]  # fmt: skip
 """Chat templates; their layouts are in `data/chat.py`, which has exactly these."""
 ImageMode = Literal["square", "squash", "center_crop", "pad", "anyres"]

@@ -1,4 +1,7 @@
-"""A Jinja chat template with the text of one of our templates, found by asking that template and proven against it."""
+"""Jinja chat templates beside ours: one with the text of a template of ours, and the template of ours that one has the text of.
+
+Both are proven by rendering: what a chat template means is the text that comes out of it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tinylmm.constants import IMAGE_SLOT
-from tinylmm.data.chat import ChatTemplate, Turn
+from tinylmm.data.chat import TEMPLATES, ChatTemplate, Turn
+from tinylmm.errors import DataError, UserError
 
 _PROBES = (
     (("What is it?", None),),
@@ -20,6 +26,14 @@ _PROBES = (
     ((IMAGE_SLOT, None),),
     ((f"{IMAGE_SLOT}\n\n", "Two ducks."), ("Sure?", "yes"), (f" \n{IMAGE_SLOT}", None)),
 )
+
+FIRST = 2
+_QUESTIONS = (
+    [Turn(f"{IMAGE_SLOT}\nWhat is it?", None)],
+    [Turn("What is it?", None)],
+    [Turn(f"{IMAGE_SLOT}\nWhat is it?", "a cat"), Turn("Sure?", None)],
+)
+"""A first question, `FIRST` of them, and one that follows an answer."""
 
 
 def jinja_template(template: ChatTemplate) -> str | None:
@@ -41,6 +55,48 @@ def jinja_template(template: ChatTemplate) -> str | None:
     pieces = [before, answer, end, between.removeprefix(end), text]
     sources = [_source(pieces, strips, in_front) for strips in (False, True) for in_front in (True, False)]
     return next((source for source in sources if _proven(source, template)), None)
+
+
+def template_of(source: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the name of the template that asks as this Jinja source does, None if none of ours does.
+
+    Compared are a first question with an image and one without; of templates that agree in these, one is taken that agrees in
+    a second question too. The BOS is left out: tokenizers add it.
+
+    Raises:
+        DataError: the source cannot be rendered.
+    """
+    asked = [_rendered(source, turns, tokenizer) for turns in _QUESTIONS]
+    agreeing = []
+    for template in TEMPLATES.values():
+        fitted = _fitted(template, tokenizer)
+        bos = str(tokenizer.bos_token or "")
+        ours = [] if fitted is None else [fitted.text(turns).removeprefix(bos) for turns in _QUESTIONS]
+        if ours and ours[:FIRST] == asked[:FIRST]:
+            agreeing.append((ours != asked, template.name))
+    return min(agreeing, key=lambda found: found[0])[1] if agreeing else None
+
+
+def _fitted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The template as it is with this tokenizer; None where it does not fit, and where it is the tokenizer's own."""
+    if template.name == "native":
+        return None
+    try:
+        return template.fitted(tokenizer)
+    except UserError:
+        return None
+
+
+def _rendered(source: str, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    names = {name: getattr(tokenizer, name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    asked = messages(turns)
+    for part in (part for message in asked for part in message["content"] if part["type"] == "text"):
+        part["text"] = part["text"].strip()  # the template puts the line between image and words itself
+    try:
+        rendered, _ = render_jinja_template([asked], chat_template=source, add_generation_prompt=True, **names)
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        raise DataError(f"cannot be rendered: {' '.join(str(error).split())}") from error
+    return str(rendered[0]).removeprefix(names["bos_token"])
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:

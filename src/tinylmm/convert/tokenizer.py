@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tinylmm.convert.chat_template import template_of
 from tinylmm.convert.source import Source, read_json_if_any
 from tinylmm.data.chat import TEMPLATES, VICUNA_SYSTEM, get_template
 from tinylmm.errors import DataError, UserError
@@ -66,14 +68,17 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def choose_template(source: Source, tokenizer: PreTrainedTokenizerBase, llm_kind: str) -> str:
-    """Return the chat template's name: the user's, or the family's for this LLM's EOS. No layout but ours stores it.
+    """Return the chat template's name: the user's, the one in the checkpoint's files, or the family's for this LLM's EOS.
 
     Raises:
         ConfigError: the user's is unknown.
         UserError: none of the family's ends answers with the tokenizer's EOS.
+        DataError: a file with a chat template cannot be read.
     """
     if source.template is not None:
         return get_template(source.template).name
+    if (stored := _stored_template(source, tokenizer)) is not None:
+        return stored
     fitting = [t.name for t in TEMPLATES.values() if t.system == VICUNA_SYSTEM and t.eos == tokenizer.eos_token]
     fitting.sort(key=lambda name: not llm_kind.startswith(name.split("_")[0]))  # stable: the LLM's own first
     if not fitting:
@@ -86,3 +91,36 @@ def choose_template(source: Source, tokenizer: PreTrainedTokenizerBase, llm_kind
         f"'{tokenizer.eos_token}' (--template says another)"
     )
     return fitting[0]
+
+
+def _stored_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template of ours that asks as the checkpoint's own chat template does; a note says where it was read.
+
+    A processor's template is the model's. That of a tokenizer may be the language model's from before it saw images, and is
+    read only if it knows of them.
+    """
+    for path, text in _stored_texts(source.folder):
+        try:
+            name = template_of(text, tokenizer)
+        except DataError as error:
+            raise DataError(
+                f"{path}: its chat template {error}. Name the one it was trained with: --template."
+            ) from error
+        if name is None:
+            source.notes.append(
+                f"the chat template in {path.name} is none of ours, and is not taken (--template names one)"
+            )
+            return None
+        source.notes.append(f"the chat template '{name}' asks as the one in {path.name} does")
+        return name
+    return None
+
+
+def _stored_texts(folder: Path) -> Iterator[tuple[Path, str]]:
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        yield jinja, jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        text = read_json_if_any(folder / name).get("chat_template")
+        if isinstance(text, str) and (name != "tokenizer_config.json" or "image" in text):
+            yield folder / name, text

@@ -59,6 +59,7 @@ _KNOWN: tuple[ChatTemplate, ...] = (
     RoleTemplate("mpt", MPT_SYSTEM, "<|im_end|>", opening="<|im_start|>{role}\n", markers=("<|im_start|>",)),
     # transformers' LLaVA (card of bczhou/tiny-llava-v1-hf)
     HFLlavaTemplate("hf_llava", "", "</s>", cue="\nASSISTANT:"),
+    HFLlavaTemplate("hf_llava_1_5", "", "</s>"),  # of llava-hf's converted LLaVA-1.5 and its kin
     # the LLMs' own formats
     RoleTemplate(
         "chatml",

@@ -96,7 +96,7 @@ def test_a_wrong_way_of_tuning_is_told_at_its_own_key(tune: dict[str, Any], faul
             {"name": "r", "published_data": "d", "stages": {"a": STAGE | {"from": "a"}}},
             "none of the earlier",
         ),
-        (RecipeSpec, {"name": "r", "published_data": "d", "stages": {}}, "at least 1"),
+        (RecipeSpec, {"name": "r", "published_data": "d", "stages": {}}, "trains nothing, so set recipe.from_model"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(model: Any, values: dict[str, Any], message: str) -> None:

@@ -25,16 +25,17 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
+import tinylmm
 from tests.builders import LLAMA, VISION, VOCAB, WIDTH, redescribe, tiny_loaded, tiny_tower
 from tests.foreign import PHI
 from tinylmm.constants import IMAGE_TOKEN_ID
-from tinylmm.convert.chat_template import jinja_template, messages
+from tinylmm.convert.chat_template import jinja_template, messages, template_of
 from tinylmm.convert.conversion import ExportReport, import_model, write_model
 from tinylmm.convert.format import Export
 from tinylmm.convert.formats.hf import obstacles
 from tinylmm.data.chat import TEMPLATES, Turn
 from tinylmm.data.images import ImageTransform
-from tinylmm.errors import UserError
+from tinylmm.errors import DataError, UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.connectors import LinearConnector, MLPConnector
 from tinylmm.models.lmm import LMM
@@ -266,3 +267,73 @@ def test_a_peft_adapter_of_the_whole_model_is_merged_into_the_folder_that_is_nam
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name])
+
+
+IN_FRONT = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}CUE{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""As processors of LLaVA in transformers have it: images first, then the words."""
+
+
+@pytest.mark.parametrize("kept_in", ["chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer"])
+@pytest.mark.parametrize(("cue", "name"), [("\n", "hf_llava"), (" ", "hf_llava_1_5")])
+def test_the_chat_template_of_the_folder_is_the_models_so_that_its_cards_prompt_gives_equal_answers(
+    kept_in: str, cue: str, name: str, tmp_path: Path
+) -> None:
+    loaded, folder = tiny_loaded(), tmp_path / "hf"
+    export_hf(loaded, folder)
+    (folder / "tinylmm.json").unlink()
+    (folder / "chat_template.jinja").unlink()
+    source = IN_FRONT.replace("CUE", f"{{{{ {cue!r} }}}}")
+    if kept_in.endswith(".jinja"):
+        (folder / kept_in).write_text(source)
+    else:
+        path = folder / ("tokenizer_config.json" if kept_in == "tokenizer" else kept_in)
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | {"chat_template": source}))
+    report = import_model(folder, tmp_path / "ours")
+    assert report.description.template == name and any(f"'{name}' asks as the one in" in note for note in report.notes)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    chat = tinylmm.load(tmp_path / "ours", device="cpu")
+    card = f"USER: <image>\nWhat is it?{cue}ASSISTANT:"
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=picture, text=card, return_tensors="pt")
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    said = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert chat.chat("What is it?", picture, max_new_tokens=8) == expected
+
+
+def test_a_chat_template_that_is_none_of_ours_is_named_and_one_that_is_broken_refused(tmp_path: Path) -> None:
+    export_hf(tiny_loaded(), tmp_path / "hf")
+    (tmp_path / "hf/tinylmm.json").unlink()
+    (tmp_path / "hf/chat_template.jinja").write_text(
+        "{% for message in messages %}### {{ message['role'] }}{% endfor %}"
+    )
+    report = import_model(tmp_path / "hf", tmp_path / "ours")
+    assert (
+        "the chat template in chat_template.jinja is none of ours, and is not taken (--template names one)"
+        in report.notes
+    )
+    (tmp_path / "hf/chat_template.jinja").write_text("{% for message in %}")
+    with pytest.raises(DataError, match=r"chat_template\.jinja: its chat template cannot be rendered: .*--template"):
+        import_model(tmp_path / "hf", tmp_path / "other")
+    assert import_model(tmp_path / "hf", tmp_path / "named", template="llama").description.template == "llama"
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "native" and jinja_template(TEMPLATES[name])])
+def test_what_was_exported_is_found_again_by_its_text_alone(name: str) -> None:
+    tokenizer, template = tiny_loaded().tokenizer, TEMPLATES[name]
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(template.tokens)})
+    if template.eos is not None:
+        tokenizer.eos_token = template.eos
+    source = jinja_template(template.fitted(tokenizer))
+    assert source is not None
+    found = template_of(source, tokenizer)
+    assert found is not None
+    turns = [Turn("<image>\nWhat is it?", "a cat"), Turn("Sure?", None)]
+    assert TEMPLATES[found].fitted(tokenizer).text(turns) == template.fitted(tokenizer).text(turns)
