@@ -128,8 +128,10 @@ def _pair(store: Path, a: Evaluation, b: Evaluation) -> Pair | None:
     scores = [(first.score or 0.0, second.score or 0.0) for first, second in both]
     differences = [y - x for x, y in scores]
     clusters = [first.cluster for first, _ in both]
-    folder = read_stored_spec(b.folder).images_folder(store)
-    flips = [_flip(first, second, folder) for first, second in both if first.score != second.score]
+    source = read_stored_spec(b.folder)
+    folder = source.images_folder(store)
+    differ = [(first, second) for first, second in both if first.score != second.score]
+    flips = [_flip(first, second, second.first_image(folder, source)) for first, second in differ]
     flips.sort(key=lambda flip: flip.winner)
     binary = all(value in (0.0, 1.0) for pair in scores for value in pair)
     wins = [sum(flip.winner == side for flip in flips) for side in (0, 1)]
@@ -158,7 +160,7 @@ def _interval(differences: Sequence[float], clusters: Sequence[str]) -> tuple[fl
     return 100 * found[0], 100 * found[1]
 
 
-def _flip(a: Generation, b: Generation, folder: Path | None) -> Flip:
+def _flip(a: Generation, b: Generation, image: ImageRef | None) -> Flip:
     return Flip(
         item_id=b.item_id,
         category=b.category,
@@ -166,7 +168,7 @@ def _flip(a: Generation, b: Generation, folder: Path | None) -> Flip:
         truth=b.truth,
         texts=(a.text, b.text),
         scores=(a.score or 0.0, b.score or 0.0),
-        image=b.first_image(folder),
+        image=image,
     )
 
 

@@ -50,13 +50,14 @@ class Generation:
         """Equal for questions about the same images."""
         return "\n".join(ref.key for ref in self.images) or f"item {self.item_id}"
 
-    def first_image(self, folder: Path | None) -> ImageRef | None:
-        """The first image; None if there is none, or it would lie outside `folder`."""
+    def first_image(self, folder: Path | None, source: StoredSpec) -> ImageRef | None:
+        """The first image as it was asked about; None if there is none, or it would lie outside `folder` against the rules."""
         if folder is None or not self.images:
             return None
         first = self.images[0]
         path = (folder / first.path).resolve()
-        return ImageRef(path, first.row, first.column) if path.is_relative_to(folder.resolve()) else None
+        shown = source.follow_links or path.is_relative_to(folder.resolve())
+        return ImageRef(path, first.row, first.column, upright=source.upright) if shown else None
 
 
 def read_generations(path: Path) -> Iterator[Generation]:
@@ -128,12 +129,15 @@ class StoredSpec:
         parents: role -> digest.
         root: folder of the source it read; None for the output of the stage that plays `data`.
         annotations, images: of the source, below it.
+        follow_links, upright: whether links may lead out of `images`, and whether images are turned as their cameras say.
     """
 
     parents: dict[str, str]
     root: Path | None
     annotations: str
     images: str
+    follow_links: bool = False
+    upright: bool = False
 
     def source_root(self, store_root: Path) -> Path | None:
         """The folder that `annotations` and `images` are below; None where that is not known."""
@@ -160,7 +164,9 @@ def read_stored_spec(folder: Path) -> StoredSpec:
         source = location.get("source") or content["spec"].get("source") or {}
         root = location.get("root")
         where = None if root is None else Path(root)
-        return StoredSpec(content["parents"], where, source.get("annotations") or "", source.get("images") or "")
+        files = (source.get("annotations") or "", source.get("images") or "")
+        rules = (bool(source.get("follow_links")), source.get("orientation") == "apply")
+        return StoredSpec(content["parents"], where, *files, *rules)
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder / SPEC_FILE} is no stage's spec ({type(error).__name__}: {error})") from error
 

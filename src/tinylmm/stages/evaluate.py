@@ -94,8 +94,14 @@ def read_items(job: StageJob[EvalStage]) -> tuple[Benchmark, list[Item]]:
         return benchmark, benchmark.load(root, spec.layout)[: spec.limit]
     source = location.source
     assert source.annotations is not None  # a source of a data set has a file
-    items = benchmark.load_source(root / source.annotations, root / source.images, source.limit)
-    return benchmark, items[: spec.limit]
+    folder = root / source.images
+    items = benchmark.load_source(root / source.annotations, folder, source.limit, source.follow_links)[: spec.limit]
+    return benchmark, [_upright(item) for item in items] if source.orientation == "apply" else items
+
+
+def _upright(item: Item) -> Item:
+    """The same question with its images turned as their cameras say."""
+    return replace(item, images=tuple(replace(ref, upright=True) for ref in item.images))
 
 
 # ---------------------------------------------------------------------------------------------------- asking

@@ -67,8 +67,12 @@ class Benchmark(ABC):
             DataError: a file is missing (which, where it is looked for, where to get it), or a record is broken.
         """
 
-    def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
+    def load_source(
+        self, questions: Path, images: Path, limit: int | None = None, follow_links: bool = False
+    ) -> list[Item]:
         """Read the items from a source of a data set: a question file, and the folder that its images lie in.
+
+        With `follow_links`, links below that folder may lead out of it (`data/images.py`, `safe_path`).
 
         Only benchmarks that can be asked like this override it; planning refuses it of others.
 
