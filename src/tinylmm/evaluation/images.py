@@ -85,15 +85,15 @@ def open_image_ref(ref: ImageRef) -> Image.Image:
     from tinylmm.data.images import open_image
 
     if ref.data is not None:
-        return open_image(Path(ref.key), ref.data)
+        return open_image(Path(ref.key), ref.data, ref.upright)
     if not ref.path.is_file():
         raise DataError(f"image {ref.path} does not exist. Put the benchmark's images there.")
     if ref.row is None or ref.column is None:
-        return open_image(ref.path)
+        return open_image(ref.path, upright=ref.upright)
     data = _cell_bytes(ref.path, ref.row, ref.column)
     if data is None:
         raise DataError(f"{ref.path}, row {ref.row}: column {ref.column} holds no image bytes. Fetch the file again.")
-    return open_image(Path(ref.key), data)
+    return open_image(Path(ref.key), data, ref.upright)
 
 
 def _cell_bytes(path: Path, row: int, column: str) -> bytes | None:

@@ -196,7 +196,8 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
         for one in read_generations(evaluation.generations):
             if one.item_id in earlier:
                 earlier[one.item_id].append(_answer(evaluation, one))
-    folder = read_stored_spec(last.folder).images_folder(store_root)
+    source = read_stored_spec(last.folder)
+    folder = source.images_folder(store_root)
     examples = []
     for one in chosen:
         others = earlier[one.item_id]
@@ -209,7 +210,7 @@ def _examples(store_root: Path, evaluations: list[Evaluation], limit: int) -> tu
                 question=one.question,
                 truth=one.truth,
                 image_name=one.image_name,
-                image=one.first_image(folder),
+                image=one.first_image(folder, source),
                 answer=_answer(last, one),
                 earlier=tuple(others),
             )

@@ -179,9 +179,10 @@ def _pair(store: Path, runs: tuple[str, str], a: Evaluation, b: Evaluation) -> P
     graded = [(x, y) for x, y in matched.both if min(_grade(x), _grade(y)) >= 0]
     if not graded:
         return None
-    folder, top = read_stored_spec(b.folder).images_folder(store), a.protocol.top
+    source, top = read_stored_spec(b.folder), a.protocol.top
+    folder = source.images_folder(store)
     pair = compare_answers(graded, top)
-    flips = [_flip(x, y, folder) for x, y in graded if x.score != y.score]
+    flips = [_flip(x, y, y.first_image(folder, source)) for x, y in graded if x.score != y.score]
     return replace(
         pair,
         name=a.name,
@@ -237,7 +238,7 @@ def _interval(differences: Sequence[float], clusters: Sequence[str]) -> tuple[fl
     return (100 * low, 100 * high) if mean > 0 else (-100 * high, -100 * low)
 
 
-def _flip(a: Generation, b: Generation, folder: Path | None) -> Flip:
+def _flip(a: Generation, b: Generation, image: ImageRef | None) -> Flip:
     return Flip(
         item_id=b.item_id,
         category=b.category,
@@ -245,7 +246,7 @@ def _flip(a: Generation, b: Generation, folder: Path | None) -> Flip:
         truth=b.truth,
         texts=(a.text, b.text),
         scores=(a.score or 0.0, b.score or 0.0),
-        image=b.first_image(folder),
+        image=image,
     )
 
 

@@ -51,13 +51,14 @@ class Generation:
         """Equal for questions about the same images: as the evaluation found, or by name in stores of earlier versions."""
         return self.named_cluster or "\n".join(ref.key for ref in self.images) or f"item {self.item_id}"
 
-    def first_image(self, folder: Path | None) -> ImageRef | None:
-        """The first image; None if there is none, or it would lie outside `folder`."""
+    def first_image(self, folder: Path | None, source: StoredSpec) -> ImageRef | None:
+        """The first image as it was asked about; None if there is none, or it would lie outside `folder` against the rules."""
         if folder is None or not self.images:
             return None
         first = self.images[0]
         path = (folder / first.path).resolve()
-        return ImageRef(path, first.row, first.column) if path.is_relative_to(folder.resolve()) else None
+        shown = source.follow_links or path.is_relative_to(folder.resolve())
+        return ImageRef(path, first.row, first.column, upright=source.upright) if shown else None
 
 
 def read_generations(path: Path) -> Iterator[Generation]:
@@ -132,6 +133,7 @@ class StoredSpec:
         root: folder of the source it read; None for the output of the stage that plays `data`.
         annotations, images: of the source, below it.
         identity: equal for evaluations of the same questions about the same images.
+        follow_links, upright: whether links may lead out of `images`, and whether images are turned as their cameras say.
     """
 
     parents: dict[str, str]
@@ -139,6 +141,8 @@ class StoredSpec:
     annotations: str
     images: str
     identity: str = ""
+    follow_links: bool = False
+    upright: bool = False
 
     def source_root(self, store_root: Path) -> Path | None:
         """The folder that `annotations` and `images` are below; None where that is not known."""
@@ -168,9 +172,9 @@ def read_stored_spec(folder: Path) -> StoredSpec:
         asked = content.get("spec") or {}
         read = [asked.get("content"), asked.get("source"), content["parents"].get("data")]
         identity = json.dumps(read, sort_keys=True)
-        return StoredSpec(
-            content["parents"], where, source.get("annotations") or "", source.get("images") or "", identity
-        )
+        files = (source.get("annotations") or "", source.get("images") or "")
+        rules = (bool(source.get("follow_links")), source.get("orientation") == "apply")
+        return StoredSpec(content["parents"], where, *files, identity, *rules)
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder / SPEC_FILE} is no stage's spec ({type(error).__name__}: {error})") from error
 

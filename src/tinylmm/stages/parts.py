@@ -186,8 +186,10 @@ def _build_tower(job: StageJob[PartsStage]) -> dict[str, Any]:
 def _load_images(job: StageJob[PartsStage], samples: Sequence[Sample]) -> Tensor:
     """Return all images as the tower sees them, (N, 3, H, W) float32: embedded data sets are small enough."""
     transform = ImageTransform.of(_given(job.spec.image))
-    folder = job.parents["data"] / job.spec.source.images
-    return torch.stack([transform.one_view(open_image(safe_path(folder, sample.images[0]))) for sample in samples])
+    source = job.spec.source
+    folder, upright = job.parents["data"] / source.images, source.orientation == "apply"
+    paths = (safe_path(folder, sample.images[0], source.follow_links) for sample in samples)
+    return torch.stack([transform.one_view(open_image(path, upright=upright)) for path in paths])
 
 
 # ---------------------------------------------------------------------------------------------------- shared

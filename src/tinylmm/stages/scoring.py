@@ -74,8 +74,15 @@ def read_items(job: StageJob[AskedStage]) -> tuple[Benchmark, list[Item], int]:
     else:
         source = location.source
         assert source.annotations is not None  # a source of a data set has a file
-        items = benchmark.load_source(root / source.annotations, root / source.images, source.limit)
+        folder = root / source.images
+        items = benchmark.load_source(root / source.annotations, folder, source.limit, source.follow_links)
+        items = [_upright(item) for item in items] if source.orientation == "apply" else items
     return benchmark, sampled(benchmark, items, spec.limit, spec.limit_seed), len(items)
+
+
+def _upright(item: Item) -> Item:
+    """The same question with its images turned as their cameras say."""
+    return replace(item, images=tuple(replace(ref, upright=True) for ref in item.images))
 
 
 def read_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from tinylmm.errors import IntegrityError, UserError
+from tinylmm.evaluation.images import open_image_ref
 from tinylmm.reports.collect import collect_report
-from tinylmm.reports.stored import Generation, choose_generations
+from tinylmm.reports.stored import Generation, StoredSpec, choose_generations, read_generations, read_stored_spec
 from tinylmm.reports.wording import verdict
 from tinylmm.store.provenance import this_process
 from tinylmm.store.runs import read_runs
@@ -195,3 +198,29 @@ def test_a_killed_run_is_stopped_in_its_report_as_in_the_list_of_runs(store: Sto
     (run,) = collect_report(store.root, ["killed"]).runs
     assert run.record.status == read_runs(store.root)[0].status == "stopped"
     assert verdict(run) == "The run was stopped: 1 of 1 stages are done."
+
+
+def test_an_image_is_shown_as_it_was_asked_about_and_from_behind_a_link_where_links_are_followed(
+    tmp_path: Path,
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (18, 16)).save(tmp_path / "phone.png", exif=exif)
+    line = {"question_id": 1, "text": "a", "correct": True, "images": [{"path": str(tmp_path / "phone.png")}]}
+    (tmp_path / "generations.jsonl").write_text(json.dumps(line) + "\n")
+    (one,) = read_generations(tmp_path / "generations.jsonl")
+    spec = {
+        "spec": {},
+        "parents": {},
+        "settings": {"location": {"root": str(tmp_path), "source": {"images": "images"}}},
+    }
+    assert one.first_image(tmp_path / "images", stored(tmp_path, spec)) is None
+    spec["settings"]["location"]["source"] |= {"follow_links": True, "orientation": "apply"}
+    ref = one.first_image(tmp_path / "images", stored(tmp_path, spec))
+    assert ref is not None and open_image_ref(ref).size == (16, 18)
+
+
+def stored(folder: Path, spec: dict[str, Any]) -> StoredSpec:
+    write(folder / "spec.json", spec)
+    return read_stored_spec(folder)

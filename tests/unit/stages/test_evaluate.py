@@ -13,22 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import tinylmm
 from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
 from tests.unit.evaluation.judge_server import completion, judge_server
 from tests.unit.generation.test_prompts import model_that_ends_turns
-from tinylmm.errors import ConfigError, StoppedError
+from tinylmm.errors import ConfigError, DataError, StoppedError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
 from tinylmm.evaluation.benchmarks.digits import Digits
-from tinylmm.evaluation.benchmarks.records import ItemScore, Scores
+from tinylmm.evaluation.benchmarks.records import ImageRef, ItemScore, Scores
+from tinylmm.evaluation.images import open_image_ref
 from tinylmm.evaluation.judge import Judge
 from tinylmm.launch.backends import torchrun
 from tinylmm.models.checkpoint import save_model
 from tinylmm.planning.kinds import KINDS
 from tinylmm.stages import evaluate, judging
 from tinylmm.stages.job import StageJob, make_job
+from tinylmm.stages.scoring import read_items
 
 QUESTIONS_AN_IMAGE = 5
 LAUNCH = {
@@ -108,6 +111,33 @@ def test_every_question_is_answered_in_the_files_order_with_what_it_took(
     assert {row["batch"] for row in rows} <= set(range(1, 9)) and max(row["batch"] for row in rows) > 1
     assert summary["images_encoded"] == summary["images"] == 12  # each image through the tower once
     assert summary["batch_independent"] is True and summary["asked"] == 2 * len(asked)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [("apply", (16, 18)), ("ignore", (18, 16))])
+def test_a_sources_images_are_opened_as_it_says(
+    tmp_path: Path, model: Path, orientation: str, size: tuple[int, int]
+) -> None:
+    """A phone's picture, 18 x 16 as stored and to be turned by a quarter, behind a link to another disk."""
+    root, disk = tmp_path / "data", tmp_path / "disk"
+    root.mkdir()
+    disk.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (18, 16)).save(disk / "phone.png", exif=exif)
+    (root / "photos").symlink_to(disk)
+    row = {"question_id": 1, "image": "photos/phone.png", "text": "?", "category": "c", "answer": "a", "options": 4}
+    (root / "test.jsonl").write_text(json.dumps(row) + "\n")
+    source = {"annotations": "test.jsonl", "orientation": orientation}
+    spec = job_of(tmp_path, model, source={"file": "test.jsonl"}).spec.as_json()
+
+    def images(follow_links: bool) -> tuple[ImageRef, ...]:
+        settings = {"location": {"root": str(root), "source": source | {"follow_links": follow_links}}}
+        job = make_job("eval", "e", "0" * 64, spec, {"model": model}, settings, tmp_path / "work", tmp_path / "store")
+        return read_items(job)[1][0].images
+
+    assert [open_image_ref(ref).size for ref in images(follow_links=True)] == [size]
+    with pytest.raises(DataError, match="set the source's follow_links=true"):
+        images(follow_links=False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

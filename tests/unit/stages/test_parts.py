@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, SiglipVisionModel
 
 from tinylmm.data.embedded import build_digits
+from tinylmm.data.sample import Sample
 from tinylmm.errors import ConfigError, DataError
+from tinylmm.stages import parts
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stages.parts import run
 
@@ -153,3 +156,23 @@ def test_a_source_with_nothing_or_something_broken_in_it_is_refused(tmp_path: Pa
     (tmp_path / "text.json").write_text(records)
     with pytest.raises(DataError, match=message):
         run(job(tmp_path / "work", TOKENIZER, data=tmp_path))
+
+
+def test_a_towers_images_are_opened_as_their_source_says(tmp_path: Path) -> None:
+    """A picture behind a link, whose camera says to mirror it: black and white change sides."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "disk").mkdir()
+    stored = Image.new("RGB", (32, 32))
+    stored.paste((255, 255, 255), (16, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 2
+    stored.save(tmp_path / "disk/a.png", exif=exif)
+    (tmp_path / "data/images").symlink_to(tmp_path)
+    sample = Sample("a", (), ("disk/a.png",))
+    found = {}
+    for orientation in ("apply", "ignore"):
+        source = CAPTIONS | {"follow_links": True, "orientation": orientation}
+        found[orientation] = parts._load_images(
+            job(tmp_path, TOWER | {"source": source}, data=tmp_path / "data"), [sample]
+        )
+    assert torch.equal(found["apply"], found["ignore"].flip(3)) and not torch.equal(found["apply"], found["ignore"])

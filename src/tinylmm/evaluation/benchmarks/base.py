@@ -73,8 +73,12 @@ class Benchmark(ABC):
         """The split that `load` reads; None where the benchmark has but one. Those that take what is there override it."""
         return self.split if len(self.splits) > 1 else None
 
-    def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
+    def load_source(
+        self, questions: Path, images: Path, limit: int | None = None, follow_links: bool = False
+    ) -> list[Item]:
         """Read the items from a source of a data set: a question file, and the folder that its images lie in.
+
+        With `follow_links`, links below that folder may lead out of it (`data/images.py`, `safe_path`).
 
         Only benchmarks that can be asked like this override it; planning refuses it of others.
 

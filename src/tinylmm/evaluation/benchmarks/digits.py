@@ -43,11 +43,13 @@ class Digits(Benchmark):
         """Read `test.jsonl`, and images below `images`."""
         return _read_items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
 
-    def load_source(self, questions: Path, images: Path, limit: int | None = None) -> list[Item]:
+    def load_source(
+        self, questions: Path, images: Path, limit: int | None = None, follow_links: bool = False
+    ) -> list[Item]:
         """As `Benchmark.load_source`; loads torch with `data/images.py`."""
         from tinylmm.data.images import safe_path
 
-        return _read_items(questions, lambda name: ImageRef(safe_path(images, name)), limit)
+        return _read_items(questions, lambda name: ImageRef(safe_path(images, name, follow_links)), limit)
 
     def score(
         self,

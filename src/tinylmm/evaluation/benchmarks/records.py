@@ -20,12 +20,14 @@ class ImageRef:
         row, column: the cell; None for an image file. A parquet cell holds `{"bytes", "path"}` as `datasets` writes it, or a
             list of such, of which the first is meant.
         data: the encoded bytes themselves, where the benchmark's file carries them (MMBench's base64).
+        upright: it is turned as its camera says before it is shown.
     """
 
     path: Path
     row: int | None = None
     column: str | None = None
     data: bytes | None = field(default=None, repr=False)
+    upright: bool = False
 
     @property
     def key(self) -> str:
