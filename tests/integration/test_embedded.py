@@ -67,7 +67,8 @@ def test_share_reuses_the_parts_and_bases_pretraining(finished: Project) -> None
     assert done.returncode == 0, done.stderr
     ran = {name for name, status in statuses(finished).items() if status == "run"}
     trained = {"share_pretrain", "finetune"}
-    assert ran == trained | {"prepare[share_pretrain]"} | {f"digits@{name}" for name in trained}
+    read = {"images[share_pretrain]", "prepare[share_pretrain]"}
+    assert ran == trained | read | {f"digits@{name}" for name in trained}
 
 
 def test_a_sweep_shares_stages_between_its_runs(finished: Project) -> None:

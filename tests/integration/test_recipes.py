@@ -131,7 +131,7 @@ def test_custom_finetune_goes_on_from_a_run_on_ones_own_data(project: Project, l
     words = [*own_data(project), "eval=none", "launch.micro_batch=4", "tracking.log_steps=1", "name=custom"]
     words += ["recipe.stages.finetune.precision=fp32", "recipe.stages.finetune.max_steps=2", *RANK]
     assert run(["recipe=custom_finetune", "recipe.from_model=lora", *words]) == 0
-    assert list(stages(project, "custom")) == ["prepare[finetune]", "finetune"]
+    assert list(stages(project, "custom")) == ["images[finetune]", "prepare[finetune]", "finetune"]
     model = model_of(project, "custom")
     start = load_model(lora, []).model
     base = load_file(model / "llm/model.safetensors")
