@@ -14,7 +14,8 @@ import pytest
 
 from tests.integration.project import Project, tiny_project, write_images
 from tests.unit.evaluation.benchmarks.disk import write_jsonl
-from tinylmm.cli.main import main
+from tinylmm.cli.main import app, main
+from tinylmm.errors import ConfigError
 
 MODEL_WORDS = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
 
@@ -125,3 +126,12 @@ def test_what_cannot_be_asked_is_said_before_anything_starts(
     code, text = ask(*words)
     assert code == 2 and said in " ".join(text.split()), text
     assert sorted(path.name for path in (trained.store / "runs").iterdir()) == runs
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_a_run_that_trains_nothing_has_no_data_to_look_at(
+    command: str, trained: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained.root)
+    with pytest.raises(ConfigError, match="recipe: is evaluate, which trains nothing, so there is no data to look at"):
+        app(["data", command, "recipe=evaluate", "recipe.from_model=mine"], standalone_mode=False)

@@ -16,6 +16,7 @@ from tinylmm.store.layout import StoreLayout
 
 if TYPE_CHECKING:
     from tinylmm.config.recipe import RecipeStage
+    from tinylmm.config.spec import RunSpec
     from tinylmm.data.check import SourceCheck
 
 app = typer.Typer(help="Look at a run's data before it is trained on.", no_args_is_help=True)
@@ -33,9 +34,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Read every record and image that a run would train on; exit code 2 if any cannot be used."""
-    from tinylmm.config.compose import compose_run
-
-    run = compose_run(overrides or [])
+    run = _training(overrides or [])
     # imported here, as torch and Pillow would slow down every other command's start
     from tinylmm.reports.data_pages import render_check_page
     from tinylmm.reports.data_preview import RunData
@@ -84,9 +83,7 @@ def show(
     """Show one sample as the model will see it: tokens, what of them is trained on, images after preprocessing."""
     if index is not None and sample_id is not None:
         raise UserError("--index and --id: give one of them; both name a record.")
-    from tinylmm.config.compose import compose_run
-
-    run = compose_run(overrides or [])
+    run = _training(overrides or [])
     stages = run.recipe.stages
     if stage is not None and stage not in stages:
         what = f"is '{stage}', which recipe={run.recipe.name} does not have."
@@ -105,6 +102,21 @@ def show(
     if html is not None:
         _write_page(html, render_sample_page(seen))
         console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _training(overrides: list[str]) -> RunSpec:
+    """The run that these words ask for.
+
+    Raises:
+        ConfigError: it trains on no data, or any fault of the words.
+    """
+    from tinylmm.config.compose import compose_run
+
+    run = compose_run(overrides)
+    if not run.recipe.stages:
+        what = f"is {run.recipe.name}, which trains nothing, so there is no data to look at."
+        raise ConfigError([Fault("recipe", what, "Choose the recipe that you mean to train with.")])
+    return run
 
 
 def _write_page(page: Path, text: str) -> None:
