@@ -15,7 +15,6 @@ from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
 
 if TYPE_CHECKING:
-    from tinylmm.config.recipe import RecipeStage
     from tinylmm.config.spec import RunSpec
     from tinylmm.data.check import SourceCheck
 
@@ -45,10 +44,11 @@ def check(
     checks: list[SourceCheck] = []
     for files in data.files(source or []):
         stage = data.stage_of(files.name)
-        render = data.renderer(stage)[1] if tokens else None
-        checks.append(
-            _checked(files, render, quick, run.recipe.stages[stage] if tokens else None, terminal(stderr=True))
-        )
+        counted: dict[str, Any] = {}
+        if tokens:
+            limits = {key: getattr(run.recipe.stages[stage], key) for key in ("max_length", "max_dropped")}
+            counted = {"render": data.renderer(stage)[1], "image_tokens": data.image_tokens(stage), **limits}
+        checks.append(_checked(files, quick, counted, terminal(stderr=True)))
     page: Path | None = None
     try:
         page = html or StoreLayout(run.store).reports / f"data-{run.data.name}.html"
@@ -125,13 +125,15 @@ def _write_page(page: Path, text: str) -> None:
     write_atomic(page, text)
 
 
-def _checked(files: Any, render: Any, quick: bool, stage: RecipeStage | None, console: Console) -> SourceCheck:
+def _checked(files: Any, quick: bool, counted: dict[str, Any], console: Console) -> SourceCheck:
     from tinylmm.data.check import check_source
 
-    limits = (None, 1.0) if stage is None else (stage.max_length, stage.max_dropped)
     with console.status(f"{files.name}: reading") as status:
         return check_source(
-            files, render, quick, lambda number: status.update(f"{files.name}: {number:,} records read"), *limits
+            files,
+            quick=quick,
+            progress=lambda number: status.update(f"{files.name}: {number:,} records read"),
+            **counted,
         )
 
 

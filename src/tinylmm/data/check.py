@@ -22,6 +22,7 @@ from tinylmm.data.image_names import is_embedded
 from tinylmm.data.images import check_image, image_header, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.data.segments import Rendered
+from tinylmm.data.slots import learned_within, positions_of
 from tinylmm.errors import DataError
 
 CHUNK = 512
@@ -29,6 +30,8 @@ CHUNK = 512
 MAX_THREADS = 8
 
 Renderer = Callable[[Sample], Rendered]
+TokensBySize = Callable[[int, int], int]
+"""Width and height of an image in pixels -> the tokens that a model makes of it."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,12 @@ class SourceCheck:
         faults: every record with a fault, in file order.
         turns, images: how many samples have so many turns, so many images.
         words: words of each sample, system message and answers included.
-        tokens: tokens of each sample, every image as one, if a tokenizer was at hand; supervised: those trained on, in all.
+        tokens: tokens of each sample, images counted in, if a tokenizer was at hand; supervised: those trained on, in all.
+        images_counted: whether it is known what an image takes; else each is one token.
         sizes, formats: of the distinct images, (width, height) in pixels; turned: those whose camera says to turn them.
         greeted: samples whose first answer is left out, as no question is before it.
-        too_long: samples of which the stage's `max_length` leaves no token to learn, every image counted as one token: there
-            may be more of them. max_length, max_dropped: the stage's; None and all of them where tokens are not counted.
+        too_long: samples of which the stage's `max_length` leaves no token to learn; unless `images_counted`, there may be
+            more. max_length, max_dropped: the stage's; None and all of them where tokens are not counted.
         same_conversations: (index, id) of samples that are equal in every word and image; groups of two and more.
         same_images: names of images with the same bytes; same_ids: ids that several records have, with their number.
     """
@@ -90,6 +94,7 @@ class SourceCheck:
     images: Counter[int] = field(default_factory=Counter)
     words: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    images_counted: bool = False
     supervised: int = 0
     too_long: int = 0
     max_length: int | None = None
@@ -116,6 +121,7 @@ def check_source(
     progress: Callable[[int], None] | None = None,
     max_length: int | None = None,
     max_dropped: float = 1.0,
+    image_tokens: TokensBySize | None = None,
 ) -> SourceCheck:
     """Read a source from its first record to its last.
 
@@ -124,8 +130,9 @@ def check_source(
         quick: look at images' headers only; broken ones and equal ones are then not found.
         progress: called with the number of records read so far.
         max_length, max_dropped: of the stage that trains on the source; samples that are too long are counted with `render`.
+        image_tokens: width and height of an image -> the tokens that the stage's model makes of it; by default one.
     """
-    check = SourceCheck(files, max_length=max_length, max_dropped=max_dropped)
+    check = SourceCheck(files, max_length=max_length, max_dropped=max_dropped, images_counted=image_tokens is not None)
     state = _State()
     threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     try:
@@ -133,7 +140,7 @@ def check_source(
         while chunk := list(islice(records, CHUNK)):
             _look_at_images(chunk, check, state, threads, quick)
             for index, record in chunk:
-                _take(index, record, check, state, render)
+                _take(index, record, check, state, render, image_tokens)
             if progress is not None:
                 progress(check.records)
     except DataError as error:
@@ -199,7 +206,14 @@ def _without_place(message: str, name: str) -> str:
     return f"the embedded image {name[:20]}: {message.partition('>: ')[2] or message}"
 
 
-def _take(index: int, record: Sample | BadRecord, check: SourceCheck, state: _State, render: Renderer | None) -> None:
+def _take(
+    index: int,
+    record: Sample | BadRecord,
+    check: SourceCheck,
+    state: _State,
+    render: Renderer | None,
+    image_tokens: TokensBySize | None,
+) -> None:
     check.records += 1
     state.ids[record.sample_id] += 1
     if isinstance(record, BadRecord):
@@ -214,10 +228,12 @@ def _take(index: int, record: Sample | BadRecord, check: SourceCheck, state: _St
         check.faults.append(BadRecord(index, record.sample_id, " ".join(dict.fromkeys(faults))))
         return
     if render is not None:
-        check.tokens.append(len(rendered.input_ids))
-        if check.max_length is not None and len(rendered.input_ids) > check.max_length:
-            seen = rendered.labels[1 : check.max_length]
-            check.too_long += all(label == IGNORE_INDEX for label in seen)
+        sizes = [state.seen[name].size for name in record.images]
+        counts = [1 if image_tokens is None or size is None else image_tokens(*size) for size in sizes]
+        positions = positions_of(rendered.input_ids, counts)
+        check.tokens.append(sum(positions))
+        if check.max_length is not None and check.tokens[-1] > check.max_length:
+            check.too_long += learned_within(rendered.labels, positions, check.max_length) == 0
         check.supervised += supervised
     check.samples += 1
     check.with_system += record.system is not None

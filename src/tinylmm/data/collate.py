@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from tinylmm.data.slots import expand, positions_of
+from tinylmm.data.slots import expand, learned_within, positions_of
 from tinylmm.errors import DataError
 
 ROW_LENGTHS_TRIED = 8
@@ -47,18 +47,9 @@ def sample_length(record: Mapping[str, Any], image_tokens: ImageTokens, max_leng
 
 
 def supervised_after_cut(record: Mapping[str, Any], image_tokens: ImageTokens, max_length: int) -> int:
-    """Return how many tokens of a prepared sample are trained on once it is cut at `max_length`.
-
-    The first token of a row is never predicted, so it does not count. 0 means that the sample teaches nothing.
-    """
-    position = count = 0
-    widths = positions_of(record["input_ids"], image_widths(record, image_tokens))
-    for width, label in zip(widths, record["labels"], strict=True):
-        if position + width > max_length:
-            break
-        count += label != IGNORE_INDEX and position > 0
-        position += width
-    return count
+    """Return how many tokens of a prepared sample are trained on once it is cut at `max_length` (`slots.learned_within`)."""
+    positions = positions_of(record["input_ids"], image_widths(record, image_tokens))
+    return learned_within(record["labels"], positions, max_length)
 
 
 def kept_after_cut(input_ids: Sequence[int], widths: Sequence[int], max_length: int) -> tuple[int, int]:

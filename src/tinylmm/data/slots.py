@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tinylmm.constants import IMAGE_SLOT, IMAGE_TOKEN_ID
+from tinylmm.constants import IGNORE_INDEX, IMAGE_SLOT, IMAGE_TOKEN_ID
 from tinylmm.data.segments import IMAGE, Segment, Turn
 
 
@@ -61,6 +61,23 @@ def positions_of(ids: Sequence[int], image_tokens: Iterable[int]) -> list[int]:
     if next(counts, None) is not None:
         raise ValueError("there are fewer image slots than images")
     return found
+
+
+def learned_within(labels: Sequence[int], positions: Sequence[int], max_length: int) -> int:
+    """How many tokens of a sample are trained on once it is cut at `max_length`; 0 means that it teaches nothing.
+
+    The first token of a row is never predicted, so it does not count. An image that the cut would halve goes whole.
+
+    Args:
+        positions: of `positions_of` its ids.
+    """
+    position = count = 0
+    for width, label in zip(positions, labels, strict=True):
+        if position + width > max_length:
+            break
+        count += label != IGNORE_INDEX and position > 0
+        position += width
+    return count
 
 
 def expand(values: Sequence[int], positions: Sequence[int]) -> list[int]:

@@ -15,11 +15,12 @@ from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.data.chat import ChatTemplate, get_template
-from tinylmm.data.check import Renderer, SourceFiles
+from tinylmm.data.check import Renderer, SourceFiles, TokensBySize
 from tinylmm.data.images import ImageTransform, open_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.errors import ConfigError, DataError, Fault, UserError, suggestion
 from tinylmm.models.build import load_tokenizer
+from tinylmm.models.token_counts import tokens_by_size
 from tinylmm.planning.fingerprints import checkpoint_fingerprint
 from tinylmm.planning.graph import StageGraph, build_graph
 from tinylmm.planning.specs import Content, PrepareStage, StageSettings
@@ -129,6 +130,15 @@ class RunData:
         template = get_template(spec.template)
         template.fitted(tokenizer)
         return template, lambda sample: template.render(sample.turns, tokenizer, sample.system), _Decoder(tokenizer)
+
+    def image_tokens(self, stage_name: str) -> TokensBySize | None:
+        """Return what an image takes in the model that a stage trains; None where no file here says what its tower is.
+
+        Raises:
+            ConfigError: the parts do not fit each other.
+        """
+        run = self.run
+        return tokens_by_size(run.vision_tower, run.connector, run.image_of(stage_name), run.trust)
 
     def see(self, files: SourceFiles, stage_name: str, index: int | None, sample_id: str | None) -> SeenSample:
         """Find a record by its 0-based position or by its id, and make of it what the stage would.

@@ -34,7 +34,7 @@ def source_counts(check: SourceCheck) -> list[tuple[str, str]]:
         how = "turned upright" if check.files.upright else "taken as stored (orientation=ignore)"
         rows.append(("images that the camera says to turn", f"{check.turned:,}, {how}"))
     if check.tokens:
-        rows.append(("tokens, an image as one", f"{sum(check.tokens):,}"))
+        rows.append((f"tokens, {_images_as(check)}", f"{sum(check.tokens):,}"))
         rows.append(("trained on", f"{100 * check.supervised / sum(check.tokens):.0f}\N{NO-BREAK SPACE}%"))
     return rows
 
@@ -45,7 +45,7 @@ def histograms(check: SourceCheck) -> list[tuple[str, list[tuple[str, int]]]]:
         ("turns a sample", _plain(check.turns)),
         ("images a sample", _plain(check.images)),
         ("words a sample", doubling_bins(check.words)),
-        ("tokens a sample, an image as one", doubling_bins(check.tokens)),
+        (f"tokens a sample, {_images_as(check)}", doubling_bins(check.tokens)),
         ("shorter side of the images in pixels", short_sides(check.sizes)),
         ("image formats", [(name, count) for name, count in check.formats.most_common()]),
     ]
@@ -72,11 +72,17 @@ def verdict(check: SourceCheck) -> str:
     if check.faults:
         return f"{len(check.faults):,} of {check.records:,} records cannot be used."
     if check.too_long:
+        least, counted = ("", "") if check.images_counted else ("at least ", ", an image counted as one token")
+        allowed = "" if check.clean else "only "
         return (
-            f"at least {check.too_long:,} of {check.samples:,} samples would be left out: max_length={check.max_length} leaves "
-            f"them no token to learn, images counted as one token each ({check.max_dropped:.1%} may be left out: max_dropped)."
+            f"{least}{check.too_long:,} of {check.samples:,} samples would be left out: max_length={check.max_length} leaves "
+            f"them no token to learn{counted} ({allowed}{check.max_dropped:.1%} may be left out: max_dropped)."
         )
     return f"all {check.records:,} records can be used."
+
+
+def _images_as(check: SourceCheck) -> str:
+    return "images counted in" if check.images_counted else "an image as one"
 
 
 def render_check(check: SourceCheck) -> RenderableType:

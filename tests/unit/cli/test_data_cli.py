@@ -83,6 +83,32 @@ def test_a_clean_data_set_is_told_as_such_with_its_counts_and_a_page(project: Pr
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        ((), 116),  # with an image as one token, nothing would be left out in any of them
+        (("vt.image.mode=anyres",), 124),
+        (("recipe.stages.finetune.image_mode=anyres",), 124),
+    ],
+    ids=["square", "anyres", "anyres-of-the-stage"],
+)
+def test_what_max_length_leaves_out_is_counted_as_training_counts_it(
+    project: Project, words: tuple[str, ...], length: int, tmp_path: Path
+) -> None:
+    words = (*words, f"recipe.stages.finetune.max_length={length}")
+    result = data(project, "check", "--tokens", "--json", "--source", "finetune", *words)
+    (found,) = json.loads(result.stdout)["sources"]
+    assert 0 < found["too_long"] < found["samples"] and not found["clean"] and result.exit_code == 2
+    said = data(project, "check", "--tokens", "--source", "finetune", *words).output
+    assert f"finetune: {found['too_long']} of 29 samples would be left out" in said and "as one" not in said
+    enough = ("recipe.stages.finetune.max_dropped=1", "recipe.stages.finetune.max_steps=1", f"store={tmp_path}")
+    assert project.train_here(*words, *enough, "recipe.stages.pretrain.max_steps=1").returncode == 0
+    trained = Project(tmp_path, ()).root / "stages"
+    manifests = [json.loads(path.read_text()) for path in trained.glob("train-*/manifest.json")]
+    (dropped,) = (one["summary"]["data"]["dropped"] for one in manifests if one["name"] == "finetune")
+    assert dropped == found["too_long"]
+
+
 def test_every_fault_is_listed_with_record_and_id_and_what_is_there_twice(project: Project, tmp_path: Path) -> None:
     page = tmp_path / "new" / "page.html"
     result = data(project, "check", "--source", "faulty", "--json", "--html", str(page))
