@@ -87,40 +87,44 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
             highlight=False,
             soft_wrap=True,
         )
+    store = Store(plan.run.store)
+    errors: list[TinyLMMError] = []
+    lost: set[str] = set()
+    came_to_end = True
     with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
-        errors, came_to_end = _carry_out(plan, Store(plan.run.store), ledger)
+        for title, stage in in_order(plan.graph):
+            if lost & set(stage.parents.values()):
+                lost.add(stage.digest)
+                continue
+            try:
+                seconds = _make(title, stage, plan, store, ledger)
+                ledger.mark(stage, "reused" if seconds is None else "run", seconds)
+                ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
+            except (KeyboardInterrupt, TinyLMMError) as failure:
+                errors.append(_noted(failure, stage, ledger))
+                lost.add(stage.digest)
+                came_to_end = _others_go_on(stage, errors[-1])
+                if not came_to_end:
+                    break
+                ledger.tell_left_out(stage, errors[-1])
     ledger.finish(_status(errors))
     text = "\n".join(map(str, errors)) if errors else None
     code = worst_exit_code(error.exit_code for error in errors)
     return RunOutcome(ledger.folder.name, ledger.folder, code, text, came_to_end)
 
 
-def _carry_out(plan: RunPlan, store: Store, ledger: _Ledger) -> tuple[list[TinyLMMError], bool]:
-    """Make the stages in their order; returns what went wrong, and whether the end was reached all the same.
+def _noted(failure: BaseException, stage: Stage, ledger: _Ledger) -> TinyLMMError:
+    """Mark the stage that failed, was stopped or waits, and return what to say of it."""
+    if not isinstance(failure, TinyLMMError):
+        doing = f"{stage.kind} {stage.name}"
+        failure = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
+    ledger.mark(stage, "todo" if isinstance(failure, StoppedError | WaitingError) else "failed")
+    return failure
 
-    A failure ends the run, but that of an evaluation only what needs it: the others are worth their time.
-    """
-    errors: list[TinyLMMError] = []
-    lost: set[str] = set()
-    for title, stage in in_order(plan.graph):
-        if lost & set(stage.parents.values()):
-            lost.add(stage.digest)
-            continue
-        try:
-            _make_or_reuse(title, stage, plan, store, ledger)
-        except KeyboardInterrupt:
-            ledger.mark(stage, "todo")
-            doing = f"{stage.kind} {stage.name}"
-            stopped = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
-            return [*errors, stopped], False
-        except TinyLMMError as failure:
-            ledger.mark(stage, "todo" if isinstance(failure, StoppedError | WaitingError) else "failed")
-            errors.append(failure)
-            lost.add(stage.digest)
-            if not KINDS[stage.kind].others_go_on or isinstance(failure, StoppedError | ClaimLostError | DiskError):
-                return errors, False
-            ledger.tell_left_out(stage, failure)
-    return errors, True
+
+def _others_go_on(stage: Stage, failure: TinyLMMError) -> bool:
+    """A failure ends the run, but that of an evaluation only what needs it: the others are worth their time."""
+    return KINDS[stage.kind].others_go_on and not isinstance(failure, StoppedError | ClaimLostError | DiskError)
 
 
 def _status(errors: Sequence[TinyLMMError]) -> RunStatus:
@@ -129,23 +133,6 @@ def _status(errors: Sequence[TinyLMMError]) -> RunStatus:
     if not errors:
         return "done"
     return "waiting" if all(isinstance(error, WaitingError) for error in errors) else "failed"
-
-
-def _make_or_reuse(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger) -> None:
-    """Make sure the store has the stage, and say so.
-
-    Raises:
-        StoppedError: a stop was asked for.
-        WaitingError: the stage waits for what only the user can give.
-        TinyLMMError: as `_make`.
-    """
-    if stop_requested():
-        raise StoppedError(f"stopped before {stage.kind} {stage.name}; the same command continues from there")
-    if said := waits_for(stage):
-        raise WaitingError(said)
-    seconds = _make(title, stage, plan, store, ledger)
-    ledger.mark(stage, "reused" if seconds is None else "run", seconds)
-    ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
 
 
 def _create_run(plan: RunPlan) -> Path:
@@ -159,8 +146,14 @@ def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger
     """Make sure the store has the stage; returns the seconds it took to run, None if it was there.
 
     Raises:
-        TinyLMMError: the stage failed or was stopped; its work folder says why, and the next try goes on from there.
+        StoppedError: a stop was asked for.
+        WaitingError: the stage waits for what only the user can give.
+        TinyLMMError: the stage failed; its work folder says why, and the next try goes on from there.
     """
+    if stop_requested():
+        raise StoppedError(f"stopped before {stage.kind} {stage.name}; the same command continues from there")
+    if said := waits_for(stage):
+        raise WaitingError(said)
     if _reusable(stage, store, ledger.console):
         return None
     if any(digest not in plan.graph for digest in stage.parents.values()):
