@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from tinylmm.reports.compare import Pair
+from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Evaluation, Example, Report, RunReport, Score, ScoreRow, StageReport
@@ -66,15 +67,7 @@ def _side(pair: Pair, winner: int) -> tuple[str, list[dict[str, Any]], int]:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("tinylmm.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "duration": duration, "moment": moment, "words": words, "points": points}
-    return environment
+    return page_environment(number=number, duration=duration, moment=moment, words=words, points=points)
 
 
 def _run(run: RunReport, identifier: str) -> dict[str, Any]:
