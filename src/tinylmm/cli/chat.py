@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from tinylmm.cli.terminal import terminal
 from tinylmm.errors import TinyLMMError
@@ -51,10 +51,10 @@ def chat(
     if prompt is not None:
         _answer(console, conversation, prompt, options)
         return
-    console.print(f"[dim]{HELP}[/dim]")
+    console.print(Text(HELP, "dim"))
     while True:
         try:
-            line = console.input("[bold cyan]you[/bold cyan] ").strip()
+            line = console.input(Text("you ", "bold cyan")).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -65,20 +65,20 @@ def chat(
         elif line.startswith("/image "):
             _guarded(console, lambda: _show(console, conversation, line.removeprefix("/image ").strip()))  # noqa: B023
         elif line.startswith("/"):
-            console.print(f"[dim]{HELP}[/dim]")
+            console.print(Text(HELP, "dim"))
         elif line:
-            console.print("[bold green]model[/bold green] ", end="")
+            console.print(Text("model ", "bold green"), end="")
             _guarded(console, lambda: _answer(console, conversation, line, options))  # noqa: B023
 
 
 def _show(console: Console, conversation: Conversation, file: str) -> None:
     conversation.show(Path(file).expanduser())
-    console.print(f"[dim]Your next question comes with {escape(file)}.[/dim]")
+    console.print(Text(f"Your next question comes with {file}.", "dim"))
 
 
 def _answer(console: Console, conversation: Conversation, question: str, options: dict[str, Any]) -> None:
     for piece in conversation.stream(question, **options):
-        console.print(piece, end="", markup=False, soft_wrap=True)
+        console.print(piece, end="", soft_wrap=True)
     console.print()
 
 
@@ -87,6 +87,6 @@ def _guarded(console: Console, action: Any) -> None:
     try:
         action()
     except TinyLMMError as error:
-        console.print(f"[red]{escape(str(error))}[/red]")
+        console.print(Text(str(error), "red"))
     except KeyboardInterrupt:
-        console.print(" [dim](stopped)[/dim]")
+        console.print(Text(" (stopped)", "dim"))

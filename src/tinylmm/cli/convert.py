@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from tinylmm.cli.terminal import terminal
 from tinylmm.convert.format import find_names
@@ -91,7 +90,7 @@ def export(
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(escape(text), soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _quiet() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from tinylmm.cli.terminal import echo, echo_json, terminal
 from tinylmm.errors import EXIT_USER, ConfigError, DiskError, Fault, UserError, suggestion
@@ -66,7 +67,7 @@ def check(
             console.print(render_check(found), soft_wrap=True)  # whole lines, so they can be searched
             console.print()
         if page is not None:
-            console.print(f"page  {page}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"page  {page}", highlight=False, soft_wrap=True)
     if not all(found.clean for found in checks):
         raise typer.Exit(EXIT_USER)
 
@@ -101,7 +102,7 @@ def show(
     console.print(render_sample(seen, colour=console.color_system is not None))
     if html is not None:
         _write_page(html, render_sample_page(seen))
-        console.print(f"page  {html}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"page  {html}", highlight=False, soft_wrap=True)
 
 
 def _training(overrides: list[str]) -> RunSpec:
@@ -128,11 +129,11 @@ def _write_page(page: Path, text: str) -> None:
 def _checked(files: Any, quick: bool, counted: dict[str, Any], console: Console) -> SourceCheck:
     from tinylmm.data.check import check_source
 
-    with console.status(f"{files.name}: reading") as status:
+    with console.status(Text(f"{files.name}: reading")) as status:
         return check_source(
             files,
             quick=quick,
-            progress=lambda number: status.update(f"{files.name}: {number:,} records read"),
+            progress=lambda number: status.update(Text(f"{files.name}: {number:,} records read")),
             **counted,
         )
 

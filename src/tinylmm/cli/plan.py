@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tinylmm.cli.terminal import echo_json, terminal
 
@@ -32,14 +32,13 @@ def plan(
         shared = ", ".join(f"{n} of {totals['asked'][kind]} {kind}" for kind, n in totals["distinct"].items())
         console.print(f"{totals['runs']} runs; distinct stages: {shared}", highlight=False)
     for sentence in record["warnings"]:
-        console.print(f"warning: {sentence}", markup=False, highlight=False)
+        console.print(f"warning: {sentence}", highlight=False)
     for sentence in record["unknown"]:
-        console.print(f"unknown: {sentence}", markup=False, highlight=False)
+        console.print(f"unknown: {sentence}", highlight=False)
     for kind, items in (("missing", record["missing"]), ("not found, so left out", record["not_found"])):
         for item in items:
             console.print(
                 f"{kind}: {item['what']}\n  looked at:  {item['looked_at']}\n  how to get: {item['how_to_get']}",
-                markup=False,
                 highlight=False,
             )
 
@@ -60,9 +59,9 @@ def _table(record: dict[str, Any]) -> Table:
         parents = " ".join(parent[:8] for parent in stage["parents"])
         table.add_row(
             stage["kind"],
-            escape(stage["name"]),
+            stage["name"],
             stage["digest"][:12],
             parents,
-            f"[{colour}]{stage['status']}[/{colour}]",
+            Text(stage["status"], colour),
         )
     return table

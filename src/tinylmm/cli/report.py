@@ -58,7 +58,7 @@ def report(
     console = terminal()
     console.print(render_scores(collected))
     for name, path in written.items():
-        console.print(f"{name:>9}  {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name:>9}  {path}", highlight=False, soft_wrap=True)
 
 
 def _compare(collected: Report, out: Path | None, as_json: bool) -> None:
@@ -72,7 +72,7 @@ def _compare(collected: Report, out: Path | None, as_json: bool) -> None:
         return
     console = terminal()
     console.print(render_comparison(collected, pairs))
-    console.print(f"     html  {page}\n     json  {record}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"     html  {page}\n     json  {record}", highlight=False, soft_wrap=True)
 
 
 def _overlap(collected: Report, as_json: bool) -> None:

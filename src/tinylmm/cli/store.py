@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from tinylmm.cli.terminal import echo_json, terminal
 from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
@@ -45,7 +45,7 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
     )
     for row in rows:
         status = _coloured(row.status)
-        table.add_row(row.key, escape(row.name), decimal(row.size), _minute(row.finished), status, _users(row.runs))
+        table.add_row(row.key, row.name, decimal(row.size), _minute(row.finished), status, _users(row.runs))
     _console().print(table)
 
 
@@ -72,7 +72,7 @@ def verify(
         return
     _console().print(f"{damaged} of {len(chosen)} folders damaged:")
     for _, problem in problems:
-        _console().print(problem, markup=False, highlight=False, soft_wrap=True)  # whole lines, so they can be searched
+        _console().print(problem, highlight=False, soft_wrap=True)  # whole lines, so they can be searched
     _console().print(
         "What is damaged is never used: the next run that needs it makes it anew (a damaged stage is set aside)."
     )
@@ -107,7 +107,7 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
     if as_json:
         echo_json([_as_json(run) for run in rows])
         return
-    remarks = [escape(_remarks(run)) for run in rows]
+    remarks = [_remarks(run) for run in rows]
     table = Table(
         _uncut_column("run"),
         _uncut_column("status"),
@@ -119,7 +119,7 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
         table.add_column("remarks")
     for run, remark in zip(rows, remarks, strict=True):
         progress = f"{sum(stage.finished for stage in run.stages)}/{len(run.stages)}"
-        cells = [run.name, _coloured(run.status), _minute(run.created), progress]
+        cells: list[str | Text] = [run.name, _coloured(run.status), _minute(run.created), progress]
         table.add_row(*cells, *([remark] if any(remarks) else []))
     _console().print(table)
 
@@ -174,10 +174,9 @@ def _minute(time: str | None) -> str:
     return time[:16].replace("T", " ") if time else ""
 
 
-def _coloured(status: str) -> str:
+def _coloured(status: str) -> Text:
     colours = {"complete": "green", "done": "green", "running": "cyan", "damaged": "red", "failed": "red"}
-    colour = colours.get(status, "yellow")
-    return f"[{colour}]{status}[/{colour}]"
+    return Text(status, colours.get(status, "yellow"))
 
 
 def _uncut_column(title: str) -> Column:

@@ -14,8 +14,11 @@ from tinylmm.errors import printable
 
 
 def terminal(stderr: bool = False, highlight: bool = True) -> Console:
-    """Return a console that writes escape codes and direction marks out, other than those of its own styles."""
-    console = Console(stderr=stderr, highlight=highlight)
+    """Return a console that writes escape codes and direction marks out, other than those of its own styles.
+
+    Strings are text: `[red]` in them is a name or a path, no markup. What is to have a style is a `rich.text.Text`.
+    """
+    console = Console(stderr=stderr, highlight=highlight, markup=False)
     console.push_render_hook(_Escaping())
     return console
 

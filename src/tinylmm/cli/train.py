@@ -65,6 +65,7 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
+    from rich.text import Text
 
     from tinylmm.config.compose import compose_config, rewrite_words
     from tinylmm.config.experiments import search_path
@@ -77,14 +78,14 @@ def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> lis
     def job(cfg: DictConfig) -> None:
         words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
         varied = " ".join(word for word in words if word not in common)
-        console.rule(f"run {len(outcomes) + 1} of {len(runs)}: {varied}", align="left")
+        console.rule(Text(f"run {len(outcomes) + 1} of {len(runs)}: {varied}"), align="left")
         try:
             outcome = execute(_plan(words, compose_config(cfg, words)), console)
         except TinyLMMError as error:
             outcome = failed_before_start(words, error)
         outcomes.append(outcome)
         if outcome.error is not None:
-            console.print(outcome.error, style="red", highlight=False, markup=False)
+            console.print(outcome.error, style="red", highlight=False)
         if outcome.exit_code == EXIT_STOPPED:  # SystemExit passes through Hydra's launcher: the sweep ends here
             raise SystemExit(EXIT_STOPPED)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from tinylmm.store.layout import METRICS_FILE
 
@@ -35,13 +36,13 @@ class StageProgress:
         self.path = folder / METRICS_FILE
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._status: Status | None = console.status(title) if console.is_terminal else None
+        self._status: Status | None = console.status(Text(title)) if console.is_terminal else None
 
     def __enter__(self) -> StageProgress:
         if self._status is not None:
             self._status.start()
         else:
-            self.console.print(self.title, highlight=False)
+            self.console.print(Text(self.title))
         self._thread.start()
         return self
 
@@ -64,9 +65,9 @@ class StageProgress:
                 first = row
             text = f"{self.title}  {describe(row, first)}"
             if self._status is not None:
-                self._status.update(text)
+                self._status.update(Text(text))
             elif time.monotonic() - last_line >= LINE_SECONDS:
-                self.console.print(text, highlight=False)
+                self.console.print(Text(text))
                 last_line = time.monotonic()
 
 

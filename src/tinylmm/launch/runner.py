@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from tinylmm.config.compose import run_name
 from tinylmm.errors import (
@@ -28,7 +28,7 @@ from tinylmm.errors import (
 from tinylmm.launch.backends import LaunchBackend, make_backend
 from tinylmm.launch.progress import StageProgress
 from tinylmm.launch.scheduler import in_order
-from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER
+from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER, ShownFormatter
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stages.job import StageJob, make_job
@@ -79,11 +79,10 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
     """
     require_files(plan)
     ledger = _Ledger(_create_run(plan), console)
-    console.print(f"run [bold]{ledger.folder.name}[/bold]", highlight=False)
+    console.print(Text.assemble("run ", (ledger.folder.name, "bold")))
     for item in plan.not_found:
         console.print(
             f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}",
-            markup=False,
             highlight=False,
             soft_wrap=True,
         )
@@ -165,7 +164,7 @@ def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger
         began, clock = time.time(), time.monotonic()
         job, kind = _job(stage, plan, store, claim.token), KINDS[stage.kind]
         backend = make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust)
-        watched = StageProgress(ledger.console, escape(title), job.folder)
+        watched = StageProgress(ledger.console, title, job.folder)
         with claimed(job.require_claim):
             with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
                 backend.start(job)
@@ -190,7 +189,7 @@ def _reusable(stage: Stage, store: Store, console: Console) -> bool:
     except IntegrityError as error:
         if store.is_complete(stage):  # whole, but for another spec: nothing to repair
             raise
-        console.print(str(error), style="yellow", highlight=False, markup=False)
+        console.print(str(error), style="yellow", highlight=False)
         return False
     return True
 
@@ -252,16 +251,14 @@ class _Ledger:
         self._rows[stage.digest] = row = replace(self._rows[stage.digest], status=status, seconds=took)
         self._write()
         if row.finished:
-            self.console.print(
-                f"  [green]{self._mark}[/green] {stage.kind:8} {escape(stage.name):24} {stage.digest[:12]}  "
-                + ("reused" if seconds is None else f"{seconds:.1f} s"),
-                highlight=False,
-            )
+            took_words = "reused" if seconds is None else f"{seconds:.1f} s"
+            line = f" {stage.kind:8} {stage.name:24} {stage.digest[:12]}  {took_words}"
+            self.console.print(Text.assemble("  ", (self._mark, "green"), line))
 
     def remark(self, sentences: Sequence[str]) -> None:
         """Say what the stage that was just marked has left out."""
         for sentence in sentences:
-            self.console.print(f"      {sentence}", style="yellow", markup=False, highlight=False)
+            self.console.print(f"      {sentence}", style="yellow", highlight=False)
 
     def tell_left_out(self, stage: Stage, failure: TinyLMMError) -> None:
         """Say at once that a stage has no result; why is said again when the run ends."""
@@ -273,8 +270,7 @@ class _Ledger:
         """Return what tells of another process that works on the stage."""
 
         def tell(owner: Owner) -> None:
-            waits = f"{title}  waiting: process {owner.pid} on {owner.host} is doing it"
-            self.console.print(escape(waits), highlight=False)
+            self.console.print(Text(f"{title}  waiting: process {owner.pid} on {owner.host} is doing it"))
 
         return tell
 
@@ -294,7 +290,7 @@ class _Ledger:
 def _log_to(path: Path) -> Iterator[None]:
     """Send the package's log to a file while the block runs."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylmm.errors import DiskError, StoppedError, TinyLMMError
+from tinylmm.errors import DiskError, StoppedError, TinyLMMError, printable
 from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob, read_job
 from tinylmm.stop import belong_to, claimed, watch_for_stop
@@ -58,6 +58,14 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+class ShownFormatter(logging.Formatter):
+    """Lines that a terminal shows and does not obey: logs quote ids and paths of the data, and people `tail` them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As `logging.Formatter`, with escape codes written out."""
+        return printable(super().format(record))
+
+
 def has_gpu_driver() -> bool:
     """Whether this machine has NVIDIA's driver, found out without loading torch."""
     return Path("/dev/nvidiactl").exists()
@@ -69,9 +77,9 @@ def main() -> NoReturn:
     belong_to(int(os.environ.get(AGENT_PID, os.getppid())))
     faulthandler.enable()  # what dies in C code says where
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter(f"%(asctime)s rank {rank} %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler])
     job = read_job(folder)
     result: dict[str, Any]
     code = 0

@@ -7,12 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from tinylmm.data.check import SourceCheck
 from tinylmm.reports.data_preview import SeenSample
 from tinylmm.reports.data_text import histograms, image_caption, repetitions, source_counts, verdict, visible
+from tinylmm.reports.pages import page_environment
 from tinylmm.version import __version__
 
 FAULTS_IN_PAGE = 20_000
@@ -22,7 +22,7 @@ GROUPS_IN_PAGE = 200
 def render_check_page(name: str, checks: Sequence[SourceCheck]) -> str:
     """Return the page of a data set's check: every source with its counts, histograms, repetitions and faults."""
     return (
-        _environment()
+        page_environment()
         .get_template("data_check.html.j2")
         .render(name=name, sources=[_source(check) for check in checks], version=__version__, shown=FAULTS_IN_PAGE)
     )
@@ -42,19 +42,9 @@ def render_sample_page(seen: SeenSample) -> str:
         for number, image in enumerate(seen.images)
     ]
     return (
-        _environment()
+        page_environment()
         .get_template("data_sample.html.j2")
         .render(seen=seen, tokens=tokens, images=images, version=__version__)
-    )
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("tinylmm.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
 
 

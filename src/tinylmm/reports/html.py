@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from tinylmm.reports.compare import Pair, p_text, pair_notes
+from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
@@ -76,16 +77,7 @@ def _side(pair: Pair, winner: int) -> tuple[str, list[dict[str, Any]], int]:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("tinylmm.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "duration": duration, "moment": moment, "words": words, "points": points}
-    environment.filters["p_text"] = p_text
-    return environment
+    return page_environment(number=number, duration=duration, moment=moment, words=words, points=points, p_text=p_text)
 
 
 def _run(run: RunReport, identifier: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from tinylmm.errors import IntegrityError
+from tinylmm.errors import IntegrityError, printable
 from tinylmm.store.claims import held
 from tinylmm.store.gc import StoredFolder, Unused, collect_garbage, discard, list_stored, remove
 from tinylmm.store.integrity import (
@@ -234,7 +234,7 @@ class Store:
         """Keep the traceback of a failed try beside its log and checkpoints, for people and for the next try."""
         work = self.work_folder(stage)
         work.mkdir(parents=True, exist_ok=True)
-        write_atomic(work / ERROR_FILE, error_text)
+        write_atomic(work / ERROR_FILE, printable(error_text))
 
     def _promote(self, stage: Stage) -> Path:
         """Move a work folder with a manifest to its final place and mark it."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.errors import MarkupError
 from rich.table import Table
 from rich.text import Text
 
+import tinylmm
 from tests.integration.project import tiny_project
 from tinylmm.cli import main
 from tinylmm.cli.errors import guarded
@@ -84,3 +90,26 @@ def test_commands_obey_nothing_that_a_record_says(
     out, err = capfd.readouterr()
     assert obeyed(out) == obeyed(err) == []
     assert "title" in out + err
+
+
+def test_a_traceback_obeys_nothing_either() -> None:
+    code = f"from tinylmm.cli.errors import guarded\ndef fails():\n    raise ValueError({HOSTILE!r})\nguarded(fails)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "ValueError: \\x1b[2J" in done.stderr and obeyed(done.stderr) == []
+
+
+def test_words_of_rich_markup_in_names_are_names(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(title="[/red] in [b]", min_width=40)
+    table.add_row("[/x]")
+    terminal().print("[/y] and [link=http://a]b", table)
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("[/red] in [b]", "[/x]", "[/y] and [link=http://a]b"))
+    with pytest.raises(MarkupError):  # what is avoided
+        Console().print("[/y]")
+
+
+def test_only_the_terminal_module_makes_consoles() -> None:
+    package = Path(tinylmm.__file__).parent
+    sources = {path.relative_to(package).as_posix(): path.read_text("utf-8") for path in package.rglob("*.py")}
+    assert [name for name, text in sources.items() if re.search(r"\bConsole\(", text)] == ["cli/terminal.py"]
+    assert [name for name, text in sources.items() if "rich.markup" in text] == []
