@@ -113,7 +113,7 @@ PADDED = "vision_tower.image.mode=pad"
         ((PADDED,), ["pretrain.image_mode=pad", "finetune.image_mode=pad"], set()),
         ((PADDED,), ["pretrain.image_mode=square"], TRAINED),
     ],
-    ids=lambda value: " ".join(value),
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_a_stages_image_mode_decides_where_it_is_not_the_towers(
     before: tuple[str, ...], words: list[str], expected: set[str]
