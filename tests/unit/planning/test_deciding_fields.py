@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -94,9 +94,12 @@ OUTSIDE = {  # a source of files that are there; `NoFiles` gives all of them one
     "orientation": Row("apply", READ, f"other pixels; {LATER}"),
     "how_to_get": speed("ask", "words for when a file is missing"),
 }
+NAMED = READ | {"images"}
+"""Other images may be named too. (`NoFiles` gives sources of files one content, so that their checks of images are one.)"""
 BUILT = OUTSIDE | {  # a source of files that a `data` stage makes: their names choose among them
-    "annotations": Row("other.json", READ, "which of the files that the data stage makes"),
-    "images": Row("elsewhere", READ, "which of the folders that the data stage makes"),
+    "annotations": Row("other.json", NAMED, "which of the files that the data stage makes"),
+    "images": Row("elsewhere", NAMED, "which of the folders that the data stage makes"),
+    **{field: replace(OUTSIDE[field], changes=NAMED) for field in ("format", "limit", "follow_links")},
 }
 DATA = {
     "name": speed("other", "a name"),
@@ -107,8 +110,9 @@ DATA = {
 DATA_BUILT = DATA | {
     "root": speed(None, "none here: a stage makes the files"),
     "build": Row(
-        DataBuildSpec(_target_="tinylmm.data.embedded.build_digits", seed=7), READ, "other files are made"
+        DataBuildSpec(_target_="tinylmm.data.embedded.build_digits", seed=7), NAMED, "other files are made"
     ),  # the benchmark keeps its own
+    "sources": replace(DATA["sources"], changes=NAMED),
 }
 
 
