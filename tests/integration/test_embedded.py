@@ -45,7 +45,8 @@ def test_results_are_tidy_rows_for_every_stage_and_question_type(finished: Proje
     rows = json.loads(path.read_text())["rows"]
     assert {row["stage"] for row in rows} == {"pretrain", "finetune"}
     assert {row["metric"] for row in rows} >= {"accuracy", "accuracy/digit", "accuracy/colour", "accuracy/yesno"}
-    columns = {"run", "stage", "benchmark", "metric", "value", "blind", "chance", "count", "interval"}
+    columns = {"run", "stage", "evaluation", "benchmark", "metric", "value", "blind", "chance", "count", "interval"}
+    columns |= {"limited", "protocol"}
     assert all(set(row) == columns and row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -286,10 +287,18 @@ class _Ledger:
             log.warning("%s", error)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that goes on where a line cannot be written: a full disk is said by what has a result to write, in one sentence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
     """Send the package's log to a file while the block runs."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -32,7 +32,7 @@ def test_a_checkpoint_that_is_not_here_is_planned_and_its_numbers_are_called_unk
     record = plan_record([plan_run(run, "run"), plan_run(run, "again")])
     (sentence,) = record["unknown"]
     assert sentence.startswith("llm: the architecture and size of 'org/no-such-llm' are not known here")
-    assert {stage["kind"] for stage in record["stages"]} == {"prepare", "train"}
+    assert {stage["kind"] for stage in record["stages"]} == {"images", "prepare", "train"}
     plan(words("org/no-such-llm", tmp_path))
     assert "unknown: llm: the architecture and size of 'org/no-such-llm'" in " ".join(capsys.readouterr().out.split())
     assert unknown_numbers("llm", compose_run(words(tmp_path / "no" / "such" / "folder", tmp_path)).llm)
