@@ -111,9 +111,13 @@ def test_a_stop_does_not_wait_for_what_processes_have_in_hand(monkeypatch: pytes
     assert time.monotonic() - began < 5
 
 
+def die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_process_that_dies_is_named_with_what_to_do() -> None:
     with pytest.raises(StageFailedError, match=r"a process died while exiting.*launch\.num_workers"):
-        list(pool.in_order(os._exit, iter([1, 1, 1]), 2, "exiting"))
+        list(pool.in_order(die, iter([1, 1, 1]), 2, "exiting"))
 
 
 def test_results_come_in_the_order_of_their_pieces_and_few_are_read_ahead() -> None:
