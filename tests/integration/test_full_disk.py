@@ -19,7 +19,7 @@ from tinylmm.store.claims import Claim
 from tinylmm.store.layout import StoreLayout
 
 QUICK = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
-SENTENCE = {"full": "disk is full", "read-only": "disk is read-only"}
+SENTENCE = {"full": "disk is full", "no inodes": "one more file name (inode)", "read-only": "disk is read-only"}
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +32,46 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(params=SENTENCE)
 def disk(request: pytest.FixtureRequest, tmp_path: Path, finished: Project) -> Iterator[tuple[str, Path]]:
     """A store that cannot be written, with one finished run and an unused stage in it, and why it cannot."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(mounted)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
+    with tmpfs(tmp_path / "disk", "size=64m") as mounted:
         store = mounted / "store"
         shutil.copytree(finished.store, store)
         shutil.rmtree(store / "cache")
         unused = shutil.copytree(next((store / "stages").glob("train-*")), store / "stages/train-0123456789abcdef")
         assert sum(path.stat().st_size for path in unused.rglob("*")) > 100_000
         if request.param == "full":
-            with contextlib.suppress(OSError), (mounted / "big").open("wb", buffering=0) as file:
-                while file.write(b"0" * 4096):
-                    pass
+            fill(mounted / "big")
+        elif request.param == "no inodes":
+            use_up_inodes(mounted)
         else:
             subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
         yield SENTENCE[request.param], store
+
+
+@contextlib.contextmanager
+def tmpfs(mounted: Path, options: str) -> Iterator[Path]:
+    """A small disk at `mounted` while the block runs."""
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mounted)]
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield mounted
     finally:
-        subprocess.run(["umount", str(mounted)], check=True)
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(b"0" * 4096):
+            pass
+
+
+def use_up_inodes(mounted: Path) -> None:
+    """Leave no room for one more file, however much there is for bytes."""
+    status = os.statvfs(mounted)
+    used = status.f_files - status.f_ffree
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={used}", str(mounted)], check=True)
 
 
 def said(command: Callable[[], object]) -> tuple[int, str]:
@@ -114,17 +133,9 @@ def test_a_full_disk_frees_nothing_that_somebody_works_on(disk: tuple[str, Path]
 def test_a_disk_that_fills_up_during_a_run_is_named_and_the_run_continues_when_there_is_room(
     kilobytes: int, tmp_path: Path
 ) -> None:
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(mounted)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
+    with tmpfs(tmp_path / "disk", "size=32m") as mounted:
         project = tiny_project(tmp_path)
-        with contextlib.suppress(OSError), (mounted / "big").open("wb", buffering=0) as file:
-            while file.write(b"0" * 4096):
-                pass
+        fill(mounted / "big")
         os.truncate(mounted / "big", (mounted / "big").stat().st_size - 1024 * kilobytes)
         words = (*QUICK, f"store={mounted / 'store'}", "launch.save_steps=1")
         done = project.train_here(*words)
@@ -132,5 +143,20 @@ def test_a_disk_that_fills_up_during_a_run_is_named_and_the_run_continues_when_t
         assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("\n") == 1
         (mounted / "big").unlink()
         assert project.train_here(*words).returncode == 0
-    finally:
-        subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+@pytest.mark.parametrize("inodes", [2, 12, 40, 60])
+def test_a_disk_without_room_for_more_files_is_named_and_the_run_continues_when_there_is(
+    inodes: int, tmp_path: Path
+) -> None:
+    with tmpfs(tmp_path / "disk", f"nr_inodes={inodes}") as mounted:
+        project = tiny_project(tmp_path)
+        words = (*QUICK, f"store={mounted / 'store'}", "launch.save_steps=1")
+        done = project.train_here(*words)
+        assert done.returncode == 1 and "one more file name (inode)" in done.stderr, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("\n") == 1
+        for command in (["runs"], ["store", "ls"], ["report"]):
+            code, text = tinylmm(*command, "--store", str(mounted / "store"))
+            assert code == 0 or (code in (1, 2) and text.count("\n") == 1), (command, text)
+        subprocess.run(["mount", "-o", "remount,nr_inodes=2000", str(mounted)], check=True)
+        assert project.train_here(*words).returncode == 0

@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from tinylmm.errors import IntegrityError, UserError
+from tinylmm.errors import DiskError, IntegrityError, UserError
+from tinylmm.store.disk import FULL, refusal
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import RUN_FILE, StoreLayout
 from tinylmm.store.provenance import (
@@ -194,6 +195,7 @@ def create_run(
     Raises:
         UserError: the name has other characters than letters, digits, `.`, `_` and `-`, or belongs to a live run; or the
             store cannot be written.
+        DiskError: its disk is full.
     """
     runs = StoreLayout(Path(store_root)).runs
     check_name(base_name if name is None else name)
@@ -202,6 +204,8 @@ def create_run(
     try:
         draft.mkdir(parents=True)
     except OSError as error:
+        if error.errno in FULL and (said := refusal(error, runs)) is not None:
+            raise DiskError(said) from error
         raise UserError(
             f"store: nothing can be written to {runs.parent.absolute()} ({error.strerror}). "
             "Name a folder that you may write to with store=PATH or the environment variable TINYLMM_STORE."
