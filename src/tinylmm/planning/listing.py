@@ -36,6 +36,8 @@ _JOINED = 1 << 18
 """Names that are collected before they are joined with those of before."""
 _EDGES = 16
 """Bytes of an image's hash."""
+_GONE = (-1, 0, 0)
+"""State of an image that is not there, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Names:
     @property
     def digest(self) -> str:
         """SHA-256 of all names."""
-        return hashlib.sha256(self.ends.tobytes() + self.text.tobytes()).hexdigest()
+        found = hashlib.sha256(self.ends.data)
+        found.update(self.text.data)
+        return found.hexdigest()
 
 
 def _is_broken(name: str) -> bool:
@@ -126,7 +130,7 @@ def _look_up(root: Path, names: list[str]) -> np.ndarray:
         try:
             seen = stat(prefix + name)
         except (OSError, ValueError):
-            found.append((-1, 0, 0))
+            found.append(_GONE)
             continue
         size = seen.st_size if S_ISREG(seen.st_mode) else -2 - seen.st_size
         found.append((size, seen.st_mtime_ns, seen.st_ino))
@@ -136,7 +140,10 @@ def _look_up(root: Path, names: list[str]) -> np.ndarray:
 def _edges_of_all(
     threads: ThreadPoolExecutor, root: Path, names: Names, state: np.ndarray, known: Any | None
 ) -> np.ndarray:
-    """(N, 16) uint8: what is in each image, read only where its state is not the known one."""
+    """(N, 16) uint8: what is in each image, read only where its state is not the known one.
+
+    One that cannot be read becomes missing in `state`: so it is named before anything starts, and tried again the next time.
+    """
     edges = np.zeros((len(names), _EDGES), np.uint8)
     todo = state[:, 0] >= 0
     if known is not None and known["state"].shape == state.shape:
@@ -149,25 +156,28 @@ def _edges_of_all(
         paths = [(f"{root}/{block[number]}", int(state[first + number, 0])) for number in chosen]
         read = threads.map(_edges_of_some, [paths[begin : begin + 64] for begin in range(0, len(paths), 64)])
         for number, content in zip(chosen, (content for some in read for content in some), strict=True):
-            edges[first + number] = np.frombuffer(content, np.uint8)
+            if content is None:
+                state[first + number] = _GONE
+            else:
+                edges[first + number] = np.frombuffer(content, np.uint8)
         first += len(block)
     return edges
 
 
-def _edges_of_some(paths: list[tuple[str, int]]) -> list[bytes]:
+def _edges_of_some(paths: list[tuple[str, int]]) -> list[bytes | None]:
     return [edges_of(path, size) for path, size in paths]
 
 
-def edges_of(path: str, size: int) -> bytes:
-    """16 bytes of the SHA-256 of a file's first and last EDGE_BYTES, or of all of a small one; zeros if it cannot be read."""
+def edges_of(path: str, size: int) -> bytes | None:
+    """16 bytes of the SHA-256 of a file's first and last EDGE_BYTES, or of all of a small one; None if it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a million calls, and pathlib's are three times slower
             content = file.read(2 * EDGE_BYTES) if size <= 2 * EDGE_BYTES else file.read(EDGE_BYTES)
             if size > 2 * EDGE_BYTES:
                 file.seek(-EDGE_BYTES, os.SEEK_END)
                 content += file.read(EDGE_BYTES)
-    except OSError:  # gone since, or not ours to read: `images` says so
-        return bytes(_EDGES)
+    except OSError:
+        return None
     return hashlib.sha256(content).digest()[:_EDGES]
 
 

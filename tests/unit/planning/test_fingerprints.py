@@ -282,3 +282,17 @@ def test_a_damaged_cache_is_read_anew(root: Path, damage: str) -> None:
         content[-3] ^= 1
         path.write_bytes({"cut": content[:-9], "bit": content, "empty": b""}[damage])
     assert identity(root) == first
+
+
+def test_an_image_that_cannot_be_read_is_missing_until_it_can(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not known for ever by a hash of nothing: a network's disk falters, permissions are set right."""
+    readable = source_fingerprint(root, SOURCE, root / "another cache")
+    read = listing.edges_of
+    monkeypatch.setattr(listing, "edges_of", lambda path, size: None if path.endswith("2.png") else read(path, size))
+    assert identity(root)["missing"] == ["2.png"]
+    monkeypatch.setattr(listing, "edges_of", read)
+    assert identity(root) == readable
+
+
+def test_a_file_that_is_gone_when_it_is_read_has_no_content(tmp_path: Path) -> None:
+    assert listing.edges_of(str(tmp_path / "gone.png"), 5) is None
