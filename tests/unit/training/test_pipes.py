@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from tests.integration.project import tiny_project
+from tinylmm.config.spec import LaunchSpec
 from tinylmm.training import pipes
-from tinylmm.training.pipes import Packed, needs_pipes, unpack
+from tinylmm.training.pipes import MOST_READERS, Packed, needs_pipes, num_readers, readahead, unpack
 
 BATCH = {
     "ids": torch.arange(6).view(2, 3),
@@ -63,3 +64,32 @@ def test_a_training_through_pipes_learns_the_same(tmp_path: Path, monkeypatch: p
         weights.append(load_file(project.model("finetune") / "connector/model.safetensors"))
     for key, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][key])
+
+
+@pytest.mark.parametrize(
+    ("launch", "on_gpu", "cached", "expected"),
+    [
+        ({}, True, False, 12),
+        ({"backend": "torchrun", "nproc": 4}, True, False, 3),
+        ({"backend": "torchrun", "nproc": 16}, True, False, 1),
+        ({}, False, False, 0),
+        ({}, True, True, 0),
+        ({"num_workers": 5}, False, True, 5),
+        ({"num_workers": 0}, True, False, 0),
+    ],
+    ids=["a GPU", "four GPUs", "more GPUs than cores", "a CPU", "cached features", "as asked for", "none asked for"],
+)
+def test_a_rank_has_its_share_of_the_cores_to_read_with(
+    launch: dict[str, object], on_gpu: bool, cached: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipes, "usable_cores", lambda: 12)
+    assert num_readers(LaunchSpec.model_validate(launch), on_gpu, cached) == expected
+
+
+def test_a_large_machine_gives_one_rank_no_more_readers_than_it_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipes, "usable_cores", lambda: 256)
+    assert num_readers(LaunchSpec(), on_gpu=True, cached=False) == MOST_READERS
+
+
+def test_readers_have_the_next_steps_batches_ready() -> None:
+    assert [readahead(workers, 8) for workers in (0, 1, 3, 16)] == [None, 16, 6, 2]
