@@ -1,6 +1,6 @@
 """What planning and preparing cost as the data grows: seconds, records a second, and peak memory, each in a process of its own.
 
-    python -m benchmarks.scale                      # 10 thousand to 1 million records, and 1 GB of JSON: twenty minutes
+    python -m benchmarks.scale                      # 10 thousand to 1 million records: twenty minutes
     python -m benchmarks.scale --sizes 1000         # seconds
     python -m benchmarks.scale --sizes 10000000 --kinds jsonl --pictures 1000    # an hour
 
