@@ -36,7 +36,7 @@ def score(
         str | None, typer.Option(help="OpenAI-compatible endpoint; its key: TINYLMM_JUDGE_API_KEY.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's model name.")] = None,
-    judge_runs: Annotated[int, typer.Option(help="How often each answer is judged (MM-Vet averages them).")] = 1,
+    judge_runs: Annotated[int, typer.Option(min=1, help="How often each answer is judged (MM-Vet averages them).")] = 1,
     trust: Annotated[list[str] | None, typer.Option(help="Package that your own benchmark's class is in.")] = None,
 ) -> None:
     """Score an answer file by a benchmark's published rules."""
