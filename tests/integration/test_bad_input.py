@@ -80,6 +80,8 @@ def test_a_broken_record_stops_the_run_or_is_skipped_and_counted(kind: str, proj
     summary = next(m["summary"] for m in manifests if m["name"] == "prepare[finetune]")
     assert summary["skipped"] == (2 if kind == "corrupt image" else 1)
     assert named in json.dumps(summary["skipped_records"])
+    (remark,) = summary["remarks"]
+    assert Path(remark.split("; ")[1].removesuffix(" lists them")).is_file(), "a path that leads somewhere"
 
 
 def test_a_missing_image_is_found_before_anything_starts(project: Project) -> None:

@@ -34,6 +34,7 @@ from tinylmm.stages.pool import heed, in_order
 from tinylmm.stages.rendering import SCHEMA, Renderer, pieces_of
 from tinylmm.stages.sources import Progress, Source, processes
 from tinylmm.stop import require_claim
+from tinylmm.store.layout import OUTPUT_FOLDER, StoreLayout
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def _report(job: StageJob[PrepareStage], tally: _Tally) -> dict[str, Any]:
     log.info("prepared %(samples)d samples of %(tokens)d tokens; skipped %(skipped)d", summary)
     if summary["duplicates"]:
         log.warning("%d records repeat an id; all of them are used", summary["duplicates"])
-    remark = f"{len(skipped):,} records are left out as bad; {job.output / 'report.json'} lists them"
+    published = StoreLayout(job.store).stage(job.folder.name) / OUTPUT_FOLDER  # where it lies when this is read
+    remark = f"{len(skipped):,} records are left out as bad; {published / 'report.json'} lists them"
     remarks = {"remarks": [remark]} if skipped else {}
     return summary | {"skipped_records": skipped[:FAULTS_SHOWN]} | remarks
