@@ -272,6 +272,8 @@ SPECIMENS: dict[str, list[str]] = {
 NEVER_VARY = {
     ("eval", "judge"),  # of no part in the answers
     ("prepare", "source.orientation"),  # in it only where it is applied
+    ("eval", "rules"),  # in it only where a mend has changed what a variant scores
+    ("judge", "rules"),
     *(("prepare", f"tokenizer.{name}") for name in ("content", "vocab_size")),
     *(("train", f"tokenizer.{name}") for name in ("content", "vocab_size")),
     *(("train", name) for name in ("llm.content", "model.content", "scale_image_features", "tune.llm.from_layer")),

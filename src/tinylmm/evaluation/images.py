@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.files import open_parquet
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item
-from tinylmm.evaluation.benchmarks.spreadsheet import read_tsv_images
+from tinylmm.evaluation.benchmarks.spreadsheet import TABLE, image_fault, read_tsv_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,7 @@ def content_keys(items: Sequence[Item]) -> dict[str, str]:
     for key, ref in refs.items():
         if ref.data is not None:
             keys[key] = _digest(ref.data)
-        elif ref.row is not None and ref.column is not None:
+        elif ref.row is not None and ref.column is not None and ref.path.suffix != TABLE:
             cells.setdefault((ref.path, ref.column), {})[ref.row] = key
         else:
             keys[key] = key
@@ -92,13 +92,16 @@ def open_image_ref(ref: ImageRef) -> Image.Image:
         return open_image(ref.path, upright=ref.upright)
     data = _cell_bytes(ref.path, ref.row, ref.column)
     if data is None:
-        raise DataError(f"{ref.path}, row {ref.row}: column {ref.column} holds no image bytes. Fetch the file again.")
+        fault = (
+            f"column {ref.column} holds no image bytes" if ref.path.suffix != TABLE else image_fault(ref.path, ref.row)
+        )
+        raise DataError(f"{ref.path}, row {ref.row}: {fault}. Fetch the file again.")
     return open_image(Path(ref.key), data, ref.upright)
 
 
 def _cell_bytes(path: Path, row: int, column: str) -> bytes | None:
     """The encoded image in a cell of a parquet file or of a TSV."""
-    if path.suffix == ".tsv":
+    if path.suffix == TABLE:
         return _table_cells(path, path.stat().st_mtime_ns).get(row)
     return _encoded(_cell(path, row, column))
 

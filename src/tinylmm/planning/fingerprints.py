@@ -26,6 +26,7 @@ from tinylmm.data.sample import Sample, read_samples
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.evaluation.benchmarks.spreadsheet import TABLE
 from tinylmm.evaluation.sampling import sampled
 from tinylmm.planning.cache import Cache
 from tinylmm.planning.listing import Names, image_listing
@@ -224,8 +225,9 @@ def _plain(value: Any) -> Any:
 
 
 def _paths(items: Sequence[Item], root: Path) -> list[str]:
-    """Files that hold the items' images."""
-    return [_below(ref.path, root) for item in items for ref in item.images if ref.data is None]
+    """Files that hold the items' images; of an image that its table lacks the key, which names no file and so is missing."""
+    lacking = [ref for item in items for ref in item.images if ref.data is None]
+    return [_below(Path(ref.key) if ref.path.suffix == TABLE else ref.path, root) for ref in lacking]
 
 
 def _below(path: Path, root: Path) -> str:

@@ -218,12 +218,15 @@ class _Builder:
 
         The judge has no part in the answers, nor has the variant where only a judge can score: another one asks nothing again.
         """
-        needs_judge = get_benchmark(spec.benchmark, self.run.trust, **spec.options).judged
-        asked = fields | {"variant": None} if needs_judge else fields
+        chosen = get_benchmark(spec.benchmark, self.run.trust, **spec.options)
+        needs_judge = chosen.judged
+        rules = chosen.rules.get(spec.variant or chosen.variants[0], 1)
+        scored = fields | ({"rules": rules} if rules > 1 else {})  # only where they were mended: in no other digest
+        asked = fields | {"variant": None} if needs_judge else scored
         answers = self._add("eval", name, asked, parents, {"location": location})
         if spec.judge.model is None and (spec.optional or not needs_judge):
             return  # what nobody asked for by name waits for no judge
-        judged = fields | {"judge": spec.judge.model}
+        judged = scored | {"judge": spec.judge.model}
         if spec.judge.runs > 1:  # only where it is set, so that it is in no other digest
             judged["judge_runs"] = spec.judge.runs
         located = {"location": location | {"judge_url": spec.judge.base_url}}

@@ -151,6 +151,8 @@ class AskedStage(Recorded):
     layout: Literal["llava", "hf"] = "llava"
     options: dict[str, Any] = Field(default_factory=dict)
     variant: str | None = None
+    rules: int = 1
+    """Which version of the variant's rules scores; in a digest only where they were mended."""
     limit: int | None = None
     limit_seed: int = 0
     blind: bool = False

@@ -28,6 +28,8 @@ class Benchmark(ABC):
     Attributes:
         name: of ours, the module's; argument of `tinylmm score`.
         variants: scoring protocols; the first is the default, LLaVA's and TinyLLaVA's (it reproduces the papers).
+        rules: how often what a variant says of the same answers was mended, from 1; a variant that is not named was never.
+            A run scores anew, and asks, where this has grown.
         headline: key of `Scores.aggregate` that papers report.
         max_new_tokens: of the published script.
         judged: whether a variant needs a judge model.
@@ -40,6 +42,7 @@ class Benchmark(ABC):
 
     name: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]
+    rules: ClassVar[Mapping[str, int]] = {}
     headline: ClassVar[str]
     max_new_tokens: ClassVar[int]
     judged: ClassVar[bool] = False

@@ -79,23 +79,43 @@ def _listed(padded: str, options: Mapping[str, str], loose: bool) -> str | None:
 
 
 _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_STATED = re.compile(r"(?:correct )?answer is \*\*([A-Z])\*\*", re.IGNORECASE)
+_STATED = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
+_NO_REPLY = "Failed to obtain answer via API"
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 
 
 def infer_vlmeval(text: str, options: Mapping[str, str]) -> str | None:
-    """VLMEvalKit's `can_infer`: one distinct option letter as a word among the last four, else `answer is **X**`, else text.
+    """VLMEvalKit's `can_infer` (vlmeval/utils/matching_util.py): a letter, else an option's own words.
 
-    Text counts where exactly one option's words occur, in an answer at most twice as long as all options together.
-    Lower-case letters are never read.
+    A letter is one distinct option as a word among the last four, else what follows the first "answer is", with asterisks or
+    without, in either case and also as the beginning of a word ("the answer is a horse" is A, "answer is blue" is B).
+    A word "Z" where no option is one, and four phrases by which models refuse, are "Z": read, and wrong. Words count where
+    those of exactly one option occur, in an answer at most twice as long as all options together.
     """
+    return (None if _NO_REPLY in text else _letter_vlmeval(text, options)) or _text_vlmeval(text, options)
+
+
+def _letter_vlmeval(text: str, options: Mapping[str, str]) -> str | None:
+    if any(refusal in text for refusal in _REFUSALS):
+        return "Z"
     words = text.translate(_SEPARATORS).split()
     found = [letter for letter in options if letter in words]
     if len(found) == 1 and words.index(found[0]) > len(words) - 5:
         return found[0]
+    if not found and "Z" in words:
+        return "Z"
     stated = _STATED.search(text)
-    if stated and stated.group(1) in options:
-        return stated.group(1)
-    if len(text) > 2 * sum(len(option) for option in options.values()):
+    letter = stated.group(1).upper() if stated else None
+    return letter if letter in options else None
+
+
+def _text_vlmeval(text: str, options: Mapping[str, str]) -> str | None:
+    if len(text.lower()) > 2 * sum(len(option) for option in options.values()):
         return None
     return _only_text(text, options)
 
@@ -122,6 +142,10 @@ def infer_opencompass(text: str, options: Mapping[str, str]) -> str | None:
     The letters A to E count, also those not on offer. A word "A" in an answer of more than three words is taken for an
     article, and then no bare letter counts.
     """
+    return (None if _NO_REPLY in text else _letter_opencompass(text)) or _only_text(text, options)
+
+
+def _letter_opencompass(text: str) -> str | None:
     words = text.split()
     letters = LETTERS[:5]
     bare = [letter for letter in letters if letter in words]
@@ -131,7 +155,46 @@ def infer_opencompass(text: str, options: Mapping[str, str]) -> str | None:
         found = [letter for letter in letters if f"{before}{letter}{after}" in words]
         if len(found) == 1:
             return found[0]
-    return _only_text(text, options)
+    return None
+
+
+_NOUNS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
+_PHRASES = (
+    *(f"{the}{noun} is" for noun in _NOUNS for the in ("", "the ")),
+    *("my answer is", "my choice is", "i choose", "i select", "i pick"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+_STRIPPED = (*",.!?;:", "'", '"')
+_RANKS = {"({})": 6, "{}.": 5, "{}:": 4, "{})": 3, "{} ": 2}
+"""Spellings of a letter in lmms-eval's extractor, and how much each counts; a phrase before it counts 7."""
+
+
+def extract_lmms(text: str, letters: Sequence[str]) -> str | None:
+    """lmms-eval's `extract_mcq_answer` (tasks/_task_utils/mcq_extract.py): the best of all spellings, of equals the last.
+
+    A letter that the answer begins or ends with goes before all else, then one anywhere after a phrase like "the answer is"
+    (of several the last, so "the answer is B, as A is red" is A), then `(X)`, `X.`, `X:`, `X)` and `X `, each also at the end
+    of a word; a letter anywhere counts only where there is nothing else.
+    """
+    text = text.strip()
+    for mark in _STRIPPED:
+        text = text.strip(mark)
+    bare, text = text.strip(), f" {text} "
+    found = [
+        (rank, text.rfind(spelling.format(letter)), letter)
+        for spelling, rank in _RANKS.items()
+        for letter in letters
+        if spelling.format(letter) in text
+    ]
+    lowered = text.lower()
+    for phrase in _PHRASES:
+        begin = lowered.find(phrase)
+        after = [(text.find(letter, begin + len(phrase)), letter) for letter in letters] if begin >= 0 else []
+        found += [(7, position, letter) for position, letter in after if position >= 0]
+    found += [(10, 0, letter) for letter in letters if bare.startswith(letter) and not bare[1:2].isalpha()]
+    found += [(9, len(text), letter) for letter in letters if bare.endswith(letter) and not bare[-2:-1].isalpha()]
+    found = found or [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(found, key=lambda candidate: candidate[:2])[2] if found else None
 
 
 def _only_text(text: str, options: Mapping[str, str]) -> str | None:

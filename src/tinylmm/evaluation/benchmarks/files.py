@@ -6,13 +6,14 @@ Every error names file and record. pyarrow is imported where a parquet file is o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.records import ImageRef
+from tinylmm.evaluation.benchmarks.spreadsheet import read_answer_sheet
 
 
 def image_file(folder: Path, name: Any, where: str) -> ImageRef:
@@ -128,17 +129,21 @@ def read_jsonl(path: Path, required: Sequence[str] = ()) -> list[dict[str, Any]]
         DataError: it cannot be read, or a line is no object with the required fields; file and line are named.
     """
     records = []
-    # by "\n" alone: an answer may hold U+2028 and the like, at which str.splitlines() would cut
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({_reason(error)}). Correct the line.") from error
-        require(record, required, f"{path}, line {number}")
+    for where, record in _lines(path):
+        require(record, required, where)
         records.append(record)
     return records
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    # by "\n" alone: an answer may hold U+2028 and the like, at which str.splitlines() would cut
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{where}: not valid JSON ({_reason(error)}). Correct the line.") from error
 
 
 def require(record: Any, fields: Sequence[str], where: str) -> None:
@@ -153,27 +158,36 @@ def require(record: Any, fields: Sequence[str], where: str) -> None:
 
 
 def read_answer_file(path: Path) -> list[dict[str, Any]]:
-    """Read a LLaVA-style answer file: JSONL (or a JSON list) of `{"question_id", "text", "prompt"?, ...}`; may be empty.
+    """Read an answer file: JSONL, a JSON list or an xlsx workbook of `{"question_id", "text", "prompt"?, ...}`; may be empty.
+
+    VLMEvalKit and MMBench's server call the first two `index` and `prediction`, and have the `question` beside them.
 
     Raises:
-        DataError: it is missing or unreadable, a row lacks `question_id` or `text`, or a text is no string.
+        DataError: it is missing or unreadable, a row lacks a field, or a text is no string.
     """
     if not path.is_file():
         raise DataError(f"answer file {path} does not exist. It has one JSON object a line: question_id, prompt, text.")
-    if read_text(path).lstrip()[:1] == "[":
-        rows = read_json(path)
-        for number, row in enumerate(rows, 1):
-            require(row, ("question_id", "text"), f"{path}, record {number}")
+    rows: Iterable[tuple[str, Any]]
+    if path.suffix.lower() in (".xlsx", ".xlsm"):
+        rows = ((f"{path}, row {number}", row) for number, row in read_answer_sheet(path))
+    elif read_text(path).lstrip()[:1] == "[":
+        rows = ((f"{path}, record {number}", row) for number, row in enumerate(read_json(path), 1))
     else:
-        rows = read_jsonl(path, ("question_id", "text"))
-    for number, row in enumerate(rows, 1):
-        if row["text"] is None:  # a model that said nothing
-            row["text"] = ""
-        if not isinstance(row["text"], str):
-            raise DataError(f"{path}, answer {number}: `text` must be a string. Correct the record.")
-        if not isinstance(row.get("prompt"), str):  # TinyLLaVA's MMMU script writes the whole question list here
-            row["prompt"] = None
-    return rows
+        rows = _lines(path)
+    return [_answer(row, where) for where, row in rows]
+
+
+def _answer(row: Any, where: str) -> dict[str, Any]:
+    if isinstance(row, dict) and "index" in row and "prediction" in row:
+        row = {"question_id": row["index"], "text": row["prediction"], **row}
+    require(row, ("question_id", "text"), where)
+    if row["question_id"] is None:
+        raise DataError(f"{where}: has no question_id. Say which question it answers.")
+    text = "" if row["text"] is None else row["text"]  # None: a model that said nothing
+    if not isinstance(text, str):
+        raise DataError(f"{where}: `text` must be a string. Correct the record.")
+    # TinyLLaVA's MMMU script writes the whole question list as the prompt
+    return {**row, "text": text, "prompt": row["prompt"] if isinstance(row.get("prompt"), str) else None}
 
 
 def read_text(path: Path) -> str:

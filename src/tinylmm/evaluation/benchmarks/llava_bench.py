@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -25,6 +25,7 @@ GET = (
 )
 CATEGORIES = ("complex", "conv", "detail")
 FAILED = (-1.0, -1.0)
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 # The judge's rule is part of the benchmark, the same for all three categories (llava/eval/table/rule.json of
 # haotian-liu/LLaVA, Apache-2.0); the space before a line break is its own.
@@ -56,18 +57,24 @@ def parse_llava(review: str) -> tuple[float, float]:
 
 
 def parse_lmms(review: str) -> tuple[float, float]:
-    """lmms-eval: the first two numbers of the first line, whatever stands between them."""
-    found = re.findall(r"\d+(?:\.\d+)?", review.split("\n")[0])
+    """lmms-eval: the first two numbers of the first line of the stripped review, whatever stands between them.
+
+    A minus sign belongs to its number, so "9-7" is (9, -7), as there.
+    """
+    found = _NUMBER.findall(review.strip().split("\n")[0])
     return (float(found[0]), float(found[1])) if len(found) >= 2 else FAILED
 
 
 _PARSERS: dict[str, Callable[[str], tuple[float, float]]] = {"llava": parse_llava, "lmms": parse_lmms}
+_HEAT = {"llava": 0.2, "lmms": 0.0}
+"""The judge's temperature."""
 
 
 class LLaVABench(Benchmark):
     """LLaVA-Bench in the Wild.
 
-    Variants: `llava` (published with gpt-4-0314) and `lmms` (lenient reading of the judge's two numbers).
+    Variants: `llava` (published with gpt-4-0314) and `lmms` (no system message, temperature 0, and a lenient reading of the
+    judge's two numbers).
     Aggregate: `all` and each category relative to GPT-4's answers (percent, one decimal: means are rounded to three decimals
     first), then `reference/...` and `model/...`, the mean ratings behind them. Per item: the rating of the model's answer, 1 to
     10 (-1 where the review could not be read; counted as `unread_reviews`), and [reference, model] as `parsed`. A missing
@@ -76,6 +83,7 @@ class LLaVABench(Benchmark):
 
     name = "llava_bench"
     variants = ("llava", "lmms")
+    rules: ClassVar[Mapping[str, int]] = {"lmms": 2}
     headline = "all"
     max_new_tokens = 1024
     judged = True
@@ -107,11 +115,10 @@ class LLaVABench(Benchmark):
 
         def rate(item: Item) -> tuple[float, float]:
             answer = answers.get(item.item_id)
-            messages = [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": _content(item, answer.text if answer else "")},
-            ]
-            return _PARSERS[variant](judge.ask(messages, max_tokens=1024, temperature=0.2))
+            content = _content(item, answer.text if answer else "")
+            return _PARSERS[variant](
+                judge.ask(_messages(variant, content), max_tokens=1024, temperature=_HEAT[variant])
+            )
 
         ratings = judge.map(rate, items)
         rows = tuple(
@@ -122,6 +129,12 @@ class LLaVABench(Benchmark):
         counts = count_items(items, answers, rows, unread_reviews=unread, unjudged=0) | judge.usage.counts(before)
         metrics = _metrics(items, ratings)
         return Scores(self.name, variant, metrics.aggregate, rows, counts, metrics.bases)
+
+
+def _messages(variant: str, content: str) -> list[dict[str, str]]:
+    """LLaVA's judge is told what it is; lmms-eval's is asked only."""
+    system = [{"role": "system", "content": SYSTEM}] if variant == "llava" else []
+    return [*system, {"role": "user", "content": content}]
 
 
 def _content(item: Item, text: str) -> str:

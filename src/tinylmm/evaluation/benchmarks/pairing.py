@@ -65,8 +65,8 @@ def pair_by_prompt(
 ) -> dict[str, Answer]:
     """Match answers to items by question id and the question inside the stored prompt.
 
-    An answer without a prompt goes by its id alone; where several questions share the id, all of them must be answered,
-    once each, in the order of the question file, since only that order tells which is which.
+    An id that one item alone has (`Item.other_ids`, or a question id that nothing shares) decides without a prompt. Where
+    several questions share the id, the answer needs its prompt: files merged from several processes have any order.
 
     Args:
         items: of the benchmark.
@@ -78,8 +78,8 @@ def pair_by_prompt(
     """
     by_id: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        by_id[str(item.question_id)].append(item)
-    without_prompt = Counter(str(row["question_id"]) for row in rows if not row.get("prompt"))
+        for name in (str(item.question_id), *item.other_ids):
+            by_id[name].append(item)
     seen: Counter[Any] = Counter()
     answers: dict[str, Answer] = {}
     for number, row in enumerate(rows, 1):
@@ -97,11 +97,12 @@ def pair_by_prompt(
                 f"{where}: none of its {len(same_id)} questions is the one in the prompt, {question!r}. "
                 "Score the answers against the question file they were made from."
             )
-        if not prompt and without_prompt[name] != len(same_id) and len(same_id) > 1:
+        if not prompt and len(same_id) > 1:
             raise DataError(
                 f"{where}: {len(same_id)} questions share this id, so the answer needs the `prompt` that it answers."
             )
-        turn = min(seen[name, question], len(candidates) - 1) if len(candidates) > 1 else 0
+        # of questions in the same words about the same image the k-th answer takes the k-th
+        turn = min(seen[name, question], len(candidates) - 1)
         seen[name, question] += 1
         answers[candidates[turn].item_id] = Answer(row["text"], row.get("prompt"))
     return answers

@@ -48,6 +48,7 @@ class Item:
         category: what results are broken down by.
         reference: what scoring needs; each benchmark's own.
         options: how many answers a uniform guesser chooses from; 0 where the question is open.
+        other_ids: what else answer files may call it, each for it alone (TextVQA's own question id); no part of what is asked.
     """
 
     item_id: str
@@ -57,6 +58,7 @@ class Item:
     category: str = ""
     reference: Any = None
     options: int = 0
+    other_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -29,13 +29,15 @@ _LETTERS = "ABCD"
 class SEED(Benchmark):
     """SEED-Bench.
 
-    Variants: `llava` (the whole text must be the letter), `lmms` (the first character after stripping).
+    Variants: `llava` (the whole text must be the letter), `lmms` (the first character after stripping, in
+    either case).
     Aggregate: `image` (what is reported as SEED^I), then, if there are such questions, `video` and `all`; and one metric a
     question type; percent.
     """
 
     name = "seed"
     variants = ("llava", "lmms")
+    rules: ClassVar[Mapping[str, int]] = {"lmms": 2}
     headline = "image"
     max_new_tokens = 128
     upload = "jsonl"
@@ -61,7 +63,7 @@ class SEED(Benchmark):
         rows = []
         for item in items:
             answer = answers.get(item.item_id)
-            text = (answer.text.strip()[:1] if variant == "lmms" else answer.text) if answer else ""
+            text = (answer.text.strip()[:1].upper() if variant == "lmms" else answer.text) if answer else ""
             rows.append(
                 ItemScore(
                     item.item_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -60,6 +60,7 @@ class SQA(Benchmark):
 
     name = "sqa"
     variants = ("llava", "lmms", "vlmeval")
+    rules: ClassVar[Mapping[str, int]] = {"vlmeval": 2}
     headline = "img_accuracy"
     max_new_tokens = 1024
 

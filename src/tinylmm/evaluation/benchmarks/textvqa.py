@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,12 +65,15 @@ class TextVQA(Benchmark):
         for name, row in zip(names, questions, strict=True):
             question = question_of(row["text"])
             where = f"{QUESTIONS}, question {name}"
-            answers = references.get((str(row["question_id"]), question))
-            if answers is None:
+            found = references.get((str(row["question_id"]), question))
+            if found is None:
                 raise DataError(f"{where}: {ANNOTATIONS} has no question {question!r} about this image. {GET}")
             text = row["text"] if self.ocr else _without_ocr(row["text"])
             image = image_file(folder, row["image"], where)
-            items.append(Item(name, row["question_id"], text, (image,), reference=FreeTextReference(answers)))
+            reference = FreeTextReference(found.answers)
+            items.append(
+                Item(name, row["question_id"], text, (image,), reference=reference, other_ids=found.question_ids)
+            )
         return items
 
     def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
@@ -95,7 +99,7 @@ class TextVQA(Benchmark):
         return score_free_text(self, items, answers, pick_variant(self, variant), m4c_rule)
 
     def pair(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Answer]:
-        """Match by image id and the question cut out of the stored prompt, as LLaVA's script does."""
+        """Match by TextVQA's own question id, else by image id and the question in the prompt, as LLaVA's script does."""
         return pair_by_prompt(items, rows, question_of)
 
 
@@ -122,13 +126,20 @@ def _without_ocr(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if not line.startswith(OCR_LINE.strip()))
 
 
-def _read_annotations(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Annotation:
+    answers: tuple[str, ...]
+    question_ids: tuple[str, ...]
+
+
+def _read_annotations(path: Path) -> dict[tuple[str, str], _Annotation]:
     references = {}
     for number, record in enumerate(read_object(path, "data")["data"], 1):
         where = f"{path}, record {number}"
         require(record, ("image_id", "question", "answers"), where)
         key = (str(record["image_id"]), str(record["question"]).strip().lower())
-        references[key] = _ten(record["answers"], where)
+        own_id = (str(record["question_id"]),) if "question_id" in record else ()
+        references[key] = _Annotation(_ten(record["answers"], where), own_id)
     return references
 
 

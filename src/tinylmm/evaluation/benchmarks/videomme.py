@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, parse_leading
+from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, extract_lmms, guess, parse_leading
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
@@ -32,31 +32,41 @@ _PREFIXES = (
     "The best option isThe correct option is",
     "Best answer:Best option:",
 )
-"""As the official script has them: the last two are pairs that a missing comma glued together, and never occur."""
+"""As the first official script has them: the last two are pairs that a missing comma glued together, and never occur."""
+_LATER_PREFIXES = (*_PREFIXES, "Answer:", "Option:", "The correct answer", "The correct option")
+"""As the official script has them now (thanku-all/parse_answer), in the order in which they are taken away."""
+_LETTERS = "ABCD"
 
 
-def parse_official(text: str) -> str | None:
+def parse_official(text: str, prefixes: Sequence[str] = _LATER_PREFIXES) -> str | None:
     """The official script: take the prefixes away, then the first capital A to D anywhere ("Based on ..., C" is B)."""
     text = text.strip()
-    for prefix in _PREFIXES:
+    for prefix in prefixes:
         text = text.replace(prefix, "")
-    found = re.search("[ABCD]", text)
+    found = re.search(f"[{_LETTERS}]", text)
     return found.group(0) if found else None
+
+
+_READERS: dict[str, Callable[[str], str | None]] = {
+    "official": parse_official,
+    "lmms": lambda text: extract_lmms(text, _LETTERS),
+    "lmms_regex": lambda text: parse_official(text, _PREFIXES),
+}
 
 
 class VideoMME(Benchmark):
     """Video-MME, without subtitles.
 
     Variants: `tinyllava_video` (TinyLLaVA-Video's parser, guesses drawn from the item's id), `official` (unread answers leave
-    the denominator and are counted as `left_out`) and `lmms_regex` (lmms-eval before its own parser: the official reading,
-    over all questions).
+    the denominator and are counted as `left_out`), `lmms` (lmms-eval's own extractor, over all questions) and `lmms_regex`
+    (lmms-eval before it: the first official script's reading, over all questions).
     Aggregate: `overall`, `short`, `medium`, `long`, then `domain/...` and `task/...`; percent, one decimal.
     With subtitles, ask with `subtitle_prompt`; such answers are another protocol, and nothing in an answer file tells them
     apart.
     """
 
     name = "videomme"
-    variants = ("tinyllava_video", "official", "lmms_regex")
+    variants = ("tinyllava_video", "official", "lmms", "lmms_regex")
     headline = "overall"
     max_new_tokens = 1024
     needs_frames = True
@@ -116,7 +126,7 @@ class VideoMME(Benchmark):
                 chosen = letter or guess(item.item_id, list(options))
                 rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
             else:
-                letter = parse_official(answer.text)
+                letter = _READERS[variant](answer.text)
                 unread = letter is None and variant == "official"
                 rows.append(ItemScore(item.item_id, None if unread else float(letter == gold), letter))
         counts = count_items(items, answers, rows, guessed=guessed)

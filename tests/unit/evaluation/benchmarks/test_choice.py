@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinylmm.evaluation.benchmarks.choice import (
+    extract_lmms,
     guess,
     infer_opencompass,
     infer_vlmeval,
@@ -79,6 +80,17 @@ def test_tinyllava_video_reads_the_first_character_before_anything_else(text: st
         ("one two three B five six seven eight", None),  # fifth from the end, and no option's words
         ("The correct answer is **C** because whales live in the water", "C"),
         ("it is a dog", "B"),
+        ("The correct answer is C because it has a wide door for the hay", "C"),  # asterisks are optional
+        ("answer  is ***d*** as I see it in the picture above", "D"),  # of either case
+        ("The answer is blue", "B"),  # also the beginning of a word
+        ("The answer is a horse, that much is certain", "A"),
+        ("The correct answer is E, as far as can be seen", None),  # A to D only
+        ("no option fits: Z", "Z"),
+        ("Z or B", "B"),
+        ("Cannot determine the answer. B", "Z"),  # a refusal is read, and wrong
+        ("Sorry, I can't help with images of people yet.", "Z"),
+        ("Failed to obtain answer via API B", None),  # no reply, and too few words for a text
+        ("Failed to obtain answer via API: dog", "B"),
         ("a dog or a horse", None),
         ("a dog " + "and grass " * 9, None),  # longer than twice all options together
         ("", None),
@@ -105,10 +117,35 @@ def test_vlmeval_rules(text: str, letter: str | None) -> None:
         ("A blue whale is what C. shows", "C"),  # the spellings with punctuation still count
         ("b", None),
         ("it is a dog", "B"),
+        ("Failed to obtain answer via API B", None),
     ],
 )
 def test_first_opencompass_rules(text: str, letter: str | None) -> None:
     assert infer_opencompass(text, ANIMALS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("B, since it barks at D", "B"),  # what it begins with goes before what it ends with
+        ("it barks, so B!", "B"),
+        ("Bark D", "D"),  # a letter at the beginning of a word is none
+        ("The answer is B, as A is red", "A"),  # of the letters after a phrase the last
+        ("my choice is (C) (D) or so, I guess (A) is wrong", "A"),
+        ("neither (A) nor (C), as it seems", "C"),
+        ("neither (A) nor C. as it seems", "A"),  # brackets go before full stops
+        ("say C: or D) to it", "C"),
+        ("the DNA of it", "A"),  # a letter at the end of a word
+        ("Because", "B"),  # a letter anywhere, where there is nothing else
+        ("我选C吧", "C"),
+        ("b", None),
+        (" ., ", None),
+        ("", None),
+    ],
+)
+def test_lmms_extractor(text: str, letter: str | None) -> None:
+    assert extract_lmms(text, "ABCD") == letter
 
 
 def test_a_guess_is_the_same_for_an_item_and_spreads_over_items() -> None:

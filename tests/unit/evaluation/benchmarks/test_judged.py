@@ -256,7 +256,11 @@ def test_llava_bench_joins_captions_and_references_by_content(wild_root: Path) -
         ("8  6", (-1.0, -1.0), (8.0, 6.0)),
         ("8 6 ", (-1.0, -1.0), (8.0, 6.0)),
         ("Assistant 1: 8", (-1.0, -1.0), (1.0, 8.0)),
-        ("\n8 6", (-1.0, -1.0), (-1.0, -1.0)),  # only the first line is read
+        ("\n8 6", (-1.0, -1.0), (8.0, 6.0)),  # only the first line is read: of the stripped review, in lmms-eval
+        ("9\n7", (-1.0, -1.0), (-1.0, -1.0)),
+        ("9;7", (-1.0, -1.0), (9.0, 7.0)),
+        ("-1 -1", (-1.0, -1.0), (-1.0, -1.0)),
+        ("9-7", (-1.0, -1.0), (9.0, -7.0)),  # a minus sign belongs to its number
         ("8 nan", (-1.0, -1.0), (-1.0, -1.0)),
         ("", (-1.0, -1.0), (-1.0, -1.0)),
     ],

@@ -12,10 +12,14 @@ from openpyxl import load_workbook
 
 from tests.unit.evaluation.benchmarks.disk import by_id, cell, given, png, scored, write_parquet
 from tests.unit.evaluation.judge_server import completion, judge_server
+from tinylmm.config.spec import EvalSpec
 from tinylmm.errors import ConfigError, DataError
+from tinylmm.evaluation.benchmarks.files import read_answer_file
 from tinylmm.evaluation.benchmarks.mmbench import MMBench
-from tinylmm.evaluation.images import open_image_ref
+from tinylmm.evaluation.benchmarks.spreadsheet import write_sheet
+from tinylmm.evaluation.images import content_keys, open_image_ref
 from tinylmm.evaluation.judge import Judge
+from tinylmm.planning.fingerprints import benchmark_fingerprint
 
 COLUMNS = "index question hint A B C D answer category image source l2-category comment split".replace(" ", ",").split(
     ","
@@ -73,10 +77,40 @@ def test_images_are_decoded_from_base64_and_shared_by_rotations(root: Path) -> N
     assert items[0].images[0].key == items[2].images[0].key != items[1].images[0].key
 
 
-def test_an_image_cell_may_be_the_index_of_an_earlier_row(root: Path) -> None:
-    rows = [question(5, "red,blue", "A"), question(1_000_005, "blue,red", "B", "5")]
-    items = MMBench().load(write_tsv(root / "mmbench/x.tsv", rows))
+@pytest.mark.parametrize("named", ["5", "1000"])  # "1000" is base64 of three bytes, too
+@pytest.mark.parametrize("forward", [False, True])
+def test_an_image_cell_may_be_the_index_of_any_other_row(root: Path, named: str, forward: bool) -> None:
+    rows = [question(int(named), "red,blue", "A"), question(1_000_005, "blue,red", "B", named)]
+    items = MMBench().load(write_tsv(root / "mmbench/x.tsv", rows[::-1] if forward else rows))
     assert items[1].images == items[0].images
+    assert open_image_ref(items[0].images[0]).getpixel((0, 0)) == (200, 30, 30)
+
+
+@pytest.mark.parametrize(
+    ("cell", "fault"),
+    [
+        ("", "column image is empty"),
+        ("no base64!", "'no base64!', which is neither base64 nor the index of a row"),
+        ("1000!", "neither base64 nor the index"),
+        (RED + "!", "column image is no base64"),
+        ("A" * 32_767, "ends after 32,767 characters, as spreadsheet programs cut a cell off"),
+    ],
+)
+def test_scoring_needs_no_image_and_opening_a_bad_one_names_it(root: Path, cell: str, fault: str) -> None:
+    path = write_tsv(root / "x.tsv", [question(5, "red,blue", "A", cell), question(6, "red,blue", "B", BLUE)])
+    items = MMBench().load(path)
+    assert scored(MMBench(), items, {5: "A", 6: "A"}).aggregate["accuracy"] == 50.0
+    with pytest.raises(DataError, match=rf"x\.tsv, row 1: .*{fault}.*Fetch the file again"):
+        open_image_ref(items[0].images[0])
+    keys = content_keys(items)
+    assert len(set(keys.values())) == 2
+
+
+def test_a_plan_counts_images_that_a_table_lacks_as_missing(root: Path, tmp_path: Path) -> None:
+    write_tsv(root / "mmbench/mmbench_dev_20230712.tsv", [question(5, "red,blue", "A", ""), question(6, "a,b", "A")])
+    spec = EvalSpec(benchmark="mmbench", root=str(root), max_new_tokens=8)
+    found = benchmark_fingerprint(MMBench(), spec, tmp_path / "cache")
+    assert (found["num_missing"], found["missing"]) == (1, ["mmbench/mmbench_dev_20230712.tsv#1.image"])
 
 
 def test_a_question_counts_only_if_every_rotation_is_right(root: Path) -> None:
@@ -133,10 +167,39 @@ def test_the_judge_matches_what_rules_cannot_read_unless_the_question_is_lost_an
     (body,) = server.bodies
     asked = body["messages"][0]["content"]
     assert asked.endswith(
-        "Example 3: \nQuestion: Which?\nOptions: There are several options: \nA. red\nB. banana\n\n"
+        "Example 3: \nQuestion: Which??\nOptions: There are several options: \nA. red\nB. banana\n\n"
         "Answer: the colour of blood\nYour output: "
     )
     assert "output Z" in asked
+
+
+def test_the_judge_is_asked_in_chinese_about_a_chinese_question_by_vlmevalkit_only(root: Path) -> None:
+    path = write_tsv(root / "x.tsv", [question(5, "红,蓝", "A", question="哪个")])
+    items = MMBench().load(path)
+    with judge_server(lambda body: completion("A")) as server:
+        scored(MMBench(), items, {5: "dunno"}, judge=Judge(server.url, "m"))
+        scored(MMBench(), items, {5: "dunno"}, "lmms", judge=Judge(server.url, "m"))
+    official, lmms = (body["messages"][0]["content"] for body in server.bodies)
+    assert official.startswith("你是一个") and official.endswith("A. 红\nB. 蓝\n\n答案: dunno\n输出: ")
+    assert "问题: 哪个?\n选项: There are several options" in official and "则输出 Z" in official
+    assert lmms.startswith("You are an AI assistant") and "Question: 哪个?\nOptions" in lmms
+
+
+def test_lmms_reads_with_a_second_extractor_where_no_judge_is_named(root: Path) -> None:
+    items = MMBench().load(root)
+    texts = RIGHT | {5: "My choice is A- blood is like that"}  # in none of the twelve spellings
+    assert scored(MMBench(), items, texts, "lmms").aggregate["accuracy"] == 100.0
+    with judge_server(lambda body: completion("B")) as server:
+        judged = scored(MMBench(), items, texts, "lmms", judge=Judge(server.url, "m"))
+    assert judged.aggregate["accuracy"] == 50.0 and len(server.requests) == 1
+
+
+def test_a_refusal_is_read_and_wrong_so_that_no_judge_is_asked(root: Path) -> None:
+    items = MMBench().load(root)
+    with judge_server(lambda body: completion("A")) as server:
+        refused = "I'm sorry, but without the image provided I cannot tell"
+        scores = scored(MMBench(), items, RIGHT | {5: refused}, judge=Judge(server.url, "m"))
+    assert by_id(scores)["5"] == (0.0, "Z") and not server.requests
 
 
 def test_three_useless_replies_end_in_a_counted_guess(root: Path) -> None:
@@ -194,6 +257,58 @@ def test_chinese_questions_end_in_a_chinese_suffix(root: Path) -> None:
         MMBench(split="cn")
 
 
+V11 = ["MMBench_DEV_EN_V11.tsv", "MMBench_DEV_CN_V11.tsv", "MMBench_TEST_EN_V11.tsv", "MMBench_TEST_CN_V11.tsv"]
+
+
+@pytest.mark.parametrize(("name", "split"), zip(V11, ["dev_v11", "dev_cn_v11", "test_v11", "test_cn_v11"], strict=True))
+def test_version_1_1_is_found_by_its_names_and_is_splits_of_its_own(tmp_path: Path, name: str, split: str) -> None:
+    answer = "" if "TEST" in name else "A"
+    path = write_tsv(tmp_path / "mmbench" / name, [question(5, "red,blue", answer)])
+    for root in (tmp_path, path):
+        assert MMBench().chosen_split(root) == split
+        assert MMBench().load(root)[0].prompt.endswith("请直接回答选项字母。" if "CN" in name else SUFFIX)
+    write_tsv(tmp_path / "mmbench/mmbench_dev_20230712.tsv", [question(7, "red,blue", "A")])
+    assert MMBench().load(tmp_path)[0].item_id == "7"  # what papers report comes first
+    assert MMBench(split).load(tmp_path)[0].item_id == "5"
+    with pytest.raises(ConfigError, match=f"{split} is read from its TSV, {name}, only"):
+        MMBench(split).load(tmp_path, "hf")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("my_mmbench_test_cn.tsv", "test_cn"),
+        ("MMBench_V11.tsv", "dev_v11"),
+        ("x.tsv", "dev"),
+        ("MMBench_TEST_EN.tsv", "test"),
+    ],
+)
+def test_the_name_of_a_table_tells_its_split(tmp_path: Path, name: str, split: str) -> None:
+    assert MMBench().chosen_split(write_tsv(tmp_path / name, [])) == split
+
+
+def test_vlmevalkits_workbook_is_scored(root: Path, tmp_path: Path) -> None:
+    items = MMBench().load(root)
+    questions = {item.question_id: item.reference["question"] for item in items}
+    table = [[index, questions[index], "x", letter] for index, letter in RIGHT.items()]
+    write_sheet(tmp_path / "model_MMBench.xlsx", ["index", "question", "A", "prediction"], table)
+    rows = read_answer_file(tmp_path / "model_MMBench.xlsx")
+    assert MMBench().score(items, MMBench().pair(items, rows)).aggregate["accuracy"] == 100.0
+    table[1][1] = "Where?"
+    write_sheet(tmp_path / "other.xlsx", ["index", "question", "A", "prediction"], table)
+    with pytest.raises(
+        DataError, match=r"index 9 is about 'Where\?' in the answer file and about 'Which\?'.*two versions"
+    ):
+        MMBench().pair(items, read_answer_file(tmp_path / "other.xlsx"))
+
+
+def test_an_index_may_have_become_a_decimal_and_may_not_occur_twice(root: Path) -> None:
+    rows = [question(5, "red,blue", "A") | {"index": "5.0"}, question(6, "red,blue", "A")]
+    assert [item.question_id for item in MMBench().load(write_tsv(root / "x.tsv", rows))] == [5, 6]
+    with pytest.raises(DataError, match=r"x\.tsv: 1 indices occur twice, 5 first"):
+        MMBench().load(write_tsv(root / "x.tsv", [rows[0], question(5, "red,blue", "A")]))
+
+
 def test_parquet_spells_absent_options_nan_and_its_columns_otherwise(tmp_path: Path) -> None:
     row = {"index": 5, "question": "Which?", "hint": "nan", "A": "red", "B": "banana", "C": "nan", "D": "nan"}
     row |= {"answer": "A", "category": "color", "image": cell(png()), "L2-category": "perception", "split": "dev"}
@@ -209,9 +324,8 @@ def test_parquet_spells_absent_options_nan_and_its_columns_otherwise(tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "no base64!"}, "row 1: column image is no base64"),
-        ({"image": ""}, "row 1: column image is empty"),
         ({"index": "five"}, "row 1: index 'five' is no number"),
+        ({"index": "1.5"}, "row 1: index '1.5' is no number"),
         ({"answer": "D"}, r"row 1: answer 'D' is no option \(A, B\)"),
     ],
 )

@@ -40,9 +40,18 @@ def test_a_prompt_decides_between_questions_of_one_id() -> None:
         pair_by_prompt(items, [{"question_id": "a", "text": "1", "prompt": "three"}], question_in)
 
 
-def test_without_prompts_an_id_must_be_answered_as_often_as_it_is_asked() -> None:
-    items = (Item("a", "a", "one"), Item("a#2", "a", "two"))
-    rows = [{"question_id": "a", "text": "1"}, {"question_id": "a", "text": "2"}]
-    assert pair_by_prompt(items, rows, question_in)["a#2"].text == "2"
-    with pytest.raises(DataError, match="2 questions share this id, so the answer needs the `prompt`"):
-        pair_by_prompt(items, rows[:1], question_in)
+def test_without_prompts_only_an_id_of_its_own_tells_a_question() -> None:
+    items = (Item("a", "a", "one", other_ids=("7",)), Item("a#2", "a", "two", other_ids=("8",)), Item("b", "b", "one"))
+    rows = [{"question_id": 8, "text": "2"}, {"question_id": "b", "text": "3"}, {"question_id": "7", "text": "1"}]
+    paired = pair_by_prompt(items, rows, question_in)
+    assert {name: answer.text for name, answer in paired.items()} == {"a": "1", "a#2": "2", "b": "3"}
+    for order in ("12", "21"):  # as many answers as questions say nothing of their order
+        rows = [{"question_id": "a", "text": text} for text in order]
+        with pytest.raises(DataError, match="2 questions share this id, so the answer needs the `prompt`"):
+            pair_by_prompt(items, rows, question_in)
+
+
+def test_an_id_and_a_prompt_that_disagree_are_refused() -> None:
+    items = (Item("a", "a", "one", other_ids=("7",)), Item("a#2", "a", "two", other_ids=("8",)))
+    with pytest.raises(DataError, match="question_id 7: none of its 1 questions is the one in the prompt, 'two'"):
+        pair_by_prompt(items, [{"question_id": 7, "text": "x", "prompt": "two"}], question_in)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def test_annotations_are_found_by_image_and_question(tmp_path: Path) -> None:
 def test_answers_are_joined_by_the_question_in_their_prompt_not_by_position(tmp_path: Path) -> None:
     items = TextVQA().load(textvqa_folder(tmp_path))
     rows = answer_rows(items, ["nokia", "bob", "women's", "3.5"])[::-1]
+    assert values(TextVQA().score(items, TextVQA().pair(items, rows))) == [1.0, 0.9, 1.0, 0.6]
+
+
+def test_answers_may_carry_textvqas_own_question_ids(tmp_path: Path) -> None:
+    folder = textvqa_folder(tmp_path)
+    path = folder / "TextVQA_0.5.1_val.json"
+    records = json.loads(path.read_text())["data"]
+    write_json(path, {"data": [record | {"question_id": 34602 + n} for n, record in enumerate(records)]})
+    items = TextVQA().load(tmp_path)
+    own = {name: item for item in items for name in item.other_ids}
+    assert len(own) == len(items)
+    right = dict(zip([item.item_id for item in items], ["nokia", "bob", "women's", "3.5"], strict=True))
+    rows = [{"question_id": int(name), "text": right[own[name].item_id]} for name in sorted(own, reverse=True)]
     assert values(TextVQA().score(items, TextVQA().pair(items, rows))) == [1.0, 0.9, 1.0, 0.6]
 
 

@@ -209,27 +209,39 @@ def test_videomme_unread_answers_leave_the_official_denominator_only(mme_root: P
     assert official.aggregate["overall"] == 50.0  # one right, two left out, one missing and wrong
     assert official.counts == {"scored": 1, "missing": 1, "unparsed": 2, "guessed": 0, "left_out": 2}
     assert scored(VideoMME(), items, texts, "lmms_regex").aggregate["overall"] == 25.0
+    assert scored(VideoMME(), items, texts, "lmms").aggregate["overall"] == 25.0
     ours = scored(VideoMME(), items, texts)
     assert ours.counts == {"scored": 3, "missing": 1, "unparsed": 2, "guessed": 2, "left_out": 0}
     assert ours == scored(VideoMME(), items, texts)
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "official", "first", "lmms"),
     [
-        ("C", "C"),
-        ("The best answer is C", "C"),
-        ("Based on the film, C", "B"),  # the first capital anywhere
-        ("The Answer is D", "A"),  # this spelling is no listed prefix
-        ("Best option: (D)", "B"),  # nor is this one, which lacks a comma in the script
-        ("The best option is D", "D"),  # not removed either, but it has no capital before D
-        ("e", None),
-        ("", None),
-        ("one two three four five six seven eight nine ten eleven", None),
+        ("C", "C", "C", "C"),
+        ("The best answer is C", "C", "C", "C"),
+        ("Answer: D", "D", "A", "D"),  # a prefix of the later script only
+        ("Option: D", "D", "D", "D"),
+        ("The correct answer: D", "D", "D", "D"),
+        ("ANSWER: D", "A", "A", "D"),  # this spelling is no prefix
+        ("Based on the film, C", "B", "B", "C"),  # the first capital anywhere, or a letter at the end
+        ("The Answer is D", "A", "A", "D"),
+        ("Best option: (D)", "B", "B", "D"),  # it lacks a comma in the script
+        ("The best option is D", "D", "D", "D"),  # not removed either, but it has no capital before D
+        ("e", None, None, None),
+        ("", None, None, None),
+        ("one two three four five six seven eight nine ten eleven", None, None, None),
     ],
 )
-def test_videomme_official_reading(text: str, letter: str | None) -> None:
-    assert parse_official(text) == letter
+def test_videomme_readings(
+    mme_root: Path, text: str, official: str | None, first: str | None, lmms: str | None
+) -> None:
+    assert parse_official(text) == official
+    items = VideoMME().load(mme_root)[:1]
+    read = {
+        variant: scored(VideoMME(), items, {"000-1": text}, variant).per_item[0].parsed for variant in VideoMME.variants
+    }
+    assert (read["official"], read["lmms_regex"], read["lmms"]) == (official, first, lmms)
 
 
 def test_videomme_options_must_carry_letters(mme_root: Path) -> None:
