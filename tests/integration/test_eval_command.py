@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.integration.project import Project, tiny_project, write_images
 from tests.unit.evaluation.benchmarks.disk import write_jsonl
 from tinylmm.cli.main import app, main
 from tinylmm.errors import ConfigError
+from tinylmm.store.gc import collect_garbage, list_stored
 
 MODEL_WORDS = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
 
@@ -108,13 +110,44 @@ def test_a_model_from_elsewhere_is_known_by_its_content_wherever_it_lies(
     assert same[0][0]["value"] == same[1][0]["value"]
 
 
+def test_an_exported_checkpoint_is_imported_once_and_answers_like_its_model(
+    trained: Project, ask: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    app(["export", str(trained.model("finetune")), str(tmp_path / "hf")], standalone_mode=False)
+    code, said = ask(str(tmp_path / "hf"), *benchmark(trained), "name=of_hf")
+    assert code == 0 and f"read {tmp_path / 'hf'} as" in said, said
+    mine, theirs = (
+        json.loads((trained.store / f"reports/{run}/results.json").read_text())["rows"] for run in ("later", "of_hf")
+    )
+    assert theirs[0]["value"] == mine[0]["value"]
+    before = evaluations(trained)
+    code, said = ask(str((tmp_path / "hf").rename(tmp_path / "moved")), *benchmark(trained), "name=again")
+    assert code == 0 and "kept as" not in said and evaluations(trained) == before, said
+
+
+def test_an_imported_checkpoint_is_listed_and_goes_when_nobody_used_it_for_long(
+    trained: Project, ask: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    app(["export", str(trained.model("finetune")), str(tmp_path / "hf")], standalone_mode=False)
+    assert ask(str(tmp_path / "hf"), *benchmark(trained), "name=once_more")[0] == 0
+    (kept,) = (path for path in (trained.store / "imported").iterdir() if path.is_dir())
+    assert [row.key for row in list_stored(trained.store) if row.kind == "imported"] == [kept.name]
+
+    def unused() -> list[str]:
+        return [row.key for row in collect_garbage(trained.store, set()) if row.folder.startswith("imported")]
+
+    assert unused() == []
+    os.utime(kept / "config.json", (0, 0))
+    assert unused() == [kept.name]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["nobody", "eval=gqa"], "neither a folder nor the name of a run"),
         (["mine", "eval=gqb"], "Did you mean 'gqa'"),
         (["mine", "eval=gqa"], "questions of benchmark gqa"),
-        (["exported", "eval=gqa"], "Import it first: tinylmm import"),
+        (["exported", "eval=gqa"], "exported"),
         (["mine"], "asks nothing"),
         (["mine", "eval=none"], "asks nothing"),
     ],

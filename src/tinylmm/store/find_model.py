@@ -28,6 +28,17 @@ DEFAULT_STORE = "store"
 RUNS_SHOWN = 5
 
 
+class ForeignModelError(UserError):
+    """A folder holds another tool's checkpoint, which has to become a model of ours first."""
+
+    def __init__(self, folder: Path, kind: object) -> None:
+        super().__init__(
+            f"{folder} is no tinylmm model (its model_type is '{kind}'). "
+            f"Import it first: tinylmm import {folder} NEW_FOLDER"
+        )
+        self.folder = folder
+
+
 def find_model(where: str | Path, store: Path | None = None) -> Path:
     """Return the model folder that `where` stands for.
 
@@ -40,7 +51,8 @@ def find_model(where: str | Path, store: Path | None = None) -> Path:
         store: where runs are looked for by name; default: TINYLMM_STORE, else ./store.
 
     Raises:
-        UserError: it stands for no model, or for one that has to be imported first.
+        UserError: it stands for no model.
+        ForeignModelError: it is another tool's checkpoint.
         IntegrityError: the stage is unfinished or lacks files of its manifest, or the run's record cannot be read.
     """
     path = Path(where).expanduser()
@@ -100,8 +112,5 @@ def _checked(folder: Path) -> Path:
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{folder} holds no model: there is no {CONFIG_FILE} that can be read.") from None
     if kind != MODEL_TYPE:
-        raise UserError(
-            f"{folder} is no tinylmm model (its model_type is '{kind}'). "
-            f"Import it first: tinylmm import {folder} NEW_FOLDER"
-        )
+        raise ForeignModelError(folder, kind)
     return folder

@@ -19,6 +19,7 @@ from typing import Literal
 from tinylmm.errors import DiskError, IntegrityError
 from tinylmm.store.claims import Claim, describe, held
 from tinylmm.store.disk import FULL, has_no_room
+from tinylmm.store.find_model import CONFIG_FILE
 from tinylmm.store.integrity import check_files, check_folder, read_manifest
 from tinylmm.store.layout import (
     DAMAGED_FOLDER,
@@ -36,6 +37,7 @@ CACHE_DAYS = 30
 FEATURES = "features"
 PUBLISHED = "published"
 CACHE = "cache"
+IMPORTED = "imported"
 """What `kind` says of rows that are no stages."""
 
 log = logging.getLogger(__name__)
@@ -88,13 +90,17 @@ def list_stored(root: Path) -> list[StoredFolder]:
             readers.setdefault(key, []).extend(_runs_of(stage, users))
     rows += [_stored_features(folder, readers) for folder in folders(layout.features)]
     rows += [_stored_weights(folder) for folder in folders(layout.published)]
+    rows += [
+        StoredFolder(folder.name, IMPORTED, "", None, _size(folder), None, "complete", ())
+        for folder in folders(layout.imported)
+    ]
     if layout.cache.is_dir():
         rows.append(StoredFolder(CACHE, CACHE, "fingerprints", None, _size(layout.cache), None, "complete", ()))
     return rows
 
 
 def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Unused]:
-    """Delete what no run uses: stages, work folders, features, old fingerprints, and all that was set aside as damaged.
+    """Delete what no run uses: stages, work folders, features, what was set aside as damaged, and old imports and fingerprints.
 
     Kept are the stages of `keep`, those with a live claim, all ancestors of either, and the features that any of these
     reads. Published weights go in the call after the one that deletes the last model with links to them. A stage that a
@@ -121,7 +127,8 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Un
     features = [folder for folder in folders(layout.features) if folder.name not in in_use]
     stages = [_unused(root, folder) for folder in (*unused, *folders(layout.damaged))]
     weights = [folder for folder in folders(layout.published) if not _linked(folder)]
-    others = [_unused(root, path) for path in (*features, *weights, *_old_files(layout.cache))]
+    imported = [folder for folder in folders(layout.imported) if _is_old(folder / CONFIG_FILE)]
+    others = [_unused(root, path) for path in (*features, *weights, *imported, *_old_files(layout.cache))]
     if dry_run:
         return stages + others
     deleted = [row for row in stages if _delete(root, root / row.folder, row.key)]
@@ -226,8 +233,12 @@ def _linked(folder: Path) -> bool:
 
 def _old_files(cache: Path) -> list[Path]:
     """Files of the cache that nobody read or wrote for CACHE_DAYS."""
-    oldest = time.time() - CACHE_DAYS * 86400
-    return sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_mtime < oldest)
+    return sorted(path for path in cache.rglob("*") if path.is_file() and _is_old(path))
+
+
+def _is_old(path: Path) -> bool:
+    """Whether a file was last read or written more than CACHE_DAYS ago; who reads one sets its time."""
+    return not path.exists() or path.stat().st_mtime < time.time() - CACHE_DAYS * 86400
 
 
 def _stored_stage(folder: Path, users: dict[str, list[str]]) -> StoredFolder:

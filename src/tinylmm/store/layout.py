@@ -5,6 +5,7 @@ runs/<name>     run.json, log.txt
 claims/         who works on which stage
 features/       features of frozen towers, cache/ fingerprints of files outside the store: made again when deleted
 published/      weights from outside the store that trainings leave as they are, each once; models hold hard links to them
+imported/       models made of other tools' checkpoints, to be asked: made again when deleted
 reports/        pages and tables
 tracking/       files of Weights & Biases, for `wandb sync`
 trash/          about to be deleted
@@ -23,6 +24,7 @@ CLAIMS_FOLDER = "claims"
 FEATURES_FOLDER = "features"
 PUBLISHED_FOLDER = "published"
 CACHE_FOLDER = "cache"
+IMPORTED_FOLDER = "imported"
 REPORTS_FOLDER = "reports"
 TRACKING_FOLDER = "tracking"
 TRASH_FOLDER = "trash"
@@ -94,6 +96,11 @@ class StoreLayout:
     def published(self) -> Path:
         """Folder of weights from outside the store that trainings leave as they are."""
         return self.root / PUBLISHED_FOLDER
+
+    @property
+    def imported(self) -> Path:
+        """Folder of models that were made of other tools' checkpoints, each by the checkpoint's content."""
+        return self.root / IMPORTED_FOLDER
 
     @property
     def cache(self) -> Path:
