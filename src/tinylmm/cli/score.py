@@ -42,12 +42,14 @@ def score(
     """Score an answer file by a benchmark's published rules."""
     # imported here, as reading benchmarks is no concern of other commands
     from tinylmm.evaluation.benchmarks.files import read_answer_file
-    from tinylmm.evaluation.benchmarks.registry import get_benchmark
+    from tinylmm.evaluation.benchmarks.registry import check_use_of_judge, get_benchmark
     from tinylmm.evaluation.benchmarks.scoring import pick_variant
 
     chosen = get_benchmark(benchmark, trust or (), **({"split": split} if split else {}))
     variant = pick_variant(chosen, variant)
     judge = _judge(judge_url, judge_model, judge_runs)
+    if judge is not None:
+        check_use_of_judge(chosen)
     rows = read_answer_file(answers)
     items = _load(chosen, root, layout)
     paired = chosen.pair(items, rows)

@@ -202,7 +202,8 @@ class Judge:
         for attempt in range(self.attempts):
             self._count(requests=1, retries=int(attempt > 0))
             try:
-                return self._take(self._post(body))
+                # what is kept and what is parsed holds no key either, should the model say it
+                return self._redacted(self._take(self._post(body)))
             except RefusedError as error:
                 problem, wait = self._refused(error)
             except (OSError, http.client.HTTPException, ValueError) as error:

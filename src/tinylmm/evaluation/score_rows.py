@@ -29,7 +29,7 @@ def score_rows(
     Args:
         keys: which images are the same, as `content_keys` finds them; by default it is asked.
         judged: a judge took part in the scores. It is not asked again hundreds of times for an interval, so metrics that
-            are no means over questions have none.
+            are no means over questions have one only where the grades that it gave suffice (`Benchmark.regraded`).
 
     Returns:
         `{"metric", "value", "blind", "blind_p", "chance", "count", "top", "interval", "interval_by"}`; value, blind, chance and
@@ -44,7 +44,8 @@ def score_rows(
     bases = {name: _basis(name, scores, items) for name in names}
     blind_bases = {} if blind is None else {name: _basis(name, blind, items) for name in blind.aggregate}
     others = [name for name in names if bases[name].values is None]
-    errors = {} if judged or benchmark.judged else _errors(benchmark, items, answers, scores, others, clusters)
+    judged = judged or benchmark.judged
+    errors = _errors(benchmark, items, answers, scores, others, clusters, judged)
     options = {item.item_id: item.options for item in items}
     rows = []
     for name in names:
@@ -126,12 +127,17 @@ def _errors(
     scores: Scores,
     names: Sequence[str],
     clusters: Mapping[str, str],
+    judged: bool,
 ) -> dict[str, float]:
-    """Standard errors of metrics that are no means, each half of the images scored anew."""
-    if not names:
+    """Standard errors of metrics that are no means: of each half of the images the metrics, from its grades or scored anew."""
+    kept = benchmark.regraded(items, scores.per_item) is not None
+    if not names or (judged and not kept):
         return {}
 
     def metrics(chosen: Sequence[int]) -> Mapping[str, float]:
+        if kept:
+            rows = [scores.per_item[index] for index in chosen]
+            return benchmark.regraded([items[index] for index in chosen], rows) or {}
         return benchmark.score([items[index] for index in chosen], answers_of(chosen), scores.variant).aggregate
 
     def answers_of(chosen: Sequence[int]) -> dict[str, Answer]:

@@ -19,7 +19,7 @@ from tinylmm.errors import UserError
 from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.evaluation.protocol import Protocol
 from tinylmm.evaluation.statistics import SURE, bootstrap_mean, holm, paired_p_value, wilson
-from tinylmm.reports.pairs import pair_answers
+from tinylmm.reports.pairs import by_group, pair_answers
 from tinylmm.reports.records import Evaluation, Report, RunReport, Score
 from tinylmm.reports.stored import Generation, read_stored_spec
 from tinylmm.reports.wording import number, points
@@ -54,7 +54,7 @@ class Pair:
         runs, stages: whose, and after which training stage.
         protocols: of both; they differ at most in which questions were asked.
         headlines: the benchmark's own number of each run.
-        count: questions that both were asked and graded on.
+        count: questions that both were asked and graded on, or groups of them that are right only together.
         unpaired: questions that only one of them was asked. ungraded: that lack a grade of either.
         same: how many of `count` were answered in the same words.
         means: mean score a question of each run over these, in % of the best score.
@@ -176,9 +176,10 @@ def _pairs_of(store: Path, one: RunReport, other: RunReport) -> list[Pair]:
 
 def _pair(store: Path, runs: tuple[str, str], a: Evaluation, b: Evaluation) -> Pair | None:
     matched = pair_answers(store, a, b)
-    graded = [(x, y) for x, y in matched.both if min(_grade(x), _grade(y)) >= 0]
-    if not graded:
+    answered = [(x, y) for x, y in matched.both if min(_grade(x), _grade(y)) >= 0]
+    if not answered:
         return None
+    graded = by_group(answered)
     source, top = read_stored_spec(b.folder), a.protocol.top
     folder = source.images_folder(store)
     pair = compare_answers(graded, top)
@@ -191,7 +192,7 @@ def _pair(store: Path, runs: tuple[str, str], a: Evaluation, b: Evaluation) -> P
         protocols=(a.protocol, b.protocol),
         headlines=(a.primary, b.primary),
         unpaired=matched.alone,
-        ungraded=len(matched.both) - len(graded),
+        ungraded=len(matched.both) - len(answered),
         flips=tuple(sorted(flips, key=lambda flip: flip.winner)),
     )
 

@@ -47,6 +47,30 @@ def pair_answers(store: Path, first: Evaluation, second: Evaluation) -> Paired:
     return Paired(both, len(rows[0]) + len(rows[1]) - 2 * len(both))
 
 
+def by_group(pairs: Iterable[tuple[Generation, Generation]]) -> list[tuple[Generation, Generation]]:
+    """One pair for each group of questions that are right only together, with the group's score: the worst of its members.
+
+    Args:
+        pairs: answers to the same questions, all with a score.
+
+    Returns:
+        of each group the pair that shows best how the two differ.
+    """
+    groups: dict[str, list[tuple[Generation, Generation]]] = {}
+    for x, y in pairs:
+        name = f"group {x.group}" if x.group and x.group == y.group else f"item {x.item_id}"
+        groups.setdefault(name, []).append((x, y))
+    return [members[0] if len(members) == 1 else _as_one(members) for members in groups.values()]
+
+
+def _as_one(members: Sequence[tuple[Generation, Generation]]) -> tuple[Generation, Generation]:
+    first, second = (min(one.score or 0.0 for one in side) for side in zip(*members, strict=True))
+    gain = second - first
+    telling = [(x, y) for x, y in members if ((y.score or 0.0) - (x.score or 0.0)) * gain > 0]
+    x, y = next(iter(telling or [(x, y) for x, y in members if x.text != y.text] or members))
+    return replace(x, score=first), replace(y, score=second)
+
+
 def _words(one: Generation) -> Words:
     return one.category, one.question, one.truth
 

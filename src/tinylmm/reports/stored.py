@@ -30,6 +30,7 @@ class Generation:
         blind_text: what the same model said without the image; None where it was not asked.
         images: as the line names them, below the evaluation's image folder.
         image_name: of the first image, for showing.
+        group: of questions that are right only together (MMBench's rotations) what they share; else empty.
     """
 
     item_id: str
@@ -45,6 +46,7 @@ class Generation:
     images: tuple[ImageRef, ...]
     image_name: str
     named_cluster: str = ""
+    group: str = ""
 
     @property
     def cluster(self) -> str:
@@ -93,6 +95,7 @@ def _generation(row: dict[str, Any]) -> Generation:
         images=tuple(ImageRef(Path(one["path"]), one.get("row"), one.get("column")) for one in images),
         image_name=name,
         named_cluster=str(row.get("cluster") or ""),
+        group=str(row.get("group") or ""),
     )
 
 

@@ -169,6 +169,8 @@ def _write_generations(job: StageJob[AskedStage], asked: Asked, scores: Scores, 
     """One line an item in the order of the question file; `question_id`, `prompt` and `text` as in LLaVA's answer files."""
     folder, benchmark = _image_folder(job), asked.benchmark
     score_of = {row.item_id: row.score for row in scores.per_item}
+    headline = scores.bases.get(benchmark.headline)
+    grouped = headline is not None and headline.grouped and headline.values is not None
     blind_score_of = {row.item_id: row.score for row in blind.per_item} if blind else {}
     with (job.output / GENERATIONS_FILE).open("w", encoding="utf-8") as file:
         for item in asked.items:
@@ -180,6 +182,7 @@ def _write_generations(job: StageJob[AskedStage], asked: Asked, scores: Scores, 
                 "image": _image_name(item.images[0], folder) if item.images else "",
                 "images": [_image_record(ref, folder) for ref in item.images],
                 "cluster": hashlib.sha256(cluster_of(item, asked.keys).encode()).hexdigest()[:16],
+                **({"group": benchmark.group_of(item)} if grouped else {}),
                 "category": item.category,
                 "prompt": item.prompt,
                 "truth": benchmark.truth(item),

@@ -168,6 +168,14 @@ def test_bad_answers_exit_2_and_name_the_line(command: Command, content: str, me
     assert message in err and len(err.splitlines()) == 1
 
 
+def test_a_judge_of_a_benchmark_that_asks_none_is_refused(command: Command) -> None:
+    pope_folder(command.folder / "eval")
+    answers = write_jsonl(command.folder / "a.jsonl", [])
+    words = ["--answers", str(answers), "--root", str(command.folder / "eval")]
+    code, _, err = command.run("pope", *words, "--judge-url", "http://localhost:1/v1", "--judge-model", "m")
+    assert code == 2 and "pope is scored by rules alone" in err
+
+
 def test_an_empty_question_file_is_refused(command: Command) -> None:
     write_json(command.folder / "eval/testdev_balanced_questions.json", {})
     answers = write_jsonl(command.folder / "a.jsonl", [])

@@ -160,6 +160,18 @@ def test_the_cache_never_holds_the_key_and_survives_a_broken_file(tmp_path: Path
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 
 
+def test_a_reply_that_says_the_key_is_kept_and_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-0123456789abcdefghij"
+    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", key)
+    for said in (f"0.5 {key}", f"0.5 {''.join(f'%{ord(c):02x}' for c in key)}"):
+        with judge_server(lambda body, said=said: completion(said)) as server:
+            judge = Judge(server.url, "m", cache=tmp_path / "cache")
+            replies = {judge.ask([{"role": "user", "content": "q"}], max_tokens=9) for _ in range(2)}
+        assert len(replies) == 1 and key[:12] not in replies.pop()
+        kept = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
+        assert key[:12] not in kept and "%73%6b" not in kept
+
+
 def test_the_key_is_not_logged(caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
     with judge_server(replies((500, {}, f"for {KEY}".encode()), completion("ok"))) as server:
         Judge(server.url, "m", sleep=pauses.append).ask(HELLO, max_tokens=3)

@@ -198,3 +198,18 @@ def test_the_difference_from_blind_is_tested_by_image() -> None:
     # ten images; each loses half of its six questions without being seen
     assert rows["random/accuracy"]["blind_p"] == pytest.approx(2 / 2**10)
     assert figures("pope", items, ["yes"] * 60)["accuracy"]["blind_p"] is None
+
+
+def test_relative_scores_of_a_judge_have_intervals_from_the_ratings_that_it_gave() -> None:
+    benchmark = get_benchmark("llava_bench")
+    items = [
+        Item(str(n), n, "?", picture(n // 3), ("conv", "detail", "complex")[n % 3], {"gpt4": "g"}) for n in range(60)
+    ]
+    rows = tuple(ItemScore(str(n), float(5 + n % 4), [8.0, float(5 + n % 4)]) for n in range(60))
+    scores = Scores("llava_bench", "llava", dict(benchmark.regraded(items, rows) or {}), rows, {"scored": 60})
+    answers = {item.item_id: Answer("x") for item in items}
+    found = {row["metric"]: row for row in score_rows(benchmark, items, answers, scores, None, judged=True)}
+    low, high = found["all"]["interval"]
+    assert found["all"]["value"] == 81.2 and found["all"]["interval_by"] == "half-samples"
+    assert 75 < low < 81.2 < high < 88
+    assert found["model/all"]["interval"][0] < 6.5 < found["model/all"]["interval"][1]

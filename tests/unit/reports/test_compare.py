@@ -243,3 +243,27 @@ def test_images_trained_on_and_asked_about_are_counted(store: StoreBuilder) -> N
     assert result.exit_code == 0, result.output
     assert "of 40 images were trained on (1 training images)" in result.stdout
     assert "3.png is" in result.stdout and "other.png" in result.stdout
+
+
+def test_questions_that_are_right_only_together_are_compared_as_one(two: StoreBuilder) -> None:
+    # four rotations a group: `a` answers all of them, `b` misses one rotation of every second group, in other words elsewhere
+    for name, wrong in (("finetune", ()), ("pretrain", (0,))):
+        rewrite(
+            two,
+            name,
+            lambda n, row, wrong=wrong: {
+                "group": str(n // 4),
+                "score": float(not (n % 4 in wrong and n // 4 % 2 == 1)),
+                "text": f"{row['question_id']} {n % 4 in wrong and n // 4 % 2 == 1}",
+            },
+        )
+    (pair,) = compare_runs(collect_report(two.root, ["a", "b"]))
+    assert (pair.count, pair.means, pair.wins, pair.same) == (10, (100.0, 50.0), (5, 0), 5)
+    assert [flip.scores for flip in pair.flips] == [(1.0, 0.0)] * 5
+    assert all(flip.texts[0] != flip.texts[1] for flip in pair.flips)
+
+
+def test_groups_of_one_store_only_are_compared_question_by_question(two: StoreBuilder) -> None:
+    rewrite(two, "finetune", lambda n, row: {"group": str(n // 4)})
+    (pair,) = compare_runs(collect_report(two.root, ["a", "b"]))
+    assert pair.count == 40

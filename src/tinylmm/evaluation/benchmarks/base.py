@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import ConfigError, Fault
 from tinylmm.evaluation.benchmarks.pairing import pair_by_question_id
-from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, Scores
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -32,7 +32,8 @@ class Benchmark(ABC):
             A run scores anew, and asks, where this has grown.
         headline: key of `Scores.aggregate` that papers report.
         max_new_tokens: of the published script.
-        judged: whether a variant needs a judge model.
+        judged: whether it needs a judge model.
+        may_be_judged: whether a judge that is named reads what rules cannot; else a judge has no part in the scores.
         top: best score of one item; above 1 a score is a judge's rating, by which no answer is right or wrong.
         needs_frames: whether its questions are about frames of videos, which no model can be shown yet.
         upload: ending of the file that its server takes (`json`); empty where there is no server.
@@ -46,6 +47,7 @@ class Benchmark(ABC):
     headline: ClassVar[str]
     max_new_tokens: ClassVar[int]
     judged: ClassVar[bool] = False
+    may_be_judged: ClassVar[bool] = False
     top: ClassVar[float] = 1.0
     needs_frames: ClassVar[bool] = False
     upload: ClassVar[str] = ""
@@ -103,6 +105,13 @@ class Benchmark(ABC):
         Raises:
             ConfigError: the variant is unknown; the message lists those that exist.
         """
+
+    def regraded(self, items: Sequence[Item], rows: Sequence[ItemScore]) -> Mapping[str, float] | None:
+        """The metrics of some items from the scores that they have, for intervals; None where answers are scored anew for that.
+
+        A judge is not asked again hundreds of times, so judged benchmarks whose metrics are no means override it.
+        """
+        return None
 
     def truth(self, item: Item) -> str:
         """The expected answer in words, for reports: the reference, or its `answer` if it is a mapping; others override it.

@@ -94,6 +94,10 @@ class LLaVABench(Benchmark):
         files = BenchmarkFiles.under(root, GET, "llava-bench-in-the-wild", "llava_bench")
         return _load_hf(files) if layout == "hf" else _load_llava(files)
 
+    def regraded(self, items: Sequence[Item], rows: Sequence[ItemScore]) -> Mapping[str, float]:
+        """As `Benchmark.regraded`: from the ratings that the judge gave."""
+        return _metrics(items, [_ratings(row) for row in rows]).aggregate
+
     def truth(self, item: Item) -> str:
         """As `Benchmark.truth`."""
         return ""  # the judge compares with GPT-4's answer; nobody says what is right
@@ -129,6 +133,10 @@ class LLaVABench(Benchmark):
         counts = count_items(items, answers, rows, unread_reviews=unread, unjudged=0) | judge.usage.counts(before)
         metrics = _metrics(items, ratings)
         return Scores(self.name, variant, metrics.aggregate, rows, counts, metrics.bases)
+
+
+def _ratings(row: ItemScore) -> tuple[float, float]:
+    return FAILED if row.parsed is None else (float(row.parsed[0]), float(row.parsed[1]))
 
 
 def _messages(variant: str, content: str) -> list[dict[str, str]]:

@@ -99,6 +99,7 @@ class MMBench(Benchmark):
     variants = ("official", "lmms", "vanilla")
     headline = "accuracy"
     max_new_tokens = 1024
+    may_be_judged = True
     upload = "xlsx"
     splits = tuple(FILES)
     rules: ClassVar[Mapping[str, int]] = {"official": 2, "lmms": 2, "vanilla": 2}

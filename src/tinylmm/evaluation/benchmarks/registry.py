@@ -50,14 +50,15 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
     """Refuse, before anything starts, an evaluation that would fail after training: when it is asked, or scored.
 
     Raises:
-        ConfigError: the benchmark, its options or its variant is unknown, its judge's address is none, it needs frames of
-            videos, or it cannot be asked from a source of a data set; each fault names its key below `eval.<key>`.
+        ConfigError: the benchmark, its options or its variant is unknown, its judge's address is none or it needs no judge,
+            it needs frames of videos, or it cannot be asked from a source of a data set; each fault names its key.
     """
     try:
         benchmark = get_benchmark(spec.benchmark, trust, **spec.options)
         pick_variant(benchmark, spec.variant)
         if spec.judge.base_url is not None and spec.judge.model is not None:
             checked_address(spec.judge.base_url, spec.judge.model)
+            check_use_of_judge(benchmark)
     except ConfigError as error:
         keys = {"_target_": "benchmark", "split": "options.split"}
         faults = [Fault(f"eval.{key}.{keys.get(f.where, f.where)}", f.what, f.fix) for f in error.faults]
@@ -69,6 +70,17 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
     if spec.source is not None and type(benchmark).load_source is Benchmark.load_source:
         what = f"is {benchmark.name}, which reads its own files, not a source of a data set."
         raise ConfigError([Fault(f"eval.{key}.benchmark", what, "Set `root`, and neither `data` nor `source`.")])
+
+
+def check_use_of_judge(benchmark: Benchmark) -> None:
+    """Refuse a judge of a benchmark that asks none.
+
+    Raises:
+        ConfigError: it is scored by rules alone.
+    """
+    if not (benchmark.judged or benchmark.may_be_judged):
+        what = f"is named, but {benchmark.name} is scored by rules alone: nobody would be asked."
+        raise ConfigError([Fault("judge", what, "Leave it out.")])
 
 
 def _shipped(name: str) -> type[Benchmark]:

@@ -86,6 +86,10 @@ def spec(**fields: Any) -> EvalSpec:
         ({"benchmark": "gqa", "options": {"ocr": True}}, r"eval\.mine\.options: do not fit benchmark gqa.*ocr"),
         ({"benchmark": "vqav2", "options": {"split": "dev"}}, r"eval\.mine\.options\.split: vqav2 has no split 'dev'"),
         ({"benchmark": "mvbench"}, r"eval\.mine\.benchmark: is mvbench, whose questions are about videos.*tinylmm score"),
+        (
+            {"benchmark": "gqa", "judge": {"base_url": "http://localhost/v1", "model": "m"}},
+            r"eval\.mine\.judge: is named, but gqa is scored by rules alone: nobody would be asked\. Leave it out",
+        ),
         ({"benchmark": "videomme"}, r"eval\.mine\.benchmark: is videomme, whose questions are about videos"),
     ],
 )  # fmt: skip
