@@ -18,6 +18,7 @@ from PIL import Image
 import tinylmm
 from tests.builders import tiny_loaded
 from tests.integration.project import environment, write_images
+from tests.unit.evaluation.benchmarks.test_mmbench import question, write_tsv
 from tests.unit.evaluation.judge_server import completion, judge_server
 from tests.unit.generation.test_prompts import model_that_ends_turns
 from tinylmm.errors import ConfigError, DataError, StoppedError
@@ -29,6 +30,7 @@ from tinylmm.evaluation.judge import Judge
 from tinylmm.launch.backends import torchrun
 from tinylmm.models.checkpoint import save_model
 from tinylmm.planning.kinds import KINDS
+from tinylmm.reports.stored import read_generations
 from tinylmm.stages import evaluate, judging
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stages.scoring import read_items
@@ -147,6 +149,18 @@ def test_flash_attention_that_cannot_compute_is_refused_before_the_model_is_load
     job = job_of(tmp_path, tmp_path / "no model here", {"attention": "flash_attention_2"}, precision=precision)
     with pytest.raises(ConfigError, match=rf"launch\.attention: is flash_attention_2, .*{precision}"):
         evaluate.run(job)
+
+
+@pytest.mark.parametrize(("variant", "groups"), [(None, ["5", "7", "5"]), ("vanilla", [None] * 3)])
+def test_answers_of_questions_that_are_scored_as_one_name_their_group(
+    variant: str | None, groups: list[str | None], tmp_path: Path, model: Path
+) -> None:
+    rows = [question(5, "red,blue", "A"), question(7, "cat,dog", "B"), question(1_000_005, "blue,red", "B")]
+    write_tsv(tmp_path / "data/mmbench/mmbench_dev_20230712.tsv", rows)
+    job = job_of(tmp_path, model, benchmark="mmbench", variant=variant)
+    evaluate.run(job)
+    assert [row.get("group") for row in lines(job.output / "generations.jsonl")] == groups
+    assert [row.group for row in read_generations(job.output / "generations.jsonl")] == [name or "" for name in groups]
 
 
 def test_scores_hold_figures_with_intervals_items_and_counts(plain: tuple[StageJob[Any], dict[str, Any]]) -> None:
