@@ -2,8 +2,9 @@
 
     python -m tests.integration.kill_harness FOLDER PLAN SEED
 
-PLAN is a JSON list of trials: {"ranks": 1 or 2, "whom", "signal", "when", "real": bool, "readers": int}.
+PLAN is a JSON list of trials: {"launch", "whom", "signal", "when", "real": bool, "readers": int}.
 
+    launch   local (one process); torchrun, zero2, zero3 (two ranks)
     whom     parent, agent (torchrun), rank (one of them), all (each process of the run)
     when     any (a random moment), training (behind a random step), save (while a checkpoint lies in the staging folder)
     real     every process is started anew by its command, as a user's is
@@ -66,7 +67,7 @@ REAL_START = 4.0
 class Trial:
     """One disturbance; see the module."""
 
-    ranks: int
+    launch: str
     whom: str
     signal: str
     when: str
@@ -273,23 +274,25 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     ]
 
 
-def launch_words(ranks: int, real: bool, readers: int = 0) -> list[str]:
-    words = [*WORDS, f"launch.num_workers={readers}"]
-    if ranks == 2:
-        words += ["launch=torchrun", "launch.nproc=2"] + ([] if real else [f"launch.backend={FORKED}", "trust=[tests]"])
+def launch_words(launch: str, real: bool, readers: int = 0) -> list[str]:
+    words = [*WORDS, f"launch={launch}", f"launch.num_workers={readers}"]
+    if launch != "local":
+        words += ["launch.nproc=2"] + ([] if real else [f"launch.backend={FORKED}", "trust=[tests]"])
+    if launch == "zero3":
+        words.append("launch.zero3_whole_below=0")  # else parameters this small are kept whole on every rank
     return words
 
 
-def undisturbed(project: Project, store: Path, ranks: int) -> tuple[float, dict[str, Any]]:
+def undisturbed(project: Project, store: Path, launch: str) -> tuple[float, dict[str, Any]]:
     """Run everything once, then leave in the store what comes before the stage to disturb; seconds it took, and the result."""
-    words = [*launch_words(ranks, False), f"store={store}"]
+    words = [*launch_words(launch, False), f"store={store}"]
     attempt = Attempt(project, words, real=False)
     assert attempt.process.wait(PATIENCE) == 0, attempt.said()
     expected = result(store)
     for stage in store.glob("stages/train-*"):
         if json.loads((stage / "manifest.json").read_text())["name"] == DISTURBED:
             shutil.rmtree(stage)
-    begun, began = shutil.copytree(store, store.with_name(f"timed-{ranks}")), time.monotonic()
+    begun, began = shutil.copytree(store, store.with_name(f"timed-{launch}")), time.monotonic()
     attempt = Attempt(project, [*words, f"store={begun}"], real=False)
     assert attempt.process.wait(PATIENCE) == 0, attempt.said()
     assert not difference(result(begun), expected)
@@ -302,16 +305,19 @@ def main() -> None:
     torch.set_num_threads(1)
     project, draw = tiny_project(folder), random.Random(seed)
     expected, duration = {}, {}
-    for ranks in sorted({trial.ranks for trial in trials}):
-        duration[ranks], expected[ranks] = undisturbed(project, folder / f"begun-{ranks}", ranks)
+    launches = sorted({trial.launch for trial in trials})
+    if any(launch.startswith("zero") for launch in launches):
+        import deepspeed  # noqa: F401  (before the forks, too)
+    for launch in launches:
+        duration[launch], expected[launch] = undisturbed(project, folder / f"begun-{launch}", launch)
     hits, faults = 0, []
     for number, trial in enumerate(trials):
         store, wrong = folder / f"store-{number}", []
-        words = [*launch_words(trial.ranks, trial.real, trial.readers), f"store={store}"]
-        lasts = duration[trial.ranks] * (REAL_START if trial.real else 1)
+        words = [*launch_words(trial.launch, trial.real, trial.readers), f"store={store}"]
+        lasts = duration[trial.launch] * (REAL_START if trial.real else 1)
         for _ in range(TRIES):
             shutil.rmtree(store, ignore_errors=True)
-            shutil.copytree(folder / f"begun-{trial.ranks}", store)
+            shutil.copytree(folder / f"begun-{trial.launch}", store)
             attempt = Attempt(project, words, trial.real)
             if wait_for(trial, attempt, store, draw, lasts) and victims(attempt, trial.whom, draw):
                 hits += 1
@@ -319,11 +325,11 @@ def main() -> None:
                 break
             attempt.process.wait(PATIENCE)  # it ended before its moment came: another try, and sooner
             lasts /= 2
-        again = Attempt(project, [*launch_words(trial.ranks, False), f"store={store}"], real=False)
+        again = Attempt(project, [*launch_words(trial.launch, False), f"store={store}"], real=False)
         if again.process.wait(PATIENCE) != 0:
             wrong.append(f"the same command again failed: {again.said()[-600:]}")
         else:
-            wrong += difference(result(store), expected[trial.ranks])
+            wrong += difference(result(store), expected[trial.launch])
         faults += [f"trial {number} {asdict(trial)}: {fault}" for fault in wrong]
         if not wrong:
             shutil.rmtree(store)

@@ -18,28 +18,42 @@ WHOM = ("parent", "agent", "rank", "all")
 WHEN = ("any", "training", "save")
 
 
-def planned(ranks: int, signals: tuple[str, ...], whom: tuple[str, ...], when: tuple[str, ...], real: bool) -> Plan:
+def planned(launch: str, signals: tuple[str, ...], whom: tuple[str, ...], when: tuple[str, ...], real: bool) -> Plan:
     """One trial for each combination."""
     return [
-        {"ranks": ranks, "signal": signal, "whom": victim, "when": moment, "real": real}
+        {"launch": launch, "signal": signal, "whom": victim, "when": moment, "real": real}
         for signal, victim, moment in product(signals, whom, when)
     ]
 
 
-KILLS = planned(2, ("SIGKILL",), WHOM, WHEN, False)
-SIGNALS = planned(2, ("SIGTERM",), ("parent", "rank", "all"), ("any", "training", "save"), False)
-SIGNALS += planned(2, ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"), ("parent", "all"), ("training",), False)
-WITH_READERS = planned(2, ("SIGTERM", "SIGKILL"), ("all", "parent"), ("training",), False)
-REAL = planned(2, ("SIGKILL",), ("parent",), ("any",), True) + planned(2, ("SIGKILL",), ("rank",), ("training",), True)
-REAL += planned(2, ("SIGTERM",), ("all",), ("any",), True) + planned(2, ("SIGHUP",), ("parent",), ("any",), True)
-ALONE = planned(1, ("SIGKILL",), ("parent",), ("any", "save") * 10, False)
-ALONE += planned(1, ("SIGTERM", "SIGINT", "SIGHUP"), ("parent",), ("any", "training"), False)
-ALONE += [trial | {"readers": 1} for trial in planned(1, ("SIGTERM", "SIGKILL"), ("all",), ("training",), False)]
+KILLS = planned("torchrun", ("SIGKILL",), WHOM, WHEN, False)
+SIGNALS = planned("torchrun", ("SIGTERM",), ("parent", "rank", "all"), ("any", "training", "save"), False)
+SIGNALS += planned("torchrun", ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"), ("parent", "all"), ("training",), False)
+WITH_READERS = planned("torchrun", ("SIGTERM", "SIGKILL"), ("all", "parent"), ("training",), False)
+REAL = planned("torchrun", ("SIGKILL",), ("parent",), ("any",), True) + planned(
+    "torchrun", ("SIGKILL",), ("rank",), ("training",), True
+)
+REAL += planned("torchrun", ("SIGTERM",), ("all",), ("any",), True) + planned(
+    "torchrun", ("SIGHUP",), ("parent",), ("any",), True
+)
+ALONE = planned("local", ("SIGKILL",), ("parent",), ("any", "save") * 10, False)
+ALONE += planned("local", ("SIGTERM", "SIGINT", "SIGHUP"), ("parent",), ("any", "training"), False)
+ALONE += [trial | {"readers": 1} for trial in planned("local", ("SIGTERM", "SIGKILL"), ("all",), ("training",), False)]
+SHARDED = [
+    trial
+    for launch in ("zero2", "zero3")
+    for trial in (
+        *planned(launch, ("SIGKILL",), ("rank",), ("save",), False),
+        *planned(launch, ("SIGKILL",), ("parent",), ("training",), False),
+        *planned(launch, ("SIGTERM",), ("all",), ("training",), False),
+    )
+]
 SUITE = {
     "kills": KILLS + KILLS[:6],
     "more kills": KILLS[6:] + KILLS,
     "signals": SIGNALS + [trial | {"readers": 1} for trial in WITH_READERS],
     "real": REAL,
+    "sharded": SHARDED,
     "alone": ALONE,
 }
 
@@ -52,7 +66,7 @@ def disturbed(folder: Path, plan: Plan, seed: int = 7) -> dict[str, Any]:
 
 
 def test_the_suite_kills_forty_times_and_signals_twenty_times_over_torchrun() -> None:
-    trials = [trial for plan in SUITE.values() for trial in plan if trial["ranks"] == 2]
+    trials = [trial for plan in SUITE.values() for trial in plan if trial["launch"] != "local"]
     kills = [trial for trial in trials if trial["signal"] == "SIGKILL"]
     assert len(kills) >= 40 and len(trials) - len(kills) >= 20
     assert {trial["whom"] for trial in kills} == set(WHOM)
@@ -61,9 +75,9 @@ def test_the_suite_kills_forty_times_and_signals_twenty_times_over_torchrun() ->
 @pytest.mark.parametrize(
     "plan",
     [
-        planned(1, ("SIGKILL",), ("parent",), ("any", "save"), False),
-        planned(2, ("SIGKILL",), ("parent",), ("save",), False)
-        + planned(2, ("SIGTERM",), ("all",), ("training",), False),
+        planned("local", ("SIGKILL",), ("parent",), ("any", "save"), False),
+        planned("torchrun", ("SIGKILL",), ("parent",), ("save",), False)
+        + planned("torchrun", ("SIGTERM",), ("all",), ("training",), False),
     ],
     ids=["one process", "two ranks"],
 )
