@@ -27,6 +27,9 @@ _PROBES = (
     ((f"{IMAGE_SLOT}\n\n", "Two ducks."), ("Sure?", "yes"), (f" \n{IMAGE_SLOT}", None)),
 )
 
+_SYSTEM = "s1|s1"
+_SYSTEMS = ("Be brief.", "  Answer in\nFrench. ")
+
 FIRST = 2
 _QUESTIONS = (
     [Turn(f"{IMAGE_SLOT}\nWhat is it?", None)],
@@ -39,8 +42,9 @@ _QUESTIONS = (
 def jinja_template(template: ChatTemplate) -> str | None:
     """Return Jinja source that renders messages as `template` does, or None if no such text exists.
 
-    Messages have string contents, or lists of {"type": "text"} and {"type": "image"} parts. There is none for templates
-    that throw the question away (captioning).
+    Messages have string contents, or lists of {"type": "text"} and {"type": "image"} parts. A first message of the system
+    takes the place of the template's own system text, where it has one. There is none for templates that throw the question
+    away (captioning).
     """
     marks = ["q1|q1", "a1|a1", "q2|q2", "a2|a2", "q3|q3"]
     text = template.text([Turn(marks[0], marks[1]), Turn(marks[2], marks[3]), Turn(marks[4], None)])
@@ -52,9 +56,11 @@ def jinja_template(template: ChatTemplate) -> str | None:
         pieces.append(piece)
     before, answer, between = pieces[0], pieces[1], pieces[2]
     end = template.text([Turn(marks[0], marks[1])]).rpartition(marks[1])[2]
+    own, found, behind = template.text([Turn(marks[0], None)], _SYSTEM).partition(marks[0])[0].partition(_SYSTEM)
     pieces = [before, answer, end, between.removeprefix(end), text]
-    sources = [_source(pieces, strips, in_front) for strips in (False, True) for in_front in (True, False)]
-    return next((source for source in sources if _proven(source, template)), None)
+    system = (own, behind) if found else None
+    sources = [_source(pieces, system, strips, in_front) for strips in (False, True) for in_front in (True, False)]
+    return next((source for source in sources if _proven(source, template, system is not None)), None)
 
 
 def template_of(source: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -113,7 +119,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return found
 
 
-def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
+def _source(pieces: Sequence[str], system: tuple[str, str] | None, strips: bool, in_front: bool) -> str:
     """Put constants into the one layout that chat templates of this kind share.
 
     Where images stand in a question is what `data/slots.py` says, in Jinja.
@@ -121,6 +127,7 @@ def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
     Args:
         pieces: what stands before the first question, before answers, behind them, before later questions, and behind an
             open question.
+        system: what stands around a system message before the first question; None where the template has no place for it.
         strips: contents lose the white space around them.
         in_front: a question's only image moves in front of it.
     """
@@ -131,29 +138,39 @@ def _source(pieces: Sequence[str], strips: bool, in_front: bool) -> str:
         "{% if ns.text.count(" + slot + ") == 1 %}"
         "{% set ns.text = (" + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip()).strip() %}{% endif %}"
     )
-    stripped = "{% set ns.text = ns.text.strip() %}"
+    stripped = "{% set ns.text = ns.text.strip() %}" if strips else ""
+    own, behind = map(json.dumps, system or ("", ""))
+    refused = "{{ raise_exception('The system text is fixed; use only user and assistant.') }}"
+    first = "{{ " + own + " + ns.text + " + behind + " }}"
+    later = "{% if not loop.first and loop.previtem['role'] != 'system' %}{{ " + q["following"] + " }}{% endif %}"
     return (
-        "{{ " + q["before"] + " }}"
+        "{% if messages[0]['role'] != 'system' %}{{ " + q["before"] + " }}{% endif %}"
         "{% for message in messages %}"
         "{% if message['content'] is string %}{% set ns = namespace(text=message['content']) %}"
         "{% else %}{% set ns = namespace(text='') %}{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}{% set ns.text = ns.text + " + slot + " %}"
         "{% else %}{% set ns.text = ns.text + part['text'] %}{% endif %}{% endfor %}{% endif %}"
-        + (stripped if strips else "")
+        + stripped
         + "{% if message['role'] == 'user' %}"
-        "{% if not loop.first %}{{ " + q["following"] + " }}{% endif %}" + (moved if in_front else "") + "{{ ns.text }}"
+        + later
+        + (moved if in_front else "")
+        + "{{ ns.text }}"
         "{% elif message['role'] == 'assistant' %}{{ " + q["answer"] + " + ns.text + " + q["end"] + " }}"
-        "{% else %}{{ raise_exception('The system text is fixed; use only user and assistant.') }}{% endif %}"
+        "{% elif message['role'] == 'system' and loop.first %}" + (first if system else refused) + "{% else %}"
+        "{{ raise_exception('Roles are user and assistant, and system first.') }}{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ " + q["prompt"] + " }}{% endif %}"
     )
 
 
-def _proven(source: str, template: ChatTemplate) -> bool:
+def _proven(source: str, template: ChatTemplate, system: bool) -> bool:
     for probe in _PROBES:
         turns = [Turn(user, answer) for user, answer in probe]
         is_open = turns[-1].assistant is None
-        rendered, _ = render_jinja_template([messages(turns)], chat_template=source, add_generation_prompt=is_open)
-        if rendered[0] != template.text(turns):
-            return False
+        for said in (None, *(_SYSTEMS if system else ())):
+            asked = [{"role": "system", "content": said}] if said is not None else []
+            talk = [*asked, *messages(turns)]
+            rendered, _ = render_jinja_template([talk], chat_template=source, add_generation_prompt=is_open)
+            if rendered[0] != template.text(turns, said):
+                return False
     return True

@@ -33,6 +33,7 @@ from tinylmm.convert.chat_template import jinja_template, messages, template_of
 from tinylmm.convert.conversion import ExportReport, import_model, write_model
 from tinylmm.convert.format import Export
 from tinylmm.convert.formats.hf import obstacles
+from tinylmm.convert.hf_folder import renamed
 from tinylmm.data.chat import TEMPLATES, Turn
 from tinylmm.data.images import ImageTransform
 from tinylmm.errors import DataError, UserError
@@ -247,11 +248,12 @@ def test_a_peft_adapter_of_the_whole_model_is_merged_into_the_folder_that_is_nam
             nn.init.normal_(parameter)
     wrapped.save_pretrained(adapter)
     AutoProcessor.from_pretrained(base).save_pretrained(base)
-    if old:
+    if not old:
+        new = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+        new |= {"vision_tower.vision_model.": "model.vision_tower.", "multi_": "model.multi_"}
         tensors = load_file(base / "model.safetensors")
-        renamed = {name.removeprefix("model.").replace("language_model.", "language_model.model.") if "lm_head" not in name
-                   else f"language_model.{name}": tensor for name, tensor in tensors.items()}  # fmt: skip
-        save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+        save_file(renamed(tensors, new), base / "model.safetensors", metadata={"format": "pt"})
+        assert "model.vision_tower.embeddings.patch_embedding.weight" in load_file(base / "model.safetensors")
     for file in (*base.glob("token*"), *base.glob("process*")):
         (adapter / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"adapter of a whole model .*--llm FOLDER; or merge it first"):

@@ -7,59 +7,57 @@ What is written gives the logits that our model gives, or is not written.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import AddedToken
 from transformers import (
     MODEL_MAPPING,
     LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 
-from tinylmm.constants import IMAGE_SLOT
-from tinylmm.convert.chat_template import jinja_template
 from tinylmm.convert.configs import make_config
-from tinylmm.convert.connectors import MLP, connector_of, from_ours
-from tinylmm.convert.format import Export, Format, Written
-from tinylmm.convert.images import image_processor
+from tinylmm.convert.connectors import MLP, connector_of
+from tinylmm.convert.format import Export, Format
+from tinylmm.convert.hf_folder import (
+    ACTIVATIONS,
+    HEAD,
+    LAYERS,
+    LLM,
+    MODEL,
+    OURS_FILE,
+    PROJECTOR,
+    STRATEGIES,
+    TOWER,
+    activation_of,
+    renamed,
+    write_folder,
+)
 from tinylmm.convert.lora import merge_run, read_adapter
 from tinylmm.convert.parts import Parts, causal_class
-from tinylmm.convert.proof import TOLERANCE, logit_difference, token_notes
-from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any, write_json
-from tinylmm.convert.tensors import Ledger, Tensors, listed, read_weights
-from tinylmm.convert.tower import dropped_tokens, layer_read, selection_of
-from tinylmm.data.chat import get_template
+from tinylmm.convert.proof import TOLERANCE
+from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any
+from tinylmm.convert.tensors import Ledger, Tensors, read_weights
+from tinylmm.convert.tower import dropped_tokens
 from tinylmm.errors import UserError
-from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower
 
-OURS_FILE = "tinylmm.json"
-"""What `tinylmm export --format hf` knows and transformers' own files cannot say; optional."""
-MODEL = "model."
-"""The new key scheme has it in front of the parts' names, and the output layer outside."""
-LLM, TOWER, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
-HEAD = "lm_head."
-OLD_SCHEME = {f"{LLM}model.": MODEL + LLM, f"{LLM}{HEAD}": HEAD, TOWER: MODEL + TOWER, PROJECTOR: MODEL + PROJECTOR}
-STRATEGIES = {"cut": "default", "all": "full"}
-"""`Parts.select` -> `vision_feature_select_strategy`."""
-LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
-"""The family's names of the projector's two layers -> transformers'."""
-ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
-"""Class -> `projector_hidden_act`, which is our connector's `activation`, too."""
+NESTED = "vision_model."
+"""What folders on the hub, and transformers 4 in memory, have between an encoder and its tensors."""
+OLD_SCHEME = {
+    f"{LLM}model.": MODEL + LLM,
+    f"{LLM}{HEAD}": HEAD,
+    TOWER + NESTED: MODEL + TOWER,
+    MODEL + TOWER + NESTED: MODEL + TOWER,
+    TOWER: MODEL + TOWER,
+    PROJECTOR: MODEL + PROJECTOR,
+}
 _READ = {"vision_feature_layer": -2, "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
 """Fields of LlavaConfig of which not every value can be imported, and their defaults."""
-VOCAB_MULTIPLE = 64
-"""Rows added for the image token bring the vocabulary to a multiple of this, as in bczhou/tiny-llava-v1-hf."""
 
 
 def detect(source: Source) -> str | None:
@@ -89,8 +87,8 @@ def read_lora(source: Source) -> Parts:
     base = replace(source, folder=source.llm, config=read_json(source.llm / CONFIG))
     if base.model_type != "llava" or base.has_adapter:
         raise UserError(f"--llm {base.folder}: an adapter of a whole model needs a whole model of type llava there.")
-    tensors = read_weights(base.folder)
-    tensors = _renamed(tensors, OLD_SCHEME) if any(name.startswith(LLM) for name in tensors) else tensors
+    # the adapter has the names of the class that it was trained in, the base those of whoever wrote it
+    tensors, adapter = renamed(read_weights(base.folder), OLD_SCHEME), renamed(adapter, OLD_SCHEME)
     parts = _parts(base, merge_run(source, tensors, config, adapter))
     source.template = base.template
     return parts
@@ -113,7 +111,7 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
         tower_config=tower_config,
         llm=llm,
         tower=tower,
-        connector=_renamed(projector, {theirs: family for family, theirs in LAYERS.items()}),
+        connector=renamed(projector, {theirs: family for family, theirs in LAYERS.items()}),
         connector_spec=connector_of(MLP, {"depth": 2, "activation": whole.projector_hidden_act}),
         select_layer=whole.vision_feature_layer,
         select=next(ours for ours, word in STRATEGIES.items() if word == whole.vision_feature_select_strategy),
@@ -151,50 +149,6 @@ def _sorted(source: Source, tensors: Tensors, base: str) -> tuple[Tensors, Tenso
     return llm, tower, projector
 
 
-def _renamed(tensors: Tensors, prefixes: dict[str, str]) -> Tensors:
-    """The tensors with one prefix for another; names with none of them stay."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        prefix = next((p for p in prefixes if name.startswith(p)), "")
-        renamed[prefixes.get(prefix, "") + name.removeprefix(prefix)] = tensor
-    return renamed
-
-
-def write(export: Export, folder: Path) -> Written:
-    """Write model, processor and chat template; load the model again and compare its logits with ours.
-
-    Raises:
-        UserError: the LLM has tensors that the class has no place for.
-        IntegrityError: the written folder gives other logits.
-    """
-    loaded, model = export.loaded, export.loaded.model
-    tokenizer = copy.deepcopy(loaded.tokenizer)
-    tokenizer.add_tokens(AddedToken(IMAGE_SLOT, special=True, normalized=False), special_tokens=True)
-    image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_SLOT))
-    old_rows = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    rows = old_rows if image_id < old_rows else -(-(image_id + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if rows > old_rows:
-        export.notes.append(
-            f"the vocabulary has no free row for the image token: {rows - old_rows} rows of zeros are added to {old_rows}"
-        )
-    config, state = _config(model, image_id, rows), _state(loaded, rows)
-    _check_names(config, state)
-    template = jinja_template(get_template(model.template).fitted(loaded.tokenizer))
-    if template is None:
-        export.notes.append(f"the template '{model.template}' is no chat, so the folder has no chat template")
-    exported = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=export.dtype)
-    _set_generation(exported, loaded.tokenizer, model.template, image_id)
-    exported.save_pretrained(folder)
-    processor = _processor(loaded, tokenizer, template)
-    processor.save_pretrained(folder)
-    _write_ours(folder, loaded, old_rows)
-    again = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    difference = logit_difference(model, again, image_id, old_rows)
-    if template is not None:
-        export.notes += token_notes(processor, loaded)
-    return Written(len(state), difference)
-
-
 def obstacles(export: Export) -> list[str]:
     """Return every reason why `LlavaForConditionalGeneration` cannot hold the model exactly; none if it can."""
     model = export.loaded.model
@@ -203,16 +157,12 @@ def obstacles(export: Export) -> list[str]:
 
 def _connector_obstacles(model: LMM) -> list[str]:
     connector = model.connector
-    if isinstance(connector, MLPConnector) and len(connector.layers) == 3 and _activation(connector) is not None:
+    if isinstance(connector, MLPConnector) and len(connector.layers) == 3 and activation_of(connector) is not None:
         return []
     found = type(connector).__name__
     if isinstance(connector, MLPConnector):
         found += f" of {(len(connector.layers) + 1) // 2} linear layers"
     return [f"its projector is two linear layers with GELU or ReLU between them; this connector is {found}"]
-
-
-def _activation(connector: MLPConnector) -> str | None:
-    return ACTIVATIONS.get(type(connector.layers[1]).__name__)
 
 
 def _tower_obstacles(model: LMM) -> list[str]:
@@ -252,102 +202,10 @@ def _llm_obstacles(model: LMM) -> list[str]:
     return reasons
 
 
-def _config(model: LMM, image_id: int, rows: int) -> LlavaConfig:
-    tower, llm = model.vision_tower, copy.deepcopy(model.config)
-    llm.vocab_size = rows
-    connector = model.connector
-    assert isinstance(connector, MLPConnector), "obstacles() lets nothing else through"
-    return LlavaConfig(
-        text_config=llm.to_dict(),
-        vision_config=tower.config.to_dict(),
-        image_token_index=image_id,
-        image_seq_length=tower.num_tokens,
-        projector_hidden_act=_activation(connector),
-        vision_feature_layer=layer_read(tower),
-        vision_feature_select_strategy=STRATEGIES[selection_of(tower)],
-    )
-
-
-def _state(loaded: LoadedModel, rows: int) -> Tensors:
-    """Every tensor of the model by transformers' new names; a tied output layer is left out."""
-    model, llm = loaded.model, loaded.model.llm
-    state = _llm_state(llm, rows)
-    for name, tensor in model.vision_tower.whole_encoder_state().items():
-        state[f"{MODEL}{TOWER}{name}"] = tensor
-    projector = _renamed(from_ours(loaded.description.connector, dict(model.connector.state_dict())), LAYERS)
-    for name, tensor in projector.items():
-        # What multiplies the connector's output (Gemma of the Factory) goes into its last layer, which is linear.
-        scale = model.image_scale if name.startswith(LAYERS["2."]) else 1.0
-        state[f"{MODEL}{PROJECTOR}{name}"] = tensor * scale
-    return state
-
-
-def _llm_state(llm: Any, rows: int) -> Tensors:
-    """Tensors of decoder and output layer, with rows of zeros behind the vocabulary up to `rows`."""
-    decoder, head = llm.get_decoder(), llm.get_output_embeddings()
-    table = llm.get_input_embeddings().weight
-    state: Tensors = {f"{MODEL}{LLM}{name}": tensor for name, tensor in decoder.state_dict().items()}
-    if head.weight is not table:
-        state[f"{HEAD}weight"] = head.weight.detach()
-    left_out = int(head.weight is table) + int(getattr(head, "bias", None) is not None)
-    if len(state) != len(llm.state_dict()) - left_out:
-        raise UserError(f"{type(llm).__name__} has tensors outside its decoder and output layer. Nothing was written.")
-    embedding = next(name for name, parameter in decoder.named_parameters() if parameter is table)
-    for name in {f"{MODEL}{LLM}{embedding}", f"{HEAD}weight"} & set(state):
-        missing = rows - state[name].shape[0]
-        if missing > 0:
-            state[name] = torch.cat([state[name], state[name].new_zeros(missing, state[name].shape[1])])
-    return state
-
-
-def _check_names(config: LlavaConfig, state: Tensors) -> None:
-    """Hold our names against those that transformers' class has: each tensor one place, each place one tensor."""
-    with torch.device("meta"):
-        skeleton = LlavaForConditionalGeneration(config)
-    expected = set(skeleton.state_dict())
-    if config.tie_word_embeddings:
-        expected.discard("lm_head.weight")
-    if differing := sorted(expected ^ set(state)):
-        raise UserError(f"LlavaForConditionalGeneration has other tensors: {listed(differing)}. Nothing was written.")
-
-
-def _set_generation(exported: Any, tokenizer: PreTrainedTokenizerBase, template: str, image_id: int) -> None:
-    """Greedy by default, ends where our chat ends, and the image token is never an answer."""
-    settings = exported.generation_config
-    settings.eos_token_id = get_template(template).stop_ids(tokenizer)
-    settings.pad_token_id = int(tokenizer.pad_token_id)
-    settings.suppress_tokens = [image_id]
-    settings.do_sample = False
-    settings.temperature = settings.top_p = settings.top_k = settings.repetition_penalty = None
-
-
-def _processor(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, template: str | None) -> LlavaProcessor:
-    """Build the processor that prepares images and text as our own code does; the tokenizer knows the image token."""
-    tower = loaded.model.vision_tower
-    return LlavaProcessor(
-        image_processor(loaded.description.as_json()["image"]),
-        tokenizer,
-        patch_size=int(tower.config.patch_size),
-        vision_feature_select_strategy=STRATEGIES[selection_of(tower)],
-        num_additional_image_tokens=tower.num_prefix,
-        chat_template=template,
-    )
-
-
-def _write_ours(folder: Path, loaded: LoadedModel, rows: int) -> None:
-    content = {
-        "about": "written by `tinylmm export --format hf`, read by `tinylmm import`; transformers does not need it",
-        "template": loaded.model.template,
-        "image_mode": loaded.description.image.mode,
-        "vocab_size": rows,
-    }
-    write_json(folder / OURS_FILE, content)
-
-
 FORMAT = Format(
     holds="a LlavaForConditionalGeneration of transformers",
     readers={"transformers": read, "transformers-lora": read_lora},
     detect=detect,
-    writers={"hf": write},
+    writers={"hf": write_folder},
     obstacles=obstacles,
 )
