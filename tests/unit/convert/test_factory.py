@@ -15,7 +15,7 @@ from tinylmm.convert.conversion import import_model, write_model
 from tinylmm.convert.format import Export
 from tinylmm.convert.formats import factory
 from tinylmm.errors import UserError
-from tinylmm.models.checkpoint import LoadedModel, load_model
+from tinylmm.models.checkpoint import LoadedModel, load_model, set_image_mode
 from tinylmm.models.connectors import Connector
 from tinylmm.models.query_connectors import PerceiverConnector, QFormerConnector
 
@@ -94,6 +94,14 @@ def test_what_the_factory_cannot_have_is_refused_with_every_reason(tmp_path: Pat
         queries.qformer.layernorm.bias += 1
     reasons = factory.obstacles(Export(trained, torch.float32, *NAMES))
     assert reasons == ["the norm of the Q-Former's queries was trained, and the Factory's has no weights."]
+
+
+def test_a_model_that_sees_tiles_is_refused_as_its_own_importer_would(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    set_image_mode(loaded, "anyres", seed=0)
+    with pytest.raises(UserError, match=r"its images are seen in tiles \(anyres\)"):
+        write_model(loaded, tmp_path / "a", "factory", torch.float32, *NAMES)
+    assert not (tmp_path / "a").exists()
 
 
 def test_names_are_asked_for_unless_the_model_was_imported_with_them(tmp_path: Path) -> None:
