@@ -66,6 +66,7 @@ def build_lmm(
     trust: Sequence[str],
     attention: str = "auto",
     scale_image_features: bool = False,
+    llm_weights: bool = True,
 ) -> LMM:
     """Put an LMM together for the first training stage.
 
@@ -76,12 +77,13 @@ def build_lmm(
         trust: packages besides ours whose classes may be built.
         attention: launch.attention; flash-attn, which cannot compute in fp32 on the CPU, is left to `LMM.set_attention`.
         scale_image_features: see `LMM`.
+        llm_weights: without them the parameters of an LLM that is loaded are on the meta device.
 
     Raises:
         UserError: weights are not to be had, or the widths do not fit the connector.
     """
     torch.manual_seed(seed)
-    llm = _load_llm(llm_source, trust, attention)
+    llm = _load_llm(llm_source, trust, attention, llm_weights)
     encoder = _load_encoder(tower_source, trust, loading_attention(attention))
     tower_class = resolve_target(tower_source.identity.target, trust, nn.Module, role="vision_tower")
     image = tower_source.identity.image
@@ -152,16 +154,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def _load_llm(source: PartSource[PartIdentity], trust: Sequence[str], attention: str) -> PreTrainedModel:
+def _load_llm(source: PartSource[PartIdentity], trust: Sequence[str], attention: str, weights: bool) -> PreTrainedModel:
     identity = source.identity
     target = cast(type[PreTrainedModel], resolve_target(identity.target, trust, PreTrainedModel, role="llm"))
     if source.built is not None:
-        return load_llm(target, source.built, None, attention, local_only=True)
+        return load_llm(target, source.built, None, attention, local_only=True, weights=weights)
     if identity.init == "random":
         return random_llm(target, identity.architecture, attention)
     _check_local(source.where)
     try:
-        return load_llm(target, source.where, identity.revision, attention, identity.architecture)
+        return load_llm(target, source.where, identity.revision, attention, identity.architecture, weights=weights)
     except OSError as error:
         raise _unavailable("llm", source.where, error) from error
 

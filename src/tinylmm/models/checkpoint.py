@@ -127,8 +127,11 @@ def write_merged(source: Path, target: Path, trust: Sequence[str]) -> None:
     save_model(load_model(source, trust), target, None, {})
 
 
-def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> LoadedModel:
+def load_model(folder: Path, trust: Sequence[str], attention: str = "auto", llm_weights: bool = True) -> LoadedModel:
     """Load what `save_model` wrote, in fp32 on the CPU, adapters merged.
+
+    Args:
+        llm_weights: without them the LLM's parameters are on the meta device, unless adapters are merged into them.
 
     Raises:
         IntegrityError: a file is missing, or the tensors of connector or adapter are not those of its class.
@@ -141,7 +144,8 @@ def load_model(folder: Path, trust: Sequence[str], attention: str = "auto") -> L
         "local_files_only": True,
     }
     llm_class = cast(type[PreTrainedModel], resolve_target(description.llm.target, trust, PreTrainedModel, role="llm"))
-    llm = load_llm(llm_class, folder / "llm", None, attention, local_only=True)
+    whole = llm_weights or "llm" in (description.adapters or {})
+    llm = load_llm(llm_class, folder / "llm", None, attention, local_only=True, weights=whole)
     entry, image = description.vision_tower, description.image
     tower_class = resolve_target(entry.target, trust, nn.Module, role="vision_tower")
     encoder_class = cast(type[PreTrainedModel], resolve_target(entry.encoder, trust, PreTrainedModel, role="encoder"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
@@ -52,6 +53,7 @@ def load_llm(
     attention: str,
     architecture: Mapping[str, Any] | None = None,
     local_only: bool = False,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """Load a causal LM in fp32 on the CPU.
 
@@ -63,6 +65,7 @@ def load_llm(
         architecture: the spec's fields. Dropout rates are set from it, all others must be the checkpoint's own; None
             (a folder that tinylmm wrote) takes the checkpoint's as they are.
         local_only: never ask the hub.
+        weights: without them its parameters are on the meta device, for another rank to send.
 
     Raises:
         OSError: the weights are not to be had.
@@ -71,18 +74,29 @@ def load_llm(
     model_class, config = _class_and_config(target, where, {"revision": revision, "local_files_only": local_only})
     if architecture is not None:
         reconcile(config, architecture, str(where))
+    implementation = llm_attention(model_class, config, attention)
+    if not weights:
+        return _shapes_of(model_class, config, implementation)
     llm = model_class.from_pretrained(
         where,
         config=config,
         revision=revision,
         local_files_only=local_only,
-        attn_implementation=llm_attention(model_class, config, attention),
+        attn_implementation=implementation,
         dtype=torch.float32,
     )
     # Generation is greedy and says so itself: penalties, lengths and caches that a checkpoint asks for would bend answers.
     ids = {key: getattr(llm.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     llm.generation_config = GenerationConfig(**ids)
     return examine(llm) if target is HubCausalLM else llm
+
+
+def _shapes_of(model_class: type[PreTrainedModel], config: Any, implementation: str) -> PreTrainedModel:
+    """The model with real buffers, which are computed, and parameters on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        llm = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    llm.tie_weights()  # each parameter was replaced by one of its own
+    return llm
 
 
 def random_llm(target: type[PreTrainedModel], architecture: Mapping[str, Any], attention: str) -> PreTrainedModel:

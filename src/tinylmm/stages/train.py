@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
+from tinylmm.config.recipe import TuneHow
 from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
 from tinylmm.data.images import ImageTransform
@@ -53,7 +54,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     configure_tensorboard(job.folder)
     start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
     with in_turn(device.type != "cpu"):
-        loaded = _start_model(job, start)
+        loaded = _start_model(job, start, llm_weights=not (_spreads_llm(job) and rank() > 0))
         if spec.image_mode is not None:
             set_image_mode(loaded, spec.image_mode, spec.seed)
         kept, tuning, frozen = _to_device(job, loaded, device)
@@ -166,6 +167,7 @@ def build_trainer(
         step_timeout_s=launch.step_timeout_s,
         save_timeout_s=launch.save_timeout_s,
         same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
+        spreads=_spreads_llm(job),
         callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
@@ -273,25 +275,36 @@ def _to_device(
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
         )
-    frozen = frozen_in_trained_parts(model, kept) if job.settings.launch.deepspeed_stage else {}
-    cast_frozen(model, kept, spec.precision, device)
-    model.to(device)
+    saves = rank() == 0 or not _spreads_llm(job)
+    frozen = frozen_in_trained_parts(model, kept) if job.settings.launch.deepspeed_stage and saves else {}
+    if not _spreads_llm(job):
+        cast_frozen(model, kept, spec.precision, device)
+        model.to(device)
     return kept, tuning, frozen
 
 
-def _start_model(job: StageJob[TrainStage], start: Path | None) -> LoadedModel:
+def _spreads_llm(job: StageJob[TrainStage]) -> bool:
+    """Whether the LLM waits for `spread`. One that is quantised has to be whole first, and moves to the device as it is."""
+    tune = job.spec.tune.llm
+    quantised = isinstance(tune, TuneHow) and tune.qlora is not None
+    return job.settings.launch.deepspeed_stage == 3 and world_size() > 1 and not quantised
+
+
+def _start_model(job: StageJob[TrainStage], start: Path | None, llm_weights: bool) -> LoadedModel:
     """Return the model this stage starts from: of an earlier stage, at `start`, or put together from parts."""
     spec, parents, folders = job.spec, job.parents, job.settings.folders
     trust, attention = job.settings.trust, job.settings.launch.attention
     if "from" in parents:
-        return load_model(parents["from"] / MODEL_FOLDER, trust, attention)
+        return load_model(parents["from"] / MODEL_FOLDER, trust, attention, llm_weights)
     if start is not None:
-        return load_model(start, trust, attention)
+        return load_model(start, trust, attention, llm_weights)
     assert spec.connector is not None and spec.tower_output is not None and spec.chat_template is not None
     llm = part_source(PartIdentity, spec.llm, parents.get("llm"), folders.get("llm"))
     tower = part_source(TowerIdentity, spec.vision_tower, parents.get("vision_tower"), folders.get("vision_tower"))
     template, scaled = spec.chat_template, spec.scale_image_features
-    model = build_lmm(llm, tower, spec.connector, spec.tower_output, template, spec.seed, trust, attention, scaled)
+    model = build_lmm(
+        llm, tower, spec.connector, spec.tower_output, template, spec.seed, trust, attention, scaled, llm_weights
+    )
     tokenizer = load_tokenizer(spec.tokenizer, parents.get("tokenizer"), folders.get("tokenizer"))
     parts = (llm.identity, tower.identity, spec.tower_output, spec.connector)
     description = ModelDescription.of(*parts, template, scaled)

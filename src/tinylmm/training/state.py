@@ -79,7 +79,7 @@ def save_state(folder: Path, model: nn.Module, source: Source) -> Form:
     mine: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     parameters = trained(model)
-    for (name, parameter), owner in zip(parameters.items(), _owners(parameters), strict=True):
+    for (name, parameter), owner in zip(parameters.items(), owner_ranks(parameters), strict=True):
         state = source.read(parameter)
         if owner == rank():
             mine |= {f"{name}/{key}": tensor.detach().cpu().contiguous() for key, tensor in state.tensors.items()}
@@ -94,7 +94,7 @@ def save_state(folder: Path, model: nn.Module, source: Source) -> Form:
 
 def own_shares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies of the parameters that this rank answers for: of all ranks together, one of each."""
-    owners = _owners(parameters)
+    owners = owner_ranks(parameters)
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for (name, parameter), owner in zip(parameters.items(), owners, strict=True)
@@ -155,7 +155,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
                 yield name, what, file.get_tensor(key)
 
 
-def _owners(parameters: dict[str, nn.Parameter]) -> list[int]:
+def owner_ranks(parameters: dict[str, nn.Parameter]) -> list[int]:
     """Which rank writes each parameter: the largest first, each to the rank that has least."""
     loads = [0] * world_size()
     sizes = [_numel(parameter) for parameter in parameters.values()]
@@ -282,7 +282,7 @@ class Partitioned:
     def put_weights(self, parameters: dict[str, nn.Parameter], shares: dict[str, Tensor]) -> None:
         """Give the fp32 weights the values of `own_shares`: DeepSpeed itself makes them of weights rounded to bf16 or fp16."""
         device = self._flats()[0].device
-        for (name, parameter), owner in zip(parameters.items(), _owners(parameters), strict=True):
+        for (name, parameter), owner in zip(parameters.items(), owner_ranks(parameters), strict=True):
             shape = getattr(parameter, "ds_shape", parameter.shape)
             whole = shares[name].to(device) if owner == rank() else torch.empty(shape, device=device)
             if world_size() > 1:

@@ -36,6 +36,7 @@ from tinylmm.training.dataset import start_reader
 from tinylmm.training.pipes import Packed, needs_pipes, readahead, unpack
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
+from tinylmm.training.sharding import spread
 from tinylmm.training.state import (
     Partitioned,
     Replicated,
@@ -77,6 +78,7 @@ class LMMTrainer(Trainer):
         schedule: when to save.
         step_timeout_s: how long ranks wait for each other once the first step is done,
         save_timeout_s: and while something is written.
+        spreads: whether the model's weights wait to be spread over the ranks (`training/sharding.py`).
         same_modules: whether every rank must run every module equally often (ZeRO-3, which gathers weights in each).
     """
 
@@ -93,11 +95,13 @@ class LMMTrainer(Trainer):
         step_timeout_s: float,
         save_timeout_s: float,
         same_modules: bool,
+        spreads: bool,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.step_timeout_s = step_timeout_s
         self.save_timeout_s = save_timeout_s
         self._same_modules = same_modules
+        self._spreads = spreads
         self.optimizer: torch.optim.Optimizer | None
         self._sampler = sampler
         self._checkpoints = checkpoints
@@ -233,7 +237,7 @@ class LMMTrainer(Trainer):
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # else Trainer has called it already
             self._load_from_checkpoint(resume_from_checkpoint)
         rounds = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
-        shares = own_shares(trained(self.model)) if rounds else {}
+        shares = self._spread(rounds) if self._spreads else own_shares(trained(self.model)) if rounds else {}
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         if rounds:
             Partitioned(model).put_weights(trained(self.model), shares)
@@ -248,6 +252,10 @@ class LMMTrainer(Trainer):
 
             model.step = checked_step
         return model, loader
+
+    def _spread(self, rounds: bool) -> dict[str, Tensor]:
+        dtype = (torch.bfloat16 if self.args.bf16 else torch.float16) if rounds else None
+        return spread(self.model, self.args.deepspeed, dtype, self.args.device)
 
     # ------------------------------------------------------------------------------------------ optimiser
 

@@ -59,3 +59,23 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"config\.json is missing"):
         load_model(tmp_path, [])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_llm_without_weights_has_shapes_and_what_is_computed_and_no_memory(tmp_path: Path, tied: bool) -> None:
+    loaded = tiny_loaded()
+    if tied:
+        loaded.model.llm.config.tie_word_embeddings = True
+        loaded.model.llm.tie_weights()
+    save_model(loaded, tmp_path / "model", None, {})
+    whole, shapes = (
+        load_model(tmp_path / "model", []).model,
+        load_model(tmp_path / "model", [], llm_weights=False).model,
+    )
+    assert [name for name, _ in shapes.named_parameters()] == [name for name, _ in whole.named_parameters()]
+    assert all(parameter.is_meta for parameter in shapes.llm.parameters())
+    assert not any(p.is_meta for part in (shapes.vision_tower, shapes.connector) for p in part.parameters())
+    for (name, one), other in zip(shapes.named_parameters(), whole.parameters(), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), name
+    for (name, one), other in zip(shapes.named_buffers(), whole.buffers(), strict=True):
+        assert torch.equal(one, other), name

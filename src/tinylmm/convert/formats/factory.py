@@ -113,7 +113,9 @@ def obstacles(export: Export) -> list[str]:
             f"give {' and '.join(missing)} (a hub id such as microsoft/phi-2, or a folder)."
         )
     if loaded.model.tiled:
-        reasons.append("its images are seen in tiles (anyres), whose newline the Factory's connector has no tensor for.")
+        reasons.append(
+            "its images are seen in tiles (anyres), whose newline the Factory's connector has no tensor for."
+        )
     try:
         fields_of_spec(loaded.description.connector)
     except UserError as error:
