@@ -11,9 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from tinylmm.training.ranks import rank
-from tinylmm.training.state import owner_ranks, trained
+from tinylmm.training.state import own_shares, owner_ranks, trained
+
+
+def exact_shares(model: nn.Module, arguments: TrainingArguments, spreads: bool) -> dict[str, Tensor]:
+    """What `state.Partitioned.put_weights` takes, before DeepSpeed has the model; every rank must call it.
+
+    Args:
+        spreads: spread the model, too (see `spread`).
+    """
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    if spreads:
+        return spread(model, arguments.deepspeed, dtype, arguments.device)
+    return {} if dtype is None else own_shares(trained(model))
 
 
 def spread(

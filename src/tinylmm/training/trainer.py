@@ -36,17 +36,8 @@ from tinylmm.training.dataset import start_reader
 from tinylmm.training.pipes import Packed, needs_pipes, readahead, unpack
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
-from tinylmm.training.sharding import spread
-from tinylmm.training.state import (
-    Partitioned,
-    Replicated,
-    Source,
-    load_state,
-    load_weights,
-    own_shares,
-    save_state,
-    trained,
-)
+from tinylmm.training.sharding import exact_shares
+from tinylmm.training.state import Partitioned, Replicated, Source, load_state, load_weights, save_state, trained
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +228,7 @@ class LMMTrainer(Trainer):
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # else Trainer has called it already
             self._load_from_checkpoint(resume_from_checkpoint)
         rounds = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
-        shares = self._spread(rounds) if self._spreads else own_shares(trained(self.model)) if rounds else {}
+        shares = exact_shares(self.model, self.args, self._spreads) if self.is_deepspeed_enabled else {}
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         if rounds:
             Partitioned(model).put_weights(trained(self.model), shares)
@@ -252,10 +243,6 @@ class LMMTrainer(Trainer):
 
             model.step = checked_step
         return model, loader
-
-    def _spread(self, rounds: bool) -> dict[str, Tensor]:
-        dtype = (torch.bfloat16 if self.args.bf16 else torch.float16) if rounds else None
-        return spread(self.model, self.args.deepspeed, dtype, self.args.device)
 
     # ------------------------------------------------------------------------------------------ optimiser
 
