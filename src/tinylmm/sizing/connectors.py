@@ -73,7 +73,7 @@ def _pixel_shuffle(vision: int, llm: int, tokens: int, options: dict[str, Any]) 
     factor = int(options.get("factor", 2))
     width, left = vision * factor**2, tokens // factor**2
     norm: list[Layer] = [Norm(width, rows=left, bias=True, fused=True)] if options.get("norm", True) else []
-    return norm, _mlp_blocks(width, llm, left, {"depth": options.get("depth", 2)}), [], left
+    return norm, mlp(width, llm, int(options.get("depth", 2)), left, "gelu", source=not norm), [], left
 
 
 def _pooled(tokens: int, options: dict[str, Any]) -> int:

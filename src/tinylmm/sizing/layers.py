@@ -184,9 +184,11 @@ class Part:
         yield from self.tail
 
 
-def mlp(inputs: int, outputs: int, depth: int, rows: int, activation: str) -> list[tuple[Layer, ...]]:
+def mlp(
+    inputs: int, outputs: int, depth: int, rows: int, activation: str, source: bool = True
+) -> list[tuple[Layer, ...]]:
     """Linear(inputs, outputs), then depth - 1 times activation and Linear(outputs, outputs): a block each."""
-    blocks: list[tuple[Layer, ...]] = [(Linear("0", inputs, outputs, rows=rows, source=True),)]
+    blocks: list[tuple[Layer, ...]] = [(Linear("0", inputs, outputs, rows=rows, source=source),)]
     for number in range(1, depth):
         blocks.append((Elementwise(activation, outputs, rows), Linear(str(2 * number), outputs, outputs, rows=rows)))
     return blocks
