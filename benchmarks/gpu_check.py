@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tinylmm.planning.estimate import parts_of
 
 from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
@@ -26,7 +27,6 @@ from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.planning.graph import build_graph
 from tinylmm.planning.specs import TrainStage
-from tinylmm.planning.estimate import parts_of
 from tinylmm.sizing.flops import Flops, Sample, sample_flops
 from tinylmm.sizing.layers import Part
 from tinylmm.training.arguments import peak_learning_rates

@@ -2,8 +2,9 @@
 
     python -m benchmarks.planner
 
-Every case runs in a process of its own: random weights, two optimiser steps, peak resident memory over what was there
-before the model was built. FLOPs are held to PyTorch's own count by tests/unit/sizing/test_flops.py. Writes benchmarks/results/planner.json.
+Every case runs in a process of its own: random weights, two optimiser steps, peak resident memory over what was there before
+the model was built. FLOPs are held to PyTorch's own count by tests/unit/sizing/test_flops.py. Writes
+benchmarks/results/planner.json.
 """
 
 from __future__ import annotations

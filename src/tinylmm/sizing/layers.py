@@ -162,6 +162,7 @@ class Part:
         depth: blocks that a fraction in `from_layer` is taken of; a tower's unused ones are counted in.
         width: of what comes out.
         tokens: that come out for an image; 0 for an LLM.
+        pixels: of a tower: numbers of an image that goes in.
         head: of an LLM: to the vocabulary, run at supervised positions alone.
         tied: whether the head's weight is the embedding.
     """
@@ -173,6 +174,7 @@ class Part:
     depth: int = 0
     width: int = 0
     tokens: int = 0
+    pixels: int = 0
     head: Linear | None = None
     tied: bool = False
 

@@ -177,13 +177,24 @@ def _logit_bytes(llm: Part, placed: Placement) -> float:
 
 def _activations(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: MicroBatch, placed: Placement) -> float:
     """Bytes kept for the backward pass, and those that it works with in its widest block."""
+    return sum(_kept(parts, tune, batch, placed))
+
+
+def _kept(
+    parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: MicroBatch, placed: Placement
+) -> tuple[float, float]:
     kept, working, flows = 0.0, 0.0, False
     units = {"vision_tower": batch.images, "connector": batch.features, "llm": batch.tokens}
     for name in PARTS:
         found = _part_kept(parts[name], tune[name], batch, units[name], placed, flows)
         kept, flows = kept + found.kept, found.flows
         working = max(working, found.working)
-    return kept + working
+    return kept, working
+
+
+def kept_bytes(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: MicroBatch, placed: Placement) -> float:
+    """Bytes kept for the backward pass alone, of which a step's time depends."""
+    return _kept(parts, tune, batch, placed)[0]
 
 
 @dataclass(frozen=True)

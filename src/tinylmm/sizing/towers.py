@@ -77,7 +77,8 @@ def _encoder(kind: str, config: Mapping[str, Any], output: TowerOutputShape) -> 
     dropped = (prefix if output.select == "patch" else 0) + int(output.drop_first_token)
     tokens = patches + prefix - dropped
     tail = _unreached(kind, config, width)
-    return Part(stem, (block,) * run, (), unreached=tail, depth=depth, width=width, tokens=tokens)
+    pixels = int(config.get("num_channels", 3)) * output.image_size**2
+    return Part(stem, (block,) * run, (), tail, depth=depth, width=width, tokens=tokens, pixels=pixels)
 
 
 _REGISTERS = {"dinov2_with_registers": 4, "dinov3_vit": 0}
