@@ -47,14 +47,19 @@ def _trainings(rows: list[dict[str, Any]]) -> Table:
 def _memory(rows: list[dict[str, Any]]) -> Table:
     """Launches that rows have in common stand in one column."""
     names = list(dict.fromkeys(name for row in rows for name in row["memory"]))
-    table = Table("training", *names, title="Memory of one device; * as this run is launched", title_justify="left")
+    table = Table(
+        "training",
+        *names,
+        title="Memory of one device; * as this run is launched, ! more than there is",
+        title_justify="left",
+    )
     for row in rows:
         cells = []
         for name in names:
             memory = row["memory"].get(name)
             colour = "" if memory is None else {True: "green", False: "red", None: ""}[memory["fits"]]
             said = "" if memory is None else _bytes(memory["total"]) + (" *" if name == row["launch"] else "")
-            said += " too much" if memory is not None and memory["fits"] is False else ""
+            said += " !" if memory is not None and memory["fits"] is False else ""
             cells.append(Text(said, colour))
         table.add_row(row["stage"], *cells)
     return table

@@ -254,9 +254,13 @@ def _layer_kept(tuned: Tuned, placed: Placement, behind_attention: bool) -> floa
 
 def _linear_kept(tuned: Tuned, layer: Linear, placed: Placement, behind_attention: bool) -> float:
     narrow = float(placed.compute_bytes)
+    casts = (
+        placed.on_gpu and placed.compute_bytes < 4
+    )  # autocast gives each layer a copy of its own of what a norm gives
+    held = behind_attention or (layer.shared and not casts)
     if tuned.rank:
-        return layer.rows * narrow * (tuned.rank + (0 if layer.shared or behind_attention else layer.inputs))
-    if not tuned.trained or layer.shared or behind_attention:
+        return layer.rows * narrow * (tuned.rank + (0 if held else layer.inputs))
+    if not tuned.trained or held:
         return 0.0
     return layer.rows * layer.inputs * narrow
 
