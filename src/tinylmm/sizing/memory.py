@@ -134,18 +134,17 @@ def step_memory(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: Micr
     if placed.sharding == "ddp":
         gradients *= 2  # and the buckets that ranks exchange
     caches += batch.images * batch.pixels * 4.0
-    activations = _activations(parts, tune, batch, placed)
+    kept, working = _kept(parts, tune, batch, placed)
+    activations = kept + working
     logits = min(batch.supervised, CHUNK) * _logit_bytes(parts["llm"], placed)
     if not placed.accumulates and not placed.sharding.startswith("zero"):
-        activations, logits, gradients = _one_after_another(activations, logits, gradients)
+        if activations + logits > gradients + working:  # the last gradient comes when the last activation is gone
+            gradients = 0.0
+        else:
+            activations, logits = working, 0.0
     passing = gradients + activations + logits
     fragmentation = FRAGMENTED * passing + CONTEXT if placed.on_gpu else 0.0
     return Memory(weights, gradients, optimizer, activations, logits, caches, fragmentation)
-
-
-def _one_after_another(activations: float, logits: float, gradients: float) -> tuple[float, float, float]:
-    """What is there at the peak, where the last gradient comes when the last activation is gone."""
-    return (activations, logits, 0.0) if activations + logits > gradients else (0.0, 0.0, gradients)
 
 
 def _held(part: Part, tune: Tune, placed: Placement) -> float:
@@ -175,14 +174,10 @@ def _logit_bytes(llm: Part, placed: Placement) -> float:
     return llm.head.outputs * float(LOSS + narrow) + llm.width * placed.compute_bytes
 
 
-def _activations(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: MicroBatch, placed: Placement) -> float:
-    """Bytes kept for the backward pass, and those that it works with in its widest block."""
-    return sum(_kept(parts, tune, batch, placed))
-
-
 def _kept(
     parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: MicroBatch, placed: Placement
 ) -> tuple[float, float]:
+    """Bytes kept for the backward pass, and those that it works with in its widest block."""
     kept, working, flows = 0.0, 0.0, False
     units = {"vision_tower": batch.images, "connector": batch.features, "llm": batch.tokens}
     for name in PARTS:
@@ -193,7 +188,7 @@ def _kept(
 
 
 def kept_bytes(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: MicroBatch, placed: Placement) -> float:
-    """Bytes kept for the backward pass alone, of which a step's time depends."""
+    """Bytes kept for the backward pass alone, by which a step's time goes."""
     return _kept(parts, tune, batch, placed)[0]
 
 
