@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.cores import usable_cores
 from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import LaunchSpec, RunSpec
 from tinylmm.planning.lengths import Lengths, assumed_lengths, read_lengths
@@ -166,7 +167,16 @@ class Training:
         state = trained * (8.0 + placed.optimizer_bytes)
         if placed.sharding.startswith("zero"):
             state /= placed.ranks
-        return StepCost(flops * samples, kept, state).seconds(self.device.card)
+        return max(
+            StepCost(flops * samples, kept, state).seconds(self.device.card), self._reading_seconds(placed.ranks)
+        )
+
+    def _reading_seconds(self, ranks: int) -> float:
+        """Of reading a step's images beside it, where this machine's rate was measured; 0 where features are kept."""
+        rate = None if self.device.card is None else self.device.card.images_per_s
+        if rate is None or self.cached:
+            return 0.0
+        return self.stage.global_batch * self.lengths.images / (rate * max(usable_cores(), ranks))
 
     def first_pass_seconds(self) -> float:
         """Of computing the features that are kept, on all ranks together."""

@@ -134,8 +134,8 @@ def _assumptions(run: RunSpec, stages: Sequence[dict[str, Any]]) -> list[str]:
         )
     if any(row["seconds_a_step"] is not None for row in stages):
         found.append(
-            "time: fitted to trainings measured on one H200, met there within a quarter; reading images, and what ranks send "
-            "each other, come on top."
+            "time: fitted to trainings measured on one H200, met there within a quarter, and not checked on other devices; "
+            "what ranks send each other comes on top, and reading images where no doctor --calibrate has measured it."
         )
     return found
 

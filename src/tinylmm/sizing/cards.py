@@ -27,6 +27,7 @@ class Card:
         matmul_flops: FLOP/s that a large matrix product reaches in the type that it trains in.
         copy_bytes: bytes a second that its memory reads and writes.
         source: where the figures come from.
+        images_per_s: that one process reads; None where nobody measured it.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Card:
     matmul_flops: float
     copy_bytes: float
     source: str
+    images_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,5 +129,5 @@ def this_machine(gpus: Sequence[str] | None = None) -> Card | None:
     device = names[0] if names else "cpu"
     if (measured := read_calibration(device)) is not None:
         rates = (measured.memory_bytes, measured.matmul_flops, measured.copy_bytes)
-        return Card("this machine", device, *rates, "measured here by tinylmm doctor --calibrate")
+        return Card("this machine", device, *rates, "measured by tinylmm doctor --calibrate", measured.images_per_s)
     return card_named(device)
