@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tinylmm.planning.estimate import parts_of
 
 from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
@@ -26,6 +25,7 @@ from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.planning.graph import build_graph
+from tinylmm.planning.shapes import shapes_of
 from tinylmm.planning.specs import TrainStage
 from tinylmm.sizing.flops import Flops, Sample, sample_flops
 from tinylmm.sizing.layers import Part
@@ -56,8 +56,7 @@ def main() -> int:
         parts = (PartSource(first.llm), PartSource(first.vision_tower), first.connector, first.tower_output)
         model = build_lmm(*parts, template=run.llm.template, seed=0, trust=[])
     model.set_attention(choose_attention("auto", first.precision, torch.device("cuda", torch.cuda.current_device())))
-    shapes = parts_of(run, next(iter(run.recipe.stages)))
-    rows = [measure(model, name, spec, shapes) for name, spec in train.items()]
+    rows = [measure(model, name, spec, shapes_of(run, name).parts) for name, spec in train.items()]
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "stages": rows}
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for row in rows:
@@ -97,7 +96,9 @@ def measure(model: LMM, name: str, spec: TrainStage, shapes: Mapping[str, Part])
     torch.cuda.synchronize()
     rate = STEPS * shape["micro_batch"] / (time.perf_counter() - begin)
     sample = Sample.of_length(shape["text_tokens"] + model.image_tokens, shape["supervised"])
-    flops = sum(sample_flops(shapes, spec.tune.as_plain(), sample).values(), Flops()).total
+    flops = sum(
+        sample_flops(shapes, spec.tune.model_dump(mode="json", exclude_none=True), sample).values(), Flops()
+    ).total
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), float("nan"))
     return {
         "stage": name,

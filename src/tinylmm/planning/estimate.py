@@ -100,7 +100,7 @@ class Training:
     @property
     def cached(self) -> bool:
         """Whether the tower's features are computed once and kept."""
-        if not self.launch.cache_features or self.tune["vision_tower"] != "frozen" or self.cached_bytes is None:
+        if not self.launch.cache_features or self.stage.tune.vision_tower != "frozen" or self.cached_bytes is None:
             return False
         return self.cached_bytes <= self.launch.cache_features_gib * GIB
 

@@ -12,6 +12,7 @@ from tinylmm.planning.advice import advice, chosen, fitting_cards, gib, launches
 from tinylmm.planning.estimate import PADDING, Training, disk_bytes
 from tinylmm.planning.planner import RunPlan, stage_status
 from tinylmm.planning.shapes import TYPICAL_IMAGE, where_from
+from tinylmm.planning.specs import TrainStage
 from tinylmm.sizing.layers import UnknownShapeError
 from tinylmm.sizing.memory import CONTEXT, FRAGMENTED, GIB
 from tinylmm.sizing.parameters import total_parameters, trained_parameters
@@ -55,7 +56,7 @@ def training_of(plan: RunPlan, stage: Stage) -> Training:
 
 def _prepared(plan: RunPlan, stage: Stage) -> list[tuple[Path, float]]:
     """Output of the stages that prepare a training's sources, each with its weight; empty where one is not done."""
-    store, weights = Store(plan.run.store), stage.spec.get("mixture") or [1.0]
+    store, weights = Store(plan.run.store), TrainStage.model_validate(stage.spec).mixture or [1.0]
     roles = ["prepared"] if len(weights) == 1 else [f"prepared.{number}" for number in range(len(weights))]
     parents = [plan.graph[stage.parents[role]] for role in roles]
     if not all(map(store.is_complete, parents)):
