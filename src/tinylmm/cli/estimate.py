@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+IN_DETAIL = 4
+"""Trainings up to which each is spoken of part by part; of a larger sweep, only what does not fit."""
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -18,7 +21,7 @@ def show_estimate(console: Console, estimate: dict[str, Any]) -> None:
         console.print(_trainings(rows))
         console.print(_memory(rows))
         for row in rows:
-            _say_of(console, row)
+            _say_of(console, row, _name(row, rows), len(rows) <= IN_DETAIL)
         console.print(_total(estimate), highlight=False)
     for kind, sentences in (("assumed", estimate["assumptions"]), ("unknown", estimate["unknown"])):
         for sentence in sentences:
@@ -34,7 +37,7 @@ def _trainings(rows: list[dict[str, Any]]) -> Table:
         flops = sum(part["forward"] + part["backward"] for part in row["flops_a_sample"].values())
         assumed = "~" if row["lengths"].startswith("assumed") else ""
         table.add_row(
-            row["stage"],
+            _name(row, rows),
             f"{_short(trained)} of {_short(total)}",
             f"{assumed}{row['tokens_a_sample']:.0f}",
             _short(flops),
@@ -61,29 +64,42 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
             said = "" if memory is None else _bytes(memory["total"]) + (" *" if name == row["launch"] else "")
             said += " !" if memory is not None and memory["fits"] is False else ""
             cells.append(Text(said, colour))
-        table.add_row(row["stage"], *cells)
+        table.add_row(_name(row, rows), *cells)
     return table
 
 
-def _say_of(console: Console, row: dict[str, Any]) -> None:
-    console.print(f"{row['stage']}:", style="bold", highlight=False)
-    for name, size in row["parameters"].items():
-        flops = row["flops_a_sample"][name]
-        once = ", run once: its features are kept" if name == "vision_tower" and row["features_cached"] else ""
-        console.print(
-            f"  {name}: {_short(size['trained'])} of {_short(size['total'])} parameters trained, "
-            f"{_short(flops['forward'])} FLOP forward and {_short(flops['backward'])} backward{once}",
-            highlight=False,
-        )
-    own = row["memory"][row["launch"]]
-    terms = ", ".join(f"{k} {_bytes(v)}" for k, v in own.items() if k not in ("total", "fits") and v)
-    disk = ", ".join(f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in row["disk"].items() if size)
-    console.print(f"  memory of {row['launch']}: {terms}", highlight=False)
-    console.print(f"  disk: {disk}", highlight=False)
+def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The training's name, with its digest where another of the sweep is called so too."""
+    alone = sum(other["stage"] == row["stage"] for other in rows) == 1
+    return str(row["stage"]) if alone else f"{row['stage']} {row['digest'][:8]}"
+
+
+def _say_of(console: Console, row: dict[str, Any], name: str, in_detail: bool) -> None:
+    if not in_detail and not row["advice"]:
+        return
+    console.print(f"{name}:", style="bold", highlight=False)
+    if in_detail:
+        for sentence in _details(row):
+            console.print(f"  {sentence}", highlight=False)
     if row["advice"]:
         console.print(f"  does not fit; {row['advice']}", style="yellow", highlight=False)
     if row["device"] is None and row["fitting_cards"]:
         console.print(f"  fits on: {', '.join(row['fitting_cards'])}", highlight=False)
+
+
+def _details(row: dict[str, Any]) -> Iterator[str]:
+    for name, size in row["parameters"].items():
+        flops = row["flops_a_sample"][name]
+        once = ", run once: its features are kept" if name == "vision_tower" and row["features_cached"] else ""
+        yield (
+            f"{name}: {_short(size['trained'])} of {_short(size['total'])} parameters trained, "
+            f"{_short(flops['forward'])} FLOP forward and {_short(flops['backward'])} backward{once}"
+        )
+    own = row["memory"][row["launch"]]
+    terms = ", ".join(f"{k} {_bytes(v)}" for k, v in own.items() if k not in ("total", "fits") and v)
+    disk = ", ".join(f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in row["disk"].items() if size)
+    yield f"memory of {row['launch']}: {terms}"
+    yield f"disk: {disk}"
 
 
 def _total(estimate: dict[str, Any]) -> str:

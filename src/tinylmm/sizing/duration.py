@@ -1,8 +1,8 @@
 """How long a training step takes: products at the rate that a device reaches, all else by the memory it reads and writes.
 
 The one constant, PASSES, was fitted to eleven trainings of this project measured on one H200 (three LLMs of 0.5 to 2.8 billion
-parameters, micro-batches of 16 to 64, both stages but Phi-2's second): it gives 0.87 to 1.22 of what they took. With micro-batches
-of 8 a GPU waits for its host, and trainings took up to 1.9 times as long. What ranks send each other is not in it.
+parameters, micro-batches of 16 to 64): it gives 0.87 to 1.22 of what they took. With micro-batches of 8 a GPU waits for its
+host, and trainings took up to 1.9 times as long. What ranks send each other is not in it.
 """
 
 from __future__ import annotations
