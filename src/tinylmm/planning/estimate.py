@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from tinylmm.config.cores import usable_cores
 from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import LaunchSpec, RunSpec
-from tinylmm.planning.lengths import Lengths, assumed_lengths, read_lengths
+from tinylmm.planning.lengths import Lengths, Prepared, assumed_lengths, read_lengths
 from tinylmm.planning.shapes import Shapes, shapes_of
 from tinylmm.sizing.cards import Card, cards, gpu_names, this_machine
 from tinylmm.sizing.duration import StepCost
@@ -63,12 +62,12 @@ class Training:
     optimizer: str | None
 
     @classmethod
-    def of(cls, run: RunSpec, name: str, prepared: Sequence[tuple[Path, float]]) -> Training:
+    def of(cls, run: RunSpec, name: str, prepared: Sequence[Prepared]) -> Training:
         """Gather it from the run's spec.
 
         Args:
             name: of the recipe's stage.
-            prepared: output of the stages that prepare its sources, each with its weight; empty where they are not done.
+            prepared: its sources; empty where they are not all prepared yet.
 
         Raises:
             UnknownShapeError: what a part looks like is not known.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tinylmm.config.spec import RunSpec
 from tinylmm.planning.advice import advice, chosen, fitting_cards, gib, launches
 from tinylmm.planning.estimate import PADDING, Training, disk_bytes
+from tinylmm.planning.lengths import Prepared
 from tinylmm.planning.planner import RunPlan, stage_status
 from tinylmm.planning.shapes import TYPICAL_IMAGE, where_from
 from tinylmm.planning.specs import TrainStage
 from tinylmm.sizing.layers import UnknownShapeError
 from tinylmm.sizing.memory import CONTEXT, FRAGMENTED, GIB
 from tinylmm.sizing.parameters import total_parameters, trained_parameters
+from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import OUTPUT_FOLDER
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
@@ -54,14 +55,17 @@ def training_of(plan: RunPlan, stage: Stage) -> Training:
     return Training.of(plan.run, stage.name, _prepared(plan, stage))
 
 
-def _prepared(plan: RunPlan, stage: Stage) -> list[tuple[Path, float]]:
-    """Output of the stages that prepare a training's sources, each with its weight; empty where one is not done."""
+def _prepared(plan: RunPlan, stage: Stage) -> list[Prepared]:
+    """The prepared sources of a training; empty where one is not done."""
     store, weights = Store(plan.run.store), TrainStage.model_validate(stage.spec).mixture or [1.0]
     roles = ["prepared"] if len(weights) == 1 else [f"prepared.{number}" for number in range(len(weights))]
     parents = [plan.graph[stage.parents[role]] for role in roles]
     if not all(map(store.is_complete, parents)):
         return []
-    return [(store.folder(one) / OUTPUT_FOLDER, weight) for one, weight in zip(parents, weights, strict=True)]
+    folders = [store.folder(parent) for parent in parents]
+    summaries = [read_manifest(folder)["summary"] for folder in folders]
+    learnt = [summary["supervised_tokens"] / max(summary["samples"], 1) for summary in summaries]
+    return [Prepared(folder / OUTPUT_FOLDER, *rest) for folder, *rest in zip(folders, weights, learnt, strict=True)]
 
 
 def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
         "digest": stage.digest,
         "status": stage_status(plan.run.store, stage),
         "device": None if card is None else asdict(card),
-        "shapes": {"llm": where_from(plan.run.llm), "vision_tower": where_from(plan.run.vision_tower)},
+        "shapes": {part: where_from(plan.run, part) for part in ("llm", "vision_tower")},
         "parameters": {
             name: {"total": total_parameters(part), "trained": trained_parameters(part, training.tune[name])}
             for name, part in training.parts.items()

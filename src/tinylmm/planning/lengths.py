@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tinylmm.constants import IGNORE_INDEX
+from tinylmm.sizing.layers import UnknownShapeError
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,35 @@ class Lengths:
     read: bool
 
 
-def read_lengths(prepared: Sequence[tuple[Path, float]], image_tokens: int, max_length: int) -> Lengths:
-    """Lengths of prepared sources: the output folder of each, and how often an epoch has each of its samples."""
-    tables = [_table(folder) for folder, _ in prepared]
-    counts = np.concatenate([np.full(len(table), weight) for table, (_, weight) in zip(tables, prepared, strict=True)])
-    text, learnt, images = np.concatenate(tables).T.astype(np.float64)
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared source.
+
+    Attributes:
+        folder: output of its prepare stage.
+        weight: how often an epoch has each of its samples.
+        supervised: mean of the positions of a sample that are learnt, as the stage's summary has it.
+    """
+
+    folder: Path
+    weight: float
+    supervised: float
+
+
+def read_lengths(sources: Sequence[Prepared], image_tokens: int, max_length: int) -> Lengths:
+    """Lengths of prepared sources: of each sample how long it is, not what is in it.
+
+    Raises:
+        UnknownShapeError: a file of theirs is damaged.
+    """
+    tables = [_table(source.folder) for source in sources]
+    counts, learnt = (
+        np.concatenate([np.full(len(table), value) for table, value in zip(tables, values, strict=True)])
+        for values in ([source.weight for source in sources], [source.supervised for source in sources])
+    )
+    text, images = np.concatenate(tables).T.astype(np.float64)
     tokens = np.minimum(text + images * (image_tokens - 1), max_length)
-    total = counts.sum()
+    total = max(counts.sum(), 1e-9)
     mean, squared = float((tokens * counts).sum() / total), float((tokens**2 * counts).sum() / total)
     return Lengths(
         samples=round(total),
@@ -57,27 +79,31 @@ def read_lengths(prepared: Sequence[tuple[Path, float]], image_tokens: int, max_
 
 
 def _table(folder: Path) -> np.ndarray:
-    """(samples, 3): ids, supervised ids and images of each prepared sample."""
-    import pyarrow as pa
+    """(samples, 2): ids and images of each prepared sample."""
     import pyarrow.compute as pc
 
-    rows = []
-    for batch in _batches(sorted((folder / "samples").glob("*.arrow"))):
-        ids, labels, images = (batch.column(name) for name in ("input_ids", "labels", "images"))
-        lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
-        learnt = pc.not_equal(labels.flatten(), pa.scalar(IGNORE_INDEX, labels.type.value_type))
-        parents = pc.list_parent_indices(labels).to_numpy(zero_copy_only=False)
-        counted = np.bincount(parents[learnt.to_numpy(zero_copy_only=False)], minlength=len(lengths))
-        rows.append(np.stack([lengths, counted, pc.list_value_length(images).to_numpy(zero_copy_only=False)], axis=1))
-    return np.concatenate(rows) if rows else np.zeros((0, 3))
+    rows = [
+        np.stack(
+            [
+                pc.list_value_length(batch.column(name)).to_numpy(zero_copy_only=False)
+                for name in ("input_ids", "images")
+            ],
+            axis=1,
+        )
+        for batch in _batches(sorted((folder / "samples").glob("*.arrow")))
+    ]
+    return np.concatenate(rows) if rows else np.zeros((0, 2))
 
 
 def _batches(files: Sequence[Path]) -> Iterator[Any]:
     import pyarrow as pa
 
     for file in files:
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
-            yield from reader
+        try:
+            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+                yield from reader
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UnknownShapeError(f"the prepared samples in {file} cannot be read ({error})") from error
 
 
 def assumed_lengths(

@@ -80,8 +80,11 @@ def _architecture(role: str, part: PretrainedPart) -> dict[str, object]:
     return config
 
 
-def where_from(part: PretrainedPart) -> str:
-    """Where the shape of a part comes from, in words."""
+def where_from(run: RunSpec, role: str) -> str:
+    """Where the shape of a run's LLM or vision tower comes from, in words."""
+    part: PretrainedPart = getattr(run, role)
+    if run.recipe.from_model is not None:
+        return f"of the model {run.recipe.from_model}"
     if part.init != "pretrained":
         return f"as {part.name}'s YAML has it"
     return f"as published ({part.name}'s YAML)" if part.architecture else f"config.json of {part.pretrained}"

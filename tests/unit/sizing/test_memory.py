@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks import planner
 from tests.builders import build, tuning
 from tests.unit.models import test_product as product
 from tests.unit.sizing.test_flops import SUPERVISED, TEXT, TUNES
@@ -80,6 +82,15 @@ def test_checkpointing_and_flash_attention_keep_less() -> None:
 def test_a_card_has_a_context_and_a_cpu_none() -> None:
     assert memory().fragmentation > CONTEXT
     assert memory(on_gpu=False).fragmentation == 0
+
+
+@pytest.mark.parametrize("name", planner.cases())
+def test_the_measured_peaks_are_predicted_to_a_fifth(name: str) -> None:
+    """Of the record that `python -m benchmarks.planner` has written: what was measured there, and what is predicted now."""
+    measured = json.loads(planner.RESULT.read_text(encoding="utf-8"))["cases"][name]["measured_mib"]
+    llm, tune, accumulation, checkpointing = planner.cases()[name]
+    found = planner.predict(planner.spec_of(llm), planner.TUNES[tune], accumulation, checkpointing)
+    assert found.total / 2**20 == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.parametrize("tune", ["pretrain", "finetune", "share", "lora"])
