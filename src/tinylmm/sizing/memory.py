@@ -149,22 +149,18 @@ def step_memory(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: Micr
 
 def _held(part: Part, tune: Tune, placed: Placement) -> float:
     """Bytes of a part's own weights on a device that holds all of them."""
-    total, trained = total_parameters(part), trained_parameters(part, tune)
-    adapter = adapter_of(tune)
-    if placed.sharding.startswith("zero"):
-        return (total + (trained if adapter else 0)) * float(placed.compute_bytes)
-    if not placed.on_gpu:
-        return 4.0 * (total + (trained if adapter else 0))
-    if tune == "frozen":
-        return float(total * placed.compute_bytes)
+    total, trained, adapter = total_parameters(part), trained_parameters(part, tune), adapter_of(tune)
+    sharded = placed.sharding.startswith("zero")
+    narrow = float(placed.compute_bytes if placed.on_gpu or sharded else 4)
+    own = narrow if sharded else 4.0
     if adapter is None:
-        return 4.0 * total
+        return total * (narrow if tune == "frozen" else own)
     quantized = 0.0
     if isinstance(tune, Mapping) and tune.get("qlora"):
         bits, double = int(adapter.get("bits", 4)), bool(adapter.get("double_quant", True))
         held = sum(t.layer.parameters - t.layer.biases for t in tuned_layers(part, tune) if t.rank)
         quantized, total = held * QUANTIZED[bits, double], total - held
-    return quantized + total * placed.compute_bytes + 4.0 * trained
+    return quantized + total * narrow + own * trained
 
 
 def _logit_bytes(llm: Part, placed: Placement) -> float:
@@ -253,6 +249,8 @@ def _linear_kept(tuned: Tuned, layer: Linear, placed: Placement, behind_attentio
         placed.on_gpu and placed.compute_bytes < 4
     )  # autocast gives each layer a copy of its own of what a norm gives
     held = behind_attention or (layer.shared and not casts)
+    if tuned.rank and tuned.dropout:  # each adapter has a copy of its own, and what says which numbers it lacks
+        return layer.rows * (narrow * (tuned.rank + layer.inputs) + layer.inputs * (1.0 if placed.on_gpu else narrow))
     if tuned.rank:
         return layer.rows * narrow * (tuned.rank + (0 if held else layer.inputs))
     if not tuned.trained or held:

@@ -14,11 +14,12 @@ Tune = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tuned:
-    """A layer, whether its own weights are trained, and the rank of the adapter on it (0 for none)."""
+    """A layer, whether its own weights are trained, the rank of the adapter on it (0 for none), and if that drops inputs."""
 
     layer: Layer
     trained: bool
     rank: int = 0
+    dropout: bool = False
 
 
 def adapter_of(tune: Tune) -> Mapping[str, Any] | None:
@@ -51,7 +52,9 @@ def _tuned(layer: Layer, trained: bool, adapter: Mapping[str, Any] | None) -> Tu
         return Tuned(layer, trained and not (isinstance(layer, Weights) and not layer.reached))
     targets = adapter.get("targets", "all-linear")
     wanted = targets == "all-linear" or layer.name in [end.rpartition(".")[2] for end in targets]
-    return Tuned(layer, trained, int(adapter.get("r", 128)) if wanted else 0)
+    if not wanted:
+        return Tuned(layer, trained)
+    return Tuned(layer, trained, int(adapter.get("r", 128)), float(adapter.get("dropout", 0.05)) > 0)
 
 
 def total_parameters(part: Part) -> int:

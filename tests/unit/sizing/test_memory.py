@@ -17,7 +17,7 @@ from benchmarks import planner
 from tests.builders import build, tuning
 from tests.unit.models import test_product as product
 from tests.unit.sizing.test_flops import SUPERVISED, TEXT, TUNES
-from tests.unit.sizing.test_parameters import parts_of, written_out
+from tests.unit.sizing.test_parameters import LORA, parts_of, written_out
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.sizing.flops import PARTS
 from tinylmm.sizing.memory import BUCKET, CONTEXT, MicroBatch, Placement, kept_bytes, step_memory
@@ -93,11 +93,15 @@ def test_the_measured_peaks_are_predicted_to_a_fifth(name: str) -> None:
     assert found.total / 2**20 == pytest.approx(measured, rel=0.2)
 
 
-@pytest.mark.parametrize("tune", ["pretrain", "finetune", "share", "lora"])
+KEPT_TUNES = {name: TUNES[name] for name in ("pretrain", "finetune", "share", "lora")}
+KEPT_TUNES["lora_dropout"] = TUNES["lora"] | {"llm": {"lora": LORA["lora"] | {"dropout": 0.05}}}
+
+
+@pytest.mark.parametrize("tune", KEPT_TUNES)
 @pytest.mark.parametrize("llm", product.LLMS)
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(llm: str, tune: str) -> None:
     """Fp32 on the CPU, every storage once, without the parameters and the loss's own: to 15 % of these tiny models."""
-    spec, how = product.spec_of(llm, "siglip", "mlp"), TUNES[tune]
+    spec, how = product.spec_of(llm, "siglip", "mlp"), KEPT_TUNES[tune]
     spec["vision_tower"] |= {"select_layer": -1}
     spec["tower_output"] |= {"select_layer": -1}
     model = build(spec).train()
