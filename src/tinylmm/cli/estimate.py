@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinylmm.planning.advice import amount
+
 IN_DETAIL = 4
 """Trainings up to which each is spoken of part by part; of a larger sweep, only what does not fit."""
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -61,7 +63,7 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
         for name in names:
             memory = row["memory"].get(name)
             colour = "" if memory is None else {True: "green", False: "red", None: ""}[memory["fits"]]
-            said = "" if memory is None else _bytes(memory["total"]) + (" *" if name == row["launch"] else "")
+            said = "" if memory is None else amount(memory["total"]) + (" *" if name == row["launch"] else "")
             said += " !" if memory is not None and memory["fits"] is False else ""
             cells.append(Text(said, colour))
         table.add_row(_name(row, rows), *cells)
@@ -96,8 +98,8 @@ def _details(row: dict[str, Any]) -> Iterator[str]:
             f"{_short(flops['forward'])} FLOP forward and {_short(flops['backward'])} backward{once}"
         )
     own = row["memory"][row["launch"]]
-    terms = ", ".join(f"{k} {_bytes(v)}" for k, v in own.items() if k not in ("total", "fits") and v)
-    disk = ", ".join(f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in row["disk"].items() if size)
+    terms = ", ".join(f"{k} {amount(v)}" for k, v in own.items() if k not in ("total", "fits") and v)
+    disk = ", ".join(f"{name.replace('_', ' ')} {amount(size)}" for name, size in row["disk"].items() if size)
     yield f"memory of {row['launch']}: {terms}"
     yield f"disk: {disk}"
 
@@ -105,7 +107,7 @@ def _details(row: dict[str, Any]) -> Iterator[str]:
 def _total(estimate: dict[str, Any]) -> str:
     totals, device = estimate["totals"], estimate["stages"][0]["device"]
     shapes = ", ".join(dict.fromkeys(source for row in estimate["stages"] for source in row["shapes"].values()))
-    disk = f"{_bytes(totals['disk'])} of disk; shapes: {shapes}"
+    disk = f"{amount(totals['disk'])} of disk; shapes: {shapes}"
     if device is None:
         named = "launch.gpu (h100, h200, a100_80, ...), or measure this machine with tinylmm doctor --calibrate"
         return f"still to do: {disk}. For hours and money name a card with {named}."
@@ -128,7 +130,3 @@ def _short(number: float) -> str:
     """Three digits and a unit of thousands: 2.78G, 9.51M."""
     size, unit = next((row for row in UNITS if number >= row[0]), (1.0, ""))
     return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

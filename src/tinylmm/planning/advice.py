@@ -78,6 +78,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}"
 
 
+def amount(size: float) -> str:
+    """Bytes with a unit that shows them: 1.2 GiB, 36.3 MiB."""
+    return f"{gib(size)} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def _fit(training: Training, placed: Placement, micro_batch: int | None = None) -> Fit:
     memory = training.memory(placed, micro_batch or training.launch.micro_batch)
     card = training.device.card

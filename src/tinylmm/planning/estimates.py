@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tinylmm.config.spec import RunSpec
-from tinylmm.planning.advice import advice, chosen, fitting_cards, gib, launches
+from tinylmm.planning.advice import advice, amount, chosen, fitting_cards, launches
 from tinylmm.planning.estimate import PADDING, Training, disk_bytes
 from tinylmm.planning.lengths import Prepared
 from tinylmm.planning.planner import RunPlan, stage_status
@@ -153,9 +153,9 @@ def memory_words(plan: RunPlan, stage: Stage) -> str:
         smaller = max(1, plan.run.launch.micro_batch // 2)
         return f"tinylmm plan has no estimate of it ({error}). Set launch.micro_batch={smaller}."
     own, card = chosen(training), training.device.card
-    terms = ", ".join(f"{name} {gib(size)}" for name, size in asdict(own.memory).items() if size >= GIB / 20)
-    room = "" if card is None else f" of {gib(card.memory_bytes)}"
-    said = f"tinylmm plan predicts {gib(own.memory.total)}{room} GiB for {own.label} ({terms})."
+    terms = ", ".join(f"{name} {amount(size)}" for name, size in asdict(own.memory).items() if size)
+    room = "" if card is None else f" of {amount(card.memory_bytes)}"
+    said = f"tinylmm plan predicts {amount(own.memory.total)}{room} for {own.label} ({terms})."
     words = advice(training)
     if words:
         return f"{said} {words}"
