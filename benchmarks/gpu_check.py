@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning
 from tinylmm.planning.graph import build_graph
+from tinylmm.planning.shapes import shapes_of
 from tinylmm.planning.specs import TrainStage
-from tinylmm.sizing.flops import sample_flops
+from tinylmm.sizing.flops import Flops, Sample, sample_flops
+from tinylmm.sizing.layers import Part
 from tinylmm.training.arguments import peak_learning_rates
 
 RESULT = Path(__file__).parent / "results" / "gpu_check.json"
@@ -53,7 +56,7 @@ def main() -> int:
         parts = (PartSource(first.llm), PartSource(first.vision_tower), first.connector, first.tower_output)
         model = build_lmm(*parts, template=run.llm.template, seed=0, trust=[])
     model.set_attention(choose_attention("auto", first.precision, torch.device("cuda", torch.cuda.current_device())))
-    rows = [measure(model, name, spec) for name, spec in train.items()]
+    rows = [measure(model, name, spec, shapes_of(run, name).parts) for name, spec in train.items()]
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "stages": rows}
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for row in rows:
@@ -64,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def measure(model: LMM, name: str, spec: TrainStage) -> dict[str, Any]:
+def measure(model: LMM, name: str, spec: TrainStage, shapes: Mapping[str, Part]) -> dict[str, Any]:
     """Time steps of one stage on random samples of its typical length."""
     shape = STAGES[name]
     apply_tuning(model, spec.tune)
@@ -92,15 +95,10 @@ def measure(model: LMM, name: str, spec: TrainStage) -> dict[str, Any]:
         optimizer.zero_grad()
     torch.cuda.synchronize()
     rate = STEPS * shape["micro_batch"] / (time.perf_counter() - begin)
-    flops = sample_flops(
-        model.llm.config,
-        model.vision_tower.config,
-        len(model.vision_tower.blocks),
-        shape["text_tokens"] + model.image_tokens,
-        model.image_tokens,
-        shape["supervised"],
-        spec.tune.llm != "frozen",
-    )
+    sample = Sample.of_length(shape["text_tokens"] + model.image_tokens, shape["supervised"])
+    flops = sum(
+        sample_flops(shapes, spec.tune.model_dump(mode="json", exclude_none=True), sample).values(), Flops()
+    ).total
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), float("nan"))
     return {
         "stage": name,

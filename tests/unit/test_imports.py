@@ -88,6 +88,9 @@ def test_the_picture_of_the_rooms_is_that_of_the_code() -> None:
         "tinylmm.cli.train",
         "tinylmm.config.compose",
         "tinylmm.planning.planner",
+        "tinylmm.planning.estimates",
+        "tinylmm.cli.doctor",
+        "tinylmm.cli.estimate",
         "tinylmm.store.store",
     ],
 )

@@ -8,6 +8,7 @@ import typer
 
 from tinylmm.cli import convert, data, store
 from tinylmm.cli.chat import chat
+from tinylmm.cli.doctor import doctor
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.evaluate import evaluate
 from tinylmm.cli.plan import plan
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("plan")(plan)
+app.command("doctor")(doctor)
 app.command("runs")(store.runs)
 app.command("eval")(evaluate)
 app.command("report")(report)

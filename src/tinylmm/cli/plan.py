@@ -17,11 +17,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show which stages a run or a sweep would run, and which it would reuse."""
+    from tinylmm.cli.estimate import show_estimate
     from tinylmm.config.compose import compose_all, run_name
+    from tinylmm.planning.estimates import estimate_record
     from tinylmm.planning.planner import plan_record, plan_run
 
     plans = [plan_run(spec, run_name(spec), words) for words, spec in compose_all(overrides or [], multirun)]
-    record = plan_record(plans)
+    record = plan_record(plans) | {"estimate": estimate_record(plans)}
     if as_json:
         echo_json(record)
         return
@@ -31,6 +33,7 @@ def plan(
     if totals["runs"] > 1:
         shared = ", ".join(f"{n} of {totals['asked'][kind]} {kind}" for kind, n in totals["distinct"].items())
         console.print(f"{totals['runs']} runs; distinct stages: {shared}", highlight=False)
+    show_estimate(console, record["estimate"])
     for sentence in record["warnings"]:
         console.print(f"warning: {sentence}", highlight=False)
     for sentence in record["unknown"]:

@@ -321,6 +321,10 @@ class LaunchSpec(Frozen):
     """Most questions answered at once, and"""
     eval_tokens: Positive = 32768
     """most tokens, of prompts and answers, that this may take; about as many again are kept of images asked about."""
+    gpu: Literal["auto", "h100", "h200", "a100_80", "a100_40", "l40s", "rtx4090", "rtx3090"] = "auto"
+    """For `tinylmm plan` alone: the card it reckons with (`sizing/cards.yaml`); `auto` is this machine's."""
+    price: Annotated[float, Field(gt=0)] | None = None
+    """For `tinylmm plan` alone: money for an hour of one GPU, in any currency."""
 
     @model_validator(mode="before")
     @classmethod

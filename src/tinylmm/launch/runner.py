@@ -27,6 +27,7 @@ from tinylmm.errors import (
     worst_exit_code,
 )
 from tinylmm.launch.backends import LaunchBackend, make_backend
+from tinylmm.launch.memory import with_advice
 from tinylmm.launch.progress import StageProgress
 from tinylmm.launch.scheduler import in_order
 from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER, ShownFormatter
@@ -101,7 +102,7 @@ def execute(plan: RunPlan, console: Console) -> RunOutcome:
                 ledger.mark(stage, "reused" if seconds is None else "run", seconds)
                 ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
             except (KeyboardInterrupt, TinyLMMError) as failure:
-                errors.append(_noted(failure, stage, ledger))
+                errors.append(with_advice(_noted(failure, stage, ledger), plan, stage))
                 lost.add(stage.digest)
                 came_to_end = _others_go_on(stage, errors[-1])
                 if not came_to_end:

@@ -46,7 +46,7 @@ def choose_attention(wanted: str, precision: str, device: torch.device) -> str:
     """
     if wanted not in ("auto", FLASH):
         return wanted
-    reason = _why_no_flash(precision, device)
+    reason = why_no_flash(precision, device)
     if reason is None:
         return FLASH
     if wanted == FLASH:
@@ -54,7 +54,8 @@ def choose_attention(wanted: str, precision: str, device: torch.device) -> str:
     return "sdpa"
 
 
-def _why_no_flash(precision: str, device: torch.device) -> str | None:
+def why_no_flash(precision: str, device: torch.device) -> str | None:
+    """Why flash-attn cannot compute in a precision on a device, the end of a sentence; None where it can."""
     if precision == "fp32":
         return "the precision of this stage is fp32"
     if device.type != "cuda":

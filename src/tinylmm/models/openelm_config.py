@@ -7,30 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-
-def make_divisible(value: float, divisor: int) -> int:
-    """Round to the nearest multiple of `divisor`, never to 0 and never down by more than a tenth (MobileNet's rule)."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
-
-
-def per_layer(multipliers: float | Sequence[float], layers: int, what: str) -> list[float]:
-    """Return one multiplier a layer: a number is the same for all, two are the ends of a line, rounded to 0.01.
-
-    Raises:
-        ValueError: there are neither one, nor two, nor `layers` of them.
-    """
-    if isinstance(multipliers, int | float):
-        return [float(multipliers)] * layers
-    values = [float(value) for value in multipliers]
-    if len(values) == layers:
-        return values
-    if len(values) != 2:
-        raise ValueError(
-            f"{what} has {len(values)} numbers; give one, the first and the last, or one for each of {layers} layers"
-        )
-    step = (values[1] - values[0]) / max(1, layers - 1)
-    return [round(values[0] + step * layer, 2) for layer in range(layers)]
+from tinylmm.sizing.openelm import make_divisible, per_layer
 
 
 class OpenELMConfig(PreTrainedConfig):

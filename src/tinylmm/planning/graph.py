@@ -31,6 +31,8 @@ LOCAL_FOLDER = "(local folder)"
 """Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
 
+FOR_PLANS = {"gpu", "price"}
+"""Fields of `launch` that a plan reckons with and no stage reads."""
 ANY_POLICY = {"on_bad": "fail", "max_bad": 0}
 """Stands in every source's identity: what is done about bad records decides whether a run goes on, not what is read of the
 good ones. `planning/planner.py` holds reused stages to the policy asked for."""
@@ -116,7 +118,7 @@ class _Builder:
         self.fingerprints = fingerprints
         self.graph = StageGraph()
         self.settings: Fields = {
-            "launch": _dump(run.launch),
+            "launch": _dump(run.launch, exclude=FOR_PLANS),
             "tracking": _dump(run.tracking),
             "trust": list(run.trust),
         }

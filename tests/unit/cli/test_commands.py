@@ -26,7 +26,7 @@ def test_train_help_lists_groups_and_exit_codes(tmp_path: Path) -> None:
 def test_tinylmm_help_lists_the_commands(tmp_path: Path) -> None:
     done = run("tinylmm.cli.main", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("plan", "runs", "report", "score", "store"):
+    for word in ("plan", "doctor", "runs", "report", "score", "store"):
         assert word in done.stdout
 
 
@@ -40,6 +40,36 @@ def test_plan_as_a_table_says_what_is_to_do(tmp_path: Path) -> None:
     done = run("tinylmm.cli.main", "plan", "-m", "seed=1,2", cwd=tmp_path)
     assert done.returncode == 0
     assert "2 runs" in done.stdout and "todo" in done.stdout
+
+
+def test_a_plan_says_what_each_training_takes(tmp_path: Path) -> None:
+    words = ("llm=phi2", "vt=siglip", "eval=none", "launch.gpu=rtx4090", "launch.price=0.5")
+    done = run("tinylmm.cli.main", "plan", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    for words_said in (
+        "llm: 2.78G of 2.78G parameters trained",
+        "does not fit; launch.micro_batch=2 fits: ",
+        "in money on NVIDIA GeForce RTX 4090",
+        "as published (phi2's YAML)",
+        "assumed: tokens and images",
+    ):
+        assert words_said in said
+
+
+def test_a_sweep_tells_trainings_of_one_name_apart(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.main", "plan", "-m", "seed=1,2", "recipe=base,share", cwd=tmp_path)
+    plan = run("tinylmm.cli.main", "plan", "-m", "seed=1,2", "recipe=base,share", "--json", cwd=tmp_path)
+    rows = json.loads(plan.stdout)["estimate"]["stages"]
+    assert len(rows) == 8
+    assert all(row["digest"][:8] in done.stdout for row in rows)
+
+
+def test_doctor_says_why_a_fast_path_is_off(tmp_path: Path) -> None:
+    done = run("tinylmm.cli.main", "doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fast paths:" in done.stdout and "packing" in done.stdout and "GiB free" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hydra_shows_the_composed_config(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ LAUNCH = {
     "zero3_whole_below": speed(0, "how state is shared out over ranks: the same numbers, gathered"),
     "eval_batch": speed(3, ANSWERS),
     "eval_tokens": speed(99, ANSWERS),
+    "gpu": speed("h200", "what a plan reckons with: no stage reads it"),
+    "price": speed(2.5, "what a plan reckons with: no stage reads it"),
 }
 COMPILED = "transformers multiplies in tf32 with it, and fused kernels round otherwise"
 TRAINER = {

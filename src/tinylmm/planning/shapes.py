@@ -1,0 +1,90 @@
+"""The parts of a run as layers, from what its spec says of them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinylmm.config.hub import known_architecture
+from tinylmm.config.spec import ImageSpec, PretrainedPart, RunSpec
+from tinylmm.sizing.connectors import connector_part
+from tinylmm.sizing.layers import Part, UnknownShapeError
+from tinylmm.sizing.llms import llm_part
+from tinylmm.sizing.tiling import Tiling
+from tinylmm.sizing.towers import TowerOutputShape, tower_part
+
+TYPICAL_IMAGE = (640, 480)
+"""Width and height that a tiled image is taken to have, as most of COCO's."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Parts of a run in one stage.
+
+    Attributes:
+        parts: by name.
+        views: times that the tower sees an image: its tiles.
+        image_tokens: positions that an image takes.
+    """
+
+    parts: dict[str, Part]
+    views: int
+    image_tokens: int
+
+
+def shapes_of(run: RunSpec, stage: str) -> Shapes:
+    """The three parts of a run, as a stage of its recipe sees images.
+
+    Raises:
+        UnknownShapeError: one of them is a class of the user's, of another family, or not here yet.
+    """
+    image = run.image_of(stage)
+    tower = _tower(run, image)
+    llm = _named("llm", run.llm)
+    tiled = image.mode == "anyres"
+    try:
+        connector = connector_part(
+            run.connector.target, run.connector.options, tower.width, tower.tokens, llm.width, tiled
+        )
+    except UnknownShapeError as error:
+        raise UnknownShapeError(f"connector: {error}") from error
+    parts = {"vision_tower": tower, "connector": connector, "llm": llm}
+    if not tiled:
+        return Shapes(parts, 1, connector.tokens)
+    tiling = Tiling(image.size, image.tiles)
+    tokens = tiling.num_tokens(*TYPICAL_IMAGE, round(connector.tokens**0.5))
+    return Shapes(parts, tiling.num_tiles(*TYPICAL_IMAGE), tokens)
+
+
+def _tower(run: RunSpec, image: ImageSpec) -> Part:
+    spec = run.vision_tower
+    output = TowerOutputShape(image.size, spec.select_layer, spec.select, spec.drop_first_token)
+    config = _architecture("vision_tower", spec)
+    try:
+        return tower_part(spec.target, spec.encoder, config, output)
+    except UnknownShapeError as error:
+        raise UnknownShapeError(f"vision_tower: {error}") from error
+
+
+def _named(role: str, part: PretrainedPart) -> Part:
+    config = _architecture(role, part)
+    try:
+        return llm_part(part.target, config)
+    except UnknownShapeError as error:
+        raise UnknownShapeError(f"{role}: {error}") from error
+
+
+def _architecture(role: str, part: PretrainedPart) -> dict[str, object]:
+    config = known_architecture(part)
+    if config is None:
+        raise UnknownShapeError(f"{role}: the config.json of '{part.pretrained}' is not on this machine yet")
+    return config
+
+
+def where_from(run: RunSpec, role: str) -> str:
+    """Where the shape of a run's LLM or vision tower comes from, in words."""
+    part: PretrainedPart = getattr(run, role)
+    if run.recipe.from_model is not None:
+        return f"of the model {run.recipe.from_model}"
+    if part.init != "pretrained":
+        return f"as {part.name}'s YAML has it"
+    return f"as published ({part.name}'s YAML)" if part.architecture else f"config.json of {part.pretrained}"
