@@ -127,7 +127,7 @@ class Progress:
                     for shown in self._running.values():
                         if shown.said:
                             self.console.print(Text(f"{shown.title}  {shown.said}"))
-                    if self._total > 1 and (end := self._end()):
+                    if "ETA" in (end := self._end()):
                         self.console.print(Text(end))
                     last_line = time.monotonic()
 
@@ -141,12 +141,12 @@ class Progress:
         return table
 
     def _end(self) -> str:
-        """`12 of 24 stages done, 2 run, ETA of all 1:02:03`."""
+        """`12 of 24 stages done, 2 running, ETA of all 1:02:03`."""
         left = self._left()
         elapsed = {digest: time.monotonic() - shown.began for digest, shown in self._running.items()}
-        parts = [f"{self._total - len(left)} of {self._total} stages done", f"{len(self._running)} run"]
+        parts = [f"{self._total - len(left)} of {self._total} stages done", f"{len(self._running)} running"]
         if self._elsewhere:
-            parts.append(f"{len(self._elsewhere)} run in another process")
+            parts.append(f"{len(self._elsewhere)} running in another process")
         seconds = self.estimate.left(left, elapsed, self._slots)
         return ", ".join(parts + ([] if seconds is None else [f"ETA of all {clock(seconds)}"]))
 

@@ -229,7 +229,9 @@ class Store:
             "peak_rss_mib": peak_rss_mib() if peak_mib is None else peak_mib,
         }
         write_manifest(self.work_folder(stage), record, skip=NOT_IN_MANIFEST)
-        return self._promote(stage)
+        folder = self._promote(stage)
+        self._verified.add(stage.digest)  # every file has just been read for its hash
+        return folder
 
     def fail(self, stage: Stage, error_text: str) -> None:
         """Keep the traceback of a failed try beside its log and checkpoints, for people and for the next try."""
