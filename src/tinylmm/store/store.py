@@ -229,9 +229,7 @@ class Store:
             "peak_rss_mib": peak_rss_mib() if peak_mib is None else peak_mib,
         }
         write_manifest(self.work_folder(stage), record, skip=NOT_IN_MANIFEST)
-        folder = self._promote(stage)
-        self._verified.add(stage.digest)  # every file has just been read for its hash
-        return folder
+        return self._promote(stage)
 
     def fail(self, stage: Stage, error_text: str) -> None:
         """Keep the traceback of a failed try beside its log and checkpoints, for people and for the next try."""
