@@ -48,6 +48,7 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 	$(BIN)/python -m benchmarks.eval
 	$(BIN)/python -m benchmarks.significance
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.grid
 
 gpu-check: $(STAMP)  ## Run the tests that need a GPU, and train a few steps at Phi-2 + SigLIP shapes (skipped without one)
 	$(BIN)/python -m pytest -m gpu

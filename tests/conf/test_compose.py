@@ -7,14 +7,16 @@ import sys
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from tinylmm.config.compose import compose_all, compose_config, compose_run, expand, rewrite_words, run_name
+from tinylmm.config.compose import compose_all, compose_run, expand, rewrite_words, run_name
 from tinylmm.config.faults import paths_by_leaf
 from tinylmm.config.groups import DEFAULT_GROUPS, conf_folder
 from tinylmm.config.recipe import ScaleSpec
+from tinylmm.config.session import session
 from tinylmm.config.signatures import config_class, config_fields
 from tinylmm.config.spec import LaunchSpec, RunSpec
 from tinylmm.errors import ConfigError
@@ -214,13 +216,60 @@ def test_a_part_of_the_hub_is_named_by_its_checkpoint_and_brings_its_tokenizer()
         compose_run(["llm=hf", "vt=siglip"])
 
 
-def test_what_hydra_composes_itself_gives_the_same_spec() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["seed=4"],
+        ["recipe.stages.finetune.lr=1e-4", "llm.architecture={hidden_size: 8}", "trust=[mine]"],
+        ["~tracking.wandb", "seed=4"],
+        ["eval=[gqa,pope]", "eval.gqa.limit=5"],
+    ],
+    ids=["plain", "nested", "removed", "groups"],
+)
+def test_a_sessions_copies_are_what_hydra_composes_itself(words: list[str]) -> None:
     from hydra import compose, initialize_config_module
 
-    words = [*PUBLISHED, "seed=4"]
+    all_words = rewrite_words([*PUBLISHED, *words])
     with initialize_config_module("tinylmm.conf", version_base="1.3"):
-        cfg = compose("train", rewrite_words(words))
-        assert compose_config(cfg, words) == compose_run(words)
+        theirs: Any = OmegaConf.to_container(compose("train", all_words), resolve=False)
+    with session() as opened:
+        opened.load(rewrite_words(["llm=phi2", "vt=siglip", "seed=9"]))  # of which nothing must stay
+        for _ in range(2):
+            ours: Any = OmegaConf.to_container(opened.load(all_words), resolve=False)
+            assert ours.pop("hydra") == {"mode": "", "sweeper": {"params": {}}}
+            assert ours == theirs
+
+
+def test_a_study_may_sweep_over_studies() -> None:
+    for name, text in {
+        "a": "hydra: {sweeper: {params: {vt: 'clip,siglip'}}}",
+        "b/b": "defaults: [override /vision_tower: siglip]\nhydra: {sweeper: {params: {seed: '1,0'}}}",
+        "one": "seed: 7",
+        "all": "hydra: {mode: MULTIRUN, sweeper: {params: {experiments: 'a,b,one'}}}",
+    }.items():
+        path = Path(f"experiments/{name}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# @package _global_\n{text}\n")
+    runs = [spec for _, spec in compose_all(["llm=phi2", "experiment=all", "connector=linear"], multirun=False)]
+    assert [(run.vision_tower.name, run.seed) for run in runs] == [
+        ("clip", 0), ("siglip", 0), ("siglip", 1), ("nano", 7),
+    ], "what two studies ask for is one run"  # fmt: skip
+    assert {run.connector.name for run in runs} == {"linear"}
+    words = [words for words, _ in compose_all(["experiments=a,b", "llm=phi2"], True)]
+    assert words == [
+        ["vision_tower=clip", "experiments=a", "llm=phi2"],
+        ["vision_tower=siglip", "experiments=a", "llm=phi2"],
+        ["seed=1", "experiments=b/b", "llm=phi2"],
+    ]
+
+
+def test_a_study_that_sweeps_over_itself_is_refused() -> None:
+    Path("experiments").mkdir()
+    for name, other in (("a", "b"), ("b", "a")):
+        text = f"# @package _global_\nhydra: {{sweeper: {{params: {{experiments: {other}}}}}}}\n"
+        Path(f"experiments/{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="experiments=b: sweeps over itself: b -> a -> b"):
+        compose_all(["experiments=a"], True)
 
 
 def test_planning_loads_no_torch() -> None:

@@ -45,7 +45,7 @@ def test_six_functions_over_five_files_lie_on_the_way_to_the_training_step(
     assert seen[0] == [
         ("cli/train.py", "run"),
         ("launch/runner.py", "execute"),
-        ("launch/runner.py", "_make"),
+        ("launch/runner.py", "start"),
         ("launch/backends/local.py", "start"),
         ("stages/train.py", "run"),
         ("training/trainer.py", "compute_loss"),

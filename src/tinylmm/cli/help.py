@@ -18,7 +18,7 @@ Examples:
   tinylmm-train llm=phi2 vt=siglip recipe=share     TinyLLaVA-share-Sig-Phi (`vt` is short for `vision_tower`)
   tinylmm-train recipe.stages.finetune.lr=1e-5      change any value by its dotted key
   tinylmm-train -m vt=clip,siglip seed=0,1          a sweep of four runs; what they share runs once
-  tinylmm-train -m +experiments=name                a study from ./experiments
+  tinylmm-train experiment=paper_table_a1           a study: a page of YAML with all its runs
 
 Options:
   -m, --multirun    run every combination of comma-separated values
@@ -66,13 +66,18 @@ def _groups() -> str:
         lines.append(f"  {group}")
         lines += _choices({path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")})
     experiments = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
+        _study(path.relative_to(folder).with_suffix("")): path
         for folder in reversed(experiment_folders())
         for path in folder.rglob("*.yaml")
     }
     if experiments:
-        lines += [f"  +{EXPERIMENTS}", *_choices(experiments)]
+        lines += [f"  {EXPERIMENTS}", *_choices(experiments)]
     return "\n".join([*lines, ""])
+
+
+def _study(path: Path) -> str:
+    """`name` of an experiment in a folder of its own, `name/name`; else its path."""
+    return path.name if path.parent.name == path.name else path.as_posix()
 
 
 def _choices(paths: dict[str, Path]) -> list[str]:

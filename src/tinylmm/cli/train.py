@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tinylmm.config.spec import RunSpec
-    from tinylmm.launch.runner import RunOutcome
+    from tinylmm.launch.ledger import RunOutcome
     from tinylmm.planning.planner import RunPlan
 
 HELP = {"-h", "--help"}
@@ -39,64 +39,33 @@ def run(arguments: Sequence[str]) -> int:
     multirun = bool(MULTIRUN & set(arguments))
     overrides = [word for word in arguments if word not in MULTIRUN]
     runs = compose_all(overrides, multirun)  # every fault of every run, before the first one starts
+    plans, refused = _plans(runs)
     from tinylmm.cli.terminal import terminal
-
-    console = terminal()
-    if len(runs) > 1:
-        return _finish(_sweep(overrides, [words for words, _ in runs], console), console)
-    plan = _plan(*runs[0])
     from tinylmm.launch.runner import execute
 
-    return _finish([execute(plan, console)], console)
+    console = terminal()
+    return _finish([*refused, *(execute(plans, console) if plans else [])], console)
 
 
-def _plan(overrides: Sequence[str], spec: RunSpec) -> RunPlan:
-    """Plan one run; what is missing stops it before anything heavy is imported."""
-    from tinylmm.config.compose import run_name
-    from tinylmm.planning.planner import plan_run, require_files
+def _plans(runs: Sequence[tuple[list[str], RunSpec]]) -> tuple[list[RunPlan], list[RunOutcome]]:
+    """Plan the runs; what is missing stops one of them before anything heavy is imported, and of a sweep no other."""
+    from tinylmm.errors import TinyLMMError
+    from tinylmm.planning.planner import plan_runs, require_files
 
-    plan = plan_run(spec, run_name(spec), overrides)
-    require_files(plan)
-    return plan
-
-
-def _sweep(overrides: list[str], runs: list[list[str]], console: Console) -> list[RunOutcome]:
-    """Hand a multirun to Hydra's launcher (one job after another); a failed run does not keep the others from running."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
-    from rich.text import Text
-
-    from tinylmm.config.compose import compose_config, rewrite_words
-    from tinylmm.config.experiments import search_path
-    from tinylmm.errors import EXIT_STOPPED, TinyLMMError
-    from tinylmm.launch.runner import execute, failed_before_start
-
-    outcomes: list[RunOutcome] = []
-    common = set.intersection(*(set(words) for words in runs))
-
-    def job(cfg: DictConfig) -> None:
-        words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
-        varied = " ".join(word for word in words if word not in common)
-        console.rule(Text(f"run {len(outcomes) + 1} of {len(runs)}: {varied}"), align="left")
+    plans, refused = [], []
+    for words, plan in plan_runs(runs):
         try:
-            outcome = execute(_plan(words, compose_config(cfg, words)), console)
+            if isinstance(plan, TinyLMMError):
+                raise plan
+            require_files(plan)
+            plans.append(plan)
         except TinyLMMError as error:
-            outcome = failed_before_start(words, error)
-        outcomes.append(outcome)
-        if outcome.error is not None:
-            console.print(outcome.error, style="red", highlight=False)
-        if outcome.exit_code == EXIT_STOPPED:  # SystemExit passes through Hydra's launcher: the sweep ends here
-            raise SystemExit(EXIT_STOPPED)
+            if len(runs) == 1:
+                raise
+            from tinylmm.launch.ledger import failed_before_start
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], "--multirun", *rewrite_words(overrides), search_path()]
-    try:
-        hydra.main(config_path="pkg://tinylmm.conf", config_name="train", version_base="1.3")(job)()
-    except SystemExit as stop:
-        if stop.code != EXIT_STOPPED:
-            raise
-    return outcomes
+            refused.append(failed_before_start(words, error))
+    return plans, refused
 
 
 def _finish(outcomes: list[RunOutcome], console: Console) -> int:
@@ -113,9 +82,12 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
         if any(run.evaluations for run in report.runs):
             console.print(render_scores(report))
         console.print(f"report   {paths.html}", highlight=False, soft_wrap=True)
+    said: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.error is not None:
-            sys.stderr.write(printable(f"run {outcome.name}: {outcome.error}\n"))
+            said.setdefault(outcome.error, []).append(outcome.name)
+    for error, names in said.items():  # what many runs need is told once
+        sys.stderr.write(printable(f"run {', '.join(names)}: {error}\n"))
     return worst_exit_code(outcome.exit_code for outcome in outcomes)
 
 

@@ -10,40 +10,33 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from tinylmm.config.checks import check_all, check_leaves, check_strays
-from tinylmm.config.experiments import search_path
-from tinylmm.config.faults import faults_of, paths_by_leaf
+from tinylmm.config.faults import faults_of
 from tinylmm.config.from_model import take_parts
-from tinylmm.config.groups import DEFAULT_GROUPS, EXPERIMENTS, group_choices, screen_user_files
-from tinylmm.config.overrides import Vocabulary, Words, check_words, choice_fault, is_sweep, redacted
+from tinylmm.config.groups import EXPERIMENTS
+from tinylmm.config.overrides import Vocabulary, Words, check_words, choice_fault, is_sweep
+from tinylmm.config.session import Session, first_line, session
 from tinylmm.config.spec import PretrainedPart, RunSpec
 from tinylmm.errors import ConfigError, Fault
 
 log = logging.getLogger(__name__)
 
-_HYDRA_PACKAGES = ("hydra._internal.core_plugins.", "tinylmm.")
-_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError)
-"""What Hydra and OmegaConf raise over files and words; `_translated` makes faults of them."""
-
 
 def expand(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
     """Return the overrides of every run asked for, in the order in which Hydra's own sweeper runs them.
+
+    A sweep over studies (`experiments=a,b`, also as what a study sweeps over) is all runs of the first, then of the next.
 
     Args:
         overrides: words of the command line, sweeps among them (`vt=clip,siglip`).
@@ -52,33 +45,56 @@ def expand(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
     Raises:
         ConfigError: a sweep without `-m`, or, in a sweep, any fault of words and of the first run.
     """
-    if not multirun and not any("experiments" in word or "hydra." in word for word in overrides):
+    with session() as opened:
+        return _expand(overrides, multirun, opened)
+
+
+def _expand(overrides: Sequence[str], multirun: bool, opened: Session, above: tuple[str, ...] = ()) -> list[list[str]]:
+    """See `expand`; `above` are the studies that this is part of."""
+    if not multirun and not any("experiment" in word or "hydra." in word for word in overrides):
         return [list(overrides)]
-    with _session() as (loader, vocabulary):
-        words = check_words(overrides, vocabulary, loader)
-        fixed = [word for word in words.good if not is_sweep(word, loader)]
-        try:
-            cfg = _load(fixed, vocabulary)
-        except ConfigError as error:
-            raise ConfigError([*words.faults, *error.faults]) from error
-        params = cfg.hydra.sweeper.get("params") or {}
-        swept = [f"{key}={value}" for key, value in params.items()]
-        if not multirun and str(cfg.hydra.mode or "").rsplit(".", 1)[-1] != "MULTIRUN":
-            if not swept:
-                return [list(overrides)]
-            what = f"is a sweep over {', '.join(params)}, which runs only if you ask for it."
-            raise ConfigError([*words.faults, Fault("experiments", what, "Add -m (multirun).")])
-        added = check_words(swept, vocabulary, loader)
-        given = [word for word in words.good if not word.startswith("hydra.")]
-        parser = OverridesParser.create(config_loader=loader)
-        batches = BasicSweeper.split_arguments(parser.parse_overrides([*added.good, *given]), None)
-        # without the signs, which only Hydra needs: these words are recorded and shown
-        runs = [[word.lstrip("+") for word in run] for batch in batches for run in batch]
-        faults = [*words.faults, *added.faults]
-        if faults:
-            first = check_words(runs[0], vocabulary, loader)
-            _finish(list(first.good), faults, vocabulary)
+    loader, vocabulary = opened.loader, opened.vocabulary
+    words = check_words(overrides, vocabulary, loader)
+    fixed = [word for word in words.good if not is_sweep(word, loader)]
+    try:
+        cfg = opened.load(fixed)
+    except ConfigError as error:
+        raise ConfigError([*words.faults, *error.faults]) from error
+    params = cfg.hydra.sweeper.params
+    swept = [f"{key}={value}" for key, value in params.items()]
+    if not multirun and str(cfg.hydra.mode).rsplit(".", 1)[-1] != "MULTIRUN":
+        if not swept:
+            return [list(overrides)]
+        what = f"is a sweep over {', '.join(params)}, which runs only if you ask for it."
+        raise ConfigError([*words.faults, Fault("experiments", what, "Add -m (multirun).")])
+    added = check_words(swept, vocabulary, loader)
+    joins = any(_study(word) for word in added.good)
+    given = [word for word in words.good if not word.startswith("hydra.") and not (joins and _study(word))]
+    parser = OverridesParser.create(config_loader=loader)
+    batches = BasicSweeper.split_arguments(parser.parse_overrides([*added.good, *given]), None)
+    # without the signs, which only Hydra needs: these words are recorded and shown
+    runs = [[word.lstrip("+") for word in run] for batch in batches for run in batch]
+    faults = [*words.faults, *added.faults]
+    if faults:
+        first = check_words(runs[0], vocabulary, loader)
+        _finish(list(first.good), faults, opened)
+    if not joins and not any(_study(word) and is_sweep(word, loader) for word in given):
         return runs
+    return [words for run in runs for words in _study_of(run, opened, above)]
+
+
+def _study_of(run: list[str], opened: Session, above: tuple[str, ...]) -> list[list[str]]:
+    """The runs of one of the studies that are swept over."""
+    (study,) = (_study(word) for word in run if _study(word))
+    if study in above:
+        raise ConfigError([Fault(f"experiments={study}", f"sweeps over itself: {' -> '.join([*above, study])}.")])
+    return _expand(run, True, opened, (*above, study))
+
+
+def _study(word: str) -> str:
+    """What a word chooses of the experiments; empty where it chooses something else."""
+    key, _, choice = word.lstrip("+").partition("=")
+    return choice if key == EXPERIMENTS else ""
 
 
 def compose_run(overrides: Sequence[str]) -> RunSpec:
@@ -90,38 +106,29 @@ def compose_run(overrides: Sequence[str]) -> RunSpec:
     Raises:
         ConfigError: with every fault found in words, files and values.
     """
-    with _session() as (loader, vocabulary):
-        words = _without_sweeps(check_words(overrides, vocabulary, loader), loader)
-        return _finish(list(words.good), list(words.faults), vocabulary)
+    with session() as opened:
+        return _compose_run(overrides, opened)
+
+
+def _compose_run(overrides: Sequence[str], opened: Session) -> RunSpec:
+    words = _without_sweeps(check_words(overrides, opened.vocabulary, opened.loader), opened.loader)
+    return _finish(list(words.good), list(words.faults), opened)
 
 
 def compose_all(overrides: Sequence[str], multirun: bool) -> list[tuple[list[str], RunSpec]]:
-    """Return (overrides, spec) of every run asked for; the faults of all runs come at once, each told once."""
-    runs: list[tuple[list[str], RunSpec]] = []
+    """Return (overrides, spec) of every run asked for, each once; the faults of all runs come at once, each told once."""
+    runs: dict[str, tuple[list[str], RunSpec]] = {}
     faults: dict[Fault, None] = {}
-    for words in expand(overrides, multirun):
-        try:
-            runs.append((words, compose_run(words)))
-        except ConfigError as error:
-            faults |= dict.fromkeys(error.faults)
+    with session() as opened:
+        for words in _expand(overrides, multirun, opened):
+            try:
+                spec = _compose_run(words, opened)
+                runs.setdefault(spec.model_dump_json(), (words, spec))
+            except ConfigError as error:
+                faults |= dict.fromkeys(error.faults)
     if faults:
         raise ConfigError(list(faults))
-    return runs
-
-
-def compose_config(cfg: DictConfig, overrides: Sequence[str]) -> RunSpec:
-    """Return the checked spec of what `hydra.main` composed.
-
-    Args:
-        cfg: the task's config.
-        overrides: the words it was composed from (`HydraConfig.get().overrides.task`), to replace `auto` choices.
-
-    Raises:
-        ConfigError: with every fault found.
-    """
-    with _session() as (loader, vocabulary):
-        words = check_words(overrides, vocabulary, loader)
-        return _finish(list(words.good), list(words.faults), vocabulary, cfg)
+    return list(runs.values())
 
 
 def rewrite_words(overrides: Sequence[str]) -> list[str]:
@@ -130,8 +137,8 @@ def rewrite_words(overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: with every word that is wrong.
     """
-    with _session() as (loader, vocabulary):
-        words = check_words(overrides, vocabulary, loader)
+    with session() as opened:
+        words = check_words(overrides, opened.vocabulary, opened.loader)
     if words.faults:
         raise ConfigError(words.faults)
     return list(words.good)
@@ -153,42 +160,13 @@ def _label(part: PretrainedPart) -> str:
 # ---------------------------------------------------------------------------------------------------- composing
 
 
-@contextmanager
-def _session() -> Iterator[tuple[ConfigLoader, Vocabulary]]:
-    """Hydra's compose API over conf/, and what words may say; an outer Hydra is put back afterwards."""
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_module("tinylmm.conf", version_base="1.3"):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            groups = group_choices(hydra.config_loader)
-            keys = list(RunSpec.model_fields)
-            yield hydra.config_loader, Vocabulary(groups, DEFAULT_GROUPS, keys, list(paths_by_leaf(RunSpec)))
-    finally:
-        GlobalHydra.instance().hydra = outer
-
-
-def _load(words: Sequence[str], vocabulary: Vocabulary) -> DictConfig:
-    """Compose train.yaml with `words`; the `hydra` node is kept."""
-    screen_user_files()
-    try:
-        cfg = compose(config_name="train", overrides=[*words, search_path()], return_hydra_config=True)
-    except _ERRORS as error:
-        raise ConfigError(_translated(error, vocabulary)) from error
-    faults = _check_hydra(cfg)
-    if faults:
-        raise ConfigError(faults)
-    return cfg
-
-
-def _finish(words: list[str], faults: list[Fault], vocabulary: Vocabulary, cfg: DictConfig | None = None) -> RunSpec:
+def _finish(words: list[str], faults: list[Fault], opened: Session) -> RunSpec:
     """Compose, replace `auto`, validate; raise with `faults` and everything found on the way."""
     try:
-        cfg = _load(words, vocabulary) if cfg is None else cfg
-        chosen = _auto_choices(cfg, faults, vocabulary)
+        cfg = opened.load(words)
+        chosen = _auto_choices(cfg, faults, opened.vocabulary)
         automatic = bool(OmegaConf.select(cfg, "eval.auto"))
-        cfg = _load([*words, *chosen], vocabulary) if chosen else cfg
+        cfg = opened.load([*words, *chosen]) if chosen else cfg
         if automatic:
             _take_what_is_there(cfg)
         if OmegaConf.select(cfg, "recipe.from_model", throw_on_resolution_failure=False):
@@ -305,7 +283,7 @@ def _plain(cfg: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
         try:
             return visit(node[key], path)
         except (OmegaConfBaseException, ValueError, RecursionError) as error:
-            faults.append(Fault(path, f"cannot be resolved: {_first_line(error)}."))
+            faults.append(Fault(path, f"cannot be resolved: {first_line(error)}."))
             return None
 
     return visit(cfg, ""), faults
@@ -316,53 +294,3 @@ def _unresolved(cfg: DictConfig) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     plain.pop("hydra", None)
     return plain
-
-
-def _check_hydra(cfg: DictConfig) -> list[Fault]:
-    """Refuse what a YAML file put among Hydra's own settings: they can name code."""
-    node: Mapping[str, Any] = cfg.hydra
-    faults = [
-        Fault(f"hydra.callbacks.{key}", "is refused: callbacks name code to be run.")
-        for key in node.get("callbacks") or {}
-    ]
-    for part in ("launcher", "sweeper"):
-        target = str((node.get(part) or {}).get("_target_", ""))
-        if not target.startswith(_HYDRA_PACKAGES):
-            faults.append(Fault(f"hydra.{part}._target_", f"is '{target}', which is not allowed."))
-    for part in ("job_logging", "hydra_logging"):
-        settings = repr(OmegaConf.to_container(node[part], resolve=False))
-        if "'()'" in settings or "'class'" in settings:
-            faults.append(Fault(f"hydra.{part}", "is refused: it names code to be run."))
-    return faults
-
-
-def _translated(error: Exception, vocabulary: Vocabulary) -> list[Fault]:
-    """Faults for what Hydra, OmegaConf or the YAML parser raised: file and line, or key."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
-            mark = cause.problem_mark
-            return [Fault(f"{mark.name}, line {mark.line + 1}", f"is no valid YAML: {cause.problem}.")]
-        if isinstance(cause, yaml.reader.ReaderError):
-            return [Fault(str(cause.name), f"is no valid YAML: {cause.reason}.")]
-        cause = cause.__cause__
-    if isinstance(error, MissingConfigException):
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group in vocabulary.groups:
-            return [choice_fault(group, name, vocabulary.groups[group])]
-        return [Fault(str(error.missing_cfg_file or "config"), f"was not found: {_first_line(error)}.")]
-    if isinstance(error, RecursionError):
-        return [
-            Fault(
-                "config",
-                "refers to itself without end.",
-                "Look for a YAML anchor or a defaults list that names itself.",
-            )
-        ]
-    where = getattr(error, "full_key", None)
-    return [Fault(where or "config", f"cannot be composed: {_first_line(error)}.")]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return redacted(lines[0]).rstrip(".")

@@ -11,14 +11,21 @@ CPU_RANKS = 2
 """Ranks where there is no GPU: enough to try out what several do."""
 
 
-def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
-    """Number of NVIDIA GPUs that a process of ours would see: CUDA_VISIBLE_DEVICES, else the driver's devices."""
+def gpu_names(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
+    """NVIDIA GPUs that a process of ours would see, each as it stands in CUDA_VISIBLE_DEVICES; else the driver's devices."""
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if not (devices / "nvidiactl").exists():
-        return 0
+        return []
     if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip() and name.strip() != "-1"])
-    return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.iterdir())
+        names = [name.strip() for name in chosen.split(",")]
+        return [name for name in names if name and name != "-1"]
+    found = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.iterdir())
+    return [str(number) for number in range(found)]
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+    """Number of `gpu_names`."""
+    return len(gpu_names(environment, devices))
 
 
 def ranks_here(device: str) -> int:

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from tinylmm.config.groups import EXPERIMENTS
 from tinylmm.errors import Fault, suggestion
 
-ALIASES = {"vt": "vision_tower"}
+ALIASES = {"vt": "vision_tower", "experiment": "experiments"}
 HYDRA_KEYS = ("hydra.sweeper.params.", "hydra.mode")
 """Of Hydra's own settings, those that a command line or an experiment may set: the rest could name code to be run."""
 

@@ -288,6 +288,9 @@ class LaunchSpec(Frozen):
     """Module of `launch/backends/`, or the class of a backend of your own by its dotted path."""
     nproc: Positive = 1
     """Ranks on this machine. `auto` is one a GPU that can be seen, and becomes that number here."""
+    slots: Literal["auto"] | Positive = "auto"
+    """Stages that run side by side, each on GPUs of its own or with its share of the CPU's cores. `auto` is as many as the GPUs
+    that can be seen have room for, each with `nproc`, and one without a GPU."""
     deepspeed_stage: Literal[2, 3] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is the GPU where there is one; a bf16 or fp16 stage then refuses to run on a CPU."""

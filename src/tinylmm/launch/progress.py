@@ -1,4 +1,4 @@
-"""Shows how far the stage at hand is, read from the metrics.jsonl that any backend's rank 0 writes."""
+"""Shows how far a grid and the stages at hand are, read from the metrics.jsonl that any backend's rank 0 writes."""
 
 from __future__ import annotations
 
@@ -7,42 +7,66 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
+from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
+from tinylmm.errors import printable
+from tinylmm.launch.estimate import Estimate, clock
+from tinylmm.store.claims import Owner
 from tinylmm.store.layout import METRICS_FILE
+from tinylmm.store.stage import Stage
 
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 15.0
 TAIL_BYTES = 4096
 
 
-class StageProgress:
-    """While the block runs, a live line on a terminal, or a plain line every 15 seconds into a log.
+@dataclass
+class _Shown:
+    """A stage that runs, as it is shown."""
+
+    title: str
+    path: Path
+    began: float
+    first: dict[str, Any] | None = None
+    said: str = ""
+
+
+class Progress:
+    """What a grid says while it runs: a live table on a terminal, plain lines elsewhere, one for each stage that ends.
 
     Args:
-        title: "stage 3 of 9: train finetune".
-        folder: the stage's work folder.
+        slots: stages that run side by side.
+        left: returns the stages that are not done.
+        every: called twice a second, for what is to be written down meanwhile.
     """
 
-    def __init__(self, console: Console, title: str, folder: Path) -> None:
+    def __init__(
+        self, console: Console, slots: int, left: Callable[[], list[Stage]], every: Callable[[], None]
+    ) -> None:
         self.console = console
-        self.title = title
-        self.path = folder / METRICS_FILE
+        self.estimate = Estimate()
+        self._slots, self._left, self._every = slots, left, every
+        self._total = len(left())
+        self._mark = "✓" if console.encoding.lower().startswith("utf") else "ok"
+        self._running: dict[str, _Shown] = {}
+        self._elsewhere: set[str] = set()
+        self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._status: Status | None = console.status(Text(title)) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
-    def __enter__(self) -> StageProgress:
-        if self._status is not None:
-            self._status.start()
-        else:
-            self.console.print(Text(self.title))
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
         self._thread.start()
         return self
 
@@ -51,24 +75,88 @@ class StageProgress:
     ) -> None:
         self._done.set()
         self._thread.join()
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.update(Text(""))
+            self._live.stop()
+
+    def begins(self, stage: Stage, title: str, folder: Path) -> None:
+        """A stage is started in its work folder."""
+        with self._lock:
+            self._elsewhere.discard(stage.digest)
+            self._running[stage.digest] = _Shown(title, folder / METRICS_FILE, time.monotonic())
+        if self._live is None:
+            self.console.print(Text(title))
+
+    def ends(self, stage: Stage, seconds: float | None, remarks: Sequence[str] = ()) -> None:
+        """A stage has its result, after so many seconds of work; None if it was there.
+
+        Args:
+            remarks: sentences on what the stage has left out.
+        """
+        self.leaves(stage)
+        took = "reused" if seconds is None else f"{seconds:.1f} s"
+        line = f" {stage.kind:8} {stage.name:24} {stage.digest[:12]}  {took}"
+        self.console.print(Text.assemble("  ", (self._mark, "green"), line))
+        for sentence in remarks:
+            self.console.print(f"      {sentence}", style="yellow", highlight=False)
+
+    def leaves(self, stage: Stage) -> None:
+        """A stage does not run any more."""
+        with self._lock:
+            self._running.pop(stage.digest, None)
+            self._elsewhere.discard(stage.digest)
+
+    def waits(self, stage: Stage, title: str, owner: Owner) -> None:
+        """Another process works on a stage; it is said once."""
+        with self._lock:
+            known = stage.digest in self._elsewhere
+            self._elsewhere.add(stage.digest)
+        if not known:
+            self.console.print(Text(f"{title}  waiting: process {owner.pid} on {owner.host} is doing it"))
 
     def _watch(self) -> None:
-        first: dict[str, Any] | None = None
         last_line = time.monotonic()
         while not self._done.wait(REFRESH_SECONDS):
-            row = last_row(self.path)
-            if row is None or not {"step", "share"} & row.keys():
-                continue
-            if first is None:
-                first = row
-            text = f"{self.title}  {describe(row, first)}"
-            if self._status is not None:
-                self._status.update(Text(text))
-            elif time.monotonic() - last_line >= LINE_SECONDS:
-                self.console.print(Text(text))
-                last_line = time.monotonic()
+            self._every()
+            with self._lock:
+                for shown in self._running.values():
+                    _look(shown)
+                if self._live is not None:
+                    self._live.update(self._table(), refresh=True)
+                elif time.monotonic() - last_line >= LINE_SECONDS:
+                    for shown in self._running.values():
+                        if shown.said:
+                            self.console.print(Text(f"{shown.title}  {shown.said}"))
+                    if "ETA" in (end := self._end()):
+                        self.console.print(Text(end))
+                    last_line = time.monotonic()
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for shown in self._running.values():
+            table.add_row(
+                Text(printable(shown.title)), clock(time.monotonic() - shown.began), Text(printable(shown.said))
+            )
+        table.add_row(Text(self._end(), style="bold"))
+        return table
+
+    def _end(self) -> str:
+        """`12 of 24 stages done, 2 running, ETA of all 1:02:03`."""
+        left = self._left()
+        elapsed = {digest: time.monotonic() - shown.began for digest, shown in self._running.items()}
+        parts = [f"{self._total - len(left)} of {self._total} stages done", f"{len(self._running)} running"]
+        if self._elsewhere:
+            parts.append(f"{len(self._elsewhere)} running in another process")
+        seconds = self.estimate.left(left, elapsed, self._slots)
+        return ", ".join(parts + ([] if seconds is None else [f"ETA of all {clock(seconds)}"]))
+
+
+def _look(shown: _Shown) -> None:
+    """Read how far a stage is."""
+    row = last_row(shown.path)
+    if row is not None and {"step", "share"} & row.keys():
+        shown.first = shown.first or row
+        shown.said = describe(row, shown.first)
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
@@ -121,5 +209,4 @@ def _eta(seconds: float, done: float, left: float) -> list[str]:
     """When `left` will be done, where `done` took so many seconds."""
     if done <= 0:
         return []
-    remaining = int(seconds / done * left)
-    return [f"ETA {remaining // 60}:{remaining % 60:02d}"]
+    return [f"ETA {clock(seconds / done * left)}"]

@@ -1,21 +1,21 @@
-"""Carries out a plan: reuse what the store has, claim and run what it lacks, publish, and keep the run's record."""
+"""Carries out plans: one graph of all their stages, each reused or claimed, run and published once."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from tinylmm.config.compose import run_name
 from tinylmm.errors import (
     ClaimLostError,
     DiskError,
@@ -24,268 +24,324 @@ from tinylmm.errors import (
     StoppedError,
     TinyLMMError,
     WaitingError,
-    worst_exit_code,
 )
 from tinylmm.launch.backends import LaunchBackend, make_backend
+from tinylmm.launch.ledger import Ledger, Run, RunOutcome
 from tinylmm.launch.memory import with_advice
-from tinylmm.launch.progress import StageProgress
-from tinylmm.launch.scheduler import in_order
+from tinylmm.launch.progress import Progress
+from tinylmm.launch.results import failed_with
+from tinylmm.launch.scheduler import Schedule
+from tinylmm.launch.slots import Slots
 from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER, ShownFormatter
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stages.job import StageJob, make_job
 from tinylmm.stop import STOP_FILE, claimed, stop_requested, uninterrupted, watch_for_stop
-from tinylmm.store.claims import Claim, Owner
+from tinylmm.store.claims import Claim
 from tinylmm.store.disk import refusal
 from tinylmm.store.gc import remove
 from tinylmm.store.integrity import read_manifest
-from tinylmm.store.layout import ERROR_FILE, JOB_FILE, LOG_FILE, METRICS_FILE
-from tinylmm.store.provenance import now
-from tinylmm.store.runs import RunStatus, StageRow, StageStatus, create_run, read_run, write_run
+from tinylmm.store.layout import JOB_FILE, LOG_FILE, METRICS_FILE
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, FAILED_RANKS, WORDS_FOLDER)
 """Names in a work folder that are deleted when the stage is done, besides those of its kind."""
 
 
-@dataclass
-class RunOutcome:
-    """How a run ended.
+def execute(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
+    """Run every stage that the plans ask for and the store lacks, and record the runs; returns how each ended.
 
-    Attributes:
-        error: what went wrong, or waits; None if all is done.
-        came_to_end: whether every stage that could run has, so that there are results to report.
-    """
-
-    name: str
-    folder: Path
-    exit_code: int
-    error: str | None
-    came_to_end: bool = False
-
-
-def failed_before_start(overrides: list[str], error: TinyLMMError) -> RunOutcome:
-    """The outcome of a run of a sweep that was refused before it had a folder."""
-    return RunOutcome(" ".join(overrides), Path(), error.exit_code, str(error))
-
-
-def execute(plan: RunPlan, console: Console) -> RunOutcome:
-    """Run every stage of the plan that the store lacks, parents first, and record the run.
+    A stage that several plans ask for runs once, stages that need nothing of each other run side by side as far as there
+    is room (`launch.slots`), and a stage that fails takes nothing with it but what needs it.
 
     Raises:
         DataError: files are missing; nothing was started or written.
+        UserError: there is no room for so many stages side by side.
     """
-    require_files(plan)
-    ledger = _Ledger(_create_run(plan), console)
-    console.print(Text.assemble("run ", (ledger.folder.name, "bold")))
-    for item in plan.not_found:
-        console.print(
-            f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    store = Store(plan.run.store)
-    errors: list[TinyLMMError] = []
-    lost: set[str] = set()
-    came_to_end = True
-    with _log_to(ledger.folder / LOG_FILE), watch_for_stop():
-        for title, stage in in_order(plan.graph):
-            if lost & set(stage.parents.values()):
-                lost.add(stage.digest)
-                continue
-            try:
-                seconds = _make(title, stage, plan, store, ledger)
-                ledger.mark(stage, "reused" if seconds is None else "run", seconds)
-                ledger.remark(read_manifest(store.folder(stage))["summary"].get("remarks", ()))
-            except (KeyboardInterrupt, TinyLMMError) as failure:
-                errors.append(with_advice(_noted(failure, stage, ledger), plan, stage))
-                lost.add(stage.digest)
-                came_to_end = _others_go_on(stage, errors[-1])
-                if not came_to_end:
-                    break
-                ledger.tell_left_out(stage, errors[-1])
-    ledger.finish(_status(errors))
-    text = "\n".join(map(str, errors)) if errors else None
-    code = worst_exit_code(error.exit_code for error in errors)
-    return RunOutcome(ledger.folder.name, ledger.folder, code, text, came_to_end)
-
-
-def _noted(failure: BaseException, stage: Stage, ledger: _Ledger) -> TinyLMMError:
-    """Mark the stage that failed, was stopped or waits, and return what to say of it."""
-    if not isinstance(failure, TinyLMMError):
-        doing = f"{stage.kind} {stage.name}"
-        failure = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
-    ledger.mark(stage, "todo" if isinstance(failure, StoppedError | WaitingError) else "failed")
-    return failure
-
-
-def _others_go_on(stage: Stage, failure: TinyLMMError) -> bool:
-    """A failure ends the run, but that of an evaluation only what needs it: the others are worth their time."""
-    return KINDS[stage.kind].others_go_on and not isinstance(failure, StoppedError | ClaimLostError | DiskError)
-
-
-def _status(errors: Sequence[TinyLMMError]) -> RunStatus:
-    if any(isinstance(error, StoppedError) for error in errors):
-        return "stopped"
-    if not errors:
-        return "done"
-    return "waiting" if all(isinstance(error, WaitingError) for error in errors) else "failed"
-
-
-def _create_run(plan: RunPlan) -> Path:
-    """Make the run's folder, with every stage to do in its record."""
-    run = plan.run
-    rows = [StageRow(stage.kind, stage.name, stage.digest, stage.key) for stage in plan.graph]
-    return create_run(run.store, run_name(run), run.name, plan.overrides, run.model_dump(mode="json"), rows)
-
-
-def _make(title: str, stage: Stage, plan: RunPlan, store: Store, ledger: _Ledger) -> float | None:
-    """Make sure the store has the stage; returns the seconds it took to run, None if it was there.
-
-    Raises:
-        StoppedError: a stop was asked for.
-        WaitingError: the stage waits for what only the user can give.
-        TinyLMMError: the stage failed; its work folder says why, and the next try goes on from there.
-    """
-    if stop_requested():
-        raise StoppedError(f"stopped before {stage.kind} {stage.name}; the same command continues from there")
-    if said := waits_for(stage):
-        raise WaitingError(said)
-    if _reusable(stage, store, ledger.console):
-        return None
-    if any(digest not in plan.graph for digest in stage.parents.values()):
-        raise IntegrityError(f"{stage.name} was made by another run. Give that run's command again to make it anew.")
-    with Claim(store.root, stage.key, on_wait=ledger.waiting(title)) as claim:
-        if store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
-            return None
-        ledger.mark(stage, "running")
-        began, clock = time.time(), time.monotonic()
-        job, kind = _job(stage, plan, store, claim.token), KINDS[stage.kind]
-        backend = make_backend(plan.run.launch, kind.uses_ranks, plan.run.trust)
-        watched = StageProgress(ledger.console, title, job.folder)
-        with claimed(job.require_claim):
-            with _kept_failures(store, stage, title), _log_to(job.folder / LOG_FILE), watched, _ended(backend):
-                backend.start(job)
-                while (summary := backend.poll()) is None:
-                    if stop_requested():
-                        backend.stop()
-                    time.sleep(POLL_SECONDS)
-            with uninterrupted():  # the work is done: what is left is to say so
-                for name in (*SCRATCH, *kind.scratch):
-                    remove(job.folder / name)
-                (job.folder / METRICS_FILE).touch()
-                store.publish(stage, summary, began)
-        return time.monotonic() - clock
-
-
-def _reusable(stage: Stage, store: Store, console: Console) -> bool:
-    """Whether the store has the stage, every byte of it; a damaged one is named and asked for again."""
-    if not store.is_complete(stage):
-        return False
-    try:
-        store.open_output(stage)
-    except IntegrityError as error:
-        if store.is_complete(stage):  # whole, but for another spec: nothing to repair
-            raise
-        console.print(str(error), style="yellow", highlight=False)
-        return False
-    return True
-
-
-def _job(stage: Stage, plan: RunPlan, store: Store, claim: str) -> StageJob[Any]:
-    """Make the stage's work folder, with its job.json."""
-    work, root = store.begin(stage).resolve(), store.root.resolve()
-    parents = {role: store.open_output(plan.graph[digest]).resolve() for role, digest in stage.parents.items()}
-    job = make_job(stage.kind, stage.name, stage.digest, stage.spec, parents, stage.settings, work, root, claim)
-    job.write()
-    return job
-
-
-@contextmanager
-def _ended(backend: LaunchBackend) -> Iterator[None]:
-    """Leave nothing of a stage running behind the block."""
-    try:
-        yield
-    finally:
-        backend.stop(now=True)
-
-
-@contextmanager
-def _kept_failures(store: Store, stage: Stage, title: str) -> Iterator[None]:
-    """Keep what went wrong in the work folder; a bug of ours becomes an error that says where its traceback is."""
-    try:
-        yield
-    except (StoppedError, ClaimLostError, KeyboardInterrupt):  # nothing failed; or the folder is another's by now
-        raise
-    except TinyLMMError as error:
-        store.fail(stage, f"{type(error).__name__}: {error}\n")
-        raise
-    except Exception as error:
-        if (said := refusal(error, store.work_folder(stage))) is not None:
-            raise DiskError(said) from error
-        text = traceback.format_exc()
-        store.fail(stage, text)
-        log.error("%s failed\n%s", title, text)
-        work = store.work_folder(stage)
-        raise StageFailedError(
-            f"{stage.kind} {stage.name} failed with {type(error).__name__}: {error}\n"
-            f"  traceback: {work / ERROR_FILE}\n  log:       {work / LOG_FILE}\n"
-            f"  The same command tries it again from its last checkpoint."
-        ) from error
-
-
-class _Ledger:
-    """The run's run.json while it runs, and a line on the console for each stage that is done."""
-
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder = folder
-        self.console = console
-        self._run = read_run(folder)
-        self._mark = "✓" if console.encoding.lower().startswith("utf") else "ok"
-        self._rows = {row.digest: row for row in self._run.stages}
-
-    def mark(self, stage: Stage, status: StageStatus, seconds: float | None = None) -> None:
-        took = None if seconds is None else round(seconds, 2)
-        self._rows[stage.digest] = row = replace(self._rows[stage.digest], status=status, seconds=took)
-        self._write()
-        if row.finished:
-            took_words = "reused" if seconds is None else f"{seconds:.1f} s"
-            line = f" {stage.kind:8} {stage.name:24} {stage.digest[:12]}  {took_words}"
-            self.console.print(Text.assemble("  ", (self._mark, "green"), line))
-
-    def remark(self, sentences: Sequence[str]) -> None:
-        """Say what the stage that was just marked has left out."""
-        for sentence in sentences:
-            self.console.print(f"      {sentence}", style="yellow", highlight=False)
-
-    def tell_left_out(self, stage: Stage, failure: TinyLMMError) -> None:
-        """Say at once that a stage has no result; why is said again when the run ends."""
-        what = "waits" if isinstance(failure, WaitingError) else "failed"
-        said = f"  {stage.kind} {stage.name} {what}, what does not need it goes on: {failure}"
-        self.console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-    def waiting(self, title: str) -> Callable[[Owner], None]:
-        """Return what tells of another process that works on the stage."""
-
-        def tell(owner: Owner) -> None:
-            self.console.print(Text(f"{title}  waiting: process {owner.pid} on {owner.host} is doing it"))
-
-        return tell
-
-    def finish(self, status: RunStatus) -> None:
-        self._run = replace(self._run, status=status, finished=now())
-        self._write()
-
-    def _write(self) -> None:
-        self._run = replace(self._run, stages=tuple(self._rows.values()))
+    for plan in plans:
+        require_files(plan)
+    grid = _Grid(plans, console)
+    with _log_to(grid.ledger.runs[0].folder / LOG_FILE), watch_for_stop(), grid.progress, grid:
         try:
-            write_run(self.folder, self._run)
-        except DiskError as error:  # the record follows with its next change; what the run does is not lost for it
-            log.warning("%s", error)
+            while not grid.over:
+                if stop_requested():
+                    grid.stop()
+                if (stage := grid.next()) is not None:
+                    grid.start(stage)
+                if not grid.poll() and stage is None:
+                    time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            grid.give_up()
+    return grid.outcomes()
+
+
+@dataclass
+class _Task:
+    """A stage under way."""
+
+    stage: Stage
+    run: Run
+    job: StageJob[Any]
+    backend: LaunchBackend
+    held: ExitStack
+    """What is given back when the stage has ended: its claim and its place; and nothing of it may run then."""
+    began: float
+    """In seconds since the epoch."""
+
+
+class _Grid:
+    """The stages of all plans, and those under way. As a context manager it leaves nothing running behind."""
+
+    def __init__(self, plans: Sequence[RunPlan], console: Console) -> None:
+        self.slots = Slots([plan.run.launch for plan in plans])
+        self.store = Store(plans[0].run.store)
+        self.ledger = Ledger(plans)
+        stages = {stage.digest: stage for plan in plans for stage in plan.graph}
+        self.schedule = Schedule(stages.values())
+        self.console = console
+        self.progress = Progress(console, self.slots.number, self.schedule.open_stages, self.ledger.flush)
+        self._titles = {
+            digest: f"stage {number} of {len(stages)}: {stage.kind} {stage.name}"
+            for number, (digest, stage) in enumerate(stages.items(), 1)
+        }
+        self._tasks: list[_Task] = []
+        self._closing: TinyLMMError | None = None
+        """Why nothing more is started."""
+        self._greet(plans)
+
+    def __enter__(self) -> _Grid:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        for task in self._tasks:
+            task.held.close()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing runs, and nothing is to be started."""
+        return not self._tasks and (self.schedule.over or self._closing is not None)
+
+    def next(self) -> Stage | None:
+        """The stage to start now, if there is one and a place for it."""
+        return self.schedule.next() if self.slots.free and self._closing is None else None
+
+    def start(self, stage: Stage) -> None:
+        """Take a stage from the store, or claim and start it; give it back if another process works on it."""
+        run, held = self.ledger.maker(stage), ExitStack()
+        with self._log_of(run), held:
+            try:
+                if said := waits_for(stage):
+                    raise WaitingError(said)
+                if self._is_there(stage) or (claim := self._claim(stage, held)) is None:
+                    return
+                task = self._task(stage, run, claim, held)
+                self.progress.begins(stage, self._titles[stage.digest], task.job.folder)
+                self.ledger.mark(stage, "running")
+                with claimed(task.job.require_claim), self._kept_failures(stage), _log_to(task.job.folder / LOG_FILE):
+                    task.backend.start(task.job)
+            except (KeyboardInterrupt, TinyLMMError) as failure:
+                self._lose(stage, failure)
+                if self._tasks and isinstance(
+                    failure, KeyboardInterrupt
+                ):  # the user has lost patience with all of them
+                    raise
+            else:
+                task.held = held.pop_all()
+                self._tasks.append(task)
+
+    def poll(self) -> bool:
+        """See to the stages that have ended; returns whether there were any."""
+        ended = False
+        for task in list(self._tasks):
+            try:
+                with claimed(task.job.require_claim), self._kept_failures(task.stage):
+                    task.job.require_claim()
+                    summary = task.backend.poll()
+                    if summary is None:
+                        continue
+                    with self._log_of(task.run):
+                        self._publish(task, summary)
+            except TinyLMMError as failure:
+                self._leave(task)
+                self._lose(task.stage, failure)
+            else:
+                self._leave(task)
+                self._keep(task.stage, time.time() - task.began)
+            ended = True
+        return ended
+
+    def stop(self) -> None:
+        """Start nothing more, and ask what runs to save and stop."""
+        if self._closing is None:
+            self._closing = StoppedError("stopped before all was done; the same command continues from there")
+        for task in self._tasks:
+            task.backend.stop()
+
+    def give_up(self) -> None:
+        """End everything at once."""
+        self.stop()
+        for task in list(self._tasks):
+            self._leave(task)
+            self._lose(task.stage, KeyboardInterrupt())
+
+    def outcomes(self) -> list[RunOutcome]:
+        """How each run ended."""
+        if self._closing is not None:
+            self.ledger.end(self._closing)
+        self.ledger.flush()
+        return self.ledger.outcomes()
+
+    # ------------------------------------------------------------------------------------------------ one stage
+
+    def _is_there(self, stage: Stage) -> bool:
+        """Whether the store has the stage, every byte of it; a damaged one is named and made again."""
+        if not self.store.is_complete(stage):
+            return False
+        try:
+            self.store.open_output(stage)
+        except IntegrityError as error:
+            if self.store.is_complete(stage):  # whole, but for another spec: nothing to repair
+                raise
+            self.console.print(str(error), style="yellow", highlight=False)
+            return False
+        self._keep(stage, None)
+        return True
+
+    def _claim(self, stage: Stage, held: ExitStack) -> Claim | None:
+        """Claim a stage; None where another process has it, or where it is there by now."""
+        if any(digest not in self.schedule.stages for digest in stage.parents.values()):
+            raise IntegrityError(
+                f"{stage.name} was made by another run. Give that run's command again to make it anew."
+            )
+        claim = Claim(self.store.root, stage.key)
+        if (owner := claim.try_acquire()) is not None:
+            self.progress.waits(stage, self._titles[stage.digest], owner)
+            self.schedule.postpone(stage)
+            return None
+        held.callback(claim.release)
+        if self.store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
+            self._keep(stage, None)
+            return None
+        return claim
+
+    def _task(self, stage: Stage, run: Run, claim: Claim, held: ExitStack) -> _Task:
+        """Make the stage's work folder, with its job.json, and find it a place and a backend."""
+        share = self.slots.take(self.schedule.num_ready)
+        held.callback(self.slots.give_back, share)
+        work, root = self.store.begin(stage).resolve(), self.store.root.resolve()
+        parents = {
+            role: self.store.open_output(self.schedule.stages[digest]).resolve()
+            for role, digest in stage.parents.items()
+        }
+        names = (stage.kind, stage.name, stage.digest)
+        job = make_job(*names, stage.spec, parents, stage.settings, work, root, claim.token, share)
+        job.write()
+        launch, uses_ranks = run.plan.run.launch, KINDS[stage.kind].uses_ranks
+        backend = make_backend(launch, uses_ranks, run.plan.run.trust, self.slots.side_by_side)
+        held.callback(backend.stop, now=True)
+        return _Task(stage, run, job, backend, held, time.time())
+
+    def _publish(self, task: _Task, summary: dict[str, Any]) -> None:
+        folder = task.job.folder
+        with uninterrupted():  # the work is done: what is left is to say so
+            peak = _peak(folder)
+            for name in (*SCRATCH, *KINDS[task.stage.kind].scratch):
+                remove(folder / name)
+            (folder / METRICS_FILE).touch()
+            self.store.publish(task.stage, summary, task.began, peak)
+
+    def _leave(self, task: _Task) -> None:
+        """Give back what an ended stage held."""
+        self._tasks.remove(task)
+        task.held.close()
+
+    def _keep(self, stage: Stage, seconds: float | None) -> None:
+        """Note that a stage has its result, after so many seconds of work; None where it was there."""
+        manifest = read_manifest(self.store.folder(stage))
+        self.schedule.done(stage)
+        self.progress.estimate.learn(stage, float(manifest["seconds"]))
+        self.progress.ends(stage, seconds, manifest["summary"].get("remarks", ()))
+        self._tell(self.ledger.mark(stage, "reused" if seconds is None else "run", seconds))
+
+    def _lose(self, stage: Stage, failure: BaseException) -> None:
+        """Note that a stage has no result, and what of the rest goes on."""
+        if not isinstance(failure, TinyLMMError):
+            doing = f"{stage.kind} {stage.name}"
+            failure = StoppedError(f"interrupted during {doing}; the same command continues with what it has kept")
+        failure = with_advice(failure, self.ledger.maker(stage).plan, stage)
+        self.progress.leaves(stage)
+        if isinstance(failure, StoppedError | DiskError):
+            self._closing = self._closing or failure
+        over = self.ledger.give_up(stage, self.schedule.failed(stage), failure)
+        if self._closing is None and not self.schedule.over:
+            what = "waits" if isinstance(failure, WaitingError) else "failed"
+            said = f"  {stage.kind} {stage.name} {what}, what does not need it goes on: {failure}"
+            self.console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        self._tell(over)
+
+    # ------------------------------------------------------------------------------------------------ words
+
+    def _greet(self, plans: Sequence[RunPlan]) -> None:
+        if len(plans) == 1:
+            self.console.print(Text.assemble("run ", (self.ledger.runs[0].folder.name, "bold")))
+        else:
+            asked, distinct = sum(len(plan.graph) for plan in plans), len(self.schedule.stages)
+            self.console.print(
+                f"{len(plans)} runs ask for {asked} stages, {distinct} of them distinct", highlight=False
+            )
+        for item in dict.fromkeys(item for plan in plans for item in plan.not_found):
+            self.console.print(
+                f"  left out, as it is not found: {item.what}, looked for at {item.looked_at}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _tell(self, over: Sequence[Run]) -> None:
+        """Of several runs, say of each when it is over."""
+        if len(self.ledger.runs) > 1:
+            for run in over:
+                self.console.print(Text.assemble("run ", (run.folder.name, "bold"), f"  {run.status}"))
+
+    @contextmanager
+    def _log_of(self, run: Run) -> Iterator[None]:
+        """Log to a run's file besides the first run's, which has the whole grid's log."""
+        if run is self.ledger.runs[0]:
+            yield
+        else:
+            with _log_to(run.folder / LOG_FILE):
+                yield
+
+    @contextmanager
+    def _kept_failures(self, stage: Stage) -> Iterator[None]:
+        """Keep what went wrong in the work folder; a bug of ours becomes an error that says where its traceback is."""
+        store = self.store
+        try:
+            yield
+        except (StoppedError, ClaimLostError, KeyboardInterrupt):  # nothing failed; or the folder is another's by now
+            raise
+        except TinyLMMError as error:
+            notes = getattr(error, "__notes__", [])
+            store.fail(stage, "\n".join([f"{type(error).__name__}: {error}", *notes, ""]))
+            raise
+        except Exception as error:
+            work = store.work_folder(stage)
+            if (said := refusal(error, work)) is not None:
+                raise DiskError(said) from error
+            text = traceback.format_exc()
+            store.fail(stage, text)
+            log.error("%s failed\n%s", self._titles[stage.digest], text)
+            said = failed_with(stage.kind, stage.name, f"{type(error).__name__}: {error}", work)
+            raise StageFailedError(said) from error
+
+
+def _peak(folder: Path) -> float | None:
+    """The most memory that a worker process took, MiB, as it left it; None where this process was the worker."""
+    path = folder / RESULT_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("peak_rss_mib") if path.exists() else None
 
 
 class _LogFile(logging.FileHandler):

@@ -22,6 +22,7 @@ from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob, read_job
 from tinylmm.stop import belong_to, claimed, watch_for_stop
 from tinylmm.store.disk import refusal
+from tinylmm.store.provenance import peak_rss_mib
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def main() -> NoReturn:
     handler.setFormatter(ShownFormatter(f"%(asctime)s rank {rank} %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler])
     job = read_job(folder)
+    _take_share(job)
     result: dict[str, Any]
     code = 0
     with watch_for_stop(folder), claimed(job.require_claim):
@@ -88,7 +90,7 @@ def main() -> NoReturn:
             _join_ranks(job)
             quiet_libraries()
             run = import_body(job.kind)
-            result = {"summary": run(job)}
+            result = {"summary": run(job), "peak_rss_mib": peak_rss_mib()}
         except TinyLMMError as error:
             code = error.exit_code
             result = {"error": str(error), "type": type(error).__name__, "exit_code": code, "rank": rank}
@@ -107,6 +109,12 @@ def main() -> NoReturn:
         path = folder / (RESULT_FILE if rank == 0 else RANK_RESULTS.replace("*", str(rank)))
         path.write_text(json.dumps(result), encoding="utf-8")
     _leave_ranks(code)
+
+
+def _take_share(job: StageJob[Any]) -> None:
+    threads = job.share.take(int(os.environ.get("WORLD_SIZE", "1")))
+    if threads is not None and "torch" in sys.modules:  # of a starter: its OpenMP has read the environment already
+        sys.modules["torch"].set_num_threads(threads)
 
 
 def _join_ranks(job: StageJob[Any]) -> None:

@@ -23,7 +23,7 @@ class Kind:
         uses_ranks: whether it runs on every rank of the launch; others run in the command's own process.
         scratch: names in the work folder, besides checkpoints, that are deleted when the stage is done.
         curve: what a report calls the curve in metrics.jsonl; None where there is none to draw.
-        others_go_on: whether the stages that need nothing of it run all the same when it fails.
+        length: how long a stage of the kind takes beside others, roughly; only the order of stages hangs on it.
     """
 
     spec: type[Recorded]
@@ -32,18 +32,24 @@ class Kind:
     uses_ranks: bool = False
     scratch: tuple[str, ...] = ()
     curve: str | None = None
-    others_go_on: bool = False
+    length: float = 1.0
 
 
 KINDS = {
     "data": Kind(DataStage, 2, "tinylmm.stages.data"),
-    "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss"),
+    "parts": Kind(PartsStage, 1, "tinylmm.stages.parts", curve="loss", length=5.0),
     "images": Kind(ImagesStage, 1, "tinylmm.stages.images", scratch=("scratch",)),
     "prepare": Kind(PrepareStage, 3, "tinylmm.stages.prepare", scratch=("scratch",)),
     "train": Kind(
-        TrainStage, 2, "tinylmm.stages.train", uses_ranks=True, scratch=("features.part", "kept"), curve="loss"
+        TrainStage,
+        2,
+        "tinylmm.stages.train",
+        uses_ranks=True,
+        scratch=("features.part", "kept"),
+        curve="loss",
+        length=20.0,
     ),
-    "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",), others_go_on=True),
-    "judge": Kind(JudgeStage, 1, "tinylmm.stages.judging", others_go_on=True),
+    "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",), length=4.0),
+    "judge": Kind(JudgeStage, 1, "tinylmm.stages.judging", length=2.0),
 }
 """Kind -> what it is; the names stand in digests and folder names."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tinylmm.config.attention import FLASH, no_flash
+from tinylmm.config.compose import run_name
 from tinylmm.config.hub import pad_token_fault, unknown_numbers, unpinned
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.config.weight_files import check_weights
-from tinylmm.errors import ConfigError, DataError
+from tinylmm.errors import ConfigError, DataError, TinyLMMError
 from tinylmm.evaluation.benchmarks.registry import check_evaluation, get_benchmark
 from tinylmm.planning.fingerprints import (
     benchmark_fingerprint,
@@ -40,6 +41,10 @@ class Missing:
     how_to_get: str
 
 
+Known = dict[tuple[str, ...], tuple[Content, list[Missing], list[Missing]]]
+"""What was found of files outside the store, for the runs of a sweep: identity, and what of it is missing."""
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """One run's graph against the store."""
@@ -57,8 +62,32 @@ class RunPlan:
     """What the user may not have meant, a sentence each."""
 
 
-def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
+def plan_runs(
+    runs: Sequence[tuple[list[str], RunSpec]],
+) -> Iterator[tuple[list[str], RunPlan | TinyLMMError]]:
+    """Yield the words and the plan of every run of a sweep, or why it cannot be planned; no file is looked at twice.
+
+    Args:
+        runs: as `compose_all` returns them.
+    """
+    known: Known = {}
+    for words, spec in runs:
+        plan: RunPlan | TinyLMMError
+        try:
+            plan = plan_run(spec, run_name(spec), words, known)
+        except TinyLMMError as error:
+            plan = error
+        yield words, plan
+
+
+def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = (), known: Known | None = None) -> RunPlan:
     """Build the run's graph; files that are missing are listed, not raised.
+
+    Args:
+        run: what is asked for.
+        name: of the run.
+        overrides: the user's words.
+        known: what was found of files for other runs, which is taken over and added to.
 
     Raises:
         DataError: an annotation file is there but unreadable, or the store's samples leave out more bad records than
@@ -67,7 +96,7 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = ()) -> RunPlan:
     """
     for key, evaluation in run.eval.items():
         check_evaluation(key, evaluation, run.trust)
-    files = _Files(Store(run.store), run.trust)
+    files = _Files(Store(run.store), run.trust, {} if known is None else known)
     graph = build_graph(run, files)
     _refuse_attention(run, graph)
     _refuse_left_out(run, graph)
@@ -177,17 +206,24 @@ def plan_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
             asked[stage.kind] += 1
             distinct.setdefault(stage.digest, stage)
         runs.append({"name": plan.name, "overrides": plan.overrides, "stages": [stage.digest for stage in plan.graph]})
+    store = Store(plans[0].run.store)
     stages = [
         {
             "digest": stage.digest,
             "kind": stage.kind,
             "name": stage.name,
             "parents": sorted(set(stage.parents.values())),
-            "status": stage_status(plans[0].run.store, stage),
+            "status": "waits" if waits_for(stage) else store.status(stage),
         }
         for stage in distinct.values()
     ]
-    totals = {"runs": len(runs), "asked": dict(asked), "distinct": dict(Counter(s.kind for s in distinct.values()))}
+    totals: dict[str, Any] = {
+        "runs": len(runs),
+        "asked": dict(asked),
+        "distinct": dict(Counter(stage.kind for stage in distinct.values())),
+    }
+    for status in ("complete", "todo", "waits"):
+        totals[status] = dict(Counter(str(stage["kind"]) for stage in stages if stage["status"] == status))
     return {
         "runs": runs,
         "stages": stages,
@@ -223,13 +259,14 @@ def waits_for(stage: Stage) -> str:
 class _Files:
     """Identities of files outside the store, each read once; notes what is missing on the way. See `graph.Fingerprints`."""
 
-    def __init__(self, store: Store, trust: Sequence[str]) -> None:
+    def __init__(self, store: Store, trust: Sequence[str], known: Known) -> None:
         self.store = store
         self.cache = store.layout.fingerprints
         self.trust = trust
         self.missing: list[Missing] = []
         self.not_found: list[Missing] = []
-        self._known: dict[tuple[str, str], Content] = {}
+        self._known = known
+        self._asked: set[tuple[str, ...]] = set()
 
     def source(self, data: DataSpec, name: str) -> Content:
         key = f"{data.root}|{data.sources[name].model_dump_json()}"
@@ -255,9 +292,17 @@ class _Files:
         return checkpoint_fingerprint(path_or_id, self.cache)
 
     def _once(self, kind: str, key: str, read: Callable[[], Content]) -> Content:
-        if (kind, key) not in self._known:
-            self._known[kind, key] = read()
-        return self._known[kind, key]
+        """What `read` finds, and what it then notes as missing; for another run both are known already."""
+        where = (str(self.store.root), ",".join(self.trust), kind, key)
+        if where not in self._known:
+            missing, not_found = len(self.missing), len(self.not_found)
+            content = read()
+            self._known[where] = (content, self.missing[missing:], self.not_found[not_found:])
+        elif where not in self._asked:
+            self.missing += self._known[where][1]
+            self.not_found += self._known[where][2]
+        self._asked.add(where)
+        return self._known[where][0]
 
     def _benchmark(self, spec: EvalSpec) -> Content:
         assert spec.root is not None  # EvalSpec's validator holds this

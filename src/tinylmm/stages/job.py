@@ -7,11 +7,12 @@ nothing else: no Hydra, no planner, no store.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from tinylmm.config.identities import Recorded
+from tinylmm.config.share import WHOLE, Share
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.specs import Location, StageSettings
 from tinylmm.store.claims import require_claim
@@ -35,6 +36,7 @@ class StageJob(Generic[Spec]):
         folder: the work folder; everything that shall be kept goes to `output`.
         store: root of the store, for features that stages share.
         claim: token of the claim under which this is done; empty outside a run.
+        share: of this machine, where other stages run beside it.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class StageJob(Generic[Spec]):
     folder: Path
     store: Path
     claim: str = ""
+    share: Share = WHOLE
 
     @property
     def output(self) -> Path:
@@ -89,6 +92,7 @@ class StageJob(Generic[Spec]):
             "settings": self.settings.as_json(),
             "store": str(self.store),
             "claim": self.claim,
+            "share": asdict(self.share),
         }
         (self.folder / JOB_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -103,6 +107,7 @@ def make_job(
     folder: Path,
     store: Path,
     claim: str = "",
+    share: Share = WHOLE,
 ) -> StageJob[Any]:
     """Return the job of a stage whose spec and settings are JSON.
 
@@ -110,11 +115,14 @@ def make_job(
         pydantic.ValidationError: they are not those of the kind.
     """
     typed = KINDS[kind].spec.model_validate(spec)
-    return StageJob(kind, name, digest, typed, parents, StageSettings.model_validate(settings), folder, store, claim)
+    typed_settings = StageSettings.model_validate(settings)
+    return StageJob(kind, name, digest, typed, parents, typed_settings, folder, store, claim, share)
 
 
 def read_job(folder: Path) -> StageJob[Any]:
     """Read the job that `StageJob.write` left in `folder`."""
     record = cast(dict[str, Any], json.loads((folder / JOB_FILE).read_text(encoding="utf-8")))
     parents = {role: Path(path) for role, path in record.pop("parents").items()}
-    return make_job(**record | {"parents": parents, "folder": folder, "store": Path(record["store"])})
+    share = record.pop("share")
+    share = Share(tuple(share["gpus"]), share["cores"])
+    return make_job(**record | {"parents": parents, "folder": folder, "store": Path(record["store"]), "share": share})

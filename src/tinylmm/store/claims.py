@@ -104,7 +104,9 @@ class Claim:
             self._owner = Owner(**vars(this_process()), since=now(), token=secrets.token_hex(8))
             self._stop.clear()
             try:
-                write_atomic(self._path, json.dumps(vars(self._owner), indent=1))
+                write_atomic(
+                    self._path, json.dumps(vars(self._owner), indent=1), durable=False
+                )  # nobody holds it after a power cut
                 self._thread = threading.Thread(target=self._beat, name=f"claim-{self.key}", daemon=True)
                 self._thread.start()
             except BaseException:  # also a signal: a claim that nobody will give back must not stay

@@ -12,10 +12,10 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinylmm.errors import IntegrityError
 from tinylmm.stop import require_claim
@@ -23,8 +23,12 @@ from tinylmm.store.disk import writing
 from tinylmm.store.layout import MANIFEST_FILE, MARKER_FILE, OUTPUT_FOLDER
 
 HASH_THREADS = min(4, os.cpu_count() or 1)
-"""hashlib lets go of the interpreter lock, so files are hashed side by side."""
+"""hashlib lets go of the interpreter lock, so files are hashed side by side,"""
+WORTH_THREADS = 1 << 24
+"""where they have so many bytes together: hashing fewer is done before threads are started."""
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 FileRecord = dict[str, Any]
 """{"sha256": 64 hexadecimal digits, "size": bytes}"""
 
@@ -129,8 +133,8 @@ def hash_folder(
             return {"sha256": known[name]["sha256"], "size": size}
         return {"sha256": hash_file(folder / name), "size": size}
 
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(record, names), strict=True))
+    records = _mapped(record, names, sum((folder / name).stat().st_size for name in names))
+    return dict(zip(names, records, strict=True))
 
 
 def hash_file(path: Path) -> str:
@@ -216,9 +220,17 @@ def check_files(folder: Path, deep: bool = True) -> list[str]:
         files = read_manifest(folder)["files"]
     except IntegrityError as error:
         return [str(error)]
+    size = sum(record["size"] for record in files.values()) if deep else 0
+    findings = _mapped(lambda item: _check_file(folder / item[0], item[1], deep), list(files.items()), size)
+    return [finding for finding in findings if finding]
+
+
+def _mapped(work: Callable[[Item], Result], items: Sequence[Item], size: int) -> list[Result]:
+    """What `work` makes of each item, side by side if that is worth it for so many bytes."""
+    if size < WORTH_THREADS:
+        return list(map(work, items))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        findings = pool.map(lambda item: _check_file(folder / item[0], item[1], deep), files.items())
-        return [finding for finding in findings if finding]
+        return list(pool.map(work, items))
 
 
 def extra_files(folder: Path) -> list[str]:

@@ -200,13 +200,14 @@ class Store:
         write_atomic(work / SPEC_FILE, json.dumps(spec, indent=1, ensure_ascii=False))
         return work
 
-    def publish(self, stage: Stage, summary: dict[str, Any], started: float) -> Path:
+    def publish(self, stage: Stage, summary: dict[str, Any], started: float, peak_mib: float | None = None) -> Path:
         """Turn the work folder into the finished stage and return that folder. Killed anywhere, `recover` finishes it.
 
         Args:
             stage: the stage; its result lies in the work folder's output/.
             summary: what the stage reports about itself; plain JSON.
             started: when work began, in seconds since the epoch.
+            peak_mib: the most memory that it took, where another process did it.
 
         Raises:
             IntegrityError: the work folder holds something else than regular files.
@@ -225,7 +226,7 @@ class Store:
             "seconds": round(finished - started, 3),
             "versions": software_versions(),
             "host": socket.gethostname(),
-            "peak_rss_mib": peak_rss_mib(),
+            "peak_rss_mib": peak_rss_mib() if peak_mib is None else peak_mib,
         }
         write_manifest(self.work_folder(stage), record, skip=NOT_IN_MANIFEST)
         return self._promote(stage)

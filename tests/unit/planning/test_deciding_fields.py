@@ -46,6 +46,7 @@ ANSWERS = "how many are answered at once: in fp32 an answer is the same in any b
 LAUNCH = {
     "backend": speed("local", WHERE),
     "nproc": speed(2, WHERE),
+    "slots": speed(2, "which stages run at the same time: none sees another"),
     "deepspeed_stage": speed(3, "how state is shared out over ranks: the same numbers, gathered"),
     "device": speed("cpu", WHERE),
     "micro_batch": speed(3, WHERE),

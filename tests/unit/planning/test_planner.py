@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from tinylmm.config.compose import compose_all, compose_run, run_name
-from tinylmm.errors import ConfigError, DataError
-from tinylmm.planning.planner import plan_record, plan_run, require_files
+from tinylmm.config.compose import compose_all, compose_run
+from tinylmm.errors import ConfigError, DataError, TinyLMMError
+from tinylmm.planning.planner import plan_record, plan_run, plan_runs, require_files
 
 BF16 = ("recipe.stages.pretrain.precision=bf16", "recipe.stages.finetune.precision=bf16")
 
 
 def record(tmp_path: Path, *words: str) -> dict[str, object]:
     runs = compose_all([*words, f"store={tmp_path / 'store'}"], True)
-    return plan_record([plan_run(spec, run_name(spec), overrides) for overrides, spec in runs])
+    plans = []
+    for _, plan in plan_runs(runs):
+        if isinstance(plan, TinyLMMError):
+            raise plan
+        plans.append(plan)
+    return plan_record(plans)
 
 
 def test_a_sweep_lists_runs_distinct_stages_and_totals(tmp_path: Path) -> None:
@@ -28,6 +33,9 @@ def test_a_sweep_lists_runs_distinct_stages_and_totals(tmp_path: Path) -> None:
         "runs": 4,
         "asked": {"data": 4, "parts": 12, "images": 10, "prepare": 10, "train": 10, "eval": 10},
         "distinct": {"data": 1, "parts": 3, "images": 3, "prepare": 3, "train": 8, "eval": 8},
+        "complete": {},
+        "todo": {"data": 1, "parts": 3, "images": 3, "prepare": 3, "train": 8, "eval": 8},
+        "waits": {},
     }
     assert json.loads(json.dumps(plan)) == plan
 

@@ -30,16 +30,20 @@ class LaunchBackend(Protocol):
         """Ask the stage to save and stop, or end it at once. Any number of times, also when it has ended."""
 
 
-def make_backend(launch: LaunchSpec, uses_ranks: bool, trust: tuple[str, ...] = ()) -> LaunchBackend:
-    """Return the backend that `launch` names; stages that use one process run in this one.
+def make_backend(
+    launch: LaunchSpec, uses_ranks: bool, trust: tuple[str, ...] = (), side_by_side: bool = False
+) -> LaunchBackend:
+    """Return the backend that `launch` names; stages that use one process run in this one, or in one of their own.
 
     Args:
         uses_ranks: whether the stage's kind runs on every rank of the launch.
         trust: packages besides ours that a backend may come from.
+        side_by_side: whether other stages run meanwhile, so that this process must not be the stage's.
 
     Raises:
         ConfigError: there is no such backend.
     """
     name = launch.backend if uses_ranks else "local"
+    name = "process" if side_by_side and name == "local" else name
     backend = resolve_target(backend_target(name), trust, role="backend")
     return cast(LaunchBackend, backend(launch))

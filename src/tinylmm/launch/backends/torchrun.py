@@ -18,6 +18,7 @@ import psutil
 
 from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserError
+from tinylmm.launch.results import ending, last_lines, read_result
 from tinylmm.launch.worker import FAILED_RANKS, RANK_RESULTS, RESULT_FILE, WORDS_FOLDER, FailedRank, has_gpu_driver
 from tinylmm.stages.job import StageJob
 from tinylmm.stop import STOP_FILE, held_back
@@ -26,7 +27,6 @@ from tinylmm.store.layout import LOG_FILE
 
 log = logging.getLogger(__name__)
 
-LOG_TAIL_LINES = 20
 LINGER_SECONDS = 5.0
 """Once a rank has stopped as asked, the others have so long to end too."""
 
@@ -106,7 +106,7 @@ def _has_stopped(job: StageJob[Any]) -> bool:
     """Whether a rank ended a while ago because it was asked to; one that then still waits for it cannot know that."""
     for path in [job.folder / RESULT_FILE, *job.folder.glob(RANK_RESULTS)]:
         if path.exists() and time.time() - path.stat().st_mtime > LINGER_SECONDS:
-            return _read_result(path).get("type") == StoppedError.__name__
+            return read_result(path).get("type") == StoppedError.__name__
     return False
 
 
@@ -142,7 +142,7 @@ def _environment(launch: LaunchSpec) -> dict[str, str]:
 def _outcome(job: StageJob[Any], code: int, begin: int = 0) -> dict[str, Any]:
     """What the ranks left: the summary, or the error of the rank that is to blame. `begin` is where this try's log starts."""
     paths = [job.folder / RESULT_FILE, *sorted(job.folder.glob(RANK_RESULTS))]
-    results = [_read_result(path) for path in paths if path.exists()]
+    results = [read_result(path) for path in paths if path.exists()]
     errors = [result for result in results if "error" in result]
     # A rank's own fault comes before what it made of the others (closed connections, timeouts).
     for error in errors:
@@ -160,10 +160,6 @@ def _outcome(job: StageJob[Any], code: int, begin: int = 0) -> dict[str, Any]:
     raise StageFailedError(said)
 
 
-def _read_result(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
 def _blame(job: StageJob[Any], errors: dict[int, str], code: int, begin: int) -> str:
     """Say which rank failed first, in its own words, and what became of the others.
 
@@ -179,14 +175,14 @@ def _blame(job: StageJob[Any], errors: dict[int, str], code: int, begin: int) ->
         if errors:
             rank, error = min(errors.items())
             return f"rank {rank} failed:\n{error}"
-        last = _last_lines(log_file, begin)
+        last = last_lines(log_file, begin)
         return f"torchrun ended with exit code {code} and no rank said why. Last lines of {log_file}:\n{last}"
     if first.rank in errors:
         said = f"rank {first.rank} failed:\n{errors[first.rank]}"
     else:
-        said = f"rank {first.rank} ended with {_ending(first.exit_code)}. The log is {log_file}."
+        said = f"rank {first.rank} ended with {ending(first.exit_code)}. The log is {log_file}."
         words = next(job.folder.glob(f"{WORDS_FOLDER}/*/attempt_*/{first.rank}/stderr.log"), None)
-        if words is not None and (last := _last_lines(words)):
+        if words is not None and (last := last_lines(words)):
             said += f" Its last lines:\n{last}"
     others = [_of_another(one, errors.get(one.rank)) for one in failed if one is not first]
     return "\n  ".join([said, *filter(None, others)])
@@ -207,21 +203,9 @@ def _first_failure(failed: list[FailedRank]) -> FailedRank | None:
     return next(iter(killed or earliest), None)
 
 
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    why = ": killed from outside, or by the kernel for want of memory" if code == -signal.SIGKILL else ""
-    return f"exit code {code} ({signal.Signals(-code).name}{why})"
-
-
 def _of_another(one: FailedRank, error: str | None) -> str | None:
     if error is not None:
         return f"rank {one.rank} then said: {error.strip().splitlines()[-1]}"
     if one.exit_code == -signal.SIGKILL:
         return f"rank {one.rank} did not end by itself then and was killed"
     return None
-
-
-def _last_lines(path: Path, begin: int = 0) -> str:
-    lines = path.read_bytes()[begin:].decode(errors="replace").splitlines()
-    return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])

@@ -1,0 +1,159 @@
+"""Sweeps as one graph: each stage once, side by side, whatever fails, stops or runs beside it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.project import Project, environment
+from tests.integration.test_recovery import wait_for
+
+BREAKABLE = '''
+from pathlib import Path
+from tinylmm.models.connectors import MLPConnector
+
+
+class Breakable(MLPConnector):
+    """Fails to train with three layers for as long as there is a file `broken`."""
+
+    def __init__(self, vision_width, llm_width, depth=2, **options):
+        super().__init__(vision_width, llm_width, depth=depth, **options)
+        self.depth_asked = depth
+
+    def forward(self, features):
+        if self.training and self.depth_asked == 3 and Path("broken").exists():
+            raise RuntimeError("made to fail")
+        return super().forward(features)
+'''
+DEPTHS = ("connector._target_=breakable.Breakable", "trust=[breakable]", "connector.options.depth=2,3")
+
+
+def sweep(project: Project, *words: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        project.command("-m", *words),
+        cwd=project.root,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run_rows(store: Path) -> list[dict[str, Any]]:
+    """Stages as runs saw them, the oldest run's first."""
+    records = sorted(
+        (json.loads(path.read_text()) for path in store.glob("runs/*/run.json")), key=lambda r: r["created"]
+    )
+    return [row | {"of": record["name"], "ended": record["status"]} for record in records for row in record["stages"]]
+
+
+def trained(store: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every trained model."""
+    return {
+        f"{path.relative_to(store)}/{name}": tensor
+        for path in sorted(store.glob("stages/train-*/output/model/**/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_stages_side_by_side_run_once_each_and_learn_what_they_learn_one_after_another(project: Project) -> None:
+    words = ("-m", "seed=1,2", "recipe.stages.finetune.epochs=1,2")
+    found = {}
+    for slots in (1, 2):
+        done = project.train_here(*words, f"launch.slots={slots}", f"store={project.root / f'store-{slots}'}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "4 runs ask for 24 stages, 10 of them distinct" in done.stdout
+        found[slots] = trained(project.root / f"store-{slots}")
+        rows = run_rows(project.root / f"store-{slots}")
+        assert sorted(row["status"] for row in rows) == ["reused"] * 14 + ["run"] * 10
+        assert {row["ended"] for row in rows} == {"done"}
+    assert found[1].keys() == found[2].keys() and len(found[1]) > 6 * 40
+    assert all(torch.equal(tensor, found[2][name]) for name, tensor in found[1].items())
+
+
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_failed_stage_fails_what_needs_it_and_resumes_alone(slots: int, project: Project) -> None:
+    (project.root / "breakable.py").write_text(BREAKABLE)
+    (project.root / "broken").touch()
+    process = sweep(project, *DEPTHS, f"launch.slots={slots}")
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 1, said + errors
+    assert "train pretrain failed with RuntimeError: made to fail" in errors
+    (failed,) = project.store.glob("work/train-*")
+    assert "made to fail" in (failed / "error.txt").read_text() and "Traceback" in (failed / "error.txt").read_text()
+    by_run: dict[str, list[str]] = {}
+    for row in run_rows(project.store):
+        by_run.setdefault(row["ended"], []).append(row["status"])
+    assert sorted(by_run["failed"]) == ["failed", "reused", "reused", "reused", "reused", "todo"]
+    assert by_run["done"] == ["run"] * 6
+    (project.root / "broken").unlink()
+    again = sweep(project, *DEPTHS, f"launch.slots={slots}")
+    said, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, said + errors
+    assert said.count("reused") == 6 and said.count("✓ train") == 4
+    assert [line.split()[2] for line in said.splitlines() if "✓" in line and "reused" not in line] == [
+        "pretrain",
+        "finetune",
+    ]
+
+
+def test_two_sweeps_on_one_store_share_their_stages_and_both_finish(project: Project) -> None:
+    commands = [sweep(project, "seed=1,2", "launch.slots=2") for _ in range(2)]
+    outputs = [process.communicate(timeout=240) for process in commands]
+    assert [process.returncode for process in commands] == [0, 0], outputs
+    assert sorted(row["status"] for row in run_rows(project.store)).count("run") == 8
+    assert len(list(project.store.glob("stages/*"))) == 8
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL))],
+    ids=["SIGTERM", "SIGINT", "SIGKILL"],
+)
+def test_a_stopped_sweep_leaves_nothing_running_and_continues_from_its_checkpoints(
+    number: signal.Signals, project: Project
+) -> None:
+    words = ("seed=1,2", "launch.slots=2", "launch.save_steps=5", "recipe.stages.pretrain.epochs=100")
+    process = sweep(project, *words, start_new_session=True)
+    wait_for(lambda: len(steps(project.store)) == 2 and min(steps(project.store)) > 6)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) >= 4, "the command, the starter, two stages"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(everyone[1:], timeout=5)
+    assert alive == []
+    if number != signal.SIGKILL:
+        assert process.returncode == 75 and "the same command continues" in errors, errors
+    saved = [int(path.name.split("-")[1]) for path in project.store.glob("work/train-*/checkpoints/checkpoint-*")]
+    assert len({path.parent for path in project.store.glob("work/train-*/checkpoints/checkpoint-*")}) == 2
+    assert max(saved) >= 5
+    done = project.train("-m", *words[:2], "recipe.stages.pretrain.epochs=100")
+    assert done.returncode == 0, done.stderr
+    for path in project.store.glob("stages/train-*/metrics.jsonl"):
+        logged = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert logged == sorted(set(logged)), "no step is logged twice"
+
+
+def steps(store: Path) -> list[int]:
+    """Of each training under way, how many rows it has written."""
+    return [path.read_text().count("\n") for path in store.glob("work/train-*/metrics.jsonl")]
+
+
+def test_a_worker_that_is_killed_is_named_and_takes_no_other_stage_with_it(project: Project) -> None:
+    process = sweep(project, "seed=1,2", "launch.slots=2", "recipe.stages.pretrain.epochs=60")
+    wait_for(lambda: len(steps(project.store)) == 2)
+    (starter,) = psutil.Process(process.pid).children()
+    starter.children()[0].kill()
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 1, said + errors
+    assert "ended with exit code -9 (SIGKILL: killed from outside" in errors
+    assert sorted({row["of"]: row["ended"] for row in run_rows(project.store)}.values()) == ["done", "failed"]
