@@ -166,9 +166,8 @@ class Training:
         state = trained * (8.0 + placed.optimizer_bytes)
         if placed.sharding.startswith("zero"):
             state /= placed.ranks
-        return max(
-            StepCost(flops * samples, kept, state).seconds(self.device.card), self._reading_seconds(placed.ranks)
-        )
+        cost = StepCost(flops * samples, kept, state, self.compute_bytes)
+        return max(cost.seconds(self.device.card), self._reading_seconds(placed.ranks))
 
     def _reading_seconds(self, ranks: int) -> float:
         """Of reading a step's images beside it, where this machine's rate was measured; 0 where features are kept."""
@@ -182,7 +181,11 @@ class Training:
         if not self.cached or self.device.card is None or self.lengths.samples is None:
             return 0.0
         images = self.lengths.samples * self.lengths.images * self.shapes.views
-        return first_pass_flops(self.parts, images) / self.device.card.matmul_flops / self.launch.nproc
+        return (
+            first_pass_flops(self.parts, images)
+            / self.device.card.product_flops(self.compute_bytes)
+            / self.launch.nproc
+        )
 
     def _accumulation(self, ranks: int, micro_batch: int) -> int:
         return math.ceil(self.stage.global_batch / (micro_batch * ranks))

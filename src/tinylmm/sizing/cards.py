@@ -26,7 +26,8 @@ class Card:
     Attributes:
         key: as launch.gpu names it; `cpu` for a machine without one.
         memory_bytes: of the device.
-        matmul_flops: FLOP/s that a large matrix product reaches in the type that it trains in.
+        matmul_flops: FLOP/s that a large matrix product reaches in bf16 (on a CPU in fp32),
+        fp32_flops: and in fp32.
         copy_bytes: bytes a second that its memory reads and writes.
         source: where the figures come from.
         images_per_s: that one process reads; None where nobody measured it.
@@ -36,9 +37,14 @@ class Card:
     title: str
     memory_bytes: float
     matmul_flops: float
+    fp32_flops: float
     copy_bytes: float
     source: str
     images_per_s: float | None = None
+
+    def product_flops(self, compute_bytes: int) -> float:
+        """FLOP/s of products in numbers of so many bytes."""
+        return self.fp32_flops if compute_bytes == 4 else self.matmul_flops
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Calibration:
 
     Attributes:
         device: the GPU's name, or `cpu`.
-        matmul_flops: FLOP/s of a large product: bf16 on a GPU, fp32 on a CPU.
+        matmul_flops, fp32_flops: FLOP/s of a large product, in bf16 on a GPU and in fp32 on a CPU; and in fp32.
         copy_bytes: bytes a second read and written by a large copy.
         images_per_s: JPEGs of 640 x 480 that one process decodes and resizes to 384 x 384.
     """
@@ -55,6 +61,7 @@ class Calibration:
     device: str
     memory_bytes: float
     matmul_flops: float
+    fp32_flops: float
     copy_bytes: float
     images_per_s: float
 
@@ -69,6 +76,7 @@ def cards() -> dict[str, Card]:
             row["title"],
             row["memory_gb"] * 1e9,
             row["bf16_tflops"] * 1e12 * REACHED,
+            row["fp32_tflops"] * 1e12 * REACHED,
             row["bandwidth_gbps"] * 1e9 * COPIED,
             row["source"],
         )
@@ -130,6 +138,6 @@ def this_machine(gpus: Sequence[str] | None = None) -> Card | None:
     names = gpu_names() if gpus is None else gpus
     device = names[0] if names else "cpu"
     if (measured := read_calibration(device)) is not None:
-        rates = (measured.memory_bytes, measured.matmul_flops, measured.copy_bytes)
+        rates = (measured.memory_bytes, measured.matmul_flops, measured.fp32_flops, measured.copy_bytes)
         return Card("this machine", device, *rates, "measured by tinylmm doctor --calibrate", measured.images_per_s)
     return card_named(device)

@@ -25,13 +25,15 @@ class StepCost:
         flops: products, with what checkpointing takes a second time.
         kept_bytes: kept for the backward pass, of all micro-batches.
         state_bytes: trained weights, their gradients and the optimiser's state.
+        compute_bytes: of a number in the type that products are computed in.
     """
 
     flops: float
     kept_bytes: float
     state_bytes: float
+    compute_bytes: int
 
     def seconds(self, card: Card) -> float:
         """Seconds of one step on a device."""
         moved = PASSES * self.kept_bytes + OPTIMIZER_PASSES * self.state_bytes
-        return self.flops / card.matmul_flops + moved / card.copy_bytes
+        return self.flops / card.product_flops(self.compute_bytes) + moved / card.copy_bytes

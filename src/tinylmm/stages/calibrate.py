@@ -17,7 +17,7 @@ from tinylmm.sizing.cards import Calibration, save_calibration
 from tinylmm.stages.doctor import memory_bytes
 
 SECONDS = 4.0
-"""For each of the three measures."""
+"""For each measure."""
 SIZES = {"cuda": (8192, 2**28), "cpu": (1536, 2**25)}
 """Device -> edge of the square matrices, and numbers of fp32 that are copied."""
 PHOTO, INPUT = (640, 480), 384
@@ -36,13 +36,14 @@ def calibrate() -> Calibration:
         name, memory = properties.name, float(properties.total_memory)
     else:
         name, memory = "cpu", float(memory_bytes())
-    return Calibration(name, memory, _matmul(device), _copy(device), _images())
+    exact = _matmul(device, torch.float32)
+    usual = exact if device.type == "cpu" else _matmul(device, torch.bfloat16)
+    return Calibration(name, memory, usual, exact, _copy(device), _images())
 
 
-def _matmul(device: torch.device) -> float:
-    """FLOP/s of a large product: bf16 on a GPU, fp32 on a CPU."""
+def _matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product."""
     edge = SIZES[device.type][0]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     one, other = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(one)
     return 2.0 * edge**3 * _rate(lambda: torch.mm(one, other, out=out), device)

@@ -95,12 +95,18 @@ def test_without_a_card_a_bf16_run_says_which_cards_hold_it_and_no_hours(tmp_pat
 
 def test_a_measured_machine_gives_hours_of_the_embedded_run(tmp_path: Path) -> None:
     assert stages(tmp_path)["finetune"]["hours"] is None
-    save_calibration(Calibration("cpu", 16e9, 1e11, 1e10, 90.0))
+    save_calibration(Calibration("cpu", 16e9, 1e11, 1e11, 1e10, 90.0))
     row = stages(tmp_path)["finetune"]
     assert row["hours"] > 0 and row["device"]["images_per_s"] == 90.0
     slow = stages(tmp_path, "launch.cache_features=false")["finetune"]
     assert slow["seconds_a_step"] >= row["seconds_a_step"]
     assert slow["flops_a_sample"]["vision_tower"]["forward"] > row["flops_a_sample"]["vision_tower"]["forward"] == 0
+
+
+def test_a_gpu_multiplies_fp32_at_its_own_rate(tmp_path: Path) -> None:
+    fp32 = ("recipe.stages.pretrain.precision=fp32", "recipe.stages.finetune.precision=fp32", "launch.gpu=h200")
+    half, whole = (stages(tmp_path, *PHI, *words)["pretrain"] for words in (("launch.gpu=h200",), fp32))
+    assert whole["seconds_a_step"] > 3 * half["seconds_a_step"]
 
 
 def test_what_cannot_be_known_is_said_and_the_rest_is_planned(tmp_path: Path) -> None:

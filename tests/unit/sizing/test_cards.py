@@ -48,7 +48,7 @@ def test_the_drivers_own_list_is_read(tmp_path: Path) -> None:
 def test_what_was_measured_counts_for_that_device_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert this_machine([]) is None
-    path = save_calibration(Calibration("cpu", 16e9, 1e11, 1e10, 90.0))
+    path = save_calibration(Calibration("cpu", 16e9, 1e11, 1e11, 1e10, 90.0))
     measured = this_machine([])
     assert measured is not None and (measured.matmul_flops, measured.images_per_s) == (1e11, 90.0)
     other = this_machine(["NVIDIA H200"])
