@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.integration.project import Project, environment
 from tests.integration.test_recovery import wait_for
+from tinylmm.launch.backends import process
 
 BREAKABLE = '''
 from pathlib import Path
@@ -84,9 +85,9 @@ def test_stages_side_by_side_run_once_each_and_learn_what_they_learn_one_after_a
 def test_a_failed_stage_fails_what_needs_it_and_resumes_alone(slots: int, project: Project) -> None:
     (project.root / "breakable.py").write_text(BREAKABLE)
     (project.root / "broken").touch()
-    process = sweep(project, *DEPTHS, f"launch.slots={slots}")
-    said, errors = process.communicate(timeout=240)
-    assert process.returncode == 1, said + errors
+    command = sweep(project, *DEPTHS, f"launch.slots={slots}")
+    said, errors = command.communicate(timeout=240)
+    assert command.returncode == 1, said + errors
     assert "train pretrain failed with RuntimeError: made to fail" in errors
     (failed,) = project.store.glob("work/train-*")
     assert "made to fail" in (failed / "error.txt").read_text() and "Traceback" in (failed / "error.txt").read_text()
@@ -108,8 +109,8 @@ def test_a_failed_stage_fails_what_needs_it_and_resumes_alone(slots: int, projec
 
 def test_two_sweeps_on_one_store_share_their_stages_and_both_finish(project: Project) -> None:
     commands = [sweep(project, "seed=1,2", "launch.slots=2") for _ in range(2)]
-    outputs = [process.communicate(timeout=240) for process in commands]
-    assert [process.returncode for process in commands] == [0, 0], outputs
+    outputs = [command.communicate(timeout=240) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], outputs
     assert sorted(row["status"] for row in run_rows(project.store)).count("run") == 8
     assert len(list(project.store.glob("stages/*"))) == 8
 
@@ -123,16 +124,16 @@ def test_a_stopped_sweep_leaves_nothing_running_and_continues_from_its_checkpoin
     number: signal.Signals, project: Project
 ) -> None:
     words = ("seed=1,2", "launch.slots=2", "launch.save_steps=5", "recipe.stages.pretrain.epochs=100")
-    process = sweep(project, *words, start_new_session=True)
+    command = sweep(project, *words, start_new_session=True)
     wait_for(lambda: len(steps(project.store)) == 2 and min(steps(project.store)) > 6)
-    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    everyone = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
     assert len(everyone) >= 4, "the command, the starter, two stages"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    command.send_signal(number)
+    _, errors = command.communicate(timeout=60)
     _, alive = psutil.wait_procs(everyone[1:], timeout=5)
     assert alive == []
     if number != signal.SIGKILL:
-        assert process.returncode == 75 and "the same command continues" in errors, errors
+        assert command.returncode == 75 and "the same command continues" in errors, errors
     saved = [int(path.name.split("-")[1]) for path in project.store.glob("work/train-*/checkpoints/checkpoint-*")]
     assert len({path.parent for path in project.store.glob("work/train-*/checkpoints/checkpoint-*")}) == 2
     assert max(saved) >= 5
@@ -143,17 +144,28 @@ def test_a_stopped_sweep_leaves_nothing_running_and_continues_from_its_checkpoin
         assert logged == sorted(set(logged)), "no step is logged twice"
 
 
+@pytest.mark.slow
+def test_where_there_is_a_gpu_a_stages_process_is_no_copy_of_another(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(process, "_running", None)
+    done = project.train_here("-m", "seed=1,2", "launch.slots=2", "launch.device=cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(project.stages("train")) == 4
+
+
 def steps(store: Path) -> list[int]:
     """Of each training under way, how many rows it has written."""
     return [path.read_text().count("\n") for path in store.glob("work/train-*/metrics.jsonl")]
 
 
 def test_a_worker_that_is_killed_is_named_and_takes_no_other_stage_with_it(project: Project) -> None:
-    process = sweep(project, "seed=1,2", "launch.slots=2", "recipe.stages.pretrain.epochs=60")
+    command = sweep(project, "seed=1,2", "launch.slots=2", "recipe.stages.pretrain.epochs=60")
     wait_for(lambda: len(steps(project.store)) == 2)
-    (starter,) = psutil.Process(process.pid).children()
+    (starter,) = psutil.Process(command.pid).children()
     starter.children()[0].kill()
-    said, errors = process.communicate(timeout=240)
-    assert process.returncode == 1, said + errors
+    said, errors = command.communicate(timeout=240)
+    assert command.returncode == 1, said + errors
     assert "ended with exit code -9 (SIGKILL: killed from outside" in errors
     assert sorted({row["of"]: row["ended"] for row in run_rows(project.store)}.values()) == ["done", "failed"]

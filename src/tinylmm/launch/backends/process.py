@@ -17,7 +17,7 @@ from tinylmm import errors
 from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError, TinyLMMError
 from tinylmm.launch.results import ending, failed_with, last_lines, read_result, tail
-from tinylmm.launch.worker import RESULT_FILE
+from tinylmm.launch.worker import RESULT_FILE, has_gpu_driver
 from tinylmm.stages.job import StageJob
 from tinylmm.stop import STOP_FILE, held_back
 from tinylmm.store.disk import has_no_room
@@ -109,9 +109,10 @@ class _Starter:
 
     def __init__(self) -> None:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        how = "anew" if has_gpu_driver() else "fork"
         with held_back():
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tinylmm.launch.starter", str(os.getpid())],
+                [sys.executable, "-m", "tinylmm.launch.starter", str(os.getpid()), how],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._words,
