@@ -29,6 +29,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
+from benchmarks.arguments import file_to_write, whole
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
@@ -66,14 +67,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--questions", type=int, default=20, help="questions an image")
-    parser.add_argument("--baseline", type=int, default=120, help="questions asked one at a time")
-    parser.add_argument("--new-tokens", type=int, default=3)
-    parser.add_argument("--width", type=int, default=384, help="of the language model")
-    parser.add_argument("--layers", type=int, default=6, help="of the language model")
-    parser.add_argument("--size", type=int, default=336, help="of the tower's input, in pixels")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--images", type=whole(1), default=200)
+    parser.add_argument("--questions", type=whole(1), default=20, help="questions an image")
+    parser.add_argument("--baseline", type=whole(1), default=120, help="questions asked one at a time")
+    parser.add_argument("--new-tokens", type=whole(1), default=3)
+    parser.add_argument("--width", type=whole(128, multiple_of=128), default=384, help="of the language model")
+    parser.add_argument("--layers", type=whole(1), default=6, help="of the language model")
+    parser.add_argument("--size", type=whole(14), default=336, help="of the tower's input, in pixels")
+    parser.add_argument("--out", type=file_to_write, default=RESULT)
     parser.add_argument("--note", default="", help="kept with the result, e.g. what else the machine was doing")
     return parser.parse_args(words)
 

@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import existing_folder, file_to_write, whole
+
 RESULT = Path(__file__).parent / "results" / "scale.json"
 SIZES = (10_000, 100_000, 1_000_000)
 LINKS = 50_000
@@ -40,11 +42,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure and write the result and its plot."""
     options = _options(words)
     if options.child:
-        sys.stdout.write(json.dumps(_child(options.child, Path(options.folder), options.kind)) + "\n")
+        sys.stdout.write(json.dumps(_child(options.child, options.folder, options.kind)) + "\n")
         return 0
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
-    record |= {"cores": len(os.sched_getaffinity(0)), "one_core": _in_child("costs", options.folder, "")}
+    record |= {"cores": len(os.sched_getaffinity(0)), "one_core": _in_child("costs", str(options.folder), "")}
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         for size in options.sizes:
             for kind in options.kinds:
@@ -60,11 +61,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.scale")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--sizes", type=whole(1), nargs="+", default=SIZES)
     parser.add_argument("--kinds", nargs="+", choices=("json", "jsonl"), default=("json", "jsonl"))
-    parser.add_argument("--pictures", type=int, default=350_000, help="most pictures that records name")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where data is made up and prepared")
+    parser.add_argument("--pictures", type=whole(1), default=350_000, help="most pictures that records name")
+    parser.add_argument("--output", type=file_to_write, default=RESULT)
+    place = Path(tempfile.gettempdir())
+    parser.add_argument("--folder", type=existing_folder, default=place, help="where data is made up and prepared")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="", help=argparse.SUPPRESS)
     return parser.parse_args(words)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import file_to_write, whole
 from tinylmm.evaluation.statistics import SURE, paired_p_value
 from tinylmm.reports.compare import compare_answers, corrected
 from tinylmm.reports.stored import Generation
@@ -69,11 +70,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--repetitions", type=int, default=8000)
-    parser.add_argument("--runs", type=int, default=200, help="A/A comparisons")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--images", type=whole(1), default=100)
+    parser.add_argument("--repetitions", type=whole(1), default=8000)
+    parser.add_argument("--runs", type=whole(1), default=200, help="A/A comparisons")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--out", type=file_to_write, default=RESULT)
     return parser.parse_args(words)
 
 
