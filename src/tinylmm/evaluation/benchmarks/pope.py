@@ -121,7 +121,7 @@ class POPE(Benchmark):
                     f"{where}: coco_pope_{category}.json has no label for {question!r} about {row['image']}. {GET}"
                 )
             image = image_file(folder, row["image"], where)
-            items.append(Item(name, row["question_id"], row["text"], (image,), category, label, options=2))
+            items.append(Item(name, row["question_id"], row["text"], (image,), category, label, 2, group=row["image"]))
         return items
 
     def _load_hf(self, files: BenchmarkFiles) -> list[Item]:
@@ -129,7 +129,7 @@ class POPE(Benchmark):
             paths = files.parquet("test")
         else:
             paths = [path for category in CATEGORIES for path in files.parquet(category, "Full")]
-        rows = read_parquet(paths, ("question_id", "question", "answer", "category"), ("id",))
+        rows = read_parquet(paths, ("question_id", "question", "answer", "category"), ("id", "image_source"))
         ids = [row.values["question_id"] for row in rows]
         if len(set(ids)) < len(ids) and all(row.values["id"] is not None for row in rows):
             ids = [row.values["id"] for row in rows]  # question_id starts anew in every category
@@ -137,7 +137,8 @@ class POPE(Benchmark):
         for name, number, row in zip(unique_ids(ids), ids, rows, strict=True):
             label = _label(row.values["answer"], row.where)
             text = row.values["question"].strip() + SHORT_ANSWER
-            items.append(Item(name, number, text, (row.image(),), row.values["category"], label, options=2))
+            group = row.values["image_source"] or ""
+            items.append(Item(name, number, text, (row.image(),), row.values["category"], label, 2, group=group))
         return items
 
     def score(
@@ -158,6 +159,10 @@ class POPE(Benchmark):
         metrics = _metrics(list(zip(items, rows, strict=True)), variant == "lmms")
         counts = count_items(items, answers, rows)
         return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+    def group_of(self, item: Item) -> str:
+        """As `Benchmark.group_of`: an image, with as many yes as no in each category; alone where its name is not known."""
+        return item.group or item.item_id
 
 
 Rows = Sequence[tuple[Item, ItemScore]]

@@ -49,6 +49,7 @@ class Item:
         reference: what scoring needs; each benchmark's own.
         options: how many answers a uniform guesser chooses from; 0 where the question is open.
         other_ids: what else answer files may call it, each for it alone (TextVQA's own question id); no part of what is asked.
+        group: what its benchmark's `group_of` may go by; no part of what is asked.
     """
 
     item_id: str
@@ -59,6 +60,7 @@ class Item:
     reference: Any = None
     options: int = 0
     other_ids: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Basis:
 
     Attributes:
         items: ids of its units: of each question, or of one question of each group that is scored as one.
-        values: of each unit, in [0, 1], where the metric is 100 times their mean; None for any other metric.
+        values: of each unit, in [0, 1], where the metric is `top` times their mean; None for any other metric.
+        over: where the metric is 100 times the sum of the values over the sum of these, one of each unit; else None.
         grouped: whether a unit is several questions (MMBench's rotations, MME's pairs).
         top: end of the metric's scale, which begins at 0; None where it has none.
     """
@@ -101,6 +104,7 @@ class Basis:
     values: tuple[float, ...] | None = None
     grouped: bool = False
     top: float | None = 100.0
+    over: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
