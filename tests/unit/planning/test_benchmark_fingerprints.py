@@ -80,7 +80,10 @@ def test_the_digest_holds_content_and_protocol_but_no_place(tmp_path: Path) -> N
     )  # later fields, where they are not set
 
 
-def test_a_judgement_is_of_its_judge_at_whatever_address_and_of_how_often_it_judges(tmp_path: Path) -> None:
+def test_a_judgement_is_of_its_judge_at_whatever_address_and_of_how_often_it_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "may_be_judged", True)
     root = write_benchmark(tmp_path / "a")
 
     def judged(*words: str) -> Stage:
