@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from tests.integration.project import Project, environment
 from tests.integration.test_recovery import wait_for
 from tinylmm.launch.backends import process
+from tinylmm.store import store as store_module
+from tinylmm.store.integrity import check_folder
 
 BREAKABLE = '''
 from pathlib import Path
@@ -66,7 +69,9 @@ def trained(store: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_stages_side_by_side_run_once_each_and_learn_what_they_learn_one_after_another(project: Project) -> None:
+def test_stages_side_by_side_run_once_each_and_learn_what_they_learn_one_after_another(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("-m", "seed=1,2", "recipe.stages.finetune.epochs=1,2")
     found = {}
     for slots in (1, 2):
@@ -79,6 +84,16 @@ def test_stages_side_by_side_run_once_each_and_learn_what_they_learn_one_after_a
         assert {row["ended"] for row in rows} == {"done"}
     assert found[1].keys() == found[2].keys() and len(found[1]) > 6 * 40
     assert all(torch.equal(tensor, found[2][name]) for name, tensor in found[1].items())
+
+    read: Counter[str] = Counter()
+
+    def check(folder: Path, deep: bool = True) -> list[str]:
+        read.update([folder.name] if deep else [])
+        return check_folder(folder, deep)
+
+    monkeypatch.setattr(store_module, "check_folder", check)
+    assert project.train_here(*words, f"store={project.root / 'store-2'}").returncode == 0
+    assert sorted(read.values()) == [1] * 10, "what four runs reuse is read once"
 
 
 @pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 2])
