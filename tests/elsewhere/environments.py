@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 HERE = Path(__file__).parent
@@ -38,6 +38,6 @@ def python_with(name: str) -> str:
             if done.returncode:
                 pytest.skip(f"pip cannot install {name}: {done.stderr.strip().splitlines()[-1:]}")
             packages = next((folder / "lib").glob("python*/site-packages"))
-            (packages / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+            (packages / "zz_borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
             stamp.write_text(wanted, encoding="utf-8")
     return str(folder / "bin/python")

@@ -18,9 +18,9 @@ def test_a_finished_stages_model_and_optimiser_are_gone_when_the_next_one_loads(
     held: list[weakref.ref[Any]] = []
     start, build = train._start_model, train.build_trainer
 
-    def starting(job: Any, *rest: Any) -> Any:
+    def starting(job: Any, *rest: Any, **more: Any) -> Any:
         assert [ref() for ref in held if ref() is not None] == [], f"still in memory when {job.name} loads"
-        return start(job, *rest)
+        return start(job, *rest, **more)
 
     def building(job: Any, loaded: Any, *rest: Any) -> Any:
         trainer = build(job, loaded, *rest)

@@ -59,11 +59,11 @@ def _ours(checkpoint: str, store: Path) -> str:
 def _imported(folder: Path, store: Path) -> Path:
     from filelock import FileLock
 
-    from tinylmm import __version__
     from tinylmm.planning.fingerprints import checkpoint_fingerprint
     from tinylmm.store.find_model import CONFIG_FILE
     from tinylmm.store.layout import KEY_DIGITS, StoreLayout
     from tinylmm.store.stage import digest
+    from tinylmm.version import __version__
 
     layout = StoreLayout(store)
     layout.imported.mkdir(parents=True, exist_ok=True)

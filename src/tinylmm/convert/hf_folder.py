@@ -81,7 +81,7 @@ def write_folder(export: Export, folder: Path) -> Written:
         export.notes.append(f"the template '{model.template}' is no chat, so the folder has no chat template")
     config.dtype = export.dtype
     config.save_pretrained(folder)
-    _generation(loaded.tokenizer, model.template, image_id).save_pretrained(folder)
+    generation_of(loaded.tokenizer, model.template, image_id).save_pretrained(folder)
     save_torch_state_dict(_by_hub_names(state, model, export.dtype), folder, max_shard_size=SHARD)
     processor = _processor(loaded, tokenizer, template)
     _write_processor(processor, folder)
@@ -190,7 +190,7 @@ def _loaded_again(folder: Path) -> LlavaForConditionalGeneration:
     return cast(LlavaForConditionalGeneration, again.eval())
 
 
-def _generation(tokenizer: PreTrainedTokenizerBase, template: str, image_id: int) -> GenerationConfig:
+def generation_of(tokenizer: PreTrainedTokenizerBase, template: str, image_id: int) -> GenerationConfig:
     """Greedy by default, ends where our chat ends, and the image token is never an answer."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

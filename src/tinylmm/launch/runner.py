@@ -301,10 +301,12 @@ class _Grid:
             )
 
     def _tell(self, over: Sequence[Run]) -> None:
-        """Of several runs, say of each when it is over."""
+        """Of several runs, say of each when it is over, with the words that tell it from the others."""
         if len(self.ledger.runs) > 1:
+            common = set.intersection(*(set(run.plan.overrides) for run in self.ledger.runs))
             for run in over:
-                self.console.print(Text.assemble("run ", (run.folder.name, "bold"), f"  {run.status}"))
+                varied = " ".join(word for word in run.plan.overrides if word not in common)
+                self.console.print(Text.assemble("run ", (run.folder.name, "bold"), f"  {run.status}  {varied}"))
 
     @contextmanager
     def _log_of(self, run: Run) -> Iterator[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from PIL import Image
 from torch import nn
@@ -12,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.builders import IMAGE, VOCAB, redescribe, tiny_loaded, tiny_tokenizer
 from tests.unit.data.test_chat_formats import CHATML, GEMMA
 from tinylmm.constants import IMAGE_TOKEN_ID
-from tinylmm.convert.formats.hf import _set_generation
+from tinylmm.convert.hf_folder import generation_of
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
@@ -83,9 +81,7 @@ def test_an_answer_ends_with_its_turn_and_is_the_same_in_evaluation_chat_and_str
 @pytest.mark.parametrize("kind", TURNS)
 def test_an_export_ends_answers_where_chat_and_evaluation_do(kind: str) -> None:
     tokenizer = with_turn_ends(kind)
-    exported = SimpleNamespace(generation_config=SimpleNamespace())
-    _set_generation(exported, tokenizer, "native", 5)
-    ends = exported.generation_config.eos_token_id
+    ends = generation_of(tokenizer, "native", 5).eos_token_id
     assert ends == [tokenizer.convert_tokens_to_ids(TURNS[kind][2]), tokenizer.eos_token_id]
     assert set(ends) == PromptMaker(get_template("native"), tokenizer).ends
 

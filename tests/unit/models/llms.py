@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from tests.builders import tiny_tower
 from tinylmm.config.groups import conf_folder
@@ -23,14 +24,12 @@ WINDOW = 4
 
 
 @cache
-def choice(name: str) -> dict[str, Any]:
-    """The content of a YAML, over that of the choices its defaults name."""
-    found = yaml.safe_load((conf_folder() / "llm" / f"{name}.yaml").read_text(encoding="utf-8"))
-    merged: dict[str, Any] = {}
-    for base in found.pop("defaults", []):
-        if isinstance(base, str) and base != "_self_":
-            merged |= choice(base)
-    return merged | found
+def choice(name: str, group: str = "llm") -> dict[str, Any]:
+    """The content of a YAML, merged into that of the choices its defaults name."""
+    found = yaml.safe_load((conf_folder() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    bases = [base for base in found.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    merged = OmegaConf.merge(*(choice(base, group) for base in bases), found)
+    return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
 def shrink(published: dict[str, Any]) -> dict[str, Any]:

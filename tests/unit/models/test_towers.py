@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from tests import builders
 from tests.builders import LLAMA, WIDTH, describe, tiny_tokenizer, tuning
+from tests.unit.models.llms import choice
 from tinylmm.config.groups import conf_folder
 from tinylmm.config.identities import TowerOutput
 from tinylmm.config.spec import ImageSpec
@@ -44,7 +46,7 @@ PIXELS = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0
 
 def shrunk(name: str) -> dict[str, Any]:
     """The YAML's identity with random weights, a few blocks, and images of 16 pixels in patches of 4."""
-    identity = yaml.safe_load((conf_folder() / "vision_tower" / f"{name}.yaml").read_text(encoding="utf-8"))
+    identity = copy.deepcopy(choice(name, "vision_tower"))
     for architecture in [
         identity["architecture"],
         *(v for v in identity["architecture"].values() if isinstance(v, dict)),
@@ -306,16 +308,17 @@ def test_the_llm_width_is_what_the_connector_was_built_for() -> None:
         build(shrunk("clip"), MOF_MLP)
 
 
-WIDTHS = {"clip_b16": 768, "siglip": 1152, "siglip2": 1152, "siglip2_base": 768, "nano": 96}
+WIDTHS = {"clip_b16": 768, "siglip": 1152, "siglip2": 1152, "siglip2_base": 768, "nano": 96, "nano_small": 48}
 PUBLISHED = {  # tokens an image, millions of parameters of the image encoder as their model cards and papers give them
     "clip": (576, 304), "clip_224": (256, 304), "clip_b16": (196, 86), "siglip": (729, 428), "siglip2": (729, 428),
     "siglip2_base": (196, 93), "dinov2": (256, 304), "dinov3": (196, 300), "mof": (512, 608), "nano": (4, 0.63),
+    "nano_small": (4, 0.1785),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_at_its_published_size_a_tower_has_the_published_shape(name: str) -> None:
-    identity = yaml.safe_load((conf_folder() / "vision_tower" / f"{name}.yaml").read_text(encoding="utf-8"))
+    identity = copy.deepcopy(choice(name, "vision_tower"))
     encoder_class = resolve_target(identity["encoder"], (), transformers.PreTrainedModel, "encoder")
     with torch.device("meta"):
         config = encoder_class.config_class(**identity["architecture"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.builders import build, tuning
 from tests.unit.models import test_product as product
 from tests.unit.models import test_towers as towers
 from tests.unit.models.llms import NAMES, choice, shrink, tiny_llm
 from tests.unit.sizing.parts import connector_layers, llm_layers, tower_layers
-from tinylmm.config.groups import conf_folder
 from tinylmm.config.identities import TowerOutput
 from tinylmm.config.recipe import TuneSpec
 from tinylmm.config.spec import ImageSpec
@@ -70,7 +69,7 @@ def test_options_of_an_architecture_count(name: str, changes: dict[str, Any]) ->
 
 @pytest.mark.parametrize("name", towers.NAMES)
 def test_every_tower_of_conf_has_as_many_parameters_as_its_class_at_full_size(name: str) -> None:
-    identity = yaml.safe_load((conf_folder() / "vision_tower" / f"{name}.yaml").read_text(encoding="utf-8"))
+    identity = copy.deepcopy(choice(name, "vision_tower"))
     encoder_class: Any = resolve_target(identity["encoder"], role="encoder")
     output = {
         key: identity[key] for key in ("select_layer", "select", "drop_first_token", "options") if key in identity

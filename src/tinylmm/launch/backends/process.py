@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tinylmm import errors
 from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError, TinyLMMError
 from tinylmm.launch.results import ending, failed_with, last_lines, read_result, tail
@@ -79,7 +79,7 @@ class Backend:
 
     def _raised(self, result: dict[str, Any]) -> TinyLMMError:
         """The worker's error as one of this process."""
-        kind = getattr(errors, result["type"], None)
+        kind = getattr(import_module(TinyLMMError.__module__), result["type"], None)
         if isinstance(kind, type) and issubclass(kind, TinyLMMError) and "__init__" not in vars(kind):
             return kind(result["error"])
         if result["type"] != "traceback":
