@@ -286,6 +286,12 @@ def test_a_stage_cannot_train_on_a_question_file() -> None:
     assert "holds questions for evaluation" in found["recipe.stages.finetune.data"]
 
 
+@pytest.mark.parametrize("part", ["llm", "vision_tower"])
+def test_a_part_cannot_be_built_on_a_question_file(part: str) -> None:
+    found = faults("llm=nano", "vt=nano", f"{part}.build.source=test")
+    assert "holds questions for evaluation" in found[f"{part}.build.source"]
+
+
 def test_cycles_of_a_cosine_need_a_cosine_in_every_stage() -> None:
     found = faults("trainer.lr_scheduler_kwargs={num_cycles: 2}", "recipe.stages.finetune.schedule=linear")
     assert "stage finetune has linear" in found["trainer.lr_scheduler_kwargs"]

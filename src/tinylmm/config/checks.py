@@ -239,6 +239,9 @@ def _check_evaluations(raw: Mapping[str, Any]) -> list[Fault]:
         if isinstance(source, str) and sources and source not in sources:
             fix = f"{suggestion(source, sources)} Sources: {', '.join(sources)}.".strip()
             faults.append(Fault(f"{where}.source", f"is '{source}', which {where}.data does not have.", fix))
+        elif where.endswith(".build") and mapping_at(sources, str(source)).get("format") == "questions":
+            what = f"is '{source}', which holds questions for evaluation, not conversations."
+            faults.append(Fault(f"{where}.source", what))
     return faults
 
 

@@ -302,7 +302,8 @@ class _Builder:
         parents = self._data_parent(part.build.data)
         if isinstance(part, LLMSpec):
             _attach(spec, parents, "tokenizer", self._tokenizer(self.run.llm))
-        return self._add("parts", f"{role}/{part.name}", spec, parents)
+        located = {"location": _location(part.build.data, part.build.source)}
+        return self._add("parts", f"{role}/{part.name}", spec, parents, located)
 
     def _tokenizer(self, llm: LLMSpec) -> Stage | Fields:
         if llm.tokenizer.vocab_size is None:
@@ -310,7 +311,8 @@ class _Builder:
         assert llm.build is not None, "compose.py refuses a trained tokenizer without llm.build"
         spec = {"role": "tokenizer", "vocab_size": llm.tokenizer.vocab_size, "pad_token": llm.tokenizer.pad_token}
         spec["source"] = self._source(llm.build.data, llm.build.source)
-        return self._add("parts", f"tokenizer/{llm.name}", spec, self._data_parent(llm.build.data))
+        located = {"location": _location(llm.build.data, llm.build.source)}
+        return self._add("parts", f"tokenizer/{llm.name}", spec, self._data_parent(llm.build.data), located)
 
     def _published(self, role: str, identity: Fields) -> Fields:
         """A hub repository is identified by its id and revision, a local folder by its content wherever it lies."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,12 +21,15 @@ from tinylmm.config.targets import resolve_target
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform, open_image, safe_path
-from tinylmm.data.sample import BadRecord, Sample, read_samples
+from tinylmm.data.records import Place
+from tinylmm.data.sample import BadRecord, Sample, parse_record
 from tinylmm.errors import ConfigError, DataError, Fault
 from tinylmm.models.pretraining import ContrastivePair, Vocabulary
 from tinylmm.models.tokenizer import train_tokenizer
 from tinylmm.planning.specs import PartsStage
+from tinylmm.stages.images import names_of
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.sources import Source
 from tinylmm.training.part_loop import LoopSettings, train_loop
 
 log = logging.getLogger(__name__)
@@ -185,30 +189,40 @@ def _build_tower(job: StageJob[PartsStage]) -> dict[str, Any]:
 
 def _load_images(job: StageJob[PartsStage], samples: Sequence[Sample]) -> Tensor:
     """Return all images as the tower sees them, (N, 3, H, W) float32: embedded data sets are small enough."""
-    transform = ImageTransform.of(_given(job.spec.image))
-    source = job.spec.source
-    folder, upright = job.parents["data"] / source.images, source.orientation == "apply"
-    paths = (safe_path(folder, sample.images[0], source.follow_links) for sample in samples)
-    return torch.stack([transform.one_view(open_image(path, upright=upright)) for path in paths])
+    transform, source = ImageTransform.of(_given(job.spec.image)), Source.of(job)
+    upright = job.spec.source.orientation == "apply"
+    return torch.stack([transform.one_view(_open(sample, source, upright)) for sample in samples])
+
+
+def _open(sample: Sample, source: Source, upright: bool) -> Image.Image:
+    """The one image of a record, from the source's folder or from the record itself."""
+    if len(sample.images) != 1:
+        raise DataError(
+            f"{source.annotations}: record {sample.sample_id} has {len(sample.images)} images, but a tower is pretrained on "
+            "records with one image and its caption. Correct or remove it."
+        )
+    (name,) = names_of(sample, source.images)
+    if (data := sample.embedded.get(name)) is not None:
+        return open_image(source.images / name, data, upright=upright)
+    return open_image(safe_path(source.images, name, source.follow_links), upright=upright)
 
 
 # ---------------------------------------------------------------------------------------------------- shared
 
 
 def _read_source(job: StageJob[PartsStage]) -> list[Sample]:
-    """Read the part's source whole; the embedded data has no broken records, so one is an error."""
-    source = job.spec.source
-    path = job.parents["data"] / _given(source.file)
+    """Read the part's source whole; a broken record is an error."""
+    source = Source.of(job)
     samples: list[Sample] = []
-    for record in read_samples(path):
-        if isinstance(record, BadRecord):
+    for index, record in enumerate(source.records(Place())):
+        sample = parse_record(index, record, source.format)
+        if isinstance(sample, BadRecord):
             raise DataError(
-                f"{path}: record {record.index} ({record.sample_id}): {record.reason}. Correct or remove it."
+                f"{source.annotations}: record {sample.index} ({sample.sample_id}): {sample.reason}. Correct or remove it."
             )
-        samples.append(record)
-    samples = samples[: source.limit]
+        samples.append(sample)
     if not samples:
-        raise DataError(f"{path}: no records to train on")
+        raise DataError(f"{source.annotations}: no records to train on")
     return samples
 
 

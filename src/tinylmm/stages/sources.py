@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tinylmm.config.cores import usable_cores
 from tinylmm.data.records import Place, read_records
-from tinylmm.planning.specs import ImagesStage, PrepareStage
+from tinylmm.planning.specs import ImagesStage, PartsStage, PrepareStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.pool import heed
 
@@ -41,7 +41,7 @@ class Source:
     how_to_get: str
 
     @classmethod
-    def of(cls, job: StageJob[PrepareStage] | StageJob[ImagesStage]) -> Source:
+    def of(cls, job: StageJob[PrepareStage] | StageJob[ImagesStage] | StageJob[PartsStage]) -> Source:
         """Return the source of a stage that reads one."""
         spec = job.spec.source
         (location,) = job.locations

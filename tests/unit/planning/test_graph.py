@@ -221,5 +221,14 @@ def test_another_rule_of_judging_asks_the_model_nothing_again_either() -> None:
     assert first[("judge", "mmvet@finetune")] != other[("judge", "mmvet@finetune")]
 
 
+def test_parts_built_from_files_of_ones_own_know_where_these_lie() -> None:
+    own = ["llm.build.data.build=null", "llm.build.data.root=/mine", "llm.build.data.sources.text.annotations=a.jsonl"]
+    graph = build_graph(compose_run(["llm=nano", "vt=nano", *own]), NoFiles())
+    for stage in (stage for stage in graph if stage.name in ("tokenizer/nano", "llm/nano")):
+        assert "data" not in stage.parents
+        location = stage.settings["location"]
+        assert (location["root"], location["source"]["annotations"]) == ("/mine", "a.jsonl")
+
+
 def test_a_benchmark_without_judge_is_one_stage() -> None:
     assert [kind for kind, name in kinds("eval=gqa") if name == "gqa@finetune"] == ["eval"]

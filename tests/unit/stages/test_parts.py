@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,10 @@ TOWER: dict[str, Any] = {
 }
 
 
-def job(folder: Path, spec: dict[str, Any], **parents: Path) -> StageJob[Any]:
+def job(folder: Path, spec: dict[str, Any], location: dict[str, Any] | None = None, **parents: Path) -> StageJob[Any]:
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    return make_job(
-        "parts", spec["role"], "0" * 64, spec, parents, {"tracking": {"log_steps": 2}}, folder, folder / "store"
-    )
+    settings = {"tracking": {"log_steps": 2}, "location": location or {"root": None, "source": {}}}
+    return make_job("parts", spec["role"], "0" * 64, spec, parents, settings, folder, folder / "store")
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +176,45 @@ def test_a_towers_images_are_opened_as_their_source_says(tmp_path: Path) -> None
             job(tmp_path, TOWER | {"source": source}, data=tmp_path / "data"), [sample]
         )
     assert torch.equal(found["apply"], found["ignore"].flip(3)) and not torch.equal(found["apply"], found["ignore"])
+
+
+def outside(folder: Path, annotations: str, layout: str) -> dict[str, Any]:
+    """The location of a source of the user's own files."""
+    return {"root": str(folder), "source": {"annotations": annotations, "images": "pictures", "format": layout}}
+
+
+def test_parts_are_built_from_files_of_ones_own_in_their_format(tmp_path: Path) -> None:
+    messages = [
+        [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"{number} is a number"}]
+        for number in range(6)
+    ]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in [*messages, []]))
+    source = {"content": {}, "format": "openai", "limit": 6}  # the seventh record is broken
+    location = outside(tmp_path, "talk.jsonl", "openai")
+    words = job(tmp_path / "words", TOKENIZER | {"vocab_size": 300, "source": source}, location)
+    assert run(words)["conversations"] == 6
+    llm = job(tmp_path / "llm", LLM | {"source": source}, location, tokenizer=words.output)
+    assert run(llm)["conversations"] == 6
+
+
+def test_a_tower_is_built_from_images_in_a_folder_and_in_records_one_each(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for shade in (0, 200):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / f"pictures/{shade}.png")
+    inside = "data:image/png;base64," + base64.b64encode((tmp_path / "pictures/200.png").read_bytes()).decode()
+
+    def captions(*names: Any) -> str:
+        turns = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": "red"}]
+        return json.dumps([{"id": str(n), "image": name, "conversations": turns} for n, name in enumerate(names)])
+
+    names = ["0.png", str(tmp_path / "pictures/200.png"), inside]
+    (tmp_path / "a.json").write_text(captions(*names))
+    location = outside(tmp_path, "a.json", "llava")
+    tower = job(tmp_path / "tower", TOWER | {"source": {"content": {}}}, location)
+    first, second, third = parts._load_images(tower, parts._read_source(tower))
+    assert torch.equal(second, third) and not torch.equal(first, second)
+    assert run(tower)["images"] == 3
+    text = [{"id": "t", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}]
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(captions("0.png")) + text))
+    with pytest.raises(DataError, match="record t has 0 images, but a tower is pretrained on records with one image"):
+        run(job(tmp_path / "again", TOWER | {"source": {"content": {}}}, location))
