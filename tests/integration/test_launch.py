@@ -55,7 +55,7 @@ SMALL_CHUNKS = """
 from tinylmm.models import loss
 from tinylmm.models.connectors import MLPConnector
 
-loss.CHUNK_TOKENS = 16
+loss.CHUNK_TOKENS = 4
 
 
 class Connector(MLPConnector):
@@ -72,7 +72,8 @@ UNEVEN = (
     "recipe.stages.finetune.max_steps=3",
     "recipe.stages.finetune.lr=1e-4",
 )
-"""Micro-batches of one sample: of text alone on one rank and with an image on the other, of one chunk or of three."""
+"""Micro-batches of one sample: of text alone on one rank and with an image on the other, of one chunk or of three. The head
+that makes the chunks' logits is frozen in the first stage, and trained in the second."""
 
 
 def test_zero3_with_all_weights_partitioned_runs_modules_equally_often_on_ranks_of_unequal_data(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,10 @@ from tinylmm.models.llm import head_logits
 
 CHUNK_TOKENS = 4096
 """Positions whose logits exist at once: 4096 x 51,200 fp32 values are 0.8 GiB for Phi-2."""
+
+
+_RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
+"""No check of shapes: ZeRO-3 has let go of a frozen head's weights again, which then have none, when it looks."""
 
 
 def num_chunks(tokens: int) -> int:
@@ -33,7 +39,7 @@ def supervised_cross_entropy(llm: nn.Module, hidden: Tensor, targets: Tensor, ch
     for number in range(chunks):
         here = slice(number * CHUNK_TOKENS, (number + 1) * CHUNK_TOKENS)
         if chunks > 1 and torch.is_grad_enabled():  # logits are recomputed in the backward pass, a chunk at a time
-            total = total + checkpoint(_chunk_loss, llm, hidden[here], targets[here], use_reentrant=False)
+            total = total + checkpoint(_chunk_loss, llm, hidden[here], targets[here], **_RECOMPUTED)
         else:
             total = total + _chunk_loss(llm, hidden[here], targets[here])
     return total
