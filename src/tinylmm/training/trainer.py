@@ -33,6 +33,7 @@ from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import start_reader
+from tinylmm.training.optimizer import build_optimizer, parameter_groups
 from tinylmm.training.pipes import Packed, needs_pipes, readahead, unpack
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
@@ -251,23 +252,9 @@ class LMMTrainer(Trainer):
         if self.optimizer is None:
             network = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(network))
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in network.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((name.split(".", 1)[0], name in decayed), []).append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, network)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self._learning_rates[part],
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                        "part": part,
-                    }
-                    for (part, decay), parameters in groups.items()
-                ],
-                **options,
-            )
+            groups = parameter_groups(network, decayed, self._learning_rates, self.args.weight_decay)
+            made, options = self.get_optimizer_cls_and_kwargs(self.args, network)
+            self.optimizer = build_optimizer(network, made, groups, options)
         return self.optimizer
 
     # ------------------------------------------------------------------------------------------ checkpoints
