@@ -134,11 +134,12 @@ def _join_ranks(job: StageJob[Any]) -> None:
 
 def _leave_ranks(code: int) -> NoReturn:
     """End this rank without C++ destructors: gloo's threads, still alive then, make some of them abort."""
-    from torch import distributed
+    if code == 0:  # a stop may have come while torch was being imported, which cannot be done a second time
+        from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized() and code == 0:
-        distributed.barrier()  # rank 0 hosts the store that the others talk to until they are done
-        distributed.destroy_process_group()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # rank 0 hosts the store that the others talk to until they are done
+            distributed.destroy_process_group()
     logging.shutdown()
     atexit._run_exitfuncs()
     os._exit(code)

@@ -10,7 +10,7 @@ import pytest
 
 from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError, UserError
-from tinylmm.launch.backends.torchrun import Backend, _outcome
+from tinylmm.launch.backends.torchrun import Backend, _environment, _outcome
 from tinylmm.launch.worker import FAILED_RANKS, WORDS_FOLDER
 from tinylmm.stages.job import make_job
 
@@ -39,6 +39,16 @@ def test_more_ranks_than_gpus_are_refused_before_anything_starts(tmp_path: Path)
 @pytest.mark.parametrize(("gpus", "launch"), [(2, {}), (0, {}), (1, {"device": "cpu"})])
 def test_ranks_that_have_a_device_each_are_started(tmp_path: Path, gpus: int, launch: dict[str, str]) -> None:
     assert starts(tmp_path, gpus, **launch)
+
+
+@pytest.mark.parametrize(("ours", "threads"), [(6, "3"), (1, "1")])
+def test_ranks_share_the_cores_that_are_ours_not_the_machines(
+    ours: int, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("tinylmm.launch.backends.torchrun.usable_cores", lambda: ours)
+    assert _environment(LaunchSpec(backend="torchrun", nproc=2))["OMP_NUM_THREADS"] == threads
 
 
 def blamed(folder: Path, failed: list[tuple[int, int, int]], errors: dict[int, str], words: dict[int, str]) -> str:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import psutil
 
+from tinylmm.config.cores import usable_cores
 from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserError
 from tinylmm.launch.results import ending, last_lines, read_result
@@ -130,7 +131,7 @@ def _refuse_more_ranks_than_gpus(launch: LaunchSpec) -> None:
 
 def _environment(launch: LaunchSpec) -> dict[str, str]:
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.nproc)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // launch.nproc)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if launch.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
