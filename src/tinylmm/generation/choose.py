@@ -10,8 +10,8 @@ nearly tied; such a choice is reported as a doubt, and the engine settles the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tinylmm.errors import UserError
+from tinylmm.errors import UserError, suggestion
 
 TIE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """A lead over the second best token below this share of the largest logit is a near-tie. Rounding in fp32 was seen to move
@@ -65,6 +65,20 @@ class Sampling:
         for name, (fine, allowed) in ranges.items():
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sampling:
+        """Return the settings that options of `chat` name.
+
+        Raises:
+            UserError: there is no such option, or a value is out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                hint = suggestion(name, known)
+                raise UserError(f"there is no option '{name}'. {hint} Options: {', '.join(known)}.".replace("  ", " "))
+        return cls(**options)
 
     def processors(self) -> LogitsProcessorList:
         """transformers' processors for these settings, in its order."""

@@ -97,8 +97,8 @@ class ChatModel:
             The answer, without surrounding white space.
 
         Raises:
-            UserError: images and `<image>` slots differ in number, the prompt does not fit the model's context, or an
-                image or the history is of an unknown form.
+            UserError: images and `<image>` slots differ in number, the prompt does not fit the model's context, an image
+                or the history is of an unknown form, or an option is unknown.
             DataError: an image cannot be read.
         """
         if not isinstance(prompt, str):
@@ -133,7 +133,7 @@ class ChatModel:
             raise UserError(
                 f"{len(prompts)} prompts need as many entries in images and in histories (one list each; None for no image)."
             )
-        sampling = Sampling(**options)
+        sampling = Sampling.of(options)
         texts: list[str] = []
         for first in range(0, len(prompts), batch_size):  # no more images in memory than are asked about at once
             loaded = _Loaded()
@@ -151,7 +151,7 @@ class ChatModel:
         """
         loaded = _Loaded()
         asked = self._prepare("", prompt, image, history, loaded)
-        return self._pieces(self._engine(loaded, Sampling(**options)).stream(asked))
+        return self._pieces(self._engine(loaded, Sampling.of(options)).stream(asked))
 
     def conversation(self, image: Images = None) -> Conversation:
         """Begin a conversation; its first question comes with the image."""

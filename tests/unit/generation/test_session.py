@@ -152,6 +152,16 @@ def test_wrong_input_is_told_in_a_sentence(model: ChatModel, tmp_path: Path) -> 
         tinylmm.load(tmp_path, dtype="int8")
 
 
+def test_an_unknown_option_is_named_with_those_that_there_are(model: ChatModel) -> None:
+    for ask in (lambda **more: model.chat("hi", **more), lambda **more: model.stream("hi", **more)):
+        with pytest.raises(
+            UserError, match=r"no option 'max_tokens'\. Did you mean 'max_new_tokens'\? Options: max_new"
+        ):
+            ask(max_tokens=3)
+        with pytest.raises(UserError, match=r"no option 'num_beams'\. Options: max_new_tokens, temperature"):
+            ask(num_beams=3)
+
+
 def test_messages_are_answered_as_the_exchanges_that_they_hold(model: ChatModel) -> None:
     past = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a red 3"}]
     expected = model.chat("Sure?", history=[("What is it?", "a red 3")], max_new_tokens=N)
