@@ -128,7 +128,7 @@ WRONG = [
     ("--lr", "'--lr'", "is no override"),
     ("llm", "'llm'", "one of"),
     ("=x", "'=x'", "cannot be read"),
-    ("experiments=none_such", "experiments", "choices: factory_table_1/"),
+    ("experiments=none_such", "experiments", "factory_table_1/share, factory_table_1/siglip, nano_paper/connectors"),
     ("~seed.x", "config", "seed.x"),
     ("~vt", "vision_tower", "is missing"),
 ]

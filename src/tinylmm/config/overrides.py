@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -188,6 +189,8 @@ def _judge_choices(override: Override, group: str, choices: Sequence[str]) -> li
 def choice_fault(group: str, name: Any, choices: Sequence[str]) -> Fault:
     """Return the fault for a choice that a group does not have."""
     shown = "null" if name is None else redacted(_text(name))
+    if group == EXPERIMENTS:  # a study in a folder of its own is named by that
+        choices = [path.name if path.parent.name == path.name else str(path) for path in map(PurePosixPath, choices)]
     hint = suggestion(shown.lower(), choices)
     what = f"'{shown}' is not a choice of {group}; choices: {', '.join(choices) or '(none)'}."
     if group == EXPERIMENTS and not choices:

@@ -19,15 +19,17 @@ NAME_LETTERS = 30
 
 
 def check_format(path: Path) -> None:
-    """Refuse a file whose ending says no format that can be written.
+    """Refuse a file whose ending says no format that can be written, or whose folder is not there.
 
     Raises:
-        UserError: it does not.
+        UserError: it is such a file.
     """
     if path.suffix.lower().lstrip(".") not in FORMATS:
         raise UserError(
             f"--graph {path}: its ending says no format that can be drawn; end it in .{', .'.join(FORMATS)}"
         )
+    if not path.parent.is_dir():
+        raise UserError(f"--graph {path}: there is no folder {path.parent}. Make it first, or name another.")
 
 
 def places(stages: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, float]]:

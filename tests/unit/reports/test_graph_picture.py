@@ -69,3 +69,8 @@ def test_two_thousand_stages_can_be_drawn(tmp_path: Path) -> None:
     draw_graph({"stages": many}, tmp_path / "x.svg")
     width, height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', (tmp_path / "x.svg").read_text()).groups()  # type: ignore[union-attr]
     assert float(height) <= 200 * 72 and float(width) > 0
+
+
+def test_a_picture_in_a_folder_that_is_not_there_is_refused_before_anything_is_planned(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--graph .*nope/x\.svg: there is no folder .*nope\. Make it first"):
+        check_format(tmp_path / "nope/x.svg")
