@@ -172,6 +172,12 @@ def test_a_reply_that_says_the_key_is_kept_and_read_without_it(tmp_path: Path, m
         assert key[:12] not in kept and "%73%6b" not in kept
 
 
+def test_a_key_that_is_no_secret_spoils_no_grade(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", "0")
+    with judge_server(replies(completion("0.5"))) as server:
+        assert Judge(server.url, "m").ask(HELLO, max_tokens=3) == "0.5"
+
+
 def test_the_key_is_not_logged(caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
     with judge_server(replies((500, {}, f"for {KEY}".encode()), completion("ok"))) as server:
         Judge(server.url, "m", sleep=pauses.append).ask(HELLO, max_tokens=3)
