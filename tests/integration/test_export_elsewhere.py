@@ -40,6 +40,10 @@ TANH = "gelu_pytorch_tanh"
 """Published Gemmas say so by two names; of one alone transformers 4 and 5 make different functions."""
 
 
+ROTARY = {"rope_type": "default", "rope_theta": 50.0}
+"""Not the default of either version, so that a folder which does not say it in the words of both answers otherwise."""
+
+
 def llm(kind: Callable[..., nn.Module], config: Callable[..., Any], **more: Any) -> nn.Module:
     torch.manual_seed(3)
     made = kind(config(**LLAMA | more))
@@ -55,7 +59,7 @@ MODELS: dict[str, Callable[[], LoadedModel]] = {
     "tied-qwen2-siglip-pad": lambda: loaded_with(
         llm(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=True), mode="pad", drop_first_token=True
     ),
-    "qwen3-siglip": lambda: loaded_with(llm(Qwen3ForCausalLM, Qwen3Config)),
+    "qwen3-siglip": lambda: loaded_with(llm(Qwen3ForCausalLM, Qwen3Config, rope_parameters=ROTARY)),
     "gemma-siglip": lambda: loaded_with(llm(GemmaForCausalLM, GemmaConfig, hidden_act=TANH, hidden_activation=TANH)),
     "stablelm-clip": lambda: loaded_with(
         llm(StableLmForCausalLM, StableLmConfig), "clip", "center_crop", select_layer=1

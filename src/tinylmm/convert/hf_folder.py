@@ -81,6 +81,7 @@ def write_folder(export: Export, folder: Path) -> Written:
         export.notes.append(f"the template '{model.template}' is no chat, so the folder has no chat template")
     config.dtype = export.dtype
     config.save_pretrained(folder)
+    _say_rotary_as_before(folder / "config.json")
     generation_of(loaded.tokenizer, model.template, image_id).save_pretrained(folder)
     save_torch_state_dict(_by_hub_names(state, model, export.dtype), folder, max_shard_size=SHARD)
     processor = _processor(loaded, tokenizer, template)
@@ -230,6 +231,17 @@ def _write_processor(processor: LlavaProcessor, folder: Path) -> None:
         "attention_mask",
     ]  # transformers 4 adds a third that no LLM here takes
     write_json(path, settings)
+
+
+def _say_rotary_as_before(path: Path) -> None:
+    """Say rotary positions in the words of transformers 4 too, which would else take its own defaults in silence."""
+    content = read_json(path)
+    text = content["text_config"]
+    rotary = text.get("rope_parameters") or {}
+    text |= {name: rotary[name] for name in ("rope_theta", "partial_rotary_factor") if name in rotary}
+    if rotary.get("rope_type", "default") != "default":
+        text["rope_scaling"] = {name: value for name, value in rotary.items() if name != "rope_theta"}
+    write_json(path, content)
 
 
 def _without_path(config: dict[str, Any]) -> dict[str, Any]:
