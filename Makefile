@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it: two CPU cores, no network, minutes
 	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train
 
-test: $(STAMP)  ## Run the quick test suite with coverage (under 10 minutes on two cores)
+test: $(STAMP)  ## Run the quick test suite with coverage (some 20 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(STAMP)  ## Run the long tests: kills and signals, DeepSpeed with faults
