@@ -230,16 +230,17 @@ def test_the_first_error_ends_a_series(pauses: list[float]) -> None:
 
 @contextmanager
 def dripping(reply: bytes) -> Iterator[str]:
-    """A server that sends one byte of its reply every 20 ms, the last one for ever; yields its address."""
+    """A server that sends its reply at once and its last byte again every 20 ms, for ever; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
             with suppress(OSError):
                 connection, _ = listening.accept()
                 connection.recv(65536)
-                for byte in reply + reply[-1:] * 10_000:
-                    connection.sendall(bytes([byte]))
+                connection.sendall(reply)
+                for _ in range(10_000):
                     time.sleep(0.02)
+                    connection.sendall(reply[-1:])
 
         threading.Thread(target=serve, daemon=True).start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
