@@ -286,6 +286,42 @@ def test_a_stage_cannot_train_on_a_question_file() -> None:
     assert "holds questions for evaluation" in found["recipe.stages.finetune.data"]
 
 
+@pytest.mark.parametrize(
+    ("words", "where", "what"),
+    [
+        (["eval=gqa", "eval.gqa.limit_seed=3"], "eval.gqa", "draws nothing without a `limit`"),
+        (["eval=digits", "eval.digits.layout=hf"], "eval.digits", "a source of `data` has a `format`"),
+        (
+            ["recipe=qlora", "recipe.stages.finetune.tune.llm.qlora={bits: 8, quant_type: fp4}"],
+            "recipe.stages.finetune.tune.llm.qlora",
+            "which weights of 8 bits do not have",
+        ),
+        (
+            ["trainer.optim=sgd", "recipe.stages.finetune.adam_betas=[0.9,0.95]"],
+            "recipe.stages.finetune.adam_betas",
+            "is not read by trainer.optim=sgd",
+        ),
+        (
+            ["trainer.optim=lion_32bit", "recipe.stages.pretrain.adam_epsilon=1e-6"],
+            "recipe.stages.pretrain.adam_epsilon",
+            "is not read by trainer.optim=lion_32bit",
+        ),
+    ],
+    ids=["limit_seed", "layout", "8 bits", "betas", "epsilon"],
+)
+def test_what_would_decide_nothing_is_refused(words: list[str], where: str, what: str) -> None:
+    found = faults(*words)
+    assert list(found) == [where] and what in found[where]
+
+
+def test_what_decides_is_not_refused() -> None:
+    betas = "recipe.stages.finetune.adam_betas=[0.9,0.95]"
+    compose_all(
+        [*GOOD, "trainer.optim=lion_32bit", betas, "eval=gqa", "eval.gqa.limit=9", "eval.gqa.limit_seed=3"], False
+    )
+    compose_all([*GOOD, "recipe=qlora", "recipe.stages.finetune.tune.llm.qlora={bits: 8}"], False)
+
+
 @pytest.mark.parametrize("part", ["llm", "vision_tower"])
 def test_a_part_cannot_be_built_on_a_question_file(part: str) -> None:
     found = faults("llm=nano", "vt=nano", f"{part}.build.source=test")

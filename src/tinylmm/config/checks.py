@@ -16,7 +16,7 @@ from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.part_checks import check_parts
 from tinylmm.config.plain import mapping_at, walk
 from tinylmm.config.targets import Role, backend_target, check_target, check_trust, shipped_backends
-from tinylmm.config.trainer import TrainerSpec, refused_field
+from tinylmm.config.trainer import NO_ADAM, NO_EPSILON, TrainerSpec, refused_field
 from tinylmm.errors import Fault, suggestion
 from tinylmm.sizing.compatibility import check_compatibility
 
@@ -106,6 +106,7 @@ def _check_trainer(raw: Mapping[str, Any]) -> list[Fault]:
     """Refuse what TrainerSpec does not have, each with its reason, and numbers of a schedule that a stage does not have."""
     trainer = mapping_at(raw, "trainer")
     faults = [refused_field(str(name)) for name in trainer if name not in TrainerSpec.model_fields]
+    faults += _check_adam(trainer.get("optim"), mapping_at(raw, "recipe", "stages"))
     schedules = {
         name: mapping_at(raw, "recipe", "stages", name).get("schedule") for name in mapping_at(raw, "recipe", "stages")
     }
@@ -116,6 +117,17 @@ def _check_trainer(raw: Mapping[str, Any]) -> list[Fault]:
             Fault("trainer.lr_scheduler_kwargs", what, "Remove it, or set recipe.stages.<stage>.schedule=cosine.")
         )
     return faults
+
+
+def _check_adam(optim: Any, stages: Mapping[str, Any]) -> list[Fault]:
+    """Numbers of Adam that the chosen optimiser does not read would make another stage with the same result."""
+    unread = {"adam_betas": NO_ADAM, "adam_epsilon": NO_EPSILON}
+    return [
+        Fault(f"recipe.stages.{name}.{field}", f"is not read by trainer.optim={optim}.", "Remove it.")
+        for name in stages
+        for field, optimizers in unread.items()
+        if optim in optimizers and mapping_at(stages, name).get(field) is not None
+    ]
 
 
 def check_strays(raw: Mapping[str, Any]) -> list[Fault]:

@@ -32,6 +32,14 @@ class QLoraSpec(LoraSpec):
     double_quant: bool = True
     """Of 4-bit weights: hold their scales in 8 bits too."""
 
+    @model_validator(mode="after")
+    def _four_bits_for_their_fields(self) -> QLoraSpec:
+        if self.bits == 8 and (self.quant_type, self.double_quant) != ("nf4", True):
+            raise ValueError(
+                "sets quant_type or double_quant, which weights of 8 bits do not have; remove it, or set bits=4"
+            )
+        return self
+
 
 class TuneHow(Sparse):
     """How a part is trained, where one word does not say it: exactly one of the keys."""

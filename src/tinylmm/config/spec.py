@@ -278,6 +278,10 @@ class EvalSpec(Frozen):
             raise ValueError(
                 "a benchmark needs either `root` (the folder its files lie in) or both `data` and `source`"
             )
+        if self.data is not None and self.layout != "llava":
+            raise ValueError("has a `layout`, which is of the files below `root`; a source of `data` has a `format`")
+        if self.limit is None and self.limit_seed:
+            raise ValueError("has a `limit_seed`, which draws nothing without a `limit`; set `limit` too")
         return self
 
 

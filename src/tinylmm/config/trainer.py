@@ -33,6 +33,11 @@ OPTIMIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 """What transformers reads of `optim_args`, an optimiser. Weight decay is not among it: recipes set that."""
 
+NO_ADAM = frozenset({"adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"})
+"""Optimisers that read neither `adam_betas` nor `adam_epsilon` of a stage,"""
+NO_EPSILON = NO_ADAM | {"lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"}
+"""and those that do not read `adam_epsilon`."""
+
 
 class SchedulerArguments(Frozen):
     """Further numbers of a stage's schedule."""

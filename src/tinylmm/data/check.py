@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tinylmm.config.cores import usable_cores
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.image_names import is_embedded
 from tinylmm.data.images import check_image, image_header, safe_path
@@ -134,7 +134,7 @@ def check_source(
     """
     check = SourceCheck(files, max_length=max_length, max_dropped=max_dropped, images_counted=image_tokens is not None)
     state = _State()
-    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    threads = ThreadPoolExecutor(min(MAX_THREADS, usable_cores()))
     try:
         records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
         while chunk := list(islice(records, CHUNK)):

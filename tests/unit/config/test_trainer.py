@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from tinylmm.config.trainer import DECIDING, REFUSED, TrainerSpec, refused_field
+from tinylmm.config.trainer import DECIDING, NO_ADAM, NO_EPSILON, REFUSED, Optimizer, TrainerSpec, refused_field
 
 NAMES = {field.name for field in fields(TrainingArguments) if field.init and not field.name.startswith("_")}
 
@@ -39,6 +40,18 @@ def test_only_what_decides_the_result_is_part_of_an_identity() -> None:
     assert spec.as_arguments() == spec.deciding | {"log_level": "info"} == spec.model_dump(mode="json")
     assert TrainerSpec().deciding == TrainerSpec().as_arguments() == {}
     assert TrainerSpec.model_fields.keys() >= DECIDING
+
+
+def optimizer_arguments(optim: str, **numbers: float) -> dict[str, object]:
+    arguments = TrainingArguments(output_dir="x", optim=optim, use_cpu=True, report_to=[], **numbers)
+    return dict(Trainer.get_optimizer_cls_and_kwargs(arguments)[1])
+
+
+@pytest.mark.parametrize("optim", get_args(Optimizer))
+def test_which_optimiser_reads_numbers_of_adam_is_as_transformers_has_it(optim: str) -> None:
+    plain = optimizer_arguments(optim)
+    assert (optimizer_arguments(optim, adam_beta2=0.5) == plain) == (optim in NO_ADAM)
+    assert (optimizer_arguments(optim, adam_epsilon=0.5) == plain) == (optim in NO_EPSILON)
 
 
 @pytest.mark.parametrize(
