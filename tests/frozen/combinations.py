@@ -129,7 +129,7 @@ COMBINATIONS: dict[str, list[str]] = {
     "qlora numbers": [
         *PUBLISHED,
         "recipe=qlora",
-        f"{FINETUNE}.tune.llm.qlora={{bits: 8, quant_type: fp4, double_quant: false, r: 8, alpha: 4, dropout: 0.0, "
+        f"{FINETUNE}.tune.llm.qlora={{bits: 4, quant_type: fp4, double_quant: false, r: 8, alpha: 4, dropout: 0.0, "
         "targets: [q_proj], bias: lora_only, rslora: true}",
     ],
     "a third stage": [
@@ -176,7 +176,7 @@ COMBINATIONS: dict[str, list[str]] = {
         "eval.mmvet.judge={base_url: https://api.example.com/v1, model: judge-1, runs: 5}",
     ],
     "a judge of what rules can score": [
-        *[*PUBLISHED, "eval=mmbench", "eval.mmbench.judge={base_url: http://localhost:1/v1, model: judge-2, runs: 3}"],
+        *[*PUBLISHED, "eval=mmbench", "eval.mmbench.judge={base_url: http://localhost:1/v1, model: judge-2}"],
         *["eval.mmbench.layout=hf", "eval.mmbench.options={split: dev}", "eval.mmbench.variant=lmms"],
         *["eval.mmbench.limit=9", "eval.mmbench.blind=true", "eval.mmbench.max_new_tokens=7"],
         *["eval.mmbench.template=llama", "eval.mmbench.precision=bf16"],
@@ -194,7 +194,7 @@ COMBINATIONS: dict[str, list[str]] = {
     "digits after the last stage": [
         *["eval=[digits,pope]", "eval.digits.after=last", "eval.digits.blind=false", "eval.digits.limit=6"],
         *["eval.digits.template=phi", "eval.digits.variant=exact-match-v1", "eval.digits.source=finetune"],
-        *["eval.digits.precision=fp16", "eval.digits.data.build.options.test=3", "eval.digits.layout=hf"],
+        *["eval.digits.precision=fp16", "eval.digits.data.build.options.test=3"],
         *["eval.digits.data.sources.finetune={images: there, limit: 3, on_bad: skip, max_bad: 1}"],
     ],
 }

@@ -48,8 +48,8 @@ def score(
     chosen = get_benchmark(benchmark, trust or (), **({"split": split} if split else {}))
     variant = pick_variant(chosen, variant)
     judge = _judge(judge_url, judge_model, judge_runs)
-    if judge is not None:
-        check_use_of_judge(chosen)
+    if judge is not None or judge_runs > 1:
+        check_use_of_judge(chosen, judge_runs)
     rows = read_answer_file(answers)
     items = _load(chosen, root, layout)
     paired = chosen.pair(items, rows)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tinylmm.errors import ConfigError, Fault, StoppedError, TinyLMMError
-from tinylmm.evaluation.redaction import SHORT, without_key
+from tinylmm.evaluation.redaction import holds_key, without_key
 from tinylmm.evaluation.transport import RefusedError, Transport
 from tinylmm.stop import stop_requested
 from tinylmm.store.integrity import write_atomic
@@ -139,10 +139,12 @@ class Judge:
         kept = _read_reply(place)
         if kept is not None:
             self._count(cached=1)
-            return kept
+            return self._open(kept)
         reply = self._send(body)
         if place is not None:
-            _write_reply(place, {"base_url": self.base_url, "request": body, "sample": sample, "reply": reply})
+            asked = {"base_url": self.base_url, "request": body, "sample": sample}
+            secret = any(holds_key(text, _key()) for one in messages for text in one.values())
+            _write_reply(place, {**({} if secret else asked), "reply": reply})
         return reply
 
     def map(self, function: Callable[[T], R], values: Sequence[T]) -> list[R]:
@@ -202,9 +204,8 @@ class Judge:
         for attempt in range(self.attempts):
             self._count(requests=1, retries=int(attempt > 0))
             try:
-                reply = self._take(self._post(body))
-                # what is kept and parsed holds no key either, should the model say it; a key such as "0" is in every grade
-                return self._redacted(reply) if len(_key()) >= SHORT else reply
+                # what is kept and what is parsed holds no key either, should the model say it
+                return self._open(self._take(self._post(body)))
             except RefusedError as error:
                 problem, wait = self._refused(error)
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -254,6 +255,10 @@ class Judge:
             return problem, float(error.headers.get("Retry-After") or 0)
         except ValueError:  # a date; the own backoff will do
             return problem, 0.0
+
+    def _open(self, reply: str) -> str:
+        """A reply as it may be kept and read: one that gives the key away says nothing else that a scorer needs."""
+        return self._redacted(reply) if holds_key(reply, _key()) else reply
 
     def _redacted(self, text: str) -> str:
         return without_key(text, _key())

@@ -27,6 +27,11 @@ def without_key(text: str, key: str) -> str:
     return LEFT_OUT if len(key) >= SHORT and _shows(plain, key) else plain
 
 
+def holds_key(text: str, key: str) -> bool:
+    """Whether a text gives a key away: as it is, escaped, encoded or by half. A short one is no secret, but a word like any."""
+    return len(key) >= SHORT and _shows(text, key)
+
+
 def _shows(text: str, key: str) -> bool:
     half = max(SHORT, (len(key) + 1) // 2)
     parts = {key[start : start + half] for start in range(len(key) - half + 1)}

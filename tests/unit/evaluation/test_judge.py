@@ -160,24 +160,6 @@ def test_the_cache_never_holds_the_key_and_survives_a_broken_file(tmp_path: Path
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 
 
-def test_a_reply_that_says_the_key_is_kept_and_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = "sk-0123456789abcdefghij"
-    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", key)
-    for said in (f"0.5 {key}", f"0.5 {''.join(f'%{ord(c):02x}' for c in key)}"):
-        with judge_server(lambda body, said=said: completion(said)) as server:
-            judge = Judge(server.url, "m", cache=tmp_path / "cache")
-            replies = {judge.ask([{"role": "user", "content": "q"}], max_tokens=9) for _ in range(2)}
-        assert len(replies) == 1 and key[:12] not in replies.pop()
-        kept = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
-        assert key[:12] not in kept and "%73%6b" not in kept
-
-
-def test_a_key_that_is_no_secret_spoils_no_grade(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", "0")
-    with judge_server(replies(completion("0.5"))) as server:
-        assert Judge(server.url, "m").ask(HELLO, max_tokens=3) == "0.5"
-
-
 def test_the_key_is_not_logged(caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
     with judge_server(replies((500, {}, f"for {KEY}".encode()), completion("ok"))) as server:
         Judge(server.url, "m", sleep=pauses.append).ask(HELLO, max_tokens=3)
@@ -331,6 +313,33 @@ def test_a_key_that_the_server_echoes_is_shown_in_no_form(
         Judge(running.url, "m", attempts=2, sleep=pauses.append).ask(HELLO, max_tokens=3)
     said = str(caught.value) + caplog.text
     assert echo not in said and LONG_KEY[:12] not in said and "sk-proj" not in said
+
+
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+def test_a_key_that_a_reply_or_a_question_holds_is_kept_in_no_form(
+    echo: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", LONG_KEY)
+    with judge_server(replies(completion(f"0.5, and my key is {echo}"), completion("0.5"))) as server:
+        judge = Judge(server.url, "m", cache=tmp_path)
+        said = judge.ask(HELLO, max_tokens=3)
+        assert judge.ask(HELLO, max_tokens=3) == said
+        question = [{"role": "user", "content": f"the model said {echo}"}]
+        assert judge.ask(question, max_tokens=3) == judge.ask(question, max_tokens=3) == "0.5"
+    assert len(server.requests) == 2
+    kept = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert len(kept) == 2 and sorted(json.loads(text)["reply"] for text in kept) == sorted([said, "0.5"])
+    for text in (said, *kept):
+        assert echo not in text and json.dumps(echo)[1:-1] not in text and "sk-proj" not in text
+
+
+def test_a_word_that_is_set_as_the_key_of_a_local_server_stays_in_replies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TINYLMM_JUDGE_API_KEY", "0")
+    with judge_server(replies(completion("0.5"))) as server:
+        judge = Judge(server.url, "m", cache=tmp_path)
+        assert judge.ask(HELLO, max_tokens=3) == judge.ask(HELLO, max_tokens=3) == "0.5"
 
 
 def test_what_a_server_says_without_the_key_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ def test_a_judgement_is_of_its_judge_at_whatever_address_and_of_how_often_it_jud
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Digits, "may_be_judged", True)
+    monkeypatch.setattr(Digits, "averages_runs", True)
     root = write_benchmark(tmp_path / "a")
 
     def judged(*words: str) -> Stage:

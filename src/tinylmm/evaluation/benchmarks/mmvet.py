@@ -82,6 +82,7 @@ class MMVet(Benchmark):
     max_new_tokens = 1024
     upload = "json"
     judged = True
+    averages_runs = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `mm-vet/llava-mm-vet.jsonl` with mm-vet.json (alone, it says what to ask too), or lmms-lab/MMVet."""

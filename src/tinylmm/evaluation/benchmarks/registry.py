@@ -58,7 +58,8 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
         pick_variant(benchmark, spec.variant)
         if spec.judge.base_url is not None and spec.judge.model is not None:
             checked_address(spec.judge.base_url, spec.judge.model)
-            check_use_of_judge(benchmark)
+        if spec.judge.model is not None or spec.judge.runs > 1:
+            check_use_of_judge(benchmark, spec.judge.runs)
     except ConfigError as error:
         keys = {"_target_": "benchmark", "split": "options.split"}
         faults = [Fault(f"eval.{key}.{keys.get(f.where, f.where)}", f.what, f.fix) for f in error.faults]
@@ -72,15 +73,18 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
         raise ConfigError([Fault(f"eval.{key}.benchmark", what, "Set `root`, and neither `data` nor `source`.")])
 
 
-def check_use_of_judge(benchmark: Benchmark) -> None:
-    """Refuse a judge of a benchmark that asks none.
+def check_use_of_judge(benchmark: Benchmark, runs: int) -> None:
+    """Refuse a judge of a benchmark that asks none, and more runs of one that lets each answer be judged once.
 
     Raises:
-        ConfigError: it is scored by rules alone.
+        ConfigError: it is scored by rules alone, or averages no runs.
     """
     if not (benchmark.judged or benchmark.may_be_judged):
-        what = f"is named, but {benchmark.name} is scored by rules alone: nobody would be asked."
+        what = f"is set, but {benchmark.name} is scored by rules alone: nobody would be asked."
         raise ConfigError([Fault("judge", what, "Leave it out.")])
+    if runs > 1 and not benchmark.averages_runs:
+        what = f"is {runs}, but {benchmark.name} lets each answer be judged once."
+        raise ConfigError([Fault("judge.runs", what, "Leave it out.")])
 
 
 def _shipped(name: str) -> type[Benchmark]:

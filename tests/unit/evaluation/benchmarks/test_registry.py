@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +75,9 @@ def test_a_class_that_is_no_benchmark_is_refused(tmp_path: Any, monkeypatch: pyt
     assert import_module("odd_lab").Thing
 
 
+JUDGE = {"base_url": "http://localhost:1/v1", "model": "m"}
+
+
 def spec(**fields: Any) -> EvalSpec:
     return EvalSpec(**{"root": "x", "max_new_tokens": 8} | fields)
 
@@ -88,14 +93,33 @@ def spec(**fields: Any) -> EvalSpec:
         ({"benchmark": "mvbench"}, r"eval\.mine\.benchmark: is mvbench, whose questions are about videos.*tinylmm score"),
         (
             {"benchmark": "gqa", "judge": {"base_url": "http://localhost/v1", "model": "m"}},
-            r"eval\.mine\.judge: is named, but gqa is scored by rules alone: nobody would be asked\. Leave it out",
+            r"eval\.mine\.judge: is set, but gqa is scored by rules alone: nobody would be asked\. Leave it out",
         ),
+        ({"benchmark": "pope", "judge": {"runs": 3}}, r"eval\.mine\.judge: is set, but pope is scored by rules alone"),
+        ({"benchmark": "llava_bench", "judge": {"runs": 3}}, r"eval\.mine\.judge\.runs: is 3, but llava_bench lets"),
+        ({"benchmark": "mmbench", "judge": {**JUDGE, "runs": 2}}, r"eval\.mine\.judge\.runs: is 2, but mmbench lets"),
         ({"benchmark": "videomme"}, r"eval\.mine\.benchmark: is videomme, whose questions are about videos"),
     ],
 )  # fmt: skip
 def test_what_would_fail_after_training_is_refused_before(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_evaluation("mine", spec(**fields), [])
+
+
+@pytest.mark.parametrize("name", benchmark_names())
+def test_a_judge_is_refused_by_a_benchmark_that_asks_none_and_by_no_other(name: str) -> None:
+    asks = "judge.ask(" in Path(inspect.getfile(type(get_benchmark(name)))).read_text()
+    if get_benchmark(name).needs_frames:
+        assert not asks
+    elif asks:
+        check_evaluation("mine", spec(benchmark=name, judge=JUDGE), [])
+    else:
+        with pytest.raises(ConfigError, match="by rules alone"):
+            check_evaluation("mine", spec(benchmark=name, judge=JUDGE), [])
+
+
+def test_answers_are_judged_again_where_runs_are_averaged() -> None:
+    check_evaluation("mine", spec(benchmark="mmvet", judge={**JUDGE, "runs": 5}), [])
 
 
 def test_a_benchmark_of_its_own_files_is_not_asked_from_a_source() -> None:
