@@ -132,6 +132,7 @@ COMBINATIONS: dict[str, list[str]] = {
         f"{FINETUNE}.tune.llm.qlora={{bits: 4, quant_type: fp4, double_quant: false, r: 8, alpha: 4, dropout: 0.0, "
         "targets: [q_proj], bias: lora_only, rslora: true}",
     ],
+    "qlora of eight bits": [*PUBLISHED, "recipe=qlora", f"{FINETUNE}.tune.llm.qlora={{bits: 8}}"],
     "a third stage": [
         "recipe=share",
         "recipe.stages.again={from: pretrain, data: text, tune: {llm: full}, lr: 1e-3, global_batch: 8, "
@@ -174,6 +175,11 @@ COMBINATIONS: dict[str, list[str]] = {
         *PUBLISHED,
         "eval=[mmvet,llava_bench]",
         "eval.mmvet.judge={base_url: https://api.example.com/v1, model: judge-1, runs: 5}",
+    ],
+    "a judge asked three times": [
+        *PUBLISHED,
+        "eval=mmvet",
+        "eval.mmvet.judge={base_url: https://api.example.com/v1, model: judge-1, runs: 3}",
     ],
     "a judge of what rules can score": [
         *[*PUBLISHED, "eval=mmbench", "eval.mmbench.judge={base_url: http://localhost:1/v1, model: judge-2}"],
