@@ -3,6 +3,7 @@
     python -m benchmarks.scale                      # 10 thousand to 1 million records: twenty minutes
     python -m benchmarks.scale --sizes 1000         # seconds
     python -m benchmarks.scale --sizes 10000000 --kinds jsonl --pictures 1000    # an hour
+    python -m benchmarks.scale --sizes 665000 --turns 7 --steps plan_cold plan_warm    # a gigabyte, as LLaVA's mixture: a minute
 
 Records are made up: a caption-like question and answer, every picture asked about by some records. Pictures are generated,
 and most of their names are hard links to a few of them, so that a million names need no disk. Each size is planned (the
@@ -31,6 +32,7 @@ import numpy as np
 from benchmarks.arguments import existing_folder, file_to_write, whole
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
+STEPS = ("plan_cold", "plan_warm", "images", "prepare")
 SIZES = (10_000, 100_000, 1_000_000)
 LINKS = 50_000
 """Names of one file: some file systems allow 65,000."""
@@ -49,11 +51,11 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         for size in options.sizes:
             for kind in options.kinds:
-                row = _measured(Path(place) / "data", size, kind, options.pictures)
-                same = {"records": row["records"], "kind": kind}
+                row = _measured(Path(place) / "data", size, kind, options)
+                same = {"records": size, "kind": kind, "turns": options.turns}
                 record["rows"] = [r for r in record["rows"] if {k: r[k] for k in same} != same] + [row]
                 sys.stdout.write(json.dumps(row) + "\n")
-    record["rows"].sort(key=lambda row: (row["kind"], row["records"]))
+    record["rows"].sort(key=lambda row: (row["kind"], row["turns"], row["records"]))
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _plot(record, options.output.with_suffix(".png"))
     return 0
@@ -64,6 +66,8 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=whole(1), nargs="+", default=SIZES)
     parser.add_argument("--kinds", nargs="+", choices=("json", "jsonl"), default=("json", "jsonl"))
     parser.add_argument("--pictures", type=whole(1), default=350_000, help="most pictures that records name")
+    parser.add_argument("--turns", type=whole(1), default=1, help="questions and answers of a record")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--output", type=file_to_write, default=RESULT)
     place = Path(tempfile.gettempdir())
     parser.add_argument("--folder", type=existing_folder, default=place, help="where data is made up and prepared")
@@ -72,12 +76,13 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _measured(data: Path, records: int, kind: str, pictures: int) -> dict[str, Any]:
+def _measured(data: Path, records: int, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """One size: make it up, plan it twice, check its images, prepare it."""
     shutil.rmtree(data, ignore_errors=True)
-    _make_up(data, records, kind, pictures)
-    row: dict[str, Any] = {"records": records, "kind": kind, "bytes": (data / f"a.{kind}").stat().st_size}
-    for step in ("plan_cold", "plan_warm", "images", "prepare"):
+    _make_up(data, records, kind, options.pictures, options.turns)
+    row: dict[str, Any] = {"records": records, "kind": kind, "turns": options.turns}
+    row["bytes"] = (data / f"a.{kind}").stat().st_size
+    for step in options.steps:
         row[step] = _in_child(step, str(data), kind)
     shutil.rmtree(data)
     return row
@@ -92,7 +97,7 @@ def _in_child(step: str, folder: str, kind: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ made-up data
 
 
-def _make_up(data: Path, records: int, kind: str, pictures: int) -> None:
+def _make_up(data: Path, records: int, kind: str, pictures: int, turns: int) -> None:
     from PIL import Image
 
     images, draw = data / "images", random.Random(0)
@@ -111,15 +116,18 @@ def _make_up(data: Path, records: int, kind: str, pictures: int) -> None:
         file.write("[" if kind == "json" else "")
         for number in range(records):
             separator = "" if not number else ",\n" if kind == "json" else "\n"
-            file.write(separator + json.dumps(_record(number, number % count, draw)))
+            file.write(separator + json.dumps(_record(number, number % count, draw, turns)))
         file.write("]\n" if kind == "json" else "\n")
     _tokenizer(data / "tokenizer", draw)
 
 
-def _record(number: int, picture: int, draw: random.Random) -> dict[str, Any]:
-    question, answer = " ".join(draw.choices(WORDS.split(), k=8)), " ".join(draw.choices(WORDS.split(), k=25))
-    turns = [{"from": "human", "value": f"<image>\n{question}?"}, {"from": "gpt", "value": f"{answer}."}]
-    return {"id": f"{number:09d}", "image": f"{picture // 1000:05d}/{picture:09d}.jpg", "conversations": turns}
+def _record(number: int, picture: int, draw: random.Random, turns: int = 1) -> dict[str, Any]:
+    said = []
+    for turn in range(turns):
+        question, answer = " ".join(draw.choices(WORDS.split(), k=8)), " ".join(draw.choices(WORDS.split(), k=25))
+        said.append({"from": "human", "value": f"{question}?" if turn else f"<image>\n{question}?"})
+        said.append({"from": "gpt", "value": f"{answer}."})
+    return {"id": f"{number:09d}", "image": f"{picture // 1000:05d}/{picture:09d}.jpg", "conversations": said}
 
 
 def _tokenizer(folder: Path, draw: random.Random) -> None:
@@ -242,8 +250,9 @@ def _plot(record: dict[str, Any], path: Path) -> None:
 
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for kind, style in (("json", "--"), ("jsonl", "-")):
-        rows = [row for row in record["rows"] if row["kind"] == kind]
-        for number, step in enumerate(("plan_cold", "plan_warm", "images", "prepare")):
+        of_kind = [row for row in record["rows"] if row["kind"] == kind and row["turns"] == 1]
+        for number, step in enumerate(STEPS):
+            rows = [row for row in of_kind if step in row]
             sizes = [row["records"] for row in rows]
             label = f"{step.replace('_', ', ')} ({kind})"
             look = {"color": f"C{number}", "linestyle": style, "marker": "o", "label": label}

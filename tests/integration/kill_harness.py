@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,7 @@ from tinylmm.launch.backends import torchrun
 
 FORKED = "tests.integration.kill_harness.ForkedTorchrun"
 STAGING = "work/train-*/checkpoints/staging/checkpoint-*"
+CHECKPOINTS = "work/train-*/checkpoints/checkpoint-*"
 METRICS = "work/train-*/metrics.jsonl"
 WORDS = ("launch.save_steps=1", "recipe.stages.finetune.epochs=2")
 DISTURBED = "finetune"
@@ -238,7 +240,7 @@ def disturb(trial: Trial, attempt: Attempt, store: Path, draw: random.Random) ->
         faults.append(f"{len(left)} of {len(whole)} processes are left after exit code {code}")
     if trial.signal != "SIGKILL" and code not in (SAVED, 0):
         faults.append(f"a signal ended in exit code {code}, not {SAVED}: {attempt.said()[-600:]}")
-    checkpoints = list(store.glob("work/train-*/checkpoints/checkpoint-*"))
+    checkpoints = list(store.glob(CHECKPOINTS))
     if trial.signal != "SIGKILL" and trial.when != "any" and code == SAVED and not checkpoints:
         faults.append("a signal was answered without a checkpoint")
     if took > 45:
@@ -262,6 +264,28 @@ def result(store: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
         found[f"{name}/losses"] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     return found
+
+
+def published(store: Path) -> dict[str, int]:
+    """The newest checkpoint of each unfinished training, by the name of its folder."""
+    newest: dict[str, int] = {}
+    for path in store.glob(CHECKPOINTS):
+        training = path.parents[1].name
+        newest[training] = max(newest.get(training, 0), int(path.name.removeprefix("checkpoint-")))
+    return newest
+
+
+def lost(store: Path, saved: dict[str, int]) -> list[str]:
+    """What was wrong with how trainings, finished now, went on from the newest checkpoints that they had left."""
+    faults = []
+    for training, step in saved.items():
+        log = (store / "stages" / training / "log.txt").read_text(errors="replace")
+        resumed = set(re.findall(r"resuming from \S*/checkpoint-(\d+)$", log, re.MULTILINE))
+        if resumed != {str(step)}:
+            faults.append(f"the checkpoint of step {step} was there, and these were continued: {sorted(resumed)}")
+        if refused := re.search(r"checkpoint of step .* refused.*", log):
+            faults.append(f"a checkpoint is damaged: {refused[0]}")
+    return faults
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -325,11 +349,12 @@ def main() -> None:
                 break
             attempt.process.wait(PATIENCE)  # it ended before its moment came: another try, and sooner
             lasts /= 2
+        saved = published(store)
         again = Attempt(project, [*launch_words(trial.launch, False), f"store={store}"], real=False)
         if again.process.wait(PATIENCE) != 0:
             wrong.append(f"the same command again failed: {again.said()[-600:]}")
         else:
-            wrong += difference(result(store), expected[trial.launch])
+            wrong += lost(store, saved) + difference(result(store), expected[trial.launch])
         faults += [f"trial {number} {asdict(trial)}: {fault}" for fault in wrong]
         if not wrong:
             shutil.rmtree(store)
