@@ -32,7 +32,8 @@ from rich.console import Console
 
 from tinylmm.config.compose import compose_all, compose_run
 from tinylmm.config.identities import Recorded
-from tinylmm.config.spec import LaunchSpec, RunSpec
+from tinylmm.config.launch import LaunchSpec
+from tinylmm.config.spec import RunSpec
 from tinylmm.launch.runner import execute
 from tinylmm.planning.graph import StageGraph
 from tinylmm.planning.kinds import KINDS, Kind

@@ -3,7 +3,7 @@
     python -m benchmarks.scale                      # 10 thousand to 1 million records: twenty minutes
     python -m benchmarks.scale --sizes 1000         # seconds
     python -m benchmarks.scale --sizes 10000000 --kinds jsonl --pictures 1000    # an hour
-    python -m benchmarks.scale --sizes 665000 --turns 7 --steps plan_cold plan_warm    # a gigabyte, as LLaVA's mixture: a minute
+    python -m benchmarks.scale --sizes 665000 --turns 7 --steps plan_cold plan_warm    # 1 GB: a minute
 
 Records are made up: a caption-like question and answer, every picture asked about by some records. Pictures are generated,
 and most of their names are hard links to a few of them, so that a million names need no disk. Each size is planned (the

@@ -57,6 +57,8 @@ class StopSignal:
         self.folder = folder
         self.since: float | None = None
         """When the first request came (monotonic seconds)."""
+        self.number: int | None = None
+        """The signal that it came by."""
         self.asked = False
         """Whether somebody has learnt of the request, and so acts on it."""
         self.uninterrupted = False
@@ -72,6 +74,7 @@ class StopSignal:
         if os.getpid() != self._process:  # in a helper that was forked a moment ago: its parent has the signal too
             return
         if self.since is None:
+            self.number = number
             self.note()
             log.warning("%s received: saving and stopping (once more to give up at once)", signal.Signals(number).name)
         elif self.folder is None and time.monotonic() - self.since > REPEAT_SECONDS:
@@ -158,7 +161,7 @@ def watch_for_stop(folder: Path | None = None) -> Iterator[StopSignal]:
             yield _current
     finally:
         if _current.since is not None and previous.since is None and previous is not _NOBODY:
-            previous.since = _current.since  # an outer watcher must not lose the request
+            previous.since, previous.number = _current.since, _current.number  # an outer watcher must not lose it
         _current = previous
 
 

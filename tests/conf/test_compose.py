@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from tinylmm.config.compose import compose_all, compose_run, expand, rewrite_words, run_name
 from tinylmm.config.faults import paths_by_leaf
 from tinylmm.config.groups import DEFAULT_GROUPS, conf_folder
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import ScaleSpec
 from tinylmm.config.session import session
 from tinylmm.config.signatures import config_class, config_fields
-from tinylmm.config.spec import LaunchSpec, RunSpec
+from tinylmm.config.spec import RunSpec
 from tinylmm.errors import ConfigError
 from tinylmm.planning.planner import plan_run
 

@@ -48,6 +48,9 @@ from tinylmm.cli.errors import guarded
 from tinylmm.cli.train import run
 from tinylmm.launch import agent, worker
 from tinylmm.launch.backends import torchrun
+from tinylmm.launch.worker import WORDS_FOLDER
+from tinylmm.stop import held_back
+from tinylmm.store.layout import LOG_FILE
 
 FORKED = "tests.integration.kill_harness.ForkedTorchrun"
 STAGING = "work/train-*/checkpoints/staging/checkpoint-*"
@@ -127,14 +130,18 @@ class Fork:
 class ForkedTorchrun(torchrun.Backend):
     """torchrun whose agent and ranks are forks."""
 
-    def _spawn(self, words: list[str], output: IO[bytes]) -> Any:
+    def _spawn(self, folder: Path, meeting: list[str]) -> Any:
+        words = [*meeting, f"--nproc-per-node={self._launch.nproc}", "--tee=2", f"--log-dir={folder / WORDS_FOLDER}"]
+        words = [str(os.getpid()), str(folder), *words, "--module", "tinylmm.launch.worker", str(folder)]
+
         def become_agent() -> None:
             os.environ["OMP_NUM_THREADS"] = "1"
             SubprocessHandler._popen = _popen_rank  # type: ignore[method-assign]
             sys.argv = ["agent", *words]
             agent.main()
 
-        return Fork(become_agent, {1: output, 2: output}, new_session=True)
+        with (folder / LOG_FILE).open("ab") as output, held_back():
+            return Fork(become_agent, {1: output, 2: output}, new_session=True)
 
 
 def _popen_rank(handler: SubprocessHandler, arguments: Iterable[str], variables: dict[str, str]) -> Any:

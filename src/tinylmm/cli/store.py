@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from tinylmm.errors import EXIT_STAGE_FAILED, UserError, suggestion
 from tinylmm.store.claims import held
 from tinylmm.store.gc import folders
 from tinylmm.store.layout import StoreLayout
+from tinylmm.store.queue import queued
 from tinylmm.store.runs import RunRecord, describe, read_runs, used_digests
 from tinylmm.store.store import Store
 
@@ -100,9 +102,18 @@ def collect_garbage(
     _console().print(f"{total} freed." if yes else f"{total} would be freed. Nothing was deleted; add --yes to do so.")
 
 
-def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+def runs(
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+    cancel: Annotated[
+        str | None, typer.Option(metavar="RUN", help="End the jobs of a run that was queued with launch=slurm.")
+    ] = None,
+) -> None:
     """List runs, newest first: status, stages done, what is being worked on."""
     opened = _open(store)
+    if cancel is not None:
+        _cancel(opened, cancel)
+        return
     rows = read_runs(opened.root)
     if as_json:
         echo_json([_as_json(run) for run in rows])
@@ -122,6 +133,16 @@ def runs(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> Non
         cells: list[str | Text] = [run.name, _coloured(run.status), _minute(run.created), progress]
         table.add_row(*cells, *([remark] if any(remarks) else []))
     _console().print(table)
+
+
+def _cancel(store: Store, name: str) -> None:
+    from tinylmm.launch.slurm import cancel
+
+    there = {run.name: run for run in read_runs(store.root)}
+    if name not in there:
+        raise UserError(f"--cancel: there is no run {name!r} in {store.root}. {suggestion(name, there)}")
+    ended = cancel(there[name])
+    _console().print(f"ended {len(ended)} jobs of {name}: {', '.join(ended)}", highlight=False)
 
 
 def _open(store: Path) -> Store:
@@ -162,8 +183,17 @@ def _remarks(run: RunRecord) -> str:
         return run.problem
     if run.status == "running":
         active = [stage.name for stage in run.stages if stage.status == "running"]
-        return describe(run) + (f": {', '.join(active)}" if active else "")
+        who = _in_queue(run) if run.jobs else describe(run)
+        return who + (f": {', '.join(active)}" if active else "")
     return ", ".join(f"{stage.name} failed" for stage in run.stages if stage.status == "failed")
+
+
+def _in_queue(run: RunRecord) -> str:
+    states = queued(run.jobs.values())
+    if states is None:
+        return f"jobs {', '.join(sorted(set(run.jobs.values()), key=int))}"
+    counted = Counter(state.lower() for state in states.values())
+    return ", ".join(f"{number} jobs {state}" for state, number in sorted(counted.items()))
 
 
 def _users(names: Sequence[str]) -> str:

@@ -41,10 +41,24 @@ def run(arguments: Sequence[str]) -> int:
     runs = compose_all(overrides, multirun)  # every fault of every run, before the first one starts
     plans, refused = _plans(runs)
     from tinylmm.cli.terminal import terminal
-    from tinylmm.launch.runner import execute
 
     console = terminal()
-    return _finish([*refused, *(execute(plans, console) if plans else [])], console)
+    return report([*refused, *(_carry_out(plans, console) if plans else [])], console)
+
+
+def _carry_out(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
+    """Run the plans on this machine, or have SLURM run them."""
+    if len({plan.run.launch.slurm is None for plan in plans}) > 1:
+        from tinylmm.errors import UserError
+
+        raise UserError("launch: some runs of the sweep are for SLURM and some are not. Give them in two commands.")
+    if plans[0].run.launch.slurm is not None:
+        from tinylmm.launch.slurm import submit
+
+        return submit(plans, console)
+    from tinylmm.launch.runner import execute
+
+    return execute(plans, console)
 
 
 def _plans(runs: Sequence[tuple[list[str], RunSpec]]) -> tuple[list[RunPlan], list[RunOutcome]]:
@@ -68,7 +82,7 @@ def _plans(runs: Sequence[tuple[list[str], RunSpec]]) -> tuple[list[RunPlan], li
     return plans, refused
 
 
-def _finish(outcomes: list[RunOutcome], console: Console) -> int:
+def report(outcomes: list[RunOutcome], console: Console) -> int:
     """Write the report of the runs that came to their end, print its table, and return the worst exit code."""
     from tinylmm.errors import printable, worst_exit_code
     from tinylmm.reports.collect import collect_report
@@ -77,10 +91,10 @@ def _finish(outcomes: list[RunOutcome], console: Console) -> int:
 
     finished = [outcome for outcome in outcomes if outcome.came_to_end]
     if finished:
-        report = collect_report(finished[0].folder.parents[1], [outcome.name for outcome in finished])
-        paths = write_files(report)
-        if any(run.evaluations for run in report.runs):
-            console.print(render_scores(report))
+        found = collect_report(finished[0].folder.parents[1], [outcome.name for outcome in finished])
+        paths = write_files(found)
+        if any(run.evaluations for run in found.runs):
+            console.print(render_scores(found))
         console.print(f"report   {paths.html}", highlight=False, soft_wrap=True)
     said: dict[str, list[str]] = {}
     for outcome in outcomes:

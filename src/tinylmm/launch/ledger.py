@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tinylmm.config.compose import run_name
 from tinylmm.errors import ClaimLostError, DiskError, StoppedError, TinyLMMError, WaitingError, worst_exit_code
 from tinylmm.planning.planner import RunPlan
 from tinylmm.store.provenance import now
-from tinylmm.store.runs import RunRecord, RunStatus, StageRow, StageStatus, create_run, read_run, write_run
+from tinylmm.store.runs import RunRecord, RunStatus, StageRow, StageStatus, create_run, read_run, run_lock, write_run
 from tinylmm.store.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Ledger:
     """All runs of a grid. Marks are kept in memory, and written by `flush` and when a run ends."""
 
     def __init__(self, plans: Sequence[RunPlan]) -> None:
-        self.runs = [_begun(plan) for plan in plans]
+        self.runs = [self._run(number, plan) for number, plan in enumerate(plans)]
         self._lock = threading.Lock()
         self._users: dict[str, list[Run]] = {}
         for run in self.runs:
@@ -130,7 +130,7 @@ class Ledger:
             for run in self.runs:
                 if run.changed:
                     run.changed = False
-                    _write(run)
+                    self._write(run)
 
     def outcomes(self) -> list[RunOutcome]:
         """How each run ended, in the order of the plans."""
@@ -140,28 +140,70 @@ class Ledger:
         if run.todo:
             return []
         with self._lock:
-            run.record = replace(run.record, status=run.status, finished=now())
+            run.record = self._closed(run)
             run.changed = False
-            _write(run)
+            self._write(run)
         return [run]
 
+    def _run(self, number: int, plan: RunPlan) -> Run:
+        """Make the run's folder, with every stage to do in its record."""
+        run = plan.run
+        rows = [StageRow(stage.kind, stage.name, stage.digest, stage.key) for stage in plan.graph]
+        folder = create_run(run.store, run_name(run), run.name, plan.overrides, run.model_dump(mode="json"), rows)
+        record = read_run(folder)
+        return Run(plan, record, {row.digest: row for row in record.stages}, {row.digest for row in rows})
 
-def _begun(plan: RunPlan) -> Run:
-    """Make the run's folder, with every stage to do in its record."""
-    run = plan.run
-    rows = [StageRow(stage.kind, stage.name, stage.digest, stage.key) for stage in plan.graph]
-    folder = create_run(run.store, run_name(run), run.name, plan.overrides, run.model_dump(mode="json"), rows)
-    record = read_run(folder)
-    return Run(plan, record, {row.digest: row for row in record.stages}, {row.digest for row in rows})
+    def _closed(self, run: Run) -> RunRecord:
+        return replace(run.record, status=run.status, finished=now())
+
+    def _write(self, run: Run) -> None:
+        run.record = self._as_it_is(run)
+        try:
+            write_run(run.folder, run.record)
+        except (
+            DiskError,
+            ClaimLostError,
+        ) as error:  # the record follows with its next change; no result is lost for it
+            run.changed = True
+            log.warning("%s", error)
+
+    def _as_it_is(self, run: Run) -> RunRecord:
+        return replace(run.record, stages=tuple(run.rows.values()))
 
 
-def _write(run: Run) -> None:
-    run.record = replace(run.record, stages=tuple(run.rows.values()))
-    try:
-        write_run(run.folder, run.record)
-    except (DiskError, ClaimLostError) as error:  # the record follows with its next change; no result is lost for it
-        run.changed = True
-        log.warning("%s", error)
+class SharedLedger(Ledger):
+    """Of a job that makes some stages of runs whose others are made elsewhere: it notes its own, and ends no run.
+
+    Args:
+        folders: of the runs, in the plans' order.
+        own: digests of the stages that are made here.
+    """
+
+    def __init__(self, plans: Sequence[RunPlan], folders: Sequence[Path], own: Collection[str]) -> None:
+        self._folders, self._own = folders, own
+        super().__init__(plans)
+
+    def _run(self, number: int, plan: RunPlan) -> Run:
+        record = read_run(self._folders[number])
+        rows = {row.digest: row for row in record.stages}
+        return Run(plan, record, rows, rows.keys() & set(self._own))
+
+    def _closed(self, run: Run) -> RunRecord:
+        return run.record
+
+    def _write(self, run: Run) -> None:
+        with run_lock(run.folder):
+            super()._write(run)
+
+    def _as_it_is(self, run: Run) -> RunRecord:
+        record = read_run(run.folder)
+        return replace(record, stages=tuple(self._row(run, there) for there in record.stages))
+
+    def _row(self, run: Run, there: StageRow) -> StageRow:
+        """What is known of a stage here, unless it stands in the record that another machine of this job has made it."""
+        own = run.rows[there.digest]
+        made = there.status == "run" and own.status == "reused"
+        return there if made or there.digest not in self._own else own
 
 
 def _outcome(run: Run) -> RunOutcome:

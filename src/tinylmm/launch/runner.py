@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from tinylmm.errors import (
 from tinylmm.launch.backends import LaunchBackend, make_backend
 from tinylmm.launch.ledger import Ledger, Run, RunOutcome
 from tinylmm.launch.memory import with_advice
+from tinylmm.launch.nodes import MEETING_FILE, Joined
 from tinylmm.launch.progress import Progress
 from tinylmm.launch.results import failed_with
 from tinylmm.launch.scheduler import Schedule
@@ -48,12 +49,20 @@ from tinylmm.store.store import Store
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, FAILED_RANKS, WORDS_FOLDER)
+SCRATCH = (JOB_FILE, RESULT_FILE, STOP_FILE, MEETING_FILE, FAILED_RANKS, WORDS_FOLDER)
 """Names in a work folder that are deleted when the stage is done, besides those of its kind."""
 
 
-def execute(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
+def execute(
+    plans: Sequence[RunPlan], console: Console, ledger: Ledger | None = None, only: Collection[str] | None = None
+) -> list[RunOutcome]:
     """Run every stage that the plans ask for and the store lacks, and record the runs; returns how each ended.
+
+    Args:
+        plans: the runs.
+        console: where progress is shown.
+        ledger: the runs' records, where they exist already.
+        only: digests of the stages to run, where others are run elsewhere: their parents are there.
 
     A stage that several plans ask for runs once, stages that need nothing of each other run side by side as far as there
     is room (`launch.slots`), and a stage that fails takes nothing with it but what needs it.
@@ -64,7 +73,7 @@ def execute(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
     """
     for plan in plans:
         require_files(plan)
-    grid = _Grid(plans, console)
+    grid = _Grid(plans, console, Ledger(plans) if ledger is None else ledger, only)
     with _log_to(grid.ledger.runs[0].folder / LOG_FILE), watch_for_stop(), grid.progress, grid:
         try:
             while not grid.over:
@@ -96,12 +105,15 @@ class _Task:
 class _Grid:
     """The stages of all plans, and those under way. As a context manager it leaves nothing running behind."""
 
-    def __init__(self, plans: Sequence[RunPlan], console: Console) -> None:
+    def __init__(
+        self, plans: Sequence[RunPlan], console: Console, ledger: Ledger, only: Collection[str] | None
+    ) -> None:
         self.slots = Slots([plan.run.launch for plan in plans])
         self.store = Store(plans[0].run.store)
-        self.ledger = Ledger(plans)
-        stages = {stage.digest: stage for plan in plans for stage in plan.graph}
-        self.schedule = Schedule(stages.values())
+        self.ledger = ledger
+        self.joined = Joined(self.store)
+        self.stages = stages = {stage.digest: stage for plan in plans for stage in plan.graph}
+        self.schedule = Schedule(stage for digest, stage in stages.items() if only is None or digest in only)
         self.console = console
         self.progress = Progress(console, self.slots.number, self.schedule.open_stages, self.ledger.flush)
         self._titles = {
@@ -119,11 +131,13 @@ class _Grid:
     def __exit__(self, *ended: object) -> None:
         for task in self._tasks:
             task.held.close()
+        self.joined.stop(now=True)
 
     @property
     def over(self) -> bool:
         """Whether nothing runs, and nothing is to be started."""
-        return not self._tasks and (self.schedule.over or self._closing is not None)
+        under_way = self._tasks or self.joined.busy
+        return not under_way and (self.schedule.over or self._closing is not None)
 
     def next(self) -> Stage | None:
         """The stage to start now, if there is one and a place for it."""
@@ -136,7 +150,7 @@ class _Grid:
             try:
                 if said := waits_for(stage):
                     raise WaitingError(said)
-                if self._is_there(stage) or (claim := self._claim(stage, held)) is None:
+                if self._is_there(stage) or (claim := self._claim(stage, run, held)) is None:
                     return
                 task = self._task(stage, run, claim, held)
                 self.progress.begins(stage, self._titles[stage.digest], task.job.folder)
@@ -156,6 +170,7 @@ class _Grid:
     def poll(self) -> bool:
         """See to the stages that have ended; returns whether there were any."""
         ended = False
+        self.joined.poll()
         for task in list(self._tasks):
             try:
                 with claimed(task.job.require_claim), self._kept_failures(task.stage):
@@ -180,10 +195,12 @@ class _Grid:
             self._closing = StoppedError("stopped before all was done; the same command continues from there")
         for task in self._tasks:
             task.backend.stop()
+        self.joined.stop()
 
     def give_up(self) -> None:
         """End everything at once."""
         self.stop()
+        self.joined.stop(now=True)
         for task in list(self._tasks):
             self._leave(task)
             self._lose(task.stage, KeyboardInterrupt())
@@ -211,21 +228,23 @@ class _Grid:
         self._keep(stage, None)
         return True
 
-    def _claim(self, stage: Stage, held: ExitStack) -> Claim | None:
+    def _claim(self, stage: Stage, run: Run, held: ExitStack) -> Claim | None:
         """Claim a stage; None where another process has it, or where it is there by now."""
-        if any(digest not in self.schedule.stages for digest in stage.parents.values()):
+        if any(digest not in self.stages for digest in stage.parents.values()):
             raise IntegrityError(
                 f"{stage.name} was made by another run. Give that run's command again to make it anew."
             )
         claim = Claim(self.store.root, stage.key)
         if (owner := claim.try_acquire()) is not None:
             self.progress.waits(stage, self._titles[stage.digest], owner)
+            self.joined.join(stage.key, owner, run.plan.run.launch)
             self.schedule.postpone(stage)
             return None
         held.callback(claim.release)
         if self.store.recover(stage):  # finished by whom we waited for, or by a process killed while publishing
             self._keep(stage, None)
             return None
+        self.joined.refuse_to_lead(stage.key)
         return claim
 
     def _task(self, stage: Stage, run: Run, claim: Claim, held: ExitStack) -> _Task:
@@ -234,8 +253,7 @@ class _Grid:
         held.callback(self.slots.give_back, share)
         work, root = self.store.begin(stage).resolve(), self.store.root.resolve()
         parents = {
-            role: self.store.open_output(self.schedule.stages[digest]).resolve()
-            for role, digest in stage.parents.items()
+            role: self.store.open_output(self.stages[digest]).resolve() for role, digest in stage.parents.items()
         }
         names = (stage.kind, stage.name, stage.digest)
         job = make_job(*names, stage.spec, parents, stage.settings, work, root, claim.token, share)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tinylmm.config.cores import usable_cores
 from tinylmm.config.gpus import gpu_names
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.share import Share
-from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import UserError
 
 

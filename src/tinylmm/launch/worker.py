@@ -31,19 +31,24 @@ AGENT_PID = "TINYLMM_AGENT_PID"
 RESULT_FILE = "result.json"
 RANK_RESULTS = "result-rank*.json"
 """Of other ranks than 0, which leave one only when they fail."""
-FAILED_RANKS = "failed-ranks.json"
-"""List of `FailedRank`, left by the agent."""
+FAILED_RANKS = "failed-ranks"
+"""Folder in which each machine's agent leaves a list of `FailedRank`."""
 WORDS_FOLDER = "rank-words"
 """What each rank wrote to its stderr, as torchrun lays it out."""
 
 
 @dataclass(frozen=True)
 class FailedRank:
-    """How a rank ended: its exit code (negative: the signal that ended it), and the second in which that was seen."""
+    """How a rank ended: its exit code (negative: the signal that ended it), and the second in which that was seen.
+
+    Attributes:
+        words: what it wrote to its stderr, a file below the stage's folder.
+    """
 
     rank: int
     exit_code: int
     time: int
+    words: str
 
 
 def quiet_libraries() -> None:

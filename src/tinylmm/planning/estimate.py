@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from tinylmm.config.cores import usable_cores
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeStage
-from tinylmm.config.spec import LaunchSpec, RunSpec
+from tinylmm.config.spec import RunSpec
 from tinylmm.planning.lengths import Lengths, Prepared, assumed_lengths, read_lengths
 from tinylmm.planning.shapes import Shapes, shapes_of
 from tinylmm.sizing.cards import Card, cards, gpu_names, this_machine
@@ -125,14 +126,14 @@ class Training:
     def placement(self) -> Placement:
         """How the launch of the run puts it on devices."""
         launch = self.launch
-        sharding = f"zero{launch.deepspeed_stage}" if launch.deepspeed_stage else "ddp" if launch.nproc > 1 else "local"
+        sharding = f"zero{launch.deepspeed_stage}" if launch.deepspeed_stage else "ddp" if launch.ranks > 1 else "local"
         return Placement(
             sharding,
-            launch.nproc,
+            launch.ranks,
             self.compute_bytes,
             self.device.on_gpu,
             launch.gradient_checkpointing,
-            self._accumulation(launch.nproc, launch.micro_batch) > 1,
+            self._accumulation(launch.ranks, launch.micro_batch) > 1,
             optimizer_bytes(self.optimizer),
         )
 
@@ -184,7 +185,7 @@ class Training:
         return (
             first_pass_flops(self.parts, images)
             / self.device.card.product_flops(self.compute_bytes)
-            / self.launch.nproc
+            / self.launch.ranks
         )
 
     def _accumulation(self, ranks: int, micro_batch: int) -> int:

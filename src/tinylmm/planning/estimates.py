@@ -74,7 +74,7 @@ def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
     seconds, steps = training.seconds_a_step(own.placed), training.steps
     known = seconds is not None and steps is not None
     hours = (seconds * steps + training.first_pass_seconds()) / 3600 if known else None  # type: ignore[operator]
-    gpu_hours = None if hours is None else hours * launch.nproc
+    gpu_hours = None if hours is None else hours * launch.ranks
     lengths, card = training.lengths, training.device.card
     return {
         "stage": stage.name,

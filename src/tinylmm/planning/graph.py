@@ -31,8 +31,8 @@ LOCAL_FOLDER = "(local folder)"
 """Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
 
-FOR_PLANS = {"gpu", "price"}
-"""Fields of `launch` that a plan reckons with and no stage reads."""
+FOR_PLANS = {"gpu", "price", "slurm"}
+"""Fields of `launch` that plans and queues read and no stage does."""
 ANY_POLICY = {"on_bad": "fail", "max_bad": 0}
 """Stands in every source's identity: what is done about bad records decides whether a run goes on, not what is read of the
 good ones. `planning/planner.py` holds reused stages to the policy asked for."""

@@ -19,8 +19,9 @@ from tinylmm.config.identities import (
     TowerIdentity,
     TowerOutput,
 )
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneSpec
-from tinylmm.config.spec import ImageSpec, LaunchSpec, TextTowerSpec, TrackingSpec
+from tinylmm.config.spec import ImageSpec, TextTowerSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
 
 Content = dict[str, Any]

@@ -7,6 +7,7 @@ features/       features of frozen towers, cache/ fingerprints of files outside 
 published/      weights from outside the store that trainings leave as they are, each once; models hold hard links to them
 imported/       models made of other tools' checkpoints, to be asked: made again when deleted
 reports/        pages and tables
+slurm/          what SLURM's jobs were given and have said, and which job makes which stage
 tracking/       files of Weights & Biases, for `wandb sync`
 trash/          about to be deleted
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 STAGES_FOLDER = "stages"
 WORK_FOLDER = "work"
+SLURM_FOLDER = "slurm"
 DAMAGED_FOLDER = "damaged"
 RUNS_FOLDER = "runs"
 CLAIMS_FOLDER = "claims"
@@ -121,6 +123,11 @@ class StoreLayout:
     def tracking(self) -> Path:
         """Folder of what trackers keep for themselves."""
         return self.root / TRACKING_FOLDER
+
+    @property
+    def slurm(self) -> Path:
+        """Folder of SLURM's jobs."""
+        return self.root / SLURM_FOLDER
 
     @property
     def trash(self) -> Path:

@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from filelock import FileLock
+
 from tinylmm.errors import DiskError, IntegrityError, UserError
 from tinylmm.store.disk import FULL, refusal
 from tinylmm.store.integrity import write_atomic
@@ -27,10 +29,13 @@ from tinylmm.store.provenance import (
     software_versions,
     this_process,
 )
+from tinylmm.store.queue import queued
 
 RUN_FORMAT = 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 NAME_LENGTH = 200
+CLOSING = "closing"
+"""Stands among a run's jobs for the one that comes after all stages."""
 TRAIN = "train"
 """Kind of the stages that leave a model."""
 
@@ -77,7 +82,8 @@ class RunRecord:
         versions: of the software (`provenance.software_versions`).
         overrides: the words that the user gave.
         spec: the run's whole configuration, as plain JSON.
-        process: what works or worked on it; None if the record does not say.
+        process: what works or worked on it, or has queued it; None if the record does not say.
+        jobs: digest of a stage -> the job of SLURM that makes it; and CLOSING -> the one that comes after all.
         problem: a sentence that says why run.json cannot be read; else empty.
     """
 
@@ -90,6 +96,7 @@ class RunRecord:
     overrides: tuple[str, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
     process: Process | None = None
+    jobs: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
 
     @property
@@ -120,6 +127,7 @@ class RunRecord:
             "overrides": list(self.overrides),
             "spec": dict(self.spec),
             **(vars(self.process) if self.process else {}),
+            **({"jobs": dict(self.jobs)} if self.jobs else {}),
         }
 
 
@@ -135,11 +143,23 @@ def read_run(folder: Path) -> RunRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         run = _parsed(folder, content)
-        gone = run.process and (is_running(run.process) is False or ended_with_boot(run.process, path.stat().st_mtime))
-        return replace(run, status="stopped") if run.status == "running" and gone else run
+        return replace(run, status="stopped") if run.status == "running" and _is_gone(run, path) else run
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise IntegrityError(f"{path} cannot be read ({reason}).") from error
+
+
+def _is_gone(run: RunRecord, path: Path) -> bool:
+    """Whether it is known that nobody works on a run any more."""
+    if run.jobs:
+        return queued(run.jobs.values()) == {}
+    process = run.process
+    return process is not None and (is_running(process) is False or ended_with_boot(process, path.stat().st_mtime))
+
+
+def run_lock(folder: Path) -> FileLock:
+    """To be held by whoever reads a record and writes it again, where several do."""
+    return FileLock(folder / ".lock", mode=0o666)
 
 
 def _parsed(folder: Path, content: Mapping[str, Any]) -> RunRecord:
@@ -160,6 +180,7 @@ def _parsed(folder: Path, content: Mapping[str, Any]) -> RunRecord:
         tuple(content.get("overrides") or ()),
         content.get("spec") or {},
         _parsed_process(content),
+        content.get("jobs") or {},
     )
 
 

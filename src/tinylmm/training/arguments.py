@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from tinylmm.config.fields import PARTS
-from tinylmm.config.spec import LaunchSpec, TrackingSpec
+from tinylmm.config.launch import LaunchSpec
+from tinylmm.config.spec import TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
 from tinylmm.planning.specs import TrainStage
 from tinylmm.store.layout import CHECKPOINT_FOLDER
@@ -69,7 +70,7 @@ def training_arguments(
         report_to=[*(["tensorboard"] if tracking.tensorboard else []), *(["wandb"] if tracking.wandb.enabled else [])],
         disable_tqdm=True,
         use_cpu=use_cpu,
-        ddp_backend="gloo" if use_cpu and launch.nproc > 1 else None,
+        ddp_backend="gloo" if use_cpu and launch.ranks > 1 else None,
         dataloader_num_workers=readers,
         remove_unused_columns=False,
         deepspeed=deepspeed_config(launch, spec, accumulation) if launch.deepspeed_stage else None,
@@ -122,4 +123,4 @@ def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) ->
 
 
 def _micro_batch(launch: LaunchSpec, spec: TrainStage, accumulation: int) -> int:
-    return math.ceil(spec.global_batch / (accumulation * launch.nproc))
+    return math.ceil(spec.global_batch / (accumulation * launch.ranks))

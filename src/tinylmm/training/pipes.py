@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinylmm.config.cores import usable_cores
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 
 log = logging.getLogger(__name__)
 

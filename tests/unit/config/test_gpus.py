@@ -8,7 +8,7 @@ import pytest
 
 from tinylmm.config import gpus
 from tinylmm.config.gpus import CPU_RANKS, visible_gpus
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 
 
 @pytest.fixture

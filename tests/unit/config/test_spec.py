@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from tinylmm.config.faults import describe, faults_of, keys_of, paths_by_leaf
 from tinylmm.config.fields import TemplateName
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeSpec, RecipeStage, TuneHow, TuneSpec
-from tinylmm.config.spec import LaunchSpec, RunSpec, SourceSpec, TokenizerSpec
+from tinylmm.config.spec import RunSpec, SourceSpec, TokenizerSpec
 from tinylmm.data.chat import TEMPLATES
 
 STAGE: dict[str, Any] = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tinylmm.config.cores import CORES, usable_cores
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.share import Share
-from tinylmm.config.spec import LaunchSpec
 from tinylmm.errors import UserError
 from tinylmm.launch import slots
 from tinylmm.launch.slots import Slots

@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.errors import StageFailedError, UserError
-from tinylmm.launch.backends.torchrun import Backend, _environment, _outcome
+from tinylmm.launch.backends.torchrun import Backend, _outcome
+from tinylmm.launch.nodes import _environment
 from tinylmm.launch.worker import FAILED_RANKS, WORDS_FOLDER
 from tinylmm.stages.job import make_job
 
@@ -47,7 +48,7 @@ def test_ranks_share_the_cores_that_are_ours_not_the_machines(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    monkeypatch.setattr("tinylmm.launch.backends.torchrun.usable_cores", lambda: ours)
+    monkeypatch.setattr("tinylmm.launch.nodes.usable_cores", lambda: ours)
     assert _environment(LaunchSpec(backend="torchrun", nproc=2))["OMP_NUM_THREADS"] == threads
 
 
@@ -55,13 +56,16 @@ def blamed(folder: Path, failed: list[tuple[int, int, int]], errors: dict[int, s
     """What is said of ranks that failed as (rank, exit code, second), left these tracebacks, and wrote these lines."""
     job = make_job("data", "x", "0" * 64, DATA, {}, {}, folder, folder)
     (folder / "log.txt").write_text("the agent's own lines")
-    records = [{"rank": rank, "exit_code": code, "time": second} for rank, code, second in failed]
-    (folder / FAILED_RANKS).write_text(json.dumps(records))
+    (folder / FAILED_RANKS).mkdir()
+    for rank, code, second in failed:  # each on a machine of its own
+        path = folder / WORDS_FOLDER / f"none_{rank}/attempt_0/0/stderr.log"
+        record = {"rank": rank, "exit_code": code, "time": second, "words": str(path)}
+        (folder / FAILED_RANKS / f"host-{rank}.json").write_text(json.dumps([record]))
     for rank, error in errors.items():
         result = {"error": error, "type": "traceback", "exit_code": 1, "rank": rank}
         (folder / ("result.json" if rank == 0 else f"result-rank{rank}.json")).write_text(json.dumps(result))
     for rank, text in words.items():
-        path = folder / WORDS_FOLDER / "none_abc/attempt_0" / str(rank) / "stderr.log"
+        path = folder / WORDS_FOLDER / f"none_{rank}/attempt_0/0/stderr.log"
         path.parent.mkdir(parents=True)
         path.write_text(text)
     with pytest.raises(StageFailedError) as raised:

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
-from tinylmm.config.spec import DataBuildSpec, DataSpec, LaunchSpec, RunSpec, SourceSpec
+from tinylmm.config.launch import LaunchSpec
+from tinylmm.config.spec import DataBuildSpec, DataSpec, RunSpec, SourceSpec
 from tinylmm.config.trainer import DECIDING, SchedulerArguments, TrainerSpec
 from tinylmm.planning.graph import build_graph
 

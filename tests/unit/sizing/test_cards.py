@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.sizing.cards import Calibration, card_named, cards, gpu_names, save_calibration, this_machine
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from tests.integration.project import tiny_project
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.training import pipes
 from tinylmm.training.pipes import MOST_READERS, Packed, needs_pipes, num_readers, readahead, unpack
 

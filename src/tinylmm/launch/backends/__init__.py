@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.targets import backend_target, resolve_target
 from tinylmm.stages.job import StageJob
 

@@ -6,7 +6,7 @@ import gc
 import sys
 from typing import Any
 
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.launch.worker import quiet_libraries
 from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.errors import StageFailedError, TinyLMMError
 from tinylmm.launch.results import ending, failed_with, last_lines, read_result, tail
 from tinylmm.launch.worker import RESULT_FILE, has_gpu_driver

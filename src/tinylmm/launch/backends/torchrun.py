@@ -1,28 +1,26 @@
-"""Runs a stage on several ranks of this machine under torchrun; DeepSpeed, where asked for, starts inside the ranks."""
+"""Runs a stage on several ranks under torchrun; DeepSpeed, where asked for, starts inside the ranks.
+
+Of several machines (`launch.nodes`) this is the one that begins the stage; `launch/nodes.py` has the others.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import psutil
-
-from tinylmm.config.cores import usable_cores
-from tinylmm.config.spec import LaunchSpec
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserError
+from tinylmm.launch.nodes import MEETING_FILE, ask_to_stop, call_others, end_agent, start_agent
 from tinylmm.launch.results import ending, last_lines, read_result
-from tinylmm.launch.worker import FAILED_RANKS, RANK_RESULTS, RESULT_FILE, WORDS_FOLDER, FailedRank, has_gpu_driver
+from tinylmm.launch.worker import FAILED_RANKS, RANK_RESULTS, RESULT_FILE, WORDS_FOLDER, FailedRank
 from tinylmm.stages.job import StageJob
-from tinylmm.stop import STOP_FILE, held_back
+from tinylmm.stop import STOP_FILE
 from tinylmm.store.disk import has_no_room
 from tinylmm.store.layout import LOG_FILE
 
@@ -53,25 +51,19 @@ class Backend:
     def start(self, job: StageJob[Any]) -> None:
         """Start torchrun on the job."""
         self._job = job
-        _refuse_more_ranks_than_gpus(self._launch)
-        for stale in [STOP_FILE, RESULT_FILE, FAILED_RANKS, *(path.name for path in job.folder.glob(RANK_RESULTS))]:
+        for stale in [STOP_FILE, RESULT_FILE, MEETING_FILE, *(path.name for path in job.folder.glob(RANK_RESULTS))]:
             (job.folder / stale).unlink(missing_ok=True)
-        shutil.rmtree(job.folder / WORDS_FOLDER, ignore_errors=True)
-        words = ["--standalone", f"--nproc-per-node={self._launch.nproc}"]
-        words += [f"--log-dir={job.folder / WORDS_FOLDER}", "--tee=2", "--module", "tinylmm.launch.worker"]
-        with (job.folder / LOG_FILE).open("ab") as output, held_back():
-            self._log_start = output.tell()
-            self._process = self._spawn([str(os.getpid()), str(job.folder), *words, str(job.folder)], output)
+        for folder in (WORDS_FOLDER, FAILED_RANKS):
+            shutil.rmtree(job.folder / folder, ignore_errors=True)
+        path = job.folder / LOG_FILE
+        self._log_start = path.stat().st_size if path.exists() else 0
+        if self._launch.nodes == 1:
+            self._process = self._spawn(job.folder, ["--standalone"])
+        else:
+            self._process = self._spawn(job.folder, call_others(job, self._launch).words())
 
-    def _spawn(self, words: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tinylmm.launch.agent", *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=_environment(self._launch),
-            start_new_session=True,  # Ctrl-C reaches this parent alone, which then asks the ranks to save
-        )
+    def _spawn(self, folder: Path, meeting: list[str]) -> subprocess.Popen[bytes]:
+        return start_agent(folder, self._launch, meeting)
 
     def poll(self) -> dict[str, Any] | None:
         """Return the summary that rank 0 left, None while ranks work.
@@ -93,14 +85,10 @@ class Backend:
         if self._process is None or self._process.poll() is not None:
             return
         if now:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            end_agent(self._process)
         elif not self._asked:
             self._asked = True
-            (self._job.folder / STOP_FILE).touch()
-            with contextlib.suppress(psutil.NoSuchProcess):  # they are ending as it is
-                for rank in psutil.Process(self._process.pid).children():
-                    rank.send_signal(signal.SIGTERM)
+            ask_to_stop(self._job.folder, self._process)
 
 
 def _has_stopped(job: StageJob[Any]) -> bool:
@@ -109,35 +97,6 @@ def _has_stopped(job: StageJob[Any]) -> bool:
         if path.exists() and time.time() - path.stat().st_mtime > LINGER_SECONDS:
             return read_result(path).get("type") == StoppedError.__name__
     return False
-
-
-def _refuse_more_ranks_than_gpus(launch: LaunchSpec) -> None:
-    """Say before anything starts what NCCL would say after half a minute as an invalid device ordinal.
-
-    Raises:
-        UserError: there are GPUs, but fewer than ranks.
-    """
-    if launch.device == "cpu" or not has_gpu_driver():
-        return
-    import torch
-
-    found = torch.cuda.device_count()
-    if 0 < found < launch.nproc:
-        raise UserError(
-            f"launch.nproc is {launch.nproc}, but only {found} CUDA GPUs can be seen, and each rank needs its own. "
-            f"Set launch.nproc={found}, or launch.device=cpu."
-        )
-
-
-def _environment(launch: LaunchSpec) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // launch.nproc)))
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if launch.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    if launch.device == "cpu" or not has_gpu_driver():
-        environment["DS_ACCELERATOR"] = "cpu"
-    return environment
 
 
 def _outcome(job: StageJob[Any], code: int, begin: int = 0) -> dict[str, Any]:
@@ -182,17 +141,15 @@ def _blame(job: StageJob[Any], errors: dict[int, str], code: int, begin: int) ->
         said = f"rank {first.rank} failed:\n{errors[first.rank]}"
     else:
         said = f"rank {first.rank} ended with {ending(first.exit_code)}. The log is {log_file}."
-        words = next(job.folder.glob(f"{WORDS_FOLDER}/*/attempt_*/{first.rank}/stderr.log"), None)
-        if words is not None and (last := last_lines(words)):
+        words = Path(first.words)
+        if words.exists() and (last := last_lines(words)):
             said += f" Its last lines:\n{last}"
     others = [_of_another(one, errors.get(one.rank)) for one in failed if one is not first]
     return "\n  ".join([said, *filter(None, others)])
 
 
-def _failed_ranks(path: Path) -> list[FailedRank]:
-    if not path.exists():
-        return []
-    return [FailedRank(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+def _failed_ranks(folder: Path) -> list[FailedRank]:
+    return [FailedRank(**one) for path in sorted(folder.glob("*.json")) for one in json.loads(path.read_text("utf-8"))]
 
 
 def _first_failure(failed: list[FailedRank]) -> FailedRank | None:

@@ -1,0 +1,386 @@
+"""Every stage of a grid as a job of SLURM, through submitit: queued with what it needs, so that the command may end.
+
+A job is the same command's work on one stage (`execute` with `only`), on as many machines as the launch says; a last job notes
+how the runs have ended and writes their report. What one command has queued another one waits for instead of queueing it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from rich.console import Console
+
+from tinylmm.config.launch import LaunchSpec
+from tinylmm.config.spec import RunSpec
+from tinylmm.errors import EXIT_STOPPED, StageFailedError, StoppedError, UserError, WaitingError, worst_exit_code
+from tinylmm.launch.ledger import Ledger, RunOutcome, SharedLedger
+from tinylmm.launch.runner import execute
+from tinylmm.planning.kinds import KINDS
+from tinylmm.planning.planner import RunPlan, plan_run, require_files, waits_for
+from tinylmm.stop import stop_requested, watch_for_stop
+from tinylmm.store.integrity import write_atomic
+from tinylmm.store.layout import StoreLayout
+from tinylmm.store.provenance import now
+from tinylmm.store.queue import queued
+from tinylmm.store.runs import CLOSING, RunRecord, RunStatus, StageRow, read_run, run_lock, write_run
+from tinylmm.store.stage import Stage
+from tinylmm.store.store import Store
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+"""Between two looks at the queue."""
+CLOSING_MINUTES = 30
+
+
+def submit(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
+    """Queue every stage that the plans ask for and the store lacks, follow the jobs, and return how each run ended.
+
+    The jobs need nobody who follows them: Ctrl-C ends this command alone.
+
+    Raises:
+        DataError: files are missing; nothing was queued.
+        UserError: there is no SLURM here, or it refuses a job.
+    """
+    for plan in plans:
+        require_files(plan)
+    ledger = Ledger(plans)
+    queue = _Queue(plans, ledger)
+    try:
+        jobs = queue.fill()
+    except UserError as refused:  # all or nothing
+        queue.empty()
+        ledger.end(refused)
+        raise
+    ledger.flush()
+    if not jobs:
+        return [_outcome(close_run(run.folder)) for run in ledger.runs]
+    folders = [run.folder for run in ledger.runs]
+    _note(folders, ledger, jobs)
+    console.print(
+        f"{len(jobs) - 1} jobs are queued, and one that reports. They go on without this command; "
+        f"tinylmm runs --cancel {folders[0].name} ends them.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return _follow(folders, jobs, console)
+
+
+def _note(folders: Sequence[Path], ledger: Ledger, jobs: dict[str, str]) -> None:
+    """Write into each run's record which jobs make its stages."""
+    for folder, run in zip(folders, ledger.runs, strict=True):
+        with run_lock(folder):
+            own = {digest: job for digest, job in jobs.items() if digest in run.rows or digest == CLOSING}
+            write_run(folder, replace(read_run(folder), jobs=own))
+
+
+class _Queue:
+    """Fills SLURM's queue with the stages of a grid."""
+
+    def __init__(self, plans: Sequence[RunPlan], ledger: Ledger) -> None:
+        self.plans, self.ledger = plans, ledger
+        self.submitted: list[str] = []
+        self.store = Store(plans[0].run.store)
+        self.folder = self.store.layout.slurm.resolve()
+        self.stages = list({stage.digest: stage for plan in plans for stage in plan.graph}.values())
+        self.lane = 0
+        self.token = f"tinylmm-{os.getpid()}-{int(time.time())}"
+
+    def fill(self) -> dict[str, str]:
+        """Queue what is to do; returns digest -> job, and CLOSING -> the last one."""
+        jobs: dict[str, str] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock", mode=0o666):  # of two commands that ask for one stage, one queues it
+            for stage in self.stages:
+                if self.store.is_complete(stage):
+                    self.ledger.mark(stage, "reused")
+                elif said := waits_for(stage):
+                    self.ledger.give_up(stage, (), WaitingError(said))
+                else:
+                    jobs[stage.digest] = self._of_another(stage) or self._submit(stage, jobs)
+        if jobs:
+            runs = tuple(str(run.folder.resolve()) for run in self.ledger.runs)
+            what = {"dependency": f"afterany:{':'.join(sorted(set(jobs.values())))}", "comment": "report"}
+            executor = _executor(self.folder, self.plans[0].run.launch, ranks=False, minutes=CLOSING_MINUTES)
+            executor.update_parameters(job_name=f"{self.token}-report", **what)
+            jobs[CLOSING] = self._job(executor, CloseRuns(runs))
+        return jobs
+
+    def empty(self) -> None:
+        """Take back what was queued."""
+        if self.submitted:
+            subprocess.run(["scancel", *self.submitted], check=False)
+
+    def _job(self, executor: SlurmExecutor, work: Callable[[], None]) -> str:
+        """Submit a job.
+
+        Raises:
+            UserError: SLURM refuses it.
+        """
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        try:
+            job = str(executor.submit(work).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            said = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"launch.slurm: SLURM refuses a job ({said}); nothing was queued. Correct launch.slurm, launch.nodes or "
+                "launch.nproc; `sinfo` shows what this cluster has."
+            ) from error
+        self.submitted.append(job)
+        return job
+
+    def _of_another(self, stage: Stage) -> str | None:
+        """The job of another command that makes this stage, or that will."""
+        path = self.folder / stage.key
+        if not path.exists():
+            return None
+        job = path.read_text(encoding="utf-8").strip()
+        return job if queued([job]) else None
+
+    def _submit(self, stage: Stage, jobs: dict[str, str]) -> str:
+        users = [run for run in self.ledger.runs if stage.digest in run.rows]
+        launch = users[0].plan.run.launch
+        kind = KINDS[stage.kind]
+        executor = _executor(self.folder, launch, kind.uses_ranks)
+        parents = sorted({jobs[parent] for parent in stage.parents.values() if parent in jobs})
+        assert launch.slurm is not None
+        waits = [f"afterok:{':'.join(parents)}"] if parents else []
+        if len(self.stages) > launch.slurm.limit:  # so many names, each of one job at a time
+            waits.append("singleton")
+            self.lane = (self.lane + 1) % launch.slurm.limit
+        executor.update_parameters(
+            job_name=f"{self.token}-{self.lane if 'singleton' in waits else len(jobs)}",
+            comment=f"{stage.kind} {stage.name}",
+            **({"dependency": ",".join(waits)} if waits else {}),
+        )
+        made = MakeStage(tuple(str(run.folder.resolve()) for run in users), stage.digest, launch.slurm.requeues)
+        job = self._job(executor, made)
+        write_atomic(self.folder / stage.key, job)
+        return job
+
+
+def _executor(folder: Path, launch: LaunchSpec, ranks: bool, minutes: int | None = None) -> SlurmExecutor:
+    """What submits a job.
+
+    Args:
+        folder: for its log and its pickled work.
+        ranks: whether the job is on all machines and GPUs of the launch.
+        minutes: its time limit; by default the launch's.
+
+    Raises:
+        UserError: submitit or SLURM is missing.
+    """
+    try:
+        from submitit import SlurmExecutor
+    except ImportError as error:
+        raise UserError("launch=slurm needs submitit. Install it: pip install 'tinylmm[slurm]'.") from error
+    if missing := [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]:
+        raise UserError(
+            f"launch=slurm: there is no {' and no '.join(missing)} here. Give the command on a machine that submits to SLURM, "
+            "or choose another launch."
+        )
+    asked = launch.slurm
+    assert asked is not None
+    executor = SlurmExecutor(folder / "%j")
+    wanted: dict[str, Any] = {
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "cpus_per_task": asked.cpus,
+        "mem": None if asked.mem_gb is None else f"{asked.mem_gb}GB",
+        "gpus_per_node": launch.nproc if ranks and launch.device != "cpu" else None,
+        "setup": list(asked.setup) or None,
+        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={asked.cpus}"] if asked.cpus else [])],
+    }
+    options = {"requeue": True, "kill-on-invalid-dep": "yes", **asked.options}
+    executor.update_parameters(
+        time=minutes or max(1, round(asked.hours * 60)),
+        nodes=launch.nodes if ranks else 1,
+        ntasks_per_node=1,
+        signal_delay_s=round(asked.warn_minutes * 60),
+        stderr_to_stdout=True,
+        additional_parameters=options,
+        **{name: value for name, value in wanted.items() if value is not None},
+    )
+    return executor
+
+
+# ------------------------------------------------------------------------------------------------ in the jobs
+
+
+@dataclass(frozen=True)
+class MakeStage:
+    """What a job does: one stage of some runs. On several machines each calls it, and one of them leads.
+
+    Attributes:
+        runs: folders of the runs that ask for the stage.
+        requeues: how often a job that is out of time is queued again.
+    """
+
+    runs: tuple[str, ...]
+    digest: str
+    requeues: int
+
+    def __call__(self) -> None:
+        """Make the stage; ends this process with the exit code that the command would end with."""
+        folders = [Path(run) for run in self.runs]
+        plans = [_plan_again(folder, self.digest) for folder in folders]
+        ledger = SharedLedger(plans, folders, {self.digest})
+        with watch_for_stop() as stop:
+            outcomes = execute(plans, Console(), ledger, {self.digest})
+        for error in dict.fromkeys(outcome.error for outcome in outcomes if outcome.error is not None):
+            sys.stderr.write(f"{error}\n")
+        code = worst_exit_code(outcome.exit_code for outcome in outcomes)
+        if code == EXIT_STOPPED and stop.number == signal.SIGUSR2 and os.environ.get("SLURM_PROCID") == "0":
+            self._queue_again()
+        if code:
+            sys.exit(code)
+
+    def _queue_again(self) -> None:
+        """A job that was warned of its end goes back into the queue, and continues from what it has just saved."""
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < self.requeues:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+
+
+@dataclass(frozen=True)
+class CloseRuns:
+    """What the last job does: note how the runs have ended, and write their report."""
+
+    runs: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Close all runs."""
+        from tinylmm.cli.train import report
+
+        report([_outcome(close_run(Path(run))) for run in self.runs], Console())
+
+
+def _plan_again(folder: Path, digest: str) -> RunPlan:
+    """The plan of a run, as its record has it, against the files as they are now.
+
+    Raises:
+        UserError: they have changed since.
+    """
+    record = read_run(folder)
+    plan = plan_run(RunSpec.model_validate(record.spec), record.name, record.overrides)
+    require_files(plan)
+    if all(stage.digest != digest for stage in plan.graph):
+        raise UserError(
+            f"run {record.name}: files that it reads have changed since it was queued. Give its command again: what they "
+            "decide is made anew."
+        )
+    return plan
+
+
+def close_run(folder: Path) -> RunRecord:
+    """Say in a run's record how it has ended, by what the store has; returns it."""
+    with run_lock(folder):
+        record = read_run(folder)
+        layout = StoreLayout(folder.resolve().parents[1])
+        rows = tuple(_settled(row, layout) for row in record.stages)
+        left = [row for row in rows if not row.finished]
+        status: RunStatus = "done" if not left else "stopped"
+        if any(row.status == "failed" for row in left):
+            status = "failed"
+        elif left and all(row.kind == "judge" for row in left):
+            status = "waiting"
+        closed = replace(record, stages=rows, status=status, finished=now(), jobs={})
+        write_run(folder, closed)
+    return closed
+
+
+def _settled(row: StageRow, layout: StoreLayout) -> StageRow:
+    """A stage that another command's job has made is reused; one whose job was ended is to do."""
+    if row.finished or row.status == "failed":
+        return row
+    there = (layout.stage(row.key) / "COMPLETE").exists()
+    return replace(row, status="reused" if there else "todo")
+
+
+def _outcome(record: RunRecord) -> RunOutcome:
+    said = {
+        "failed": StageFailedError(_sentence(record, "failed", "failed")),
+        "stopped": StoppedError(_sentence(record, "todo", "not done") + "; the same command continues"),
+        "waiting": WaitingError(_sentence(record, "todo", "waiting for a judge")),
+    }.get(record.status)
+    judged = any(row.kind == "eval" and row.finished for row in record.stages)
+    code, text = (0, None) if said is None else (said.exit_code, str(said))
+    return RunOutcome(record.name, record.folder, code, text, record.status == "done" or judged)
+
+
+def _sentence(record: RunRecord, status: str, word: str) -> str:
+    rows = [row for row in record.stages if row.status == status]
+    named = ", ".join(f"{row.kind} {row.name}" for row in rows)
+    layout = StoreLayout(record.folder.parents[1])
+    logs = [layout.work_on(row.key) / "log.txt" for row in rows]
+    there = [str(path) for path in logs if path.exists()]
+    return f"{named}: {word}" + (f"; see {', '.join(there)}" if there else "")
+
+
+# ------------------------------------------------------------------------------------------------ who follows them
+
+
+def _follow(folders: Sequence[Path], jobs: dict[str, str], console: Console) -> list[RunOutcome]:
+    """Say what becomes of the jobs until the last one has ended.
+
+    Raises:
+        StoppedError: this command was stopped; the jobs go on.
+    """
+    shown: dict[str, str] = {}
+    with watch_for_stop():
+        while True:
+            states = queued(jobs.values())
+            records = [read_run(folder) for folder in folders]
+            rows = {row.digest: row for record in records for row in record.stages if row.digest in jobs}
+            for digest, row in rows.items():
+                job = jobs[digest]
+                state = row.status if row.finished or row.status == "failed" or not states else states.get(job, "ended")
+                if state not in (shown.get(digest), "ended"):
+                    shown[digest] = state
+                    console.print(f"  {row.kind} {row.name}  {state.lower()}  (job {job})", highlight=False)
+            if states is not None and jobs[CLOSING] not in states:
+                return [_outcome(read_run(folder)) for folder in folders]
+            _sleep(f"jobs {', '.join(sorted(set(jobs.values()), key=int))}")
+
+
+def _sleep(what: str) -> None:
+    end = time.monotonic() + POLL_SECONDS
+    while time.monotonic() < end:
+        if stop_requested():
+            raise StoppedError(f"{what} go on without this command; `tinylmm runs` says how they stand")
+        time.sleep(0.1)
+
+
+def cancel(record: RunRecord) -> list[str]:
+    """End a run's jobs, but for those that another run waits for; returns what was ended. They save what they have.
+
+    Raises:
+        UserError: it has none.
+    """
+    from tinylmm.store.runs import read_runs
+
+    alive = queued(record.jobs.values()) if record.jobs else {}
+    if not alive:
+        raise UserError(f"run {record.name} has no jobs that wait or run.")
+    others = [run for run in read_runs(record.folder.parents[1]) if run.status == "running" and run.name != record.name]
+    kept = {job for run in others for job in run.jobs.values()}
+    ended = sorted(set(alive) - kept, key=int)
+    if ended:
+        subprocess.run(["scancel", *ended], check=True)
+    close_run(record.folder)
+    return ended
