@@ -25,14 +25,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it: two CPU cores, no network, minutes
 	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train
 
-test: $(STAMP)  ## Run the quick test suite with coverage (some 20 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=85
+# Coverage doubles a test's time, and what is left to cover behind the unit tests is not worth that in the others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP)  ## Run the quick test suite, with coverage of the units (some 15 minutes on two cores)
+	$(PYTEST) -m "not slow and not gpu" tests/unit tests/conf tests/frozen --cov --cov-report=term:skip-covered --cov-fail-under=85
+	$(PYTEST) -m "not slow and not gpu" tests/integration
 
 test-slow: $(STAMP)  ## Run the long tests: kills and signals, DeepSpeed with faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 test-kills: $(STAMP)  ## Of the long tests, the kills and signals over torchrun (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu" -k "not alone" tests/integration/test_kills.py
+	$(PYTEST) -m "slow and not gpu" -k "not alone" tests/integration/test_kills.py
 
 check: lint type test  ## Everything that must pass before a commit
 

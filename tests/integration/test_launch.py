@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_two_ranks_make_the_same_step_as_one(launch: str, tmp_path: Path, one_pr
     assert found.keys() == expected.keys() and len(found) > 40
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_only_rank_of_torchrun_trains_on_text_alone_as_one_process_does(
+    tmp_path: Path, one_process: Project
+) -> None:
+    text = ["launch.micro_batch=1", "recipe.stages.finetune.max_steps=6", "recipe.stages.pretrain.max_steps=1"]
+    losses = []
+    for launch in ("local", "torchrun"):
+        project = tiny_project(tmp_path / launch)
+        done = project.train(f"launch={launch}", "launch.nproc=1", *text)
+        assert done.returncode == 0, done.stderr
+        rows = (project.model("finetune").parents[1] / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 6
 
 
 SMALL_CHUNKS = """

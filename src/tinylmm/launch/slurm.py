@@ -6,15 +6,15 @@ how the runs have ended and writes their report. What one command has queued ano
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,19 @@ from filelock import FileLock
 from rich.console import Console
 
 from tinylmm.config.launch import LaunchSpec
-from tinylmm.config.spec import RunSpec
-from tinylmm.errors import EXIT_STOPPED, StageFailedError, StoppedError, UserError, WaitingError, worst_exit_code
-from tinylmm.launch.ledger import Ledger, RunOutcome, SharedLedger
-from tinylmm.launch.runner import execute
+from tinylmm.errors import (
+    StoppedError,
+    UserError,
+    WaitingError,
+)
+from tinylmm.launch.ledger import Ledger, RunOutcome
+from tinylmm.launch.slurm_jobs import CloseRuns, MakeStage, close_run, outcome_of
 from tinylmm.planning.kinds import KINDS
-from tinylmm.planning.planner import RunPlan, plan_run, require_files, waits_for
+from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stop import stop_requested, watch_for_stop
 from tinylmm.store.integrity import write_atomic
-from tinylmm.store.layout import StoreLayout
-from tinylmm.store.provenance import now
 from tinylmm.store.queue import queued
-from tinylmm.store.runs import CLOSING, RunRecord, RunStatus, StageRow, read_run, run_lock, write_run
+from tinylmm.store.runs import CLOSING, RunRecord, read_run, run_lock, write_run
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
@@ -68,15 +69,9 @@ def submit(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
         raise
     ledger.flush()
     if not jobs:
-        return [_outcome(close_run(run.folder)) for run in ledger.runs]
+        return [outcome_of(close_run(run.folder)) for run in ledger.runs]
     folders = [run.folder for run in ledger.runs]
     _note(folders, ledger, jobs)
-    console.print(
-        f"{len(jobs) - 1} jobs are queued, and one that reports. They go on without this command; "
-        f"tinylmm runs --cancel {folders[0].name} ends them.",
-        highlight=False,
-        soft_wrap=True,
-    )
     return _follow(folders, jobs, console)
 
 
@@ -134,7 +129,8 @@ class _Queue:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
-            job = str(executor.submit(work).job_id)
+            with redirect_stderr(io.StringIO()):  # submitit repeats there what sbatch says, which is in the error too
+                job = str(executor.submit(work).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             said = str(error).strip().splitlines()[-1]
             raise UserError(
@@ -196,7 +192,7 @@ def _executor(folder: Path, launch: LaunchSpec, ranks: bool, minutes: int | None
         )
     asked = launch.slurm
     assert asked is not None
-    executor = SlurmExecutor(folder / "%j")
+    executor = SlurmExecutor(folder / "%j", max_num_timeout=asked.requeues)
     wanted: dict[str, Any] = {
         "partition": asked.partition,
         "account": asked.account,
@@ -220,118 +216,6 @@ def _executor(folder: Path, launch: LaunchSpec, ranks: bool, minutes: int | None
     return executor
 
 
-# ------------------------------------------------------------------------------------------------ in the jobs
-
-
-@dataclass(frozen=True)
-class MakeStage:
-    """What a job does: one stage of some runs. On several machines each calls it, and one of them leads.
-
-    Attributes:
-        runs: folders of the runs that ask for the stage.
-        requeues: how often a job that is out of time is queued again.
-    """
-
-    runs: tuple[str, ...]
-    digest: str
-    requeues: int
-
-    def __call__(self) -> None:
-        """Make the stage; ends this process with the exit code that the command would end with."""
-        folders = [Path(run) for run in self.runs]
-        plans = [_plan_again(folder, self.digest) for folder in folders]
-        ledger = SharedLedger(plans, folders, {self.digest})
-        with watch_for_stop() as stop:
-            outcomes = execute(plans, Console(), ledger, {self.digest})
-        for error in dict.fromkeys(outcome.error for outcome in outcomes if outcome.error is not None):
-            sys.stderr.write(f"{error}\n")
-        code = worst_exit_code(outcome.exit_code for outcome in outcomes)
-        if code == EXIT_STOPPED and stop.number == signal.SIGUSR2 and os.environ.get("SLURM_PROCID") == "0":
-            self._queue_again()
-        if code:
-            sys.exit(code)
-
-    def _queue_again(self) -> None:
-        """A job that was warned of its end goes back into the queue, and continues from what it has just saved."""
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < self.requeues:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-
-
-@dataclass(frozen=True)
-class CloseRuns:
-    """What the last job does: note how the runs have ended, and write their report."""
-
-    runs: tuple[str, ...]
-
-    def __call__(self) -> None:
-        """Close all runs."""
-        from tinylmm.cli.train import report
-
-        report([_outcome(close_run(Path(run))) for run in self.runs], Console())
-
-
-def _plan_again(folder: Path, digest: str) -> RunPlan:
-    """The plan of a run, as its record has it, against the files as they are now.
-
-    Raises:
-        UserError: they have changed since.
-    """
-    record = read_run(folder)
-    plan = plan_run(RunSpec.model_validate(record.spec), record.name, record.overrides)
-    require_files(plan)
-    if all(stage.digest != digest for stage in plan.graph):
-        raise UserError(
-            f"run {record.name}: files that it reads have changed since it was queued. Give its command again: what they "
-            "decide is made anew."
-        )
-    return plan
-
-
-def close_run(folder: Path) -> RunRecord:
-    """Say in a run's record how it has ended, by what the store has; returns it."""
-    with run_lock(folder):
-        record = read_run(folder)
-        layout = StoreLayout(folder.resolve().parents[1])
-        rows = tuple(_settled(row, layout) for row in record.stages)
-        left = [row for row in rows if not row.finished]
-        status: RunStatus = "done" if not left else "stopped"
-        if any(row.status == "failed" for row in left):
-            status = "failed"
-        elif left and all(row.kind == "judge" for row in left):
-            status = "waiting"
-        closed = replace(record, stages=rows, status=status, finished=now(), jobs={})
-        write_run(folder, closed)
-    return closed
-
-
-def _settled(row: StageRow, layout: StoreLayout) -> StageRow:
-    """A stage that another command's job has made is reused; one whose job was ended is to do."""
-    if row.finished or row.status == "failed":
-        return row
-    there = (layout.stage(row.key) / "COMPLETE").exists()
-    return replace(row, status="reused" if there else "todo")
-
-
-def _outcome(record: RunRecord) -> RunOutcome:
-    said = {
-        "failed": StageFailedError(_sentence(record, "failed", "failed")),
-        "stopped": StoppedError(_sentence(record, "todo", "not done") + "; the same command continues"),
-        "waiting": WaitingError(_sentence(record, "todo", "waiting for a judge")),
-    }.get(record.status)
-    judged = any(row.kind == "eval" and row.finished for row in record.stages)
-    code, text = (0, None) if said is None else (said.exit_code, str(said))
-    return RunOutcome(record.name, record.folder, code, text, record.status == "done" or judged)
-
-
-def _sentence(record: RunRecord, status: str, word: str) -> str:
-    rows = [row for row in record.stages if row.status == status]
-    named = ", ".join(f"{row.kind} {row.name}" for row in rows)
-    layout = StoreLayout(record.folder.parents[1])
-    logs = [layout.work_on(row.key) / "log.txt" for row in rows]
-    there = [str(path) for path in logs if path.exists()]
-    return f"{named}: {word}" + (f"; see {', '.join(there)}" if there else "")
-
-
 # ------------------------------------------------------------------------------------------------ who follows them
 
 
@@ -343,6 +227,12 @@ def _follow(folders: Sequence[Path], jobs: dict[str, str], console: Console) -> 
     """
     shown: dict[str, str] = {}
     with watch_for_stop():
+        console.print(
+            f"{len(jobs) - 1} jobs are queued, and one that reports. They go on without this command; "
+            f"tinylmm runs --cancel {folders[0].name} ends them.",
+            highlight=False,
+            soft_wrap=True,
+        )
         while True:
             states = queued(jobs.values())
             records = [read_run(folder) for folder in folders]
@@ -354,7 +244,7 @@ def _follow(folders: Sequence[Path], jobs: dict[str, str], console: Console) -> 
                     shown[digest] = state
                     console.print(f"  {row.kind} {row.name}  {state.lower()}  (job {job})", highlight=False)
             if states is not None and jobs[CLOSING] not in states:
-                return [_outcome(read_run(folder)) for folder in folders]
+                return [outcome_of(read_run(folder)) for folder in folders]
             _sleep(f"jobs {', '.join(sorted(set(jobs.values()), key=int))}")
 
 

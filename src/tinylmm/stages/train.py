@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.training_args import ParallelMode
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
@@ -148,7 +149,9 @@ def build_trainer(
         use_cpu=device.type == "cpu",
         readers=num_readers(launch, on_gpu=device.type != "cpu", cached=cache is not None),
     )
-    if world_size() > 1:
+    if (
+        world_size() > 1 or arguments.parallel_mode == ParallelMode.DISTRIBUTED
+    ):  # DDP, which torchrun's only rank has too
         loaded.model.blank_image = _blank_image(launch.deepspeed_stage, cache)
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
