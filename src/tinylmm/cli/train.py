@@ -55,7 +55,7 @@ def _carry_out(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
     if plans[0].run.launch.slurm is not None:
         from tinylmm.launch.slurm import submit
 
-        return submit(plans, console)
+        return submit(plans, console, report)
     from tinylmm.launch.runner import execute
 
     return execute(plans, console)

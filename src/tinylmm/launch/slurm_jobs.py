@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ from tinylmm.store.runs import RunRecord, RunStatus, StageRow, read_run, run_loc
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
+
+Report = Callable[[list[RunOutcome], Console], int]
+"""Reports the runs that have ended, and returns the exit code."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,18 @@ class MakeStage:
 
 @dataclass(frozen=True)
 class CloseRuns:
-    """What the last job does: note how the runs have ended, and write their report."""
+    """What the last job does: note how the runs have ended, and report them.
+
+    Attributes:
+        report: what does that, by its place in a module.
+    """
 
     runs: tuple[str, ...]
+    report: Report
 
     def __call__(self) -> None:
         """Close all runs."""
-        from tinylmm.cli.train import report
-
-        report([outcome_of(close_run(Path(run))) for run in self.runs], Console())
+        self.report([outcome_of(close_run(Path(run))) for run in self.runs], Console())
 
 
 def _plan_again(folder: Path, digest: str) -> RunPlan:

@@ -23,7 +23,7 @@ def starts(folder: Path, gpus: int, **launch: str) -> bool:
     spec = LaunchSpec.model_validate({"backend": "torchrun", "nproc": 2, **launch})
     job = make_job("data", "x", "0" * 64, DATA, {}, {}, folder, folder)
     with (
-        mock.patch("tinylmm.launch.backends.torchrun.has_gpu_driver", return_value=gpus > 0),
+        mock.patch("tinylmm.launch.nodes.has_gpu_driver", return_value=gpus > 0),
         mock.patch("torch.cuda.device_count", return_value=gpus),
         mock.patch("subprocess.Popen") as process,
     ):

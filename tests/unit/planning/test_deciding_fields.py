@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tests.builders import NoFiles
 from tinylmm.config.compose import compose_run
-from tinylmm.config.launch import LaunchSpec
+from tinylmm.config.launch import LaunchSpec, SlurmSpec
 from tinylmm.config.spec import DataBuildSpec, DataSpec, RunSpec, SourceSpec
 from tinylmm.config.trainer import DECIDING, SchedulerArguments, TrainerSpec
 from tinylmm.planning.graph import build_graph
@@ -47,6 +47,9 @@ ANSWERS = "how many are answered at once: in fp32 an answer is the same in any b
 LAUNCH = {
     "backend": speed("local", WHERE),
     "nproc": speed(2, WHERE),
+    "nodes": speed(2, WHERE),
+    "rendezvous": speed("host:29500", WHERE),
+    "slurm": speed(SlurmSpec(hours=2.0), "what is asked of a queue: no stage reads it"),
     "slots": speed(2, "which stages run at the same time: none sees another"),
     "deepspeed_stage": speed(3, "how state is shared out over ranks: the same numbers, gathered"),
     "device": speed("cpu", WHERE),
