@@ -36,7 +36,10 @@ class _Shown:
     title: str
     path: Path
     began: float
+    began_at: float
+    """The same moment in seconds since the epoch, as rows have it."""
     first: dict[str, Any] | None = None
+    """The first row of this try: a pace that is reckoned from an earlier one's counts the time in which nothing ran."""
     said: str = ""
 
 
@@ -83,7 +86,7 @@ class Progress:
         """A stage is started in its work folder."""
         with self._lock:
             self._elsewhere.discard(stage.digest)
-            self._running[stage.digest] = _Shown(title, folder / METRICS_FILE, time.monotonic())
+            self._running[stage.digest] = _Shown(title, folder / METRICS_FILE, time.monotonic(), time.time())
         if self._live is None:
             self.console.print(Text(title))
 
@@ -155,8 +158,9 @@ def _look(shown: _Shown) -> None:
     """Read how far a stage is."""
     row = last_row(shown.path)
     if row is not None and {"step", "share"} & row.keys():
-        shown.first = shown.first or row
-        shown.said = describe(row, shown.first)
+        if shown.first is None and row["time"] >= shown.began_at:
+            shown.first = row
+        shown.said = describe(row, shown.first or row)
 
 
 def last_row(path: Path) -> dict[str, Any] | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinylmm.launch.progress import describe
+from tinylmm.launch.progress import _look, _Shown, describe
 
 TRAINING = {"time": 100.0, "step": 20, "steps": 620}
 PASS = {"time": 100.0, "done": 1000, "of": "images", "share": 0.1}
@@ -32,3 +35,18 @@ def test_a_row_says_how_much_is_done_how_fast_and_when_all_will_be(
     first: dict[str, Any], row: dict[str, Any], expected: str
 ) -> None:
     assert describe(row, first) == expected
+
+
+def test_the_pace_of_a_resumed_training_leaves_out_the_time_in_which_nothing_ran(tmp_path: Path) -> None:
+    now = time.time()
+    path = tmp_path / "metrics.jsonl"
+    shown = _Shown("train", path, time.monotonic(), now)
+    for row, eta in (
+        ({"step": 10, "steps": 100, "time": now - 3600}, False),
+        ({"step": 11, "steps": 100, "time": now + 10}, False),
+        ({"step": 21, "steps": 100, "time": now + 20}, True),
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        _look(shown)
+        assert ("ETA" in shown.said) == eta
+    assert "ETA 1:19" in shown.said
