@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.project import Project, environment
+from tests.integration.test_embedded import WORDS as EMBEDDED
 from tests.integration.test_recovery import wait_for
 from tinylmm.launch.backends import process
 from tinylmm.store import store as store_module
@@ -184,3 +188,50 @@ def test_a_worker_that_is_killed_is_named_and_takes_no_other_stage_with_it(proje
     assert command.returncode == 1, said + errors
     assert "ended with exit code -9 (SIGKILL: killed from outside" in errors
     assert sorted({row["of"]: row["ended"] for row in run_rows(project.store)}.values()) == ["done", "failed"]
+
+
+def tables(store: Path) -> list[dict[str, Any]]:
+    """What the newest report says of each run, without its name."""
+    newest = max(store.glob("reports/*/results.json"), key=lambda path: path.stat().st_mtime)
+    rows = [
+        {name: value for name, value in row.items() if name != "run"} for row in json.loads(newest.read_text())["rows"]
+    ]
+    return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_at_random_ten_times_ends_with_the_same_models_and_tables(tmp_path: Path) -> None:
+    project = Project(tmp_path, EMBEDDED)
+    words = (
+        "seed=1,2",
+        "connector=linear,mlp",
+        "recipe.stages.finetune.epochs=8",
+        "launch.slots=2",
+        "launch.save_steps=3",
+    )
+    command = sweep(project, *words, f"store={project.root / 'undisturbed'}")
+    assert command.wait(500) == 0, command.communicate()
+    draw, hits = random.Random(5), Counter[str]()
+    for number in range(10):
+        command = sweep(project, *words, start_new_session=True)
+        time.sleep(draw.uniform(3.0, 14.0))
+        whole = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+        whom = ("parent", "worker", "everything")[number % 3]
+        chosen = {"parent": whole[:1], "worker": draw.sample(whole[1:], min(1, len(whole) - 1)), "everything": whole}[
+            whom
+        ]
+        for process_ in chosen:
+            with suppress(psutil.NoSuchProcess):
+                process_.kill()
+                hits[whom] += 1
+        command.communicate(timeout=120)
+        wait_for(lambda left=whole: not any(one.is_running() and one.status() != "zombie" for one in left), 60)
+    assert hits["parent"] >= 3 and hits["worker"] >= 3 and hits["everything"] >= 3
+    last = sweep(project, *words)
+    said, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, said + errors
+    found, expected = trained(project.store), trained(project.root / "undisturbed")
+    assert found.keys() == expected.keys() and all(
+        torch.equal(tensor, expected[name]) for name, tensor in found.items()
+    )
+    assert tables(project.store) == tables(project.root / "undisturbed") and len(tables(project.store)) > 20
