@@ -1,0 +1,398 @@
+"""Answers for many who ask at any time: rows join the running batch between two tokens and leave it when they are done.
+
+A tick of `ContinuousEngine` lets go of rows nobody waits for, takes new ones in, computes what of their prompts is not kept
+from before (`prefixes.py`), and then one token of every row. The promise is that of `engine.py`, and is kept in the same way:
+a row is followed in the batch only while no choice is in doubt, and otherwise answered by `decode_alone`, from its beginning;
+tokens that were sent already are the same by that promise. Models whose cache cannot be shared are answered by it altogether.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.generation.cache import cache_kind
+from tinylmm.generation.choose import TIE, Chooser, LogProbs, Sampling, log_probs
+from tinylmm.generation.decode import Continued, decode_alone
+from tinylmm.generation.engine import MASKING
+from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.prefixes import Prefixes, Symbol, common
+from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.row_cache import RowCache
+from tinylmm.models.lmm import LMM
+
+log = logging.getLogger(__name__)
+
+WORTH_WAITING = 16
+"""A question waits a tick for another that goes on with the same image, or with so many of the same tokens."""
+PREFILL = 4096
+"""Most prompt tokens, padding counted in, that are computed in one tick, so that other answers go on; one prompt always is."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """The next token of an answer."""
+
+    id: int
+    log_probs: LogProbs | None
+
+
+@dataclass(frozen=True)
+class End:
+    """An answer is complete: `stop` by an end token, `length` by its limit."""
+
+    reason: Literal["stop", "length"]
+
+
+Event = Token | End | Exception
+
+
+@dataclass(eq=False)
+class Question:
+    """One answer that somebody waits for.
+
+    Args:
+        load: key of one of the prompt's images -> (3, H, W), normalised for the tower; in tiles (T, 3, H, W).
+        sizes: key -> width and height in pixels.
+        emit: called from the engine's thread with every event; the last is an End or an Exception.
+        alternatives: log-probabilities of so many likeliest tokens are told with each; None for none at all.
+
+    Attributes:
+        cancelled: set it when nobody waits any more.
+        cached: prompt tokens that were not computed anew; None until the question's turn.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    load: Callable[[str], Tensor]
+    sizes: dict[str, tuple[int, int]]
+    emit: Callable[[Event], None]
+    alternatives: int | None = None
+    cancelled: bool = False
+    cached: int | None = None
+    ids: list[int] = field(default_factory=list)
+    symbols: tuple[Symbol, ...] = ()
+    """The prompt's ids, with the key of its image in the place of each image token."""
+    own: Chooser | None = None
+    """Draws, or counts what was said; None where the shared greedy choice will do."""
+
+    @property
+    def limit(self) -> int:
+        """Most new tokens."""
+        most = self.sampling.max_new_tokens
+        return most if self.prompt.limit is None else min(most, self.prompt.limit)
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it may take in a cache."""
+        return len(self.prompt.ids) + self.limit
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    ticks: int = 0
+    rows: int = 0
+    """Rows summed over ticks."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    near_ties: int = 0
+
+
+class ContinuousEngine:
+    """Answers questions with one model; `tick` and `close` belong to one thread, `ask` to any.
+
+    Args:
+        ends: token ids that end an answer: `PromptMaker.ends`.
+        rows: most questions answered at a time.
+        tokens: most tokens (prompt and answer, padding counted in) of the running batch; one question always fits.
+        kept: most tokens of earlier prompts and answers whose cache is kept.
+        kept_images: images whose features are kept.
+    """
+
+    def __init__(
+        self, model: LMM, ends: frozenset[int], rows: int, tokens: int, kept: int, kept_images: int = 32
+    ) -> None:
+        self.model, self.ends, self.rows, self.tokens = model, ends, rows, tokens
+        parameter = next(model.llm.parameters())
+        self.device = parameter.device
+        self.kind = cache_kind(model.llm)
+        self.exact = parameter.dtype in TIE
+        self.counts = Counts()
+        self.images = EncodedImages(model, keep=kept_images)
+        self.waiting: deque[Question] = deque()
+        self.prefixes = Prefixes(kept)
+        self._greedy = Chooser(Sampling(), 0, self.device)
+        self._running: list[Question] = []
+        self._alone: dict[Question, Iterator[Continued]] = {}
+        self._cache = RowCache(model.llm)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self._running or self._alone)
+
+    @property
+    def answering(self) -> int:
+        """Questions whose turn it is."""
+        return len(self._running) + len(self._alone)
+
+    def ask(self, question: Question) -> None:
+        """Put a question behind those that wait."""
+        question.symbols = self._symbols(question)
+        self.waiting.append(question)
+
+    def tick(self) -> None:
+        """Go one token further with every question."""
+        self._forget_cancelled()
+        taken = self._admit()
+        if taken:
+            self._guard(taken, lambda: self._prefill(taken))
+        running = [question for question in self._running if question not in taken]
+        if running:
+            self._guard(self._running, self._step)
+        for question in list(self._alone):
+            self._guard([question], lambda: self._step_alone(question))  # noqa: B023 - called at once
+        self.counts.ticks += 1
+        self.counts.rows += self.answering
+
+    def close(self, error: Exception) -> None:
+        """Tell everybody who still waits that there will be no answer."""
+        for question in [*self.waiting, *self._running, *self._alone]:
+            question.emit(error)
+        self.waiting.clear()
+        self._reset()
+
+    def _guard(self, questions: Sequence[Question], work: Callable[[], None]) -> None:
+        """Whatever goes wrong in a computation ends the questions that took part in it, and no others."""
+        try:
+            work()
+        except Exception as error:
+            log.exception("an answer failed")
+            failed = [question for question in questions if question in self._running or question in self._alone]
+            batched = [question for question in self._running if question not in failed]
+            for question in failed:
+                self._alone.pop(question, None)
+                question.emit(error)
+            if len(batched) < len(self._running):  # the cache may be half written: the others begin again
+                self._running.clear()
+                self._cache = RowCache(self.model.llm)
+                for question in batched:
+                    self._answer_alone(question)
+
+    def _reset(self) -> None:
+        self._running.clear()
+        self._alone.clear()
+        self._cache = RowCache(self.model.llm)
+
+    def _forget_cancelled(self) -> None:
+        for question in [question for question in self._alone if question.cancelled]:
+            del self._alone[question]
+        for row in reversed(range(len(self._running))):
+            if self._running[row].cancelled:
+                self._remove(row)
+
+    def _admit(self) -> list[Question]:
+        """Take questions in as far as there is room, in their order; one that would compute what another of them is about to
+        compute waits for it."""
+        taken: list[Question] = []
+        starts: list[tuple[int, tuple[Symbol, ...]]] = []
+        put_off: list[Question] = []
+        longest = max((question.cost for question in [*self._running, *self._alone]), default=0)
+        width = 0
+        while self.waiting and self.answering + len(taken) < self.rows:
+            question = self.waiting[0]
+            if question.cancelled:
+                self.waiting.popleft()
+                continue
+            if not self._batches(question):
+                self._answer_alone(self.waiting.popleft())
+                continue
+            most = max(longest, question.cost)
+            rows = self.answering + len(taken) + 1
+            if rows > 1 and rows * most > self.tokens:
+                break
+            start = self._start(question)
+            rest = question.symbols[start:]
+            if any(start == at and _worth_waiting(rest, others) for at, others in starts):
+                put_off.append(self.waiting.popleft())
+                continue
+            if taken and (len(taken) + 1) * max(width, len(rest)) > PREFILL:
+                break
+            taken.append(self.waiting.popleft())
+            starts.append((start, rest))
+            longest, width = most, max(width, len(rest))
+        self.waiting.extendleft(reversed(put_off))
+        return taken
+
+    def _batches(self, question: Question) -> bool:
+        """Whether a question may be answered beside others."""
+        kind, cost = self.kind, question.cost
+        masks = getattr(self.model.llm.config, "_attn_implementation", "") in MASKING
+        return masks and kind.shareable and kind.pads(cost) and (kind.long_from is None or cost <= kind.long_from)
+
+    def _symbols(self, question: Question) -> tuple[Symbol, ...]:
+        keys = iter([key for key, (begin, end) in self._spans(question) for _ in range(begin, end)])
+        return tuple(next(keys) if token == IMAGE_TOKEN_ID else token for token in question.prompt.ids)
+
+    def _spans(self, question: Question) -> list[tuple[str, tuple[int, int]]]:
+        """Where each image's tokens begin and end."""
+        found, place, ids = [], 0, question.prompt.ids
+        for key in question.prompt.images:
+            begin = ids.index(IMAGE_TOKEN_ID, place)
+            place = begin + self.model.tokens_of(*question.sizes[key])
+            found.append((key, (begin, place)))
+        return found
+
+    def _start(self, question: Question) -> int:
+        """Where to go on behind what is kept of a prompt: before its last token, and not in the middle of an image."""
+        matched, _ = self.prefixes.match(question.symbols[:-1])
+        inside = (begin for _, (begin, end) in self._spans(question) if begin < matched < end)
+        return next(inside, matched)
+
+    def _prefill(self, taken: list[Question]) -> None:
+        first = len(self._running)
+        self._running += taken
+        rests, keys = [], []
+        loads: dict[str, Callable[[str], Tensor]] = {}
+        for question in taken:
+            start = self._start(question)
+            _, segments = self.prefixes.match(question.symbols[:start])
+            self._cache.add(segments, question.cost)
+            question.cached = start
+            self.counts.prompt_tokens += len(question.symbols)
+            self.counts.cached_tokens += start
+            rests.append(question.prompt.ids[start:])
+            wanted = [key for key, (begin, _) in self._spans(question) if begin >= start]
+            loads |= dict.fromkeys(wanted, question.load)
+            keys += wanted
+            self._seed(question)
+        sizes = {key: size for question in taken for key, size in question.sizes.items()}
+        embeddings = self._embed(rests, keys, loads, sizes)
+        logits = self._cache.step({"inputs_embeds": embeddings}, [len(rest) for rest in rests], first)
+        for row, question in enumerate(taken, first):
+            self.prefixes.add(question.symbols, lambda begin, end: self._cache.segment(row, begin, end))  # noqa: B023
+        self._choose(first, logits)
+
+    def _seed(self, question: Question) -> None:
+        sampling = question.sampling
+        if sampling.temperature or sampling.repetition_penalty != 1:
+            question.own = Chooser(sampling, 1, self.device)
+
+    @torch.no_grad()
+    def _embed(
+        self,
+        rests: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        loads: dict[str, Callable[[str], Tensor]],
+        sizes: dict[str, tuple[int, int]],
+    ) -> Tensor:
+        """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of images at their placeholders."""
+        width = max(len(rest) for rest in rests)
+        ids = torch.tensor([[0] * (width - len(rest)) + list(rest) for rest in rests], device=self.device)
+        self.images.announce(keys)
+        try:
+            self.images.encode(keys, lambda key: loads[key](key), lambda: None)
+            tiles = (torch.tensor([sizes[key] for key in keys]),) if keys and self.model.tiled else ()
+            return self.model.embed(ids, None, self.images.features(keys), *tiles)[0]
+        finally:
+            self.images.release(keys)
+
+    def _step(self) -> None:
+        last = torch.tensor([[question.ids[-1]] for question in self._running], device=self.device)
+        self._choose(0, self._cache.step({"input_ids": last}, [1] * len(self._running)))
+
+    def _choose(self, first: int, logits: Tensor) -> None:
+        """Give the rows from `first` on their next token; those that end, or are in doubt, leave."""
+        questions = self._running[first:]
+        fine = torch.isfinite(logits.amax(dim=-1)).tolist()
+        shared = [line for line, question in enumerate(questions) if question.own is None and fine[line]]
+        chosen: dict[int, tuple[int, bool]] = {}
+        if shared:
+            tokens, doubts = self._greedy(logits[shared], shared, [])
+            chosen = dict(zip(shared, zip(tokens.tolist(), doubts, strict=True), strict=True))
+        for line in reversed(range(len(questions))):  # from behind, as the last row takes the place of one that leaves
+            question, row = questions[line], first + line
+            if not fine[line]:
+                self._remove(row)
+                question.emit(FloatingPointError("the model gives logits that are not finite"))
+                continue
+            if question.own is not None:
+                token, (doubt,) = question.own(logits[line : line + 1], [0], [question.ids])
+                chosen[line] = int(token), doubt
+            token_id, tied = chosen[line]
+            if tied:
+                self.counts.near_ties += 1
+                self._remove(row)
+                self._answer_alone(question)
+            elif self._say(question, token_id, logits[line]):
+                self._remove(row, keep=True)
+
+    def _say(self, question: Question, token: int, logits: Tensor) -> bool:
+        """Tell a token, and whether it was the last."""
+        if token in self.ends:
+            question.emit(End("stop"))
+            return True
+        known = None if question.alternatives is None else log_probs(logits, token, question.alternatives)
+        question.ids.append(token)
+        self.counts.new_tokens += 1
+        question.emit(Token(token, known))
+        if len(question.ids) == question.limit:
+            question.emit(End("length"))
+            return True
+        return False
+
+    def _remove(self, row: int, keep: bool = False) -> None:
+        """Take a row out; `keep` what it said for the next turn."""
+        question = self._running[row]
+        if keep:
+            known = (*question.symbols, *question.ids)[: self._cache.lengths[row]]
+            self.prefixes.add(known, lambda begin, end: self._cache.segment(row, begin, end))
+        self._cache.remove(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+
+    def _answer_alone(self, question: Question) -> None:
+        """Answer from the beginning by what defines an answer; what was told already is not told again."""
+        self._alone[question] = self._steps_alone(question)
+        if question.cached is None:
+            question.cached = 0
+            self.counts.prompt_tokens += len(question.prompt.ids)
+
+    def _steps_alone(self, question: Question) -> Iterator[Continued]:
+        prompt, told = question.prompt, len(question.ids)
+        embeddings = self._embed(
+            [prompt.ids], prompt.images, dict.fromkeys(prompt.images, question.load), question.sizes
+        )
+        choose = Chooser(question.sampling, 1, self.device, doubts=False)
+        said = 0
+
+        def choose_and_say(
+            logits: Tensor, rows: Sequence[int], ids: Sequence[Sequence[int]]
+        ) -> tuple[Tensor, list[bool]]:
+            nonlocal said
+            tokens, doubts = choose(logits, rows, ids)
+            said += 1
+            if said > told:
+                self._say(question, int(tokens), logits[0])
+            return tokens, doubts
+
+        yield from decode_alone(self.model.llm, embeddings, choose_and_say, self.ends, question.limit)
+
+    def _step_alone(self, question: Question) -> None:
+        if next(self._alone[question], None) is None:
+            del self._alone[question]
+
+
+def _worth_waiting(rest: Sequence[Symbol], others: Sequence[Symbol]) -> bool:
+    shared = common(rest, others)
+    return shared >= WORTH_WAITING or any(isinstance(symbol, str) for symbol in rest[:shared])
