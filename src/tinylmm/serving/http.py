@@ -63,7 +63,7 @@ class Gate:
         if self.key is None or path in OPEN:
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ")
-        if hmac.compare_digest(given.encode(), self.key.encode()):
+        if hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             return None
         text = "the API key is missing or wrong. Send `Authorization: Bearer KEY`."
         return ApiError(401, text, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})

@@ -30,6 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         UserError: it is not to be had.
     """
+    if not 0 <= port < 1 << 16:  # it would be taken modulo that
+        raise UserError(f"--port is {port}; it must be 0 (a free one) to 65535.")
     try:
         [family, kind, protocol, _, address] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family, kind, protocol)

@@ -6,9 +6,12 @@ import base64
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from tests.builders import tiny_loaded
-from tinylmm.models.checkpoint import save_model
+from tinylmm.models.checkpoint import load_model, save_model
 
 N = 24
 RED, BLUE = Image.new("RGB", (20, 30), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
@@ -33,6 +36,17 @@ def wide_model(folder: Path) -> Path:
         for parameter in module.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.3)
+    save_model(loaded, folder, None, {})
+    return folder
+
+
+def endless_model(folder: Path) -> Path:
+    """A model whose answers end at their limit alone, which may be far."""
+    wide_model(folder)
+    loaded = load_model(folder, [])
+    loaded.model.llm.get_output_embeddings().weight.data[loaded.tokenizer.eos_token_id] = 0  # type: ignore[operator]
+    loaded.model.llm.config.max_position_embeddings = 1 << 16
+    shutil.rmtree(folder)
     save_model(loaded, folder, None, {})
     return folder
 
@@ -81,6 +95,19 @@ class Server:
     def address(self) -> tuple[str, int]:
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return host, int(port)
+
+    def metrics(self) -> dict[str, float]:
+        """Value by name and labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as reply:
+            lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    def wait_for(self, name: str, value: float) -> None:
+        """Wait until a metric has a value."""
+        until = time.monotonic() + 30
+        while self.metrics()[name] != value:
+            assert time.monotonic() < until, (name, self.metrics()[name])
+            time.sleep(0.02)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal, and return exit code and what it said on stderr."""
