@@ -31,7 +31,7 @@ def serve(
     max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 16,
     max_pixels: Annotated[int, typer.Option(help="Most pixels of a request's images together.")] = 50_000_000,
     body_mb: Annotated[float, typer.Option(help="Most megabytes of a request.")] = 32,
-    read_s: Annotated[float, typer.Option(help="Seconds in which a request must arrive.")] = 60,
+    read_s: Annotated[float, typer.Option(help="Seconds for a request to arrive, a piece to be taken.")] = 60,
     drain_s: Annotated[float, typer.Option(help="Seconds that answers may still take after SIGTERM.")] = 30,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,9 @@ class Answers:
         samplings: one for each answer.
         stops: texts that end an answer.
         alternatives: as `Question.alternatives`.
+
+    Attributes:
+        first: when the first token was there (monotonic seconds).
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Answers:
         alternatives: int | None = None,
     ) -> None:
         self.asked, self._prompts = asked, prompts
+        self.first: float | None = None
         self.choices = [Choice(Pieces(prompts.text, stops)) for _ in samplings]
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -143,6 +148,7 @@ class Answers:
             return None
         before, known = len(choice.text), []
         if isinstance(event, Token):
+            self.first = self.first or time.monotonic()
             choice.tokens += 1
             choice.text += choice.pieces.add(event.id)
             if event.log_probs is not None and not choice.pieces.stopped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,14 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from tinylmm.serving.answers import Answers
 from tinylmm.serving.chat import ChatReply
 from tinylmm.serving.errors import ApiError
 from tinylmm.serving.http import EventStream, Gate, attended, read_body, told
-from tinylmm.serving.messages import read_messages
-from tinylmm.serving.requests import AnswerFields, read_chat
+from tinylmm.serving.messages import Conversation, read_messages
+from tinylmm.serving.requests import AnswerFields, read, read_chat
+from tinylmm.serving.responses import ResponsesReply, ResponsesRequest
 from tinylmm.serving.service import Service
 from tinylmm.serving.worker import ClosedError
-from tinylmm.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def make_app(service: Service, key: str | None = None, hosts: tuple[str, ...] | 
             service.close()
 
     # no page of documentation: it would load scripts from elsewhere
-    app = FastAPI(title="tinylmm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
     _add_errors(app, service)
     _add_models(app, service)
 
@@ -52,6 +53,11 @@ def make_app(service: Service, key: str | None = None, hosts: tuple[str, ...] | 
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, service.options)
         return await attended(request, _chat(service, body))
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        body = await read_body(request, service.options)
+        return await attended(request, _responses(service, body))
 
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(Gate, key=key, hosts=hosts, metrics=service.metrics, paths=paths)
@@ -62,18 +68,52 @@ async def _chat(service: Service, body: bytes) -> Response:
     asked = read_chat(body, service.options.max_choices)
     check_model(service, asked)
     conversation = read_messages(asked.messages)
-    began = time.monotonic()
     with ExitStack() as held:
-        held.enter_context(service.places(asked.n or 1))
-        prepared = await service.prepare(conversation)
-        samplings = [asked.sampling(service.options.max_new_tokens, choice) for choice in range(asked.n or 1)]
-        answers = service.ask(prepared, samplings, asked.stops, asked.alternatives)
-        held.callback(answers.cancel)
-        held.callback(lambda: service.metrics.seconds.observe(time.monotonic() - began))
+        answers = await _answers(service, asked, conversation, held, asked.n or 1, asked.stops, asked.alternatives)
         reply = ChatReply(service.name, asked, answers)
         if not asked.stream:
             return JSONResponse(await reply.whole())
-        return EventStream(reply.chunks(failure), held.pop_all().close, "[DONE]")
+        return _stream(service, reply.chunks(failure), held.pop_all(), "[DONE]")
+
+
+async def _responses(service: Service, body: bytes) -> Response:
+    asked = read(ResponsesRequest, body)
+    check_model(service, asked)
+    conversation = asked.conversation()
+    with ExitStack() as held:
+        reply = ResponsesReply(service.name, asked, await _answers(service, asked, conversation, held))
+        if not asked.stream:
+            return JSONResponse(await reply.whole())
+        return _stream(service, reply.events(failure), held.pop_all())
+
+
+def _stream(service: Service, events: AsyncIterator[Any], held: ExitStack, last: str | None = None) -> EventStream:
+    def done(told: bool) -> None:
+        held.close()
+        if not told:
+            service.metrics.gone.inc()
+
+    return EventStream(events, done, service.options.read_s, last)
+
+
+async def _answers(
+    service: Service,
+    asked: AnswerFields,
+    conversation: Conversation,
+    held: ExitStack,
+    choices: int = 1,
+    stops: Sequence[str] = (),
+    alternatives: int | None = None,
+) -> Answers:
+    """Have a request answered; what it holds until it is over is let go with `held`."""
+    began = time.monotonic()
+    held.enter_context(service.places(choices))
+    prepared = await service.prepare(conversation)
+    samplings = [asked.sampling(service.options.max_new_tokens, choice) for choice in range(choices)]
+    answers = service.ask(prepared, samplings, stops, alternatives)
+    held.callback(answers.cancel)
+    held.callback(lambda: service.metrics.answered(began, answers.first))
+    return answers
 
 
 def check_model(service: Service, asked: AnswerFields) -> None:
@@ -111,7 +151,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        text = f"{request.method} {request.url.path[:80]}: {error.detail}. This server has /v1/chat/completions, /v1/models."
+        here = "/v1/chat/completions, /v1/responses, /v1/models, /health and /metrics"
+        text = f"{request.method} {request.url.path[:80]}: {error.detail}. This server has {here}."
         headers = dict(error.headers) if error.headers else None
         return told(ApiError(error.status_code, text, None, "unknown_url", headers))
 

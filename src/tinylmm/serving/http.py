@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tinylmm.serving.errors import ApiError
 from tinylmm.serving.metrics import Metrics
 from tinylmm.serving.options import MB, ServeOptions
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -143,25 +146,33 @@ class EventStream(StreamingResponse):
 
     Args:
         events: what to send: a JSON object, or an event's name and its object.
-        done: called when it is over, however it ends.
+        done: called when it is over, however it ends, with whether all was sent.
+        send_s: a client that does not take a piece in so many seconds is let go, as it keeps others from their turn.
         last: sent at the end of a stream that ends well, as it is.
     """
 
     def __init__(
         self,
         events: AsyncIterator[dict[str, Any] | tuple[str, dict[str, Any]]],
-        done: Callable[[], None],
+        done: Callable[[bool], None],
+        send_s: float,
         last: str | None = None,
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._lines(events, last), headers=headers, media_type="text/event-stream")
-        self._done = done
+        self._done, self._send_s, self._told = done, send_s, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def timely(message: Message) -> None:
+            async with asyncio.timeout(self._send_s):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, timely)
+        except TimeoutError:
+            log.info("a client did not take its answer")
         finally:
-            self._done()
+            self._done(self._told)
 
     async def _lines(self, events: Any, last: str | None) -> AsyncIterator[str]:
         async with aclosing(events):
@@ -171,3 +182,4 @@ class EventStream(StreamingResponse):
                 yield f"{head}data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
         if last is not None:
             yield f"data: {last}\n\n"
+        self._told = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,6 +40,16 @@ class Metrics:
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
         self.registry.register(_EngineCounts(engine))
+
+    def answered(self, began: float, first: float | None) -> None:
+        """Note a request that is over.
+
+        Args:
+            began, first: when it came, and when its first token was there, None if there was none (monotonic seconds).
+        """
+        self.seconds.observe(time.monotonic() - began)
+        if first is not None:
+            self.first.observe(first - began)
 
     def text(self) -> bytes:
         """All of them."""

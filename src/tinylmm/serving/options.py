@@ -25,7 +25,7 @@ class ServeOptions:
         max_images: most images of a request.
         max_pixels: most pixels of a request's images together.
         body_mb: most megabytes of a request.
-        read_s: seconds in which a request's body must arrive.
+        read_s: seconds in which a request's body must arrive, and each piece of a stream be taken.
         drain_s: seconds that answers may still take once the server was told to stop.
 
     Raises:

@@ -28,7 +28,7 @@ _IGNORED = (
     "verbosity",
     "parallel_tool_calls",
 )
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -53,7 +53,7 @@ class AnswerFields(BaseModel):
     """What all kinds of requests say of their answers; `top_k` and `repetition_penalty` are as other open servers have them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=100)
@@ -133,8 +133,8 @@ def read(kind: type[T], body: bytes) -> T:
     for name, allowed in kind.neutral.items():
         value = given.pop(name, None)
         if value is not None and value not in allowed:
-            text = " or ".join(map(repr, allowed))
-            raise wrong(f"{name} is not supported; leave it out, or give {text}.", name, "unsupported_parameter")
+            text = "".join(f", or give {one!r}" for one in allowed)
+            raise wrong(f"{name} is not supported; leave it out{text}.", name, "unsupported_parameter")
     try:
         return kind.model_validate(given)
     except ValidationError as error:

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 import tinylmm
-from tests.unit.serving.process import BLUE, RED, N, Server, picture, serving, user, wide_model, words
+from tests.unit.serving.process import BLUE, RED, N, Server, picture, serving, uri, user, wide_model, words
 from tinylmm.generation.session import ChatModel
 
 
@@ -178,3 +179,39 @@ def test_the_model_is_listed_health_is_told_and_metrics_count(server: Server) ->
     assert counts['tinylmm_requests_total{path="/v1/chat/completions",status="200"}'] >= 1
     assert counts["tinylmm_new_tokens_total"] > 0 and counts["tinylmm_answers_running"] == 0
     assert counts["tinylmm_request_seconds_count"] >= 1
+
+
+def test_responses_say_the_same_whole_and_streamed(server: Server, model: ChatModel) -> None:
+    seen = [{"type": "input_image", "image_url": uri(RED)}, {"type": "input_text", "text": "What is it?"}]
+    history = [{"role": "system", "content": "Say no."}, user(picture(RED), words("What is it?"))]
+    past = [*history, {"role": "assistant", "content": "a red 3"}]
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a red 3"}]}
+    turns = [{"role": "user", "content": seen}, said, {"role": "user", "content": "Sure?"}]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"input": "Who are you?"}, model.chat("Who are you?", max_new_tokens=N)),
+        ({"input": [{"role": "user", "content": seen}]}, model.chat("What is it?", RED, max_new_tokens=N)),
+        ({"input": turns, "instructions": "Say no."}, model.chat("Sure?", history=past, max_new_tokens=N)),
+    ]
+    for asked, answer in cases:
+        whole = server.openai.responses.create(model="tiny", max_output_tokens=N, **asked)
+        assert whole.output_text == answer and whole.usage.output_tokens <= N
+        assert whole.status == ("incomplete" if whole.usage.output_tokens == N else "completed")
+        events = list(server.openai.responses.create(model="tiny", max_output_tokens=N, stream=True, **asked))
+        deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == answer and len(deltas) > 3
+        assert events[-1].type == f"response.{whole.status}" and events[-1].response.output_text == answer
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"input": "Go on", "previous_response_id": "resp_1"}, "previous_response_id is not supported; leave it out."),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "messages alone are supported"),
+        ({"input": []}, "input must end with a user's message"),
+        ({"input": "Hi", "text": {"format": {"type": "json_object"}}}, "text is not supported"),
+    ],
+)
+def test_what_responses_do_not_have_is_refused(server: Server, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        server.openai.responses.create(model="tiny", **asked)

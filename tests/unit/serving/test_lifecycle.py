@@ -45,9 +45,10 @@ def ask(server: Server, question: str, length: int, **options: Any) -> Any:
     )
 
 
-def leave(server: Server, question: str, stream: bool) -> socket.socket:
+def leave(server: Server, question: str, stream: bool, **more: Any) -> socket.socket:
     """Ask for an answer without end; closing the connection is leaving."""
-    body = json.dumps({"messages": [user(question)], "max_tokens": ENDLESS, "stream": stream}).encode()
+    asked = {"messages": [user(question)], "max_tokens": ENDLESS, "stream": stream} | more
+    body = json.dumps(asked).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(server.address, timeout=30)
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -67,9 +68,19 @@ def test_clients_that_leave_make_room_whether_they_were_answered_or_waited(narro
     narrow.wait_for(WAITING, 0)
     waiting[1].close()
     narrow.wait_for(RUNNING, 0)
-    assert narrow.metrics()[GONE] >= before + 2
+    assert narrow.metrics()[GONE] == before + 3
     model = tinylmm.load(folder, device="cpu")
     assert ask(narrow, "Why?", 20).choices[0].message.content == model.chat("Why?", max_new_tokens=20)
+
+
+def test_a_client_that_does_not_take_its_answer_is_let_go(folder: Path) -> None:
+    with serving(folder, "--rows", "1", "--read-s", "0.5") as server:
+        with leave(server, "Who are you?", stream=True, logprobs=True, top_logprobs=20):
+            server.wait_for(RUNNING, 1)
+            server.wait_for(RUNNING, 0)
+            counts = server.metrics()
+        assert counts[GONE] == 1 and counts["tinylmm_new_tokens_total"] < ENDLESS
+        assert ask(server, "Why?", 3).choices[0].finish_reason == "length"
 
 
 def test_a_full_queue_says_when_to_come_again_and_those_in_it_are_answered(narrow: Server, folder: Path) -> None:
