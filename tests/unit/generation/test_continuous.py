@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from tests.builders import redescribe, tiny_loaded
 from tests.unit.generation.test_engine import ENDS, FAMILIES, GREEDY, NEW, ask, model_of, pixels, reference
 from tinylmm.generation import choose
 from tinylmm.generation import continuous as continuous_module
@@ -16,6 +18,8 @@ from tinylmm.generation.choose import Sampling
 from tinylmm.generation.continuous import ContinuousEngine, End, Event, Question, Token
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.session import ChatModel
+from tinylmm.models.anyres import with_tiles
 from tinylmm.models.lmm import LMM
 
 LOTS = 10**5
@@ -273,3 +277,32 @@ def test_a_random_day_of_turns_over_shared_images_is_answered_as_alone() -> None
     for one in asked:
         expected = reference(model, one.question.prompt)[: one.question.limit]
         assert one.ids == expected
+
+
+def test_tiled_images_take_tokens_after_their_size() -> None:
+    loaded = tiny_loaded()
+    redescribe(loaded, image=loaded.description.as_json()["image"] | {"mode": "anyres", "tiles": [[1, 2], [2, 1]]})
+    image = loaded.description.image
+    loaded.model.connector = with_tiles(loaded.model.connector, image, loaded.model.vision_tower.num_tokens)
+    chat = ChatModel(loaded)
+    images = {"wide": Image.new("RGB", (40, 12), (0, 255, 0)), "red": Image.new("RGB", (20, 30), (255, 0, 0))}
+    sizes = {key: image.size for key, image in images.items()}
+    engine = ContinuousEngine(chat.model, chat.prompts.ends, 4, LOTS, LOTS)
+    cases = [
+        ("What is it?", ["wide", "red"]),
+        ("Why?", ["wide", "red"]),
+        ("Who?", []),
+        ("What is it?", ["red", "wide"]),
+    ]
+    for _ in range(2):  # the second time from what is kept
+        asked = []
+        for text, keys in cases:
+            prompt = chat.prompt("", [(text, keys)], [], None, sizes)
+            one = Asked(prompt, Sampling(max_new_tokens=12))
+            one.question.load, one.question.sizes = lambda key: chat.transform(images[key]), sizes
+            asked.append(one)
+        answer(engine, asked)
+        for (text, keys), one in zip(cases, asked, strict=True):
+            expected = chat.chat(text, [images[key] for key in keys], max_new_tokens=12)
+            assert chat.prompts.text(one.ids).strip() == expected
+    assert engine.images.encoded == 2

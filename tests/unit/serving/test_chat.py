@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,3 +219,18 @@ def test_responses_say_the_same_whole_and_streamed(server: Server, model: ChatMo
 def test_what_responses_do_not_have_is_refused(server: Server, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         server.openai.responses.create(model="tiny", **asked)
+
+
+def test_the_documentations_own_example_runs(server: Server, model: ChatModel, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    [command] = re.findall(r"^```\n(curl .*?)^```", page, re.M | re.S)
+    RED.save(tmp_path / "cat.jpg")
+
+    def run(*words: str) -> str:
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=120, check=True).stdout.decode()
+
+    said = run(sys.executable, "-c", example.replace("http://127.0.0.1:8000", server.url))
+    assert said.startswith(model.chat("What is it?", tmp_path / "cat.jpg")) and "CompletionUsage(" in said
+    lines = run("bash", "-c", command.replace("http://127.0.0.1:8000", server.url)).split("\n\n")
+    assert lines[-2] == "data: [DONE]" and json.loads(lines[0].removeprefix("data: "))["model"] == "tiny"
