@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinylmm.constants import IMAGE_SLOT
+from tinylmm.generation.inputs import placed
 from tinylmm.serving.errors import wrong
 
 SYSTEM = ("system", "developer")
@@ -81,21 +82,19 @@ def _content(message: Mapping[str, Any], param: str, images: bool) -> Said:
         return _checked(content, [], param) if images else Said(content)
     if not isinstance(content, list) or not content:
         raise wrong(f"{param} is {str(content)[:60]!r}; allowed: {ALLOWED}.", param)
-    texts, files = [], []
+    parts: list[str | None] = []
+    files = []
     for number, part in enumerate(content):
         place = f"{param}[{number}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in TEXTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            parts.append(part["text"])
         elif kind in IMAGES and images:
             files.append(data_uri(part.get("image_url"), f"{place}.image_url"))
-            texts.append(None)
+            parts.append(None)
         else:
             raise wrong(f"{place} is {str(part)[:60]!r}; allowed: {ALLOWED}.", place)
-    if not images:
-        return Said("\n".join(filter(None, texts)))
-    own = any(text is not None and IMAGE_SLOT in text for text in texts)
-    return _checked("\n".join(IMAGE_SLOT if t is None else t for t in texts if t is not None or not own), files, param)
+    return _checked(placed(parts), files, param) if images else Said(placed(parts))
 
 
 def _checked(text: str, files: list[bytes], param: str) -> Said:

@@ -59,13 +59,20 @@ def test_every_form_of_a_conversation_gets_the_models_own_answer(server: Server,
         ([user(words("What is it?"), picture(RED, as_text=True))], model.chat("What is it?", RED, max_new_tokens=N)),
         ([user(picture(RED), picture(BLUE), words("Why?"))], model.chat("Why?", [RED, BLUE], max_new_tokens=N)),
         ([user(words(two), picture(BLUE), picture(RED))], model.chat(two, [BLUE, RED], max_new_tokens=N)),
+        ([user(picture(RED), picture(BLUE), words(" Why? "))], model.chat("Why?", [RED, BLUE], max_new_tokens=N)),
+        ([user(picture(RED), picture(BLUE))], model.chat("", [RED, BLUE], max_new_tokens=N)),
+        ([user(picture(RED), words(" What is it? "))], model.chat("What is it?", RED, max_new_tokens=N)),
+        ([user(" Who? ")], model.chat("Who?", max_new_tokens=N)),
         ([*past, user("Sure?")], model.chat("Sure?", history=past, max_new_tokens=N)),
         ([*past, user(picture(BLUE), words("And?"))], model.chat("And?", BLUE, history=past, max_new_tokens=N)),
         ([*system, user("Who?")], model.chat("Who?", history=system, max_new_tokens=N)),
         ([*system, *past, user("Sure?")], model.chat("Sure?", history=[*system, *past], max_new_tokens=N)),
     ]
     assert text(server, [developer, user("Who?")]) == cases[-2][1]
-    assert len({answer for _, answer in cases}) >= len(cases) - 1
+    between = [words("Is "), picture(RED), words(" or "), picture(BLUE), words("red? ")]
+    expected = model.chat("Is\n<image>\nor\n<image>\nred?", [RED, BLUE], max_new_tokens=N)
+    assert text(server, [user(*between)]) == expected
+    assert len({answer for _, answer in cases}) > len(cases) - 5
     for messages, answer in cases:
         assert text(server, messages) == answer
         chunks = list(ask(server, messages, stream=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -16,9 +18,10 @@ from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 import tinylmm
-from tests.unit.serving.process import Server, endless_model, serving, user
+from tests.unit.serving.process import Server, endless_model, picture, serving, user, wide_model, words
 
 LONG, ENDLESS = 300, 12_000
 WAITING, RUNNING, GONE = "tinylmm_answers_waiting", "tinylmm_answers_running", "tinylmm_clients_gone_total"
@@ -172,3 +175,45 @@ def test_a_taken_port_and_a_missing_package_are_told(folder: Path) -> None:
     code = "import sys; sys.modules['fastapi'] = None; sys.argv[1:] = ['serve', 'x']; from tinylmm.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (2, "`tinylmm serve` needs fastapi: pip install 'tinylmm[serve]'\n")
+
+
+def test_a_crowd_that_comes_and_goes_gets_right_answers_under_tight_limits(tmp_path: Path) -> None:
+    folder = wide_model(tmp_path / "tiny")
+    model = tinylmm.load(folder, device="cpu")
+    draw = random.Random(1)
+    pictures = [Image.new("RGB", (20 + n, 30), (n * 40, 0, 255 - n * 40)) for n in range(6)]
+    cases = []
+    for number in range(30):
+        text = f"Question {number} what is it?"[: draw.randint(8, 24)]
+        images = [draw.choice(pictures) for _ in range(draw.randint(0, 2))]
+        length = draw.randint(1, 40)
+        body = {"messages": [user(*map(picture, images), words(text))], "max_tokens": length}
+        cases.append((body, model.chat(text, images, max_new_tokens=length)))
+    limits = ("--rows", "4", "--queue", "6", "--kept-tokens", "400", "--kept-images", "2", "--tokens", "600")
+    with serving(folder, *limits) as server:
+
+        def client(seed: int) -> int:
+            own, answered = random.Random(seed), 0
+            for _ in range(25):
+                body, expected = own.choice(cases)
+                connection = http.client.HTTPConnection(*server.address, timeout=60)
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+                if own.random() < 0.2:
+                    time.sleep(own.random() * 0.03)
+                else:
+                    reply = connection.getresponse()
+                    found = json.loads(reply.read())
+                    assert reply.status in (200, 429), found
+                    if reply.status == 200:
+                        assert found["choices"][0]["message"]["content"] == expected
+                        answered += 1
+                connection.close()
+            return answered
+
+        with ThreadPoolExecutor(14) as pool:
+            assert sum(pool.map(client, range(14))) > 14
+        for name in (RUNNING, WAITING):
+            server.wait_for(name, 0)
+        code, errors = server.end()
+        assert (code, "Traceback" in errors) == (0, False), errors
