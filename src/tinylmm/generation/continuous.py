@@ -11,20 +11,19 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.generation.cache import cache_kind
-from tinylmm.generation.choose import TIE, Chooser, LogProbs, Sampling, log_probs
+from tinylmm.generation.choose import TIE, Chooser, Sampling, log_probs
 from tinylmm.generation.decode import Continued, decode_alone
 from tinylmm.generation.engine import MASKING
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prefixes import Prefixes, Symbol, common
-from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.questions import End, Question, Token
 from tinylmm.generation.row_cache import RowCache
 from tinylmm.models.lmm import LMM
 
@@ -34,65 +33,6 @@ WORTH_WAITING = 16
 """A question waits a tick for another that goes on with the same image, or with so many of the same tokens."""
 PREFILL = 4096
 """Most prompt tokens, padding counted in, that are computed in one tick, so that other answers go on; one prompt always is."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """The next token of an answer."""
-
-    id: int
-    log_probs: LogProbs | None
-
-
-@dataclass(frozen=True)
-class End:
-    """An answer is complete: `stop` by an end token, `length` by its limit."""
-
-    reason: Literal["stop", "length"]
-
-
-Event = Token | End | Exception
-
-
-@dataclass(eq=False)
-class Question:
-    """One answer that somebody waits for.
-
-    Args:
-        load: key of one of the prompt's images -> (3, H, W), normalised for the tower; in tiles (T, 3, H, W).
-        sizes: key -> width and height in pixels.
-        emit: called from the engine's thread with every event; the last is an End or an Exception.
-        alternatives: log-probabilities of so many likeliest tokens are told with each; None for none at all.
-
-    Attributes:
-        cancelled: set it when nobody waits any more.
-        cached: prompt tokens that were not computed anew; None until the question's turn.
-    """
-
-    prompt: Prompt
-    sampling: Sampling
-    load: Callable[[str], Tensor]
-    sizes: dict[str, tuple[int, int]]
-    emit: Callable[[Event], None]
-    alternatives: int | None = None
-    cancelled: bool = False
-    cached: int | None = None
-    ids: list[int] = field(default_factory=list)
-    symbols: tuple[Symbol, ...] = ()
-    """The prompt's ids, with the key of its image in the place of each image token."""
-    own: Chooser | None = None
-    """Draws, or counts what was said; None where the shared greedy choice will do."""
-
-    @property
-    def limit(self) -> int:
-        """Most new tokens."""
-        most = self.sampling.max_new_tokens
-        return most if self.prompt.limit is None else min(most, self.prompt.limit)
-
-    @property
-    def cost(self) -> int:
-        """Tokens that it may take in a cache."""
-        return len(self.prompt.ids) + self.limit
 
 
 @dataclass
@@ -106,6 +46,8 @@ class Counts:
     cached_tokens: int = 0
     new_tokens: int = 0
     near_ties: int = 0
+    put_back: int = 0
+    """Answers that had to wait in their middle, as others grew."""
 
 
 class ContinuousEngine:
@@ -114,7 +56,8 @@ class ContinuousEngine:
     Args:
         ends: token ids that end an answer: `PromptMaker.ends`.
         rows: most questions answered at a time.
-        tokens: most tokens (prompt and answer, padding counted in) of the running batch; one question always fits.
+        tokens: most tokens (prompt and answer, padding counted in) of the running batch; one question always fits. Where
+            answers grow beyond it, the youngest wait, and go on from where they were.
         kept: most tokens of earlier prompts and answers whose cache is kept.
         kept_images: images whose features are kept.
     """
@@ -135,6 +78,7 @@ class ContinuousEngine:
         self._running: list[Question] = []
         self._alone: dict[Question, Iterator[Continued]] = {}
         self._cache = RowCache(model.llm)
+        self._turns = 0
 
     @property
     def busy(self) -> bool:
@@ -154,6 +98,7 @@ class ContinuousEngine:
     def tick(self) -> None:
         """Go one token further with every question."""
         self._forget_cancelled()
+        self._put_back()
         taken = self._admit()
         if taken:
             self._guard(taken, lambda: self._prefill(taken))
@@ -199,7 +144,18 @@ class ContinuousEngine:
             del self._alone[question]
         for row in reversed(range(len(self._running))):
             if self._running[row].cancelled:
-                self._remove(row)
+                self._remove(row, keep=True)  # it may have come to a stop of its client's, who goes on from there
+
+    def _put_back(self) -> None:
+        """Let the youngest rows wait where the next tokens would not fit."""
+        while len(self._running) > 1:
+            longest = max(len(question.known) for question in [*self._running, *self._alone])
+            if self.answering * longest <= self.tokens:
+                return
+            row = max(range(len(self._running)), key=lambda row: self._running[row].turn)
+            self.waiting.appendleft(self._running[row])
+            self._remove(row, keep=True)
+            self.counts.put_back += 1
 
     def _admit(self) -> list[Question]:
         """Take questions in as far as there is room, in their order; one that would compute what another of them is about to
@@ -207,7 +163,7 @@ class ContinuousEngine:
         taken: list[Question] = []
         starts: list[tuple[int, tuple[Symbol, ...]]] = []
         put_off: list[Question] = []
-        longest = max((question.cost for question in [*self._running, *self._alone]), default=0)
+        longest = max((question.room for question in [*self._running, *self._alone]), default=0)
         width = 0
         while self.waiting and self.answering + len(taken) < self.rows:
             question = self.waiting[0]
@@ -217,12 +173,12 @@ class ContinuousEngine:
             if not self._batches(question):
                 self._answer_alone(self.waiting.popleft())
                 continue
-            most = max(longest, question.cost)
+            most = max(longest, question.room)
             rows = self.answering + len(taken) + 1
             if rows > 1 and rows * most > self.tokens:
                 break
             start = self._start(question)
-            rest = question.symbols[start:]
+            rest = question.known[start:]
             if any(start == at and _worth_waiting(rest, others) for at, others in starts):
                 put_off.append(self.waiting.popleft())
                 continue
@@ -255,7 +211,7 @@ class ContinuousEngine:
 
     def _start(self, question: Question) -> int:
         """Where to go on behind what is kept of a prompt: before its last token, and not in the middle of an image."""
-        matched, _ = self.prefixes.match(question.symbols[:-1])
+        matched, _ = self.prefixes.match(question.known[:-1])
         inside = (begin for _, (begin, end) in self._spans(question) if begin < matched < end)
         return next(inside, matched)
 
@@ -266,24 +222,26 @@ class ContinuousEngine:
         loads: dict[str, Callable[[str], Tensor]] = {}
         for question in taken:
             start = self._start(question)
-            _, segments = self.prefixes.match(question.symbols[:start])
-            self._cache.add(segments, question.cost)
-            question.cached = start
-            self.counts.prompt_tokens += len(question.symbols)
-            self.counts.cached_tokens += start
-            rests.append(question.prompt.ids[start:])
+            _, segments = self.prefixes.match(question.known[:start])
+            self._cache.add(segments, question.room)
+            if question.cached is None:
+                self._first_turn(question, start)
+            rests.append((*question.prompt.ids, *question.ids)[start:])
             wanted = [key for key, (begin, _) in self._spans(question) if begin >= start]
             loads |= dict.fromkeys(wanted, question.load)
             keys += wanted
-            self._seed(question)
         sizes = {key: size for question in taken for key, size in question.sizes.items()}
         embeddings = self._embed(rests, keys, loads, sizes)
         logits = self._cache.step({"inputs_embeds": embeddings}, [len(rest) for rest in rests], first)
         for row, question in enumerate(taken, first):
-            self.prefixes.add(question.symbols, lambda begin, end: self._cache.segment(row, begin, end))  # noqa: B023
+            self.prefixes.add(question.known, lambda begin, end: self._cache.segment(row, begin, end))  # noqa: B023
         self._choose(first, logits)
 
-    def _seed(self, question: Question) -> None:
+    def _first_turn(self, question: Question, cached: int) -> None:
+        self._turns += 1
+        question.turn, question.cached = self._turns, cached
+        self.counts.prompt_tokens += len(question.symbols)
+        self.counts.cached_tokens += cached
         sampling = question.sampling
         if sampling.temperature or sampling.repetition_penalty != 1:
             question.own = Chooser(sampling, 1, self.device)
@@ -355,7 +313,7 @@ class ContinuousEngine:
         """Take a row out; `keep` what it said for the next turn."""
         question = self._running[row]
         if keep:
-            known = (*question.symbols, *question.ids)[: self._cache.lengths[row]]
+            known = question.known[: self._cache.lengths[row]]
             self.prefixes.add(known, lambda begin, end: self._cache.segment(row, begin, end))
         self._cache.remove(row)
         self._running[row] = self._running[-1]
@@ -365,8 +323,7 @@ class ContinuousEngine:
         """Answer from the beginning by what defines an answer; what was told already is not told again."""
         self._alone[question] = self._steps_alone(question)
         if question.cached is None:
-            question.cached = 0
-            self.counts.prompt_tokens += len(question.prompt.ids)
+            self._first_turn(question, 0)
 
     def _steps_alone(self, question: Question) -> Iterator[Continued]:
         prompt, told = question.prompt, len(question.ids)

@@ -88,7 +88,7 @@ class RowCache:
 
         Args:
             prefix: its first tokens, computed before.
-            most: how long it may become.
+            most: how long it is expected to become; room for more is made when it is needed.
         """
         row, column = len(self.lengths), 0
         self._most.append(most)
@@ -133,14 +133,17 @@ class RowCache:
         offsets = torch.arange(given.shape[1], device=given.device) - pads
         real = offsets >= 0
         columns = lengths + offsets
-        self.first, self.width = first, int((lengths[:, 0] + given.shape[1] - pads[:, 0]).max())
+        ends = [length + count for length, count in zip(self.lengths[first:], counts, strict=True)]
+        self._most[first:] = map(max, self._most[first:], ends)
+        self._reserve(len(self.lengths))
+        self.first, self.width = first, max(ends)
         self.written = columns.where(real, torch.full_like(columns, self.columns))
         positions = columns.where(real, torch.zeros_like(columns))  # padding sees column 0, as softmax needs something
         seen = torch.arange(self.width, device=given.device) <= positions[..., None]
         dtype = next(self.llm.parameters()).dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=given.device).masked_fill(~seen, torch.finfo(dtype).min)
         logits = next_logits(self.llm, inputs, mask[:, None], positions, self.cache)
-        self.lengths[first:] = [length + count for length, count in zip(self.lengths[first:], counts, strict=True)]
+        self.lengths[first:] = ends
         return logits
 
     def _reserve(self, rows: int) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from tinylmm.generation.choose import LogProbs, Sampling
-from tinylmm.generation.continuous import End, Event, Question, Token
 from tinylmm.generation.prompts import Prompt, PromptMaker
+from tinylmm.generation.questions import End, Event, Question, Token
 from tinylmm.generation.text import Pieces
 from tinylmm.serving.worker import EngineWorker
 

@@ -71,6 +71,7 @@ class _EngineCounts(Collector):
             "prompt_tokens_reused": ("Prompt tokens that were not computed anew", counts.cached_tokens),
             "new_tokens": ("Tokens generated", counts.new_tokens),
             "near_ties": ("Answers settled by decoding alone", counts.near_ties),
+            "answers_put_back": ("Answers that waited in their middle for room", counts.put_back),
             "images_encoded": ("Images that went through the tower", self.engine.images.encoded),
         }
         return [CounterMetricFamily(f"tinylmm_{name}", text, value) for name, (text, value) in known.items()]

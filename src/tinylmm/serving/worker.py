@@ -6,7 +6,8 @@ import logging
 import queue
 import threading
 
-from tinylmm.generation.continuous import ContinuousEngine, Question
+from tinylmm.generation.continuous import ContinuousEngine
+from tinylmm.generation.questions import Question
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from PIL import Image
 
 from tests.builders import redescribe, tiny_loaded
 from tests.unit.generation.test_engine import ENDS, FAMILIES, GREEDY, NEW, ask, model_of, pixels, reference
-from tinylmm.generation import choose
+from tinylmm.generation import choose, questions
 from tinylmm.generation import continuous as continuous_module
 from tinylmm.generation.choose import Sampling
-from tinylmm.generation.continuous import ContinuousEngine, End, Event, Question, Token
+from tinylmm.generation.continuous import ContinuousEngine
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.questions import End, Event, Question, Token
 from tinylmm.generation.session import ChatModel
 from tinylmm.models.anyres import with_tiles
 from tinylmm.models.lmm import LMM
@@ -155,6 +156,29 @@ def test_a_batch_keeps_to_its_bound_of_tokens_and_one_question_always_fits() -> 
     again = [Asked(prompt) for prompt in prompts[:3]]
     answer(tight, again)
     assert [one.ids for one in again] == [one.ids for one in asked[:3]]
+
+
+def test_answers_that_grow_beyond_the_bound_wait_in_their_middle_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(questions, "AHEAD", 1)
+    model = model_of(FAMILIES["llama"]())
+    prompts = ask(model)
+    samplings = [Sampling(max_new_tokens=30, temperature=float(n % 2), seed=n) for n in range(len(prompts))]
+    expected = []
+    for prompt, sampling in zip(prompts, samplings, strict=True):
+        [[alone]] = Engine(model, pixels, ENDS, sampling).replies([prompt])
+        expected.append(alone.ids)
+    assert sum(len(ids) == 30 for ids in expected) > 5
+    for kept in (LOTS, 0):
+        engine = continuous(model, rows=8, tokens=120, kept=kept)
+        asked = [Asked(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        for one in asked:
+            engine.ask(one.question)
+        while engine.busy:
+            engine.tick()
+            held = list(engine._cache.lengths)
+            assert len(held) * max(held, default=0) <= 120 or len(held) == 1
+        assert [one.ids for one in asked] == expected and engine.counts.put_back > 3
+        assert engine.counts.prompt_tokens == sum(len(prompt.ids) for prompt in prompts)
 
 
 def test_a_question_nobody_waits_for_leaves_between_two_tokens_and_the_others_go_on() -> None:
