@@ -2,8 +2,9 @@
 
 A tick of `ContinuousEngine` lets go of rows nobody waits for, takes new ones in, computes what of their prompts is not kept
 from before (`prefixes.py`), and then one token of every row. The promise is that of `engine.py`, and is kept in the same way:
-a row is followed in the batch only while no choice is in doubt, and otherwise answered by `decode_alone`, from its beginning;
-tokens that were sent already are the same by that promise. Models whose cache cannot be shared are answered by it altogether.
+a row is followed in the batch only while no choice is in doubt. A choice that is, is left to `decode_alone`, which says the
+answer from its beginning up to there (what was told already is the same by the promise), and the row joins the batch again.
+Models whose cache cannot be shared are answered by it altogether.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 WORTH_WAITING = 16
 """A question waits a tick for another that goes on with the same image, or with so many of the same tokens."""
+CATCH_UP = 4
+"""Tokens that were told already and are computed again alone in one tick."""
 PREFILL = 4096
 """Most prompt tokens, padding counted in, that are computed in one tick, so that other answers go on; one prompt always is."""
 
@@ -76,7 +79,7 @@ class ContinuousEngine:
         self.prefixes = Prefixes(kept)
         self._greedy = Chooser(Sampling(), 0, self.device)
         self._running: list[Question] = []
-        self._alone: dict[Question, Iterator[Continued]] = {}
+        self._alone: list[Question] = []
         self._cache = RowCache(model.llm)
         self._turns = 0
 
@@ -125,8 +128,8 @@ class ContinuousEngine:
             log.exception("an answer failed")
             failed = [question for question in questions if question in self._running or question in self._alone]
             batched = [question for question in self._running if question not in failed]
+            self._alone = [question for question in self._alone if question not in failed]
             for question in failed:
-                self._alone.pop(question, None)
                 question.emit(error)
             if len(batched) < len(self._running):  # the cache may be half written: the others begin again
                 self._running.clear()
@@ -140,8 +143,7 @@ class ContinuousEngine:
         self._cache = RowCache(self.model.llm)
 
     def _forget_cancelled(self) -> None:
-        for question in [question for question in self._alone if question.cancelled]:
-            del self._alone[question]
+        self._alone = [question for question in self._alone if not question.cancelled]
         for row in reversed(range(len(self._running))):
             if self._running[row].cancelled:
                 self._remove(row, keep=True)  # it may have come to a stop of its client's, who goes on from there
@@ -290,7 +292,7 @@ class ContinuousEngine:
             token_id, tied = chosen[line]
             if tied:
                 self.counts.near_ties += 1
-                self._remove(row)
+                self._remove(row, keep=True)
                 self._answer_alone(question)
             elif self._say(question, token_id, logits[line]):
                 self._remove(row, keep=True)
@@ -320,13 +322,15 @@ class ContinuousEngine:
         self._running.pop()
 
     def _answer_alone(self, question: Question) -> None:
-        """Answer from the beginning by what defines an answer; what was told already is not told again."""
-        self._alone[question] = self._steps_alone(question)
+        """Answer by what defines an answer, from the beginning or from where that was left."""
+        self._alone.append(question)
         if question.cached is None:
             self._first_turn(question, 0)
+        if question.alone is None:
+            question.alone = self._steps_alone(question)
 
     def _steps_alone(self, question: Question) -> Iterator[Continued]:
-        prompt, told = question.prompt, len(question.ids)
+        prompt = question.prompt
         embeddings = self._embed(
             [prompt.ids], prompt.images, dict.fromkeys(prompt.images, question.load), question.sizes
         )
@@ -339,15 +343,24 @@ class ContinuousEngine:
             nonlocal said
             tokens, doubts = choose(logits, rows, ids)
             said += 1
-            if said > told:
+            if said > len(question.ids):  # else it was told already, and is the same by the promise
                 self._say(question, int(tokens), logits[0])
             return tokens, doubts
 
         yield from decode_alone(self.model.llm, embeddings, choose_and_say, self.ends, question.limit)
 
     def _step_alone(self, question: Question) -> None:
-        if next(self._alone[question], None) is None:
-            del self._alone[question]
+        """Go on with a question; once its doubt is settled it joins the others again, and this goes on at its next doubt."""
+        told = len(question.ids)
+        for _ in range(CATCH_UP):
+            if question.alone is None or next(question.alone, None) is None:
+                self._alone.remove(question)
+                return
+            if len(question.ids) > told:
+                break
+        if len(question.ids) > told and len(question.ids) < question.limit and self._batches(question):
+            self._alone.remove(question)
+            self.waiting.appendleft(question)
 
 
 def _worth_waiting(rest: Sequence[Symbol], others: Sequence[Symbol]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from tinylmm.generation.choose import Chooser, LogProbs, Sampling
+from tinylmm.generation.decode import Continued
 from tinylmm.generation.prefixes import Symbol
 from tinylmm.generation.prompts import Prompt
 
@@ -62,6 +63,8 @@ class Question:
     """The how-manieth it was to be taken in."""
     symbols: tuple[Symbol, ...] = ()
     """The prompt's ids, with the key of its image in the place of each image token."""
+    alone: Iterator[Continued] | None = None
+    """Its answer by `decode_alone`, as far as that was asked."""
     own: Chooser | None = None
     """Draws, or counts what was said; None where the shared greedy choice will do."""
 
