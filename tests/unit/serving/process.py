@@ -85,7 +85,7 @@ class Server:
         self.process, self.url = process, url
 
     def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options)
+        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 300} | options)
 
     @cached_property
     def openai(self) -> OpenAI:
@@ -104,7 +104,7 @@ class Server:
 
     def wait_for(self, name: str, value: float) -> None:
         """Wait until a metric has a value."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while self.metrics()[name] != value:
             assert time.monotonic() < until, (name, self.metrics()[name])
             time.sleep(0.02)
@@ -112,7 +112,7 @@ class Server:
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal, and return exit code and what it said on stderr."""
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=180)
         return self.process.returncode, errors
 
 
@@ -130,7 +130,7 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]
     try:
         line = process.stdout.readline() if process.stdout else ""
         found = re.search(r"at (http://\S+)/v1", line)
-        assert found, (line, process.communicate(timeout=60))
+        assert found, (line, process.communicate(timeout=180))
         yield Server(process, found[1])
     finally:
         process.kill()

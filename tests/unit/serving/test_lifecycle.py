@@ -53,7 +53,7 @@ def leave(server: Server, question: str, stream: bool, **more: Any) -> socket.so
     asked = {"messages": [user(question)], "max_tokens": ENDLESS, "stream": stream} | more
     body = json.dumps(asked).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(server.address, timeout=30)
+    connection = socket.create_connection(server.address, timeout=120)
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
@@ -116,7 +116,7 @@ def test_a_signal_lets_answers_be_finished_and_takes_no_new_ones(folder: Path) -
         others = [pool.submit(ask, server, question, LONG) for question in ("Why?", "What?", "Who?")]
         server.wait_for(WAITING, 2)
         server.process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             try:
                 urllib.request.urlopen(f"{server.url}/health", timeout=5).close()
@@ -128,7 +128,7 @@ def test_a_signal_lets_answers_be_finished_and_takes_no_new_ones(folder: Path) -
         assert "".join(pieces) == expected
         for question, other in zip(("Why?", "What?", "Who?"), others, strict=True):
             assert other.result().choices[0].message.content == model.chat(question, max_new_tokens=LONG)
-        _, errors = server.process.communicate(timeout=60)
+        _, errors = server.process.communicate(timeout=180)
         assert (server.process.returncode, "Traceback" in errors) == (0, False), errors
 
 
@@ -142,8 +142,8 @@ def test_what_cannot_be_finished_in_time_or_after_a_second_signal_is_given_up(fo
         if again:
             time.sleep(0.5)
             server.process.send_signal(signal.SIGINT)
-        server.process.communicate(timeout=30)
-        assert time.monotonic() - began < 20
+        server.process.communicate(timeout=300)
+        assert time.monotonic() - began < 45
         assert server.process.returncode == 0
         for connection in connections:
             connection.close()
@@ -162,7 +162,7 @@ def test_what_cannot_be_finished_in_time_or_after_a_second_signal_is_given_up(fo
 )
 def test_what_cannot_be_served_is_told_in_a_sentence(folder: Path, words: list[str], message: str) -> None:
     command = [sys.executable, "-m", "tinylmm.cli.main", "serve", *[word.format(folder=folder) for word in words]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done
 
 
@@ -170,10 +170,10 @@ def test_a_taken_port_and_a_missing_package_are_told(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "tinylmm.cli.main", "serve", str(folder), "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2 and f"127.0.0.1:{port} is not to be had" in done.stderr
     code = "import sys; sys.modules['fastapi'] = None; sys.argv[1:] = ['serve', 'x']; from tinylmm.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (2, "`tinylmm serve` needs fastapi: pip install 'tinylmm[serve]'\n")
 
 
@@ -196,7 +196,7 @@ def test_a_crowd_that_comes_and_goes_gets_right_answers_under_tight_limits(tmp_p
             own, answered = random.Random(seed), 0
             for _ in range(25):
                 body, expected = own.choice(cases)
-                connection = http.client.HTTPConnection(*server.address, timeout=60)
+                connection = http.client.HTTPConnection(*server.address, timeout=300)
                 headers = {"Content-Type": "application/json"}
                 connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
                 if own.random() < 0.2:
