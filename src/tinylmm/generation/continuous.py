@@ -63,6 +63,9 @@ class ContinuousEngine:
             answers grow beyond it, the youngest wait, and go on from where they were.
         kept: most tokens of earlier prompts and answers whose cache is kept.
         kept_images: images whose features are kept.
+
+    Attributes:
+        exact: whether an answer is promised to be the same tokens whoever else asks.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ContinuousEngine:
         self._alone: list[Question] = []
         self._cache = RowCache(model.llm)
         self._turns = 0
+        self._say_what_is_promised(parameter.dtype)
 
     @property
     def busy(self) -> bool:
@@ -119,6 +123,15 @@ class ContinuousEngine:
             question.emit(error)
         self.waiting.clear()
         self._reset()
+
+    def _say_what_is_promised(self, dtype: torch.dtype) -> None:
+        if not self.exact:
+            name = str(dtype).removeprefix("torch.")
+            log.warning(
+                "%s: who asks beside others may get another answer where two tokens nearly tie, but not in fp32", name
+            )
+        if not self.kind.shareable:
+            log.warning("questions are answered one by one: %s, which cannot be shared", self.kind.why)
 
     def _guard(self, questions: Sequence[Question], work: Callable[[], None]) -> None:
         """Whatever goes wrong in a computation ends the questions that took part in it, and no others."""

@@ -330,3 +330,14 @@ def test_tiled_images_take_tokens_after_their_size() -> None:
             expected = chat.chat(text, [images[key] for key in keys], max_new_tokens=12)
             assert chat.prompts.text(one.ids).strip() == expected
     assert engine.images.encoded == 2
+
+
+def test_a_narrow_type_answers_and_says_what_it_does_not_promise(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(FAMILIES["llama"]()).to(torch.bfloat16)  # type: ignore[arg-type]
+    engine = continuous(model)
+    asked = [Asked(prompt) for prompt in ask(model)]
+    for one in asked:
+        one.question.load = lambda key: pixels(key).bfloat16()
+    answer(engine, asked)
+    assert all(one.ids is not None for one in asked) and not engine.exact
+    assert "bfloat16: who asks beside others may get another answer" in caplog.text
