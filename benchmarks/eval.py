@@ -53,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Make the set and the model, measure, write the result."""
     options = _options(words)
     torch.manual_seed(0)
-    model, tokenizer = _model(options), _tokenizer()
+    model, tokenizer = middle_model(options.width, options.layers, options.size), middle_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         items = _write_set(Path(folder), options)
         record = _measure(options, model, tokenizer, items)
@@ -79,14 +79,14 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _model(options: argparse.Namespace) -> LMM:
-    width = options.width
+def middle_model(width: int, layers: int, size: int) -> LMM:
+    """A random model of middle size: a Llama of this width, a tower for images of `size` pixels."""
     llm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=width,
             intermediate_size=width * 11 // 4,
-            num_hidden_layers=options.layers,
+            num_hidden_layers=layers,
             num_attention_heads=width // 32,
             num_key_value_heads=width // 32,
             max_position_embeddings=2048,
@@ -95,16 +95,17 @@ def _model(options: argparse.Namespace) -> LMM:
     vision = SiglipVisionConfig(
         hidden_size=width * 3 // 4,
         intermediate_size=width * 3,
-        num_hidden_layers=options.layers + 2,
+        num_hidden_layers=layers + 2,
         num_attention_heads=width * 3 // 128,
-        image_size=options.size,
+        image_size=size,
         patch_size=14,
     )
     tower = HFVisionTower(SiglipVisionModel(vision), -2, "patch", False)
     return LMM(llm, tower, MLPConnector(tower.hidden_size, width), "llama").eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def middle_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that knows the words of the questions."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,19 +120,29 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def picture(draw: random.Random) -> Image.Image:
+    """Coloured squares on a ground."""
+    image = Image.new("RGB", (320, 240), tuple(draw.randrange(256) for _ in range(3)))
+    for _ in range(6):
+        patch = Image.new("RGB", (draw.randrange(20, 120),) * 2, tuple(draw.randrange(256) for _ in range(3)))
+        image.paste(patch, (draw.randrange(300), draw.randrange(220)))
+    return image
+
+
+def yes_or_no(draw: random.Random) -> str:
+    """A question as POPE asks them."""
+    return f"Is there a {draw.choice(OBJECTS)} in the image?{SUFFIX}"
+
+
 def _write_set(folder: Path, options: argparse.Namespace) -> list[Item]:
     """Write images and a question file, and read them back as a benchmark's items."""
     draw = random.Random(0)
     (folder / "images").mkdir()
     rows = []
     for number in range(options.images):
-        image = Image.new("RGB", (320, 240), tuple(draw.randrange(256) for _ in range(3)))
-        for _ in range(6):
-            patch = Image.new("RGB", (draw.randrange(20, 120),) * 2, tuple(draw.randrange(256) for _ in range(3)))
-            image.paste(patch, (draw.randrange(300), draw.randrange(220)))
-        image.save(folder / "images" / f"{number}.jpg")
+        picture(draw).save(folder / "images" / f"{number}.jpg")
         for turn in range(options.questions):
-            text = f"Is there a {draw.choice(OBJECTS)} in the image?{SUFFIX}"
+            text = yes_or_no(draw)
             row = {"question_id": f"{number}-{turn}", "image": f"{number}.jpg", "text": text}
             rows.append({**row, "category": "adversarial", "answer": draw.choice(["yes", "no"]), "options": 2})
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

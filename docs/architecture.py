@@ -21,7 +21,7 @@ WIDTH, BOX, GAP, MARGIN = 1120, 88, 46, 24
 ROWS = (
     ("", "", "cli"),
     ("launch", "reports", ""),
-    ("stages", "", ""),
+    ("stages", "", "serving"),
     ("training", "planning", "evaluation", "generation", "convert"),
     ("data", "models"),
     ("config",),

@@ -19,7 +19,7 @@ def load(where: str | Path, **options: Any) -> ChatModel:
 
     Args:
         where: a model folder, a stage or run folder of the store, or the name of a run.
-        options: device, dtype, trust, store; see `tinylmm.generation.session.load`.
+        options: device, dtype, trust, store, attention; see `tinylmm.generation.session.load`.
     """
     from tinylmm.generation.session import load as load_chat_model  # here, as it loads torch
 

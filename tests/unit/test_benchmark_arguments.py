@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import eval as engine
-from benchmarks import scale, significance
+from benchmarks import scale, serving, significance
 
 Main = Callable[[list[str]], int]
 COUNTS: list[tuple[Main, str, str]] = [
@@ -26,6 +26,8 @@ COUNTS: list[tuple[Main, str, str]] = [
     (engine.main, "--layers", "0"),
     (engine.main, "--size", "13"),
     (engine.main, "--width", "96"),
+    (serving.main, "--clients", "0"),
+    (serving.main, "--baseline", "1"),
 ]
 
 
@@ -40,7 +42,8 @@ def test_a_number_that_measures_nothing_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("main", "name"), [(significance.main, "--out"), (scale.main, "--output"), (engine.main, "--out")]
+    ("main", "name"),
+    [(significance.main, "--out"), (scale.main, "--output"), (engine.main, "--out"), (serving.main, "--out")],
 )
 def test_a_result_that_could_not_be_written_is_refused_before_hours_of_measuring(
     main: Main, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

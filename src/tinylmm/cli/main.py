@@ -14,6 +14,7 @@ from tinylmm.cli.evaluate import evaluate
 from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
 from tinylmm.cli.score import score
+from tinylmm.cli.serve import serve
 from tinylmm.version import __version__
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("score")(score)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
 app.add_typer(store.app, name="store")

@@ -145,25 +145,30 @@ def check_image(path: Path | BinaryIO) -> None:
     _decode(path, None, decoded)
 
 
-def image_size(path: Path | BinaryIO, upright: bool = False) -> tuple[int, int]:
-    """Width and height of an image file in pixels, from its header alone.
+def image_size(path: Path | BinaryIO, upright: bool = False, data: bytes | None = None) -> tuple[int, int]:
+    """Width and height of an image file (or of the bytes of one) in pixels, from its header alone.
+
+    Args:
+        upright: the size is that of the turned image.
+        data: read this instead; `path` then only names it in messages.
 
     Raises:
         DataError: not one of FORMATS, or more than MAX_PIXELS.
     """
-    return image_header(path, upright)[0]
+    return image_header(path, upright, data)[0]
 
 
-def image_header(path: Path | BinaryIO, upright: bool = False) -> tuple[tuple[int, int], str, bool]:
+def image_header(
+    path: Path | BinaryIO, upright: bool = False, data: bytes | None = None
+) -> tuple[tuple[int, int], str, bool]:
     """Size in pixels, format, and whether the camera says to turn the image.
 
-    Args:
-        upright: the size is that of the turned image.
+    Args: as `image_size`.
 
     Raises:
         DataError: as `image_size`.
     """
-    with _open_header(path) as image:
+    with _open_header(path, data) as image:
         orientation = _orientation(image)
         size = image.size[::-1] if upright and orientation > 4 else image.size
         return size, str(image.format), orientation in _TURNS

@@ -32,6 +32,22 @@ logits by 1e-6 of it. Narrower types have no entry: their rounding is as large a
 
 
 @dataclass(frozen=True)
+class LogProbs:
+    """How likely a token was, in nats, before temperature and the like, and which ones were the likeliest."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+def log_probs(logits: Tensor, token: int, top: int) -> LogProbs:
+    """Of a chosen token and of the `top` likeliest, from logits (V,)."""
+    all_of_them = logits.float().log_softmax(-1)
+    best = all_of_them.topk(min(top, len(all_of_them)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return LogProbs(float(all_of_them[token]), tuple(pairs))
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
@@ -81,14 +97,14 @@ class Sampling:
         return cls(**options)
 
     def processors(self) -> LogitsProcessorList:
-        """transformers' processors for these settings, in its order."""
+        """transformers' processors for these settings, in its order; they refuse whole numbers."""
         found: list[Any] = []
         if self.repetition_penalty != 1:
-            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         if self.temperature:
-            found.append(TemperatureLogitsWarper(self.temperature))
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
             found += [TopKLogitsWarper(self.top_k)] if self.top_k else []
-            found += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+            found += [TopPLogitsWarper(float(self.top_p))] if self.top_p < 1 else []
         return LogitsProcessorList(found)
 
 

@@ -1,4 +1,6 @@
-"""The decoding loop over a key-value cache: the only one, for batches and for a row alone, greedy and drawn.
+"""The decoding loop over a key-value cache, for batches that begin together and for a row alone, greedy and drawn.
+
+Rows that come and go are stepped by `continuous.py`, whose answers are held to those of `decode_alone`.
 
 Shapes: B rows, S tokens behind a shared prefix, V the vocabulary, Dl the LLM's width.
 """
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from tinylmm.generation.cache import select_rows
-from tinylmm.generation.choose import Chooser
 
 T = TypeVar("T")
+Choose = Callable[[Tensor, Sequence[int], Sequence[Sequence[int]]], tuple[Tensor, list[bool]]]
+"""What `choose.Chooser` is: logits (B, V), the rows they belong to and all answers so far -> tokens and doubts."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Start:
 def decode(
     llm: nn.Module,
     start: Start,
-    choose: Chooser,
+    choose: Choose,
     ends: frozenset[int],
     limits: Sequence[int],
     check: Callable[[], None] = lambda: None,
@@ -91,7 +94,7 @@ def decode(
     inputs: dict[str, Any] = {"inputs_embeds": start.embeddings}
     while True:
         check()
-        logits = _next_logits(llm, inputs, mask, positions, cache)
+        logits = next_logits(llm, inputs, mask, positions, cache)
         tokens, ties = choose(logits, live, [answer.ids for answer in found])
         keep = []
         for place, (row, token, tied) in enumerate(zip(live, tokens.tolist(), ties, strict=True)):
@@ -123,7 +126,7 @@ def decode(
 def decode_alone(
     llm: nn.Module,
     embeddings: Tensor,
-    choose: Chooser,
+    choose: Choose,
     ends: frozenset[int],
     limit: int,
     check: Callable[[], None] = lambda: None,
@@ -142,7 +145,7 @@ def last(steps: Iterator[T]) -> T:
     return deque(steps, maxlen=1)[0]
 
 
-def _next_logits(
+def next_logits(
     llm: nn.Module, inputs: dict[str, Any], mask: Tensor | None, positions: Tensor, cache: DynamicCache
 ) -> Tensor:
     """(B, V) logits behind the last token of each row."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tinylmm.constants import IMAGE_SLOT
 from tinylmm.data.images import as_rgb, open_image
+from tinylmm.data.slots import question
 from tinylmm.errors import DataError, UserError
 
 ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
@@ -150,21 +151,36 @@ def _message(number: int, message: Mapping[str, Any]) -> tuple[str, str, list[Im
         raise UserError(f"history[{number}] has the role {role!r}; allowed: {', '.join(_ROLES)}.")
     if isinstance(content, str):
         return role, content, []
-    texts, images = [], []
+    parts: list[str | None] = []
+    images = []
     for part in content if isinstance(content, list) else [content]:
         fields: Mapping[str, Any] = part if isinstance(part, Mapping) else {}
         kind = fields.get("type")
         if kind == "text" and isinstance(fields.get("text"), str):
-            texts.append(fields["text"])
+            parts.append(fields["text"])
         elif kind in ("image", "image_url") and role == "user" and (image := _image_of(fields)) is not None:
-            texts.append(IMAGE_SLOT)
+            parts.append(None)
             images.append(image)
         else:
             raise UserError(
                 f"history[{number}] has the content {str(part)[:60]!r}; allowed: a text, or a list of parts of type text "
                 "and, in a user's message, image or image_url."
             )
-    return role, "\n".join(texts), images
+    return role, placed(parts), images
+
+
+def placed(parts: Sequence[str | None]) -> str:
+    """Text of a message's parts, None for an image: with a slot for each image, unless the texts bring slots of their own.
+
+    Images in front of all texts stand as `question` puts those that come with a text.
+    """
+    texts = [part for part in parts if part is not None]
+    images = len(parts) - len(texts)
+    if not images or any(IMAGE_SLOT in text for text in texts):
+        return "\n".join(texts)
+    if all(part is None for part in parts[:images]):
+        return question("\n".join(texts), images).user
+    return "\n".join(IMAGE_SLOT if part is None else part.strip() for part in parts)
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:

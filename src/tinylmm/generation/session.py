@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinylmm.constants import IMAGE_SLOT
-from tinylmm.data.chat import get_template
+from tinylmm.data.chat import Turn, get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
 from tinylmm.errors import UserError
@@ -21,6 +21,7 @@ from tinylmm.generation.engine import Engine
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.inputs import Exchange, History, ImageInput, Images, as_list, conversation, decode
 from tinylmm.generation.prompts import Prompt, PromptMaker
+from tinylmm.generation.text import Pieces
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, named_device, to_precision
@@ -30,12 +31,17 @@ KEPT_FEATURES = 32
 """Images whose tower features are kept, so that a conversation encodes its image once."""
 
 
+class TooLongError(UserError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 def load(
     where: str | Path,
     device: str | torch.device = "auto",
     dtype: str = "auto",
     trust: Sequence[str] = (),
     store: str | Path | None = None,
+    attention: str = "auto",
 ) -> ChatModel:
     """Load a model to talk to.
 
@@ -45,6 +51,7 @@ def load(
         dtype: "auto" (bf16 on a GPU, fp32 on the CPU), "fp32", "bf16" or "fp16".
         trust: packages besides tinylmm and transformers whose classes the model may be made of.
         store: where runs are looked for by name.
+        attention: "auto" (flash-attn where it is installed and can compute this), or "sdpa".
 
     Raises:
         UserError: there is no such model, device or dtype.
@@ -57,7 +64,7 @@ def load(
     precision = dtype if dtype != "auto" else "bf16" if target.type == "cuda" else "fp32"
     loaded = load_model(folder, list(trust))
     to_precision(loaded.model, target, DTYPES[precision])
-    loaded.model.set_attention(choose_attention("auto", precision, target))
+    loaded.model.set_attention(choose_attention(attention, precision, target))
     return ChatModel(loaded)
 
 
@@ -158,19 +165,12 @@ class ChatModel:
         return Conversation(self, image)
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        ids: list[int] = []
-        sent = ""
+        pieces = Pieces(self.prompts.text)
         for token in tokens:
-            ids.append(token)
-            # Behind a half-written character and trailing white space more may come that changes them: hold them back.
-            text = self.prompts.text(ids).lstrip()
-            ready = text.rstrip("\ufffd").rstrip()
-            if ready.startswith(sent) and len(ready) > len(sent):
-                yield ready[len(sent) :]
-                sent = ready
-        final = self.prompts.text(ids).strip()
-        if len(final) > len(sent):
-            yield final[len(sent) :]
+            if piece := pieces.add(token):
+                yield piece
+        if piece := pieces.finish():
+            yield piece
 
     def _engine(self, loaded: _Loaded, sampling: Sampling, rows: int = 1) -> Engine:
         sizes = loaded.sizes if self.model.tiled else None
@@ -178,21 +178,44 @@ class ChatModel:
         return Engine(self.model, load, self.prompts.ends, sampling, rows=rows, sizes=sizes, images=self._features)
 
     def _prepare(self, name: str, prompt: str, image: Images, history: History, loaded: _Loaded) -> Prompt:
-        """Make a prompt, put its images into `loaded`, and see that it leaves room for an answer."""
-        turns, keys = [], []
+        """Make a prompt, and put its images into `loaded`."""
         system, past = conversation(history)
-        for asked, answer, images in [(e.question, e.answer, e.images) for e in past] + [(prompt, None, image)]:
-            found = as_list(images)
-            _check_slots(asked, len(found))
-            turns.append(question(asked, len(found), answer))
-            keys += [self._load(item, loaded) for item in found]
-        counts = [self.model.tokens_of(*loaded.sizes[key]) for key in keys]
+        asked = [Exchange(prompt, "", tuple(as_list(image)))]
+        turns = [(e.question, [self._load(item, loaded) for item in as_list(e.images)]) for e in [*past, *asked]]
+        return self.prompt(name, turns, [e.answer for e in past], system, loaded.sizes)
+
+    def prompt(
+        self,
+        name: str,
+        questions: Sequence[tuple[str, Sequence[str]]],
+        answers: Sequence[str],
+        system: str | None,
+        sizes: Mapping[str, tuple[int, int]],
+    ) -> Prompt:
+        """Make a prompt of a conversation, and see that it leaves room for an answer.
+
+        Args:
+            questions: each with the keys of its images; the last one is to be answered.
+            answers: to all questions but the last.
+            system: the conversation's own system message; None takes the template's.
+            sizes: width and height of each image, by key.
+
+        Raises:
+            UserError: images and `<image>` slots differ in number, or the prompt does not fit the model's context.
+        """
+        turns: list[Turn] = []
+        keys: list[str] = []
+        for (asked, images), answer in zip(questions, [*answers, None], strict=True):
+            _check_slots(asked, len(images))
+            turns.append(question(asked, len(images), answer))
+            keys += images
+        counts = [self.model.tokens_of(*sizes[key]) for key in keys]
         made = self.prompts.prompt(name, turns, keys, counts, system)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is None:
             return made
         if len(made.ids) >= limit:
-            raise UserError(
+            raise TooLongError(
                 f"the prompt is {len(made.ids)} tokens long with its images, and the model reads {limit} at most. "
                 "Shorten it, or start a new conversation."
             )

@@ -50,3 +50,12 @@ def test_logits_that_are_not_finite_are_an_error_also_when_drawing() -> None:
     for sampling in (Sampling(), Sampling(temperature=1.0)):
         with pytest.raises(FloatingPointError, match="not finite"):
             Chooser(sampling, 1, CPU)(torch.tensor([[1.0, float("nan")]]), [0], [[]])
+
+
+def test_settings_may_be_whole_numbers() -> None:
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0))
+    whole, real = (
+        Sampling(temperature=2, top_p=1, repetition_penalty=3),
+        Sampling(temperature=2.0, repetition_penalty=3.0),
+    )
+    assert Chooser(whole, 1, CPU)(logits, [0], [[4]])[0] == Chooser(real, 1, CPU)(logits, [0], [[4]])[0]

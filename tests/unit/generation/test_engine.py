@@ -167,7 +167,7 @@ def test_rounding_in_a_batch_stays_far_below_what_counts_as_a_near_tie() -> None
         pads = torch.tensor([width - row.shape[1] for row in rows])[:, None]
         mask = torch.cat([torch.ones(6, 12), (torch.arange(width) >= pads).float()], 1).long()
         positions = 12 + (torch.arange(width) - pads).clamp(min=0)
-        together = decode._next_logits(model.llm, {"inputs_embeds": padded}, mask, positions, kept)
+        together = decode.next_logits(model.llm, {"inputs_embeds": padded}, mask, positions, kept)
     largest = torch.stack(alone).abs().amax(-1, keepdim=True)
     assert float(((together - torch.stack(alone)).abs() / largest).max()) < choose.TIE[torch.float32] / 10
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tinylmm.errors import DataError, TinyLMMError, UserError
-from tinylmm.generation.inputs import Exchange, as_list, conversation, decode
+from tinylmm.generation.inputs import Exchange, as_list, conversation, decode, placed
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8))
 
@@ -89,6 +89,21 @@ def test_openai_messages_are_the_exchanges_that_they_hold() -> None:
     assert exchanges == [Exchange("<image>\nWhat?", "A duck.", ("a.png",)), Exchange("Sure?", "Yes.")]
     assert conversation([("What?", "A duck."), exchanges[1]]) == (None, [Exchange("What?", "A duck."), exchanges[1]])
     assert conversation([]) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([None, " Why? "], "<image>\nWhy?"),
+        ([None, None, " Why?", "Now "], "<image>\n<image>\nWhy?\nNow"),
+        (["Is ", None, " red"], "Is\n<image>\nred"),
+        (["Is <image> red? ", None], "Is <image> red? "),
+        ([None, None], "<image>\n<image>\n"),
+        (["a ", " b"], "a \n b"),
+    ],
+)
+def test_images_of_a_message_stand_where_its_parts_or_its_text_say(parts: list[str | None], text: str) -> None:
+    assert placed(parts) == text
 
 
 @pytest.mark.parametrize(

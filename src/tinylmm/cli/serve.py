@@ -1,0 +1,76 @@
+"""`tinylmm serve`: answer requests as OpenAI's API does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinylmm.cli.terminal import echo
+from tinylmm.errors import UserError
+
+KEY = "TINYLMM_API_KEY"
+
+
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; by default its run or folder.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another name that requests may call this by.")] = None,
+    rows: Annotated[int, typer.Option(help="Most answers at a time.")] = 32,
+    queue: Annotated[int, typer.Option(help="Most answers that wait; more are told to come again (429).")] = 128,
+    tokens: Annotated[int, typer.Option(help="Most tokens of all answers at a time, prompts counted in.")] = 32768,
+    kept_tokens: Annotated[int, typer.Option(help="Most tokens of earlier turns kept in the cache.")] = 32768,
+    kept_images: Annotated[int, typer.Option(help="Images that are not encoded again.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer where a request names none.")] = 512,
+    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 16,
+    max_pixels: Annotated[int, typer.Option(help="Most pixels of a request's images together.")] = 50_000_000,
+    body_mb: Annotated[float, typer.Option(help="Most megabytes of a request.")] = 32,
+    read_s: Annotated[float, typer.Option(help="Seconds for a request to arrive, a piece to be taken.")] = 60,
+    drain_s: Annotated[float, typer.Option(help="Seconds that answers may still take after SIGTERM.")] = 30,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",
+    store: Annotated[Path | None, typer.Option(envvar="TINYLMM_STORE", help="Where runs are found by name.")] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="A package whose classes the model may use.")] = None,
+) -> None:
+    """Serve a model to OpenAI clients at /v1/chat/completions, until Ctrl-C or SIGTERM; then finish what is begun.
+
+    Greedy unless a request names a temperature. The environment's TINYLMM_API_KEY is asked of every client, if set.
+    """
+    given = locals()
+    # imported here, as torch would slow down every other command's start
+    try:
+        from tinylmm.serving.app import make_app
+        from tinylmm.serving.http import LOOPBACK
+        from tinylmm.serving.options import ServeOptions
+        from tinylmm.serving.server import bind, run
+        from tinylmm.serving.service import Service
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "tinylmm":
+            raise
+        raise UserError(f"`tinylmm serve` needs {error.name}: pip install 'tinylmm[serve]'") from None
+    options = ServeOptions(**{field.name: given[field.name] for field in fields(ServeOptions) if field.name in given})
+    taken = bind(host, port)
+    from transformers.utils import logging as transformers_logging
+
+    from tinylmm.generation.session import load
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    key = os.environ.get(KEY) or None
+    local = taken.getsockname()[0] in LOOPBACK
+    if not local and key is None:
+        logging.getLogger(__name__).warning("anybody who reaches %s may ask: set %s to ask for a key", host, KEY)
+    # Rows of different lengths need a mask, which flash-attn does not take.
+    chat = load(checkpoint, device=device, dtype=dtype, trust=trust or [], store=store, attention="sdpa")
+    service = Service(chat, name or Path(checkpoint).resolve().name, options)
+    hosts = (*LOOPBACK, host.lower(), *(allow_host or [])) if local and key is None else None
+    at = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+    run(
+        make_app(service, key, hosts), taken, options, lambda: echo(f"serving {service.name} at {at}/v1 (Ctrl-C stops)")
+    )

@@ -1,0 +1,112 @@
+"""One model that answers requests: what a request is made into, and how many may be answered or wait at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from tinylmm.errors import UserError
+from tinylmm.generation.choose import Sampling
+from tinylmm.generation.continuous import ContinuousEngine
+from tinylmm.generation.session import ChatModel, TooLongError
+from tinylmm.serving.answers import Answers, Asked
+from tinylmm.serving.errors import ApiError, wrong
+from tinylmm.serving.images import ImageShelf, key_of
+from tinylmm.serving.messages import Conversation
+from tinylmm.serving.metrics import Metrics
+from tinylmm.serving.options import ServeOptions
+from tinylmm.serving.worker import EngineWorker
+
+READERS = 2
+"""Threads that read requests and decode images."""
+
+
+class Service:
+    """A model with its engine's thread.
+
+    Args:
+        name: what clients call it.
+    """
+
+    def __init__(self, chat: ChatModel, name: str, options: ServeOptions) -> None:
+        self.chat, self.name, self.options = chat, name, options
+        engine = ContinuousEngine(
+            chat.model, chat.prompts.ends, options.rows, options.tokens, options.kept_tokens, options.kept_images
+        )
+        self.worker = EngineWorker(engine)
+        self.readers = ThreadPoolExecutor(READERS, "reader")
+        self.shelf = ImageShelf(chat.transform, options.kept_images, options.max_pixels)
+        self.metrics = Metrics(engine, lambda: max(0, self._taken - engine.answering))
+        self.began = int(time.time())
+        self._taken = 0
+        self._seconds = 1.0
+        self._rendering = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.worker.start()
+
+    def close(self) -> None:
+        """End; answers that are not complete fail."""
+        self.readers.shutdown(wait=True, cancel_futures=True)
+        self.worker.close()
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Hold places among those who are answered or wait.
+
+        Raises:
+            ApiError: there are not enough (429).
+        """
+        most = self.options.rows + self.options.queue
+        if count > most:
+            raise wrong(f"n is {count}; this server has {most} places in all.", "n")
+        if self._taken + count > most:
+            wait = max(1, math.ceil(self._seconds * self.options.queue / self.options.rows))
+            text = f"{self._taken} answers are being written or wait for their turn, and {most} may. Come again later."
+            raise ApiError(429, text, None, "queue_full", {"Retry-After": str(min(wait, 60))})
+        self._taken += count
+        began = time.monotonic()
+        try:
+            yield
+            self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
+        finally:
+            self._taken -= count
+
+    async def prepare(self, conversation: Conversation) -> Asked:
+        """Decode a conversation's images and make its prompt, beside the event loop.
+
+        Raises:
+            ApiError: an image cannot be read, or the prompt does not fit the model's context.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.readers, self._prepare, conversation)
+
+    def _prepare(self, conversation: Conversation) -> Asked:
+        files = [file for said in conversation.questions for file in said.images]
+        if len(files) > self.options.max_images:
+            raise wrong(
+                f"the request has {len(files)} images; this server takes {self.options.max_images} at most.", "messages"
+            )
+        images = self.shelf.prepare(files)
+        sizes = {key: image.size for key, image in images.items()}
+        questions = [(said.text, [key_of(file) for file in said.images]) for said in conversation.questions]
+        try:
+            with self._rendering:  # a tokenizer serves one thread at a time
+                prompt = self.chat.prompt("", questions, conversation.answers, conversation.system, sizes)
+        except TooLongError as error:
+            raise wrong(str(error), "messages", "context_length_exceeded") from None
+        except UserError as error:
+            raise wrong(str(error), "messages") from None
+        tokens = sum(self.chat.model.tokens_of(*sizes[key]) for key in prompt.images)
+        return Asked(prompt, {key: image.pixels for key, image in images.items()}, sizes, tokens)
+
+    def ask(
+        self, asked: Asked, samplings: Sequence[Sampling], stops: Sequence[str] = (), alternatives: int | None = None
+    ) -> Answers:
+        """Have a question answered, once for each sampling."""
+        return Answers(self.worker, self.chat.prompts, asked, samplings, stops, alternatives)
