@@ -17,7 +17,13 @@ OVERLAPS_SHOWN = 10
 
 
 def report(
-    runs: Annotated[list[str] | None, typer.Argument(help="Run names; default: the newest finished run.")] = None,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Run names, or the words of a sweep as tinylmm-train takes them (experiment=nano_paper, seed=0,1); "
+            "default: the newest finished run."
+        ),
+    ] = None,
     store: StoreOption = Path("store"),
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: STORE/reports/RUN.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores and paths as JSON instead of a table.")] = False,
@@ -31,19 +37,24 @@ def report(
         bool, typer.Option("--overlap", help="Look for images that a run was both trained on and asked about.")
     ] = False,
 ) -> None:
-    """Show a run's scores and write report.html, report.md and results.json (several runs: side by side)."""
+    """Show a run's scores and write report.html, report.md and results.json.
+
+    Several runs, or a sweep: by what varies between them, with intervals over seeds and questions, and table.tex and table.csv.
+    """
     # imported here, as matplotlib and Jinja2 would slow down every other command's start
     from tinylmm.reports.collect import collect_report
+    from tinylmm.reports.effects import findings_of
     from tinylmm.reports.picture import results_picture
     from tinylmm.reports.tables import render_scores, result_rows
     from tinylmm.reports.write import write_files
 
-    collected = collect_report(store, runs)
+    names = _named(store, runs) if runs and any("=" in word for word in runs) else runs
+    collected = collect_report(store, names)
     if compare or overlap:
         _compare(collected, out, as_json) if compare else _overlap(collected, as_json)
         return
-    paths = write_files(collected, out)
-    written = {"html": paths.html, "markdown": paths.markdown, "results": paths.results}
+    findings = findings_of(collected)
+    written = dict(write_files(collected, out, findings).items())
     if picture is not None:
         results_picture(collected, picture)
         written["picture"] = picture
@@ -56,9 +67,22 @@ def report(
         echo_json(record)
         return
     console = terminal()
-    console.print(render_scores(collected))
+    console.print(render_scores(collected, findings))
     for name, path in written.items():
         console.print(f"{name:>9}  {path}", highlight=False, soft_wrap=True)
+
+
+def _named(store: Path, words: list[str]) -> list[str]:
+    """Names of the runs of a sweep: of each that these words ask for the newest."""
+    from tinylmm.config.compose import compose_all
+    from tinylmm.reports.sweep import runs_of_sweep
+
+    specs = [spec.model_dump(mode="json") for _, spec in compose_all(words, multirun=True)]
+    found = runs_of_sweep(store, specs)
+    if len(found) < len(specs):
+        left_out = f"{len(specs) - len(found)} of {len(specs)} runs"
+        echo(f"{left_out} that these words ask for have not ended, and are left out.", err=True)
+    return found
 
 
 def _compare(collected: Report, out: Path | None, as_json: bool) -> None:

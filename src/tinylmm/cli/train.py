@@ -86,15 +86,17 @@ def report(outcomes: list[RunOutcome], console: Console) -> int:
     """Write the report of the runs that came to their end, print its table, and return the worst exit code."""
     from tinylmm.errors import printable, worst_exit_code
     from tinylmm.reports.collect import collect_report
+    from tinylmm.reports.effects import findings_of
     from tinylmm.reports.tables import render_scores
     from tinylmm.reports.write import write_files
 
     finished = [outcome for outcome in outcomes if outcome.came_to_end]
     if finished:
         found = collect_report(finished[0].folder.parents[1], [outcome.name for outcome in finished])
-        paths = write_files(found)
+        findings = findings_of(found)
+        paths = write_files(found, findings=findings)
         if any(run.evaluations for run in found.runs):
-            console.print(render_scores(found))
+            console.print(render_scores(found, findings))
         console.print(f"report   {paths.html}", highlight=False, soft_wrap=True)
     said: dict[str, list[str]] = {}
     for outcome in outcomes:

@@ -164,9 +164,9 @@ def _labels(values: Sequence[Any]) -> list[str]:
     whole = [_word(value) for value in values]
     for separator in ("/", "."):
         texts = [value.rsplit(separator, 1)[-1] if isinstance(value, str) else _word(value) for value in values]
-        if all(texts) and len(set(texts)) == len(texts) and any(separator in str(value) for value in values):
-            if all(isinstance(value, str | None) for value in values):
-                return texts
+        tells = all(texts) and len(set(texts)) == len(texts) and any(separator in str(value) for value in values)
+        if tells and all(isinstance(value, str | None) for value in values):
+            return texts
     return whole
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from tinylmm.reports.compare import Pair, p_text, pair_notes
+from tinylmm.reports.effects import Findings
 from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
@@ -27,8 +28,8 @@ CURVE_KINDS = ("parts", "train")
 FLIPS_A_SIDE = 30
 
 
-def render_html(report: Report) -> str:
-    """Return the page."""
+def render_html(report: Report, findings: Findings | None = None) -> str:
+    """Return the page; of runs that differ, what they say together comes first."""
     environment = _environment()
     single = len(report.runs) == 1
     header, rows = compare_grid(report)

@@ -39,7 +39,7 @@ def pair_answers(store: Path, first: Evaluation, second: Evaluation) -> Paired:
     specs = [read_stored_spec(evaluation.folder) for evaluation in (first, second)]
     keys: list[list[Key | None]]
     if specs[0].identity == specs[1].identity:
-        keys = [[_by_name(one) for one in side] for side in rows]
+        keys = [[by_name(one) for one in side] for side in rows]
     else:
         shared = {_words(one) for one in rows[0]} & {_words(one) for one in rows[1]}
         keys = [_by_bytes(store, spec, side, shared) for spec, side in zip(specs, rows, strict=True)]
@@ -75,7 +75,8 @@ def _words(one: Generation) -> Words:
     return one.category, one.question, one.truth
 
 
-def _by_name(one: Generation) -> Key:
+def by_name(one: Generation) -> Key:
+    """What was asked, with its images by their names: enough among evaluations that read the same files."""
     return *_words(one), *(ref.key for ref in one.images)
 
 

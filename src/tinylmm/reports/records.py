@@ -243,10 +243,14 @@ class RunReport:
         return None
 
     @property
+    def trainings_finished(self) -> list[StageReport]:
+        """The trainings whose result the run has."""
+        return [stage for stage in self.stages if stage.kind == TRAIN and stage.finished]
+
+    @property
     def models(self) -> dict[str, Path]:
         """Name of each finished training stage -> the folder of its model."""
-        trained = [stage for stage in self.stages if stage.kind == TRAIN and stage.finished]
-        return {stage.name: model_folder(stage.folder) for stage in trained if stage.folder is not None}
+        return {stage.name: model_folder(stage.folder) for stage in self.trainings_finished if stage.folder is not None}
 
     def score_rows(self) -> list[ScoreRow]:
         """One row a metric, evaluation by evaluation, over all questions first, categories in their file's order."""

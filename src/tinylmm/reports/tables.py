@@ -17,8 +17,10 @@ from rich.text import Text
 
 from tinylmm.errors import printable
 from tinylmm.evaluation.protocol import Protocol
+from tinylmm.reports.effects import Findings
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
+from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
 
 MAX_COMPARED_CATEGORIES = 8
@@ -131,6 +133,7 @@ def protocol_grid(run: RunReport) -> tuple[list[str], list[list[str]]]:
     return ["", *columns], [[words(name), *(found.get(c, ABSENT) for c in columns)] for name, found in facts.items()]
 
 
+STUDY_IN_TERMINAL = ("Cells", "Seeds", "Main effects")
 MAX_LABEL_WIDTH = 24
 """Characters of a column that a narrow terminal leaves whole."""
 
@@ -145,8 +148,10 @@ def row_label(run: RunReport, row: ScoreRow) -> str:
     return f"{words(row.name)}: {label}" if several else label
 
 
-def render_scores(report: Report) -> Group:
-    """The table that ends a run in the terminal."""
+def render_scores(report: Report, findings: Findings | None = None) -> Group:
+    """The table that ends a run or a sweep in the terminal."""
+    if findings is not None:
+        return _render_study(findings)
     single = len(report.runs) == 1
     header, rows = score_grid(report.runs[0]) if single else compare_grid(report)
     percent = all(score.value <= 100 for run in report.runs for e in run.evaluations for score in e.scores)
@@ -168,6 +173,24 @@ def render_scores(report: Report) -> Group:
     return Group(table, *map(Text, _protocol_lines(report.runs[0]) if single else compare_notes(report)))
 
 
+def _render_study(findings: Findings) -> Group:
+    """The cells of a sweep, what a factor adds, and what may be chance."""
+    parts: list[Any] = []
+    for section in study_sections(findings):
+        if section.title not in STUDY_IN_TERMINAL:
+            continue
+        title = f"{len(findings.study.report.runs)} runs" if section.title == "Cells" else section.title
+        table = Table(title=Text(title), title_justify="left")
+        for index, name in enumerate(section.header):
+            width = max([len(cells[index]) for cells in section.rows], default=0)
+            justify: Literal["left", "right"] = "left" if index < section.text_columns else "right"
+            table.add_column(Text(name), justify=justify, min_width=min(width, MAX_LABEL_WIDTH))
+        for cells in section.rows:
+            table.add_row(*map(Text, cells))
+        parts += [*map(Text, section.before), *([table] if section.rows else []), *map(Text, section.after)]
+    return Group(*parts)
+
+
 def _protocol_lines(run: RunReport) -> list[str]:
     """For the terminal: how each evaluation was made, and which have no figure."""
     facts = {name: evaluation.protocol.facts() for name, evaluation in run.last_evaluations.items()}
@@ -182,10 +205,22 @@ def _protocol_lines(run: RunReport) -> list[str]:
     return [*lines, *(note for note in run.notes if " has no figure: " in note)]
 
 
-def render_markdown(report: Report) -> str:
+def _study_markdown(findings: Findings) -> list[str]:
+    blocks = [f"# {len(findings.study.report.runs)} runs, {len(findings.study.cells)} cells"]
+    for section in study_sections(findings):
+        if section.title != "Cells":
+            blocks.append(f"## {section.title}")
+        blocks.append("\n".join(f"- {escape_markdown(line)}" for line in section.before))
+        if section.rows:
+            blocks.append(markdown_table(list(section.header), [*map(list, section.rows)], section.text_columns))
+        blocks.append("\n".join(f"- {escape_markdown(line)}" for line in section.after))
+    return blocks
+
+
+def render_markdown(report: Report, findings: Findings | None = None) -> str:
     """The report in short, for a pull request or a notebook."""
-    blocks = []
-    if len(report.runs) > 1:
+    blocks = [] if findings is None else _study_markdown(findings)
+    if len(report.runs) > 1 and findings is None:
         blocks += [f"# {len(report.runs)} runs", markdown_table(*compare_grid(report), text_columns=2)]
         blocks.append("\n".join(f"- {escape_markdown(line)}" for line in compare_notes(report)))
     for run in report.runs:

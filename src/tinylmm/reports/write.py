@@ -1,18 +1,20 @@
-"""Writes a report's three files, each whole or not at all: report.html, report.md, results.json."""
+"""Writes a report's files, each whole or not at all: report.html, report.md, results.json, and of a sweep its tables."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinylmm.errors import UserError
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.compare import Pair, comparison_json
+from tinylmm.reports.effects import Findings, findings_of
 from tinylmm.reports.html import render_comparison_html, render_html
 from tinylmm.reports.records import Report
+from tinylmm.reports.study_tables import study_csv, study_latex
 from tinylmm.reports.tables import render_markdown, result_rows
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import StoreLayout
@@ -23,11 +25,17 @@ MAX_FOLDER_CHARS = 100
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where a report's files lie."""
+    """Where a report's files lie; the last two are a sweep's."""
 
     html: Path
     markdown: Path
     results: Path
+    latex: Path | None = None
+    csv: Path | None = None
+
+    def items(self) -> list[tuple[str, Path]]:
+        """Name and path of each that there is."""
+        return [(name, path) for name, path in vars(self).items() if path is not None]
 
 
 def write_report(store_root: Path, runs: Sequence[str] | None = None, out: Path | None = None) -> ReportPaths:
@@ -42,20 +50,25 @@ def write_report(store_root: Path, runs: Sequence[str] | None = None, out: Path 
         UserError: unknown run, empty store, nothing finished yet, or `out` is a file.
         IntegrityError: a file of the store is unreadable or contradicts another.
     """
-    return write_files(collect_report(store_root, runs), out)
+    report = collect_report(store_root, runs)
+    return write_files(report, out, findings_of(report))
 
 
-def write_files(report: Report, out: Path | None = None) -> ReportPaths:
-    """Write a collected report; arguments and errors as in `write_report`."""
+def write_files(report: Report, out: Path | None = None, findings: Findings | None = None) -> ReportPaths:
+    """Write a collected report, and what its runs say together where they differ; else as in `write_report`."""
     folder = StoreLayout(report.store).reports / _folder_name(report) if out is None else out
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; a report is a folder with three files. Name another place.")
     folder.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(folder / "report.html", folder / "report.md", folder / "results.json")
     results = {"format": RESULTS_FORMAT, "rows": result_rows(report)}
-    write_atomic(paths.html, render_html(report))
-    write_atomic(paths.markdown, render_markdown(report))
+    write_atomic(paths.html, render_html(report, findings))
+    write_atomic(paths.markdown, render_markdown(report, findings))
     write_atomic(paths.results, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if findings is not None:
+        paths = replace(paths, latex=folder / "table.tex", csv=folder / "table.csv")
+        write_atomic(folder / "table.tex", study_latex(findings))
+        write_atomic(folder / "table.csv", study_csv(findings))
     return paths
 
 

@@ -36,8 +36,8 @@ def test_results_hold_format_and_rows(store: StoreBuilder) -> None:
 
 def test_writing_again_changes_no_byte(store: StoreBuilder) -> None:
     store.whole()
-    first = [path.read_bytes() for path in vars(write_report(store.root)).values()]
-    assert [path.read_bytes() for path in vars(write_report(store.root)).values()] == first
+    first = [path.read_bytes() for _, path in write_report(store.root).items()]
+    assert [path.read_bytes() for _, path in write_report(store.root).items()] == first
 
 
 def test_out_is_made_and_taken(store: StoreBuilder, tmp_path: Path) -> None:
