@@ -15,10 +15,12 @@ from markupsafe import Markup
 
 from tinylmm.reports.compare import Pair, p_text, pair_notes
 from tinylmm.reports.effects import Findings
+from tinylmm.reports.figures import picture_svg, study_pictures
 from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
+from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.tables import compare_grid, compare_notes, protocol_grid, protocol_line, row_label
 from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
@@ -32,14 +34,36 @@ def render_html(report: Report, findings: Findings | None = None) -> str:
     """Return the page; of runs that differ, what they say together comes first."""
     environment = _environment()
     single = len(report.runs) == 1
-    header, rows = compare_grid(report)
+    header, rows = compare_grid(report) if findings is None else ([], [])
     return environment.get_template("report.html.j2").render(
-        title=report.runs[0].name if single else f"{len(report.runs)} runs side by side",
+        title=_title(report, findings),
         single=single,
+        study=None if findings is None else _study(findings),
         compare={"header": header, "rows": rows, "notes": [] if single else compare_notes(report)},
         runs=[_run(run, f"run{index}") for index, run in enumerate(report.runs)],
         version=__version__,
     )
+
+
+def _title(report: Report, findings: Findings | None) -> str:
+    if len(report.runs) == 1:
+        return report.runs[0].name
+    if findings is None:
+        return f"{len(report.runs)} runs side by side"
+    varying = [factor.title for factor in findings.study.factors.varying] or ["seeds"]
+    return f"{len(report.runs)} runs by {', '.join(varying[:-1])}{' and ' if varying[1:] else ''}{varying[-1]}"
+
+
+def _study(findings: Findings) -> dict[str, Any]:
+    study = findings.study
+    drawn = study_pictures(findings)
+    pictures = {one.name: {"record": one, "svg": Markup(picture_svg(one, f"study-{one.name}"))} for one in drawn}
+    return {
+        "sections": study_sections(findings),
+        "links": [[(seed, run) for seed, run in zip(cell.seeds, cell.runs, strict=True)] for cell in study.cells],
+        "cost": [pictures[name] for name in pictures if name == "cost"],
+        "pictures": [pictures[name] for name in pictures if name != "cost"],
+    }
 
 
 def render_comparison_html(report: Report, pairs: Sequence[Pair]) -> str:

@@ -69,10 +69,10 @@ def loss_svg(steps: Sequence[int], losses: Sequence[float], identifier: str) -> 
         axes.margins(x=0.01)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(buffer.getvalue(), identifier)
+    return svg_for_page(buffer.getvalue(), identifier)
 
 
-def _for_page(svg: str, identifier: str) -> str:
+def svg_for_page(svg: str, identifier: str) -> str:
     """Take prolog, metadata and global styles off; let the page set size, colours and font; prefix ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

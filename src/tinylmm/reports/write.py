@@ -12,6 +12,7 @@ from tinylmm.errors import UserError
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.compare import Pair, comparison_json
 from tinylmm.reports.effects import Findings, findings_of
+from tinylmm.reports.figures import picture_pdf, study_pictures
 from tinylmm.reports.html import render_comparison_html, render_html
 from tinylmm.reports.records import Report
 from tinylmm.reports.study_tables import study_csv, study_latex
@@ -25,13 +26,14 @@ MAX_FOLDER_CHARS = 100
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where a report's files lie; the last two are a sweep's."""
+    """Where a report's files lie; the last three are a sweep's, `figures` a folder of PDFs."""
 
     html: Path
     markdown: Path
     results: Path
     latex: Path | None = None
     csv: Path | None = None
+    figures: Path | None = None
 
     def items(self) -> list[tuple[str, Path]]:
         """Name and path of each that there is."""
@@ -69,6 +71,11 @@ def write_files(report: Report, out: Path | None = None, findings: Findings | No
         paths = replace(paths, latex=folder / "table.tex", csv=folder / "table.csv")
         write_atomic(folder / "table.tex", study_latex(findings))
         write_atomic(folder / "table.csv", study_csv(findings))
+        for picture in study_pictures(findings):
+            figures = folder / "figures"
+            figures.mkdir(exist_ok=True)
+            write_atomic(figures / f"{picture.name}.pdf", picture_pdf(picture))
+            paths = replace(paths, figures=figures)
     return paths
 
 
