@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from tinylmm.reports.wording import ABSENT, GROUP_TITLES, facts
@@ -89,7 +90,7 @@ def find_factors(specs: Sequence[Mapping[str, Any]]) -> Factors:
         if not _settled(found, [*columns.values(), list(seeds)]):
             columns[key] = found
     titles = _titles(list(columns))
-    varying = tuple(_factor(key, titles[key], values) for key, values in columns.items())
+    varying = _merged([_factor(key, titles[key], values) for key, values in columns.items()])
     same = [titled for titled, key in zip(facts(specs[0]), [*GROUP_TITLES, SEED], strict=True) if key not in columns]
     constant = tuple(fact for fact in same if fact[1] != ABSENT and (fact[0] != "Seed" or len(set(seeds)) == 1))
     return Factors(varying, seeds, constant, tuple(_along(options, flat, columns, titles)))
@@ -138,6 +139,28 @@ def _along(
         settling = [name for name, column in columns.items() if _settled(values, [column])]
         if settling and key.partition(".")[0] not in settling:
             yield key, titles[settling[0]]
+
+
+def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    """Make one factor of two where one settles the other: a recipe that brings its data, a depth that one connector has.
+
+    Nothing in the runs says which of the two a difference comes from, and as two they would have no matched cells.
+    """
+    for one, other in combinations(factors, 2):
+        if _settled(one.values, [other.values]) or _settled(other.values, [one.values]):
+            rest = [factor for factor in factors if factor is not other]
+            return _merged([_pair(one, other) if factor is one else factor for factor in rest])
+    return tuple(factors)
+
+
+def _pair(first: Factor, second: Factor) -> Factor:
+    both = sorted(
+        set(zip(first.values, second.values, strict=True)),
+        key=lambda pair: (first.levels.index(pair[0]), second.levels.index(pair[1])),
+    )
+    labels = {pair: " + ".join(part for part in pair if part != ABSENT) or ABSENT for pair in both}
+    values = tuple(labels[pair] for pair in zip(first.values, second.values, strict=True))
+    return Factor(f"{first.key} + {second.key}", f"{first.title} + {second.title}", tuple(labels.values()), values)
 
 
 def _titles(keys: Sequence[str]) -> dict[str, str]:

@@ -50,12 +50,20 @@ def test_options_of_equal_ends_keep_enough_of_their_keys() -> None:
     assert list(levels(found)) == ["pretrain.lr", "finetune.lr"]
 
 
-def test_an_option_that_one_level_lacks_is_a_factor_with_a_dash() -> None:
+def test_an_option_that_one_level_lacks_is_one_factor_with_it() -> None:
     one = {"seed": 0, "connector": {"name": "mlp", "options": {"depth": 2}}}
     two = {"seed": 0, "connector": {"name": "mlp", "options": {"depth": 3}}}
     three = {"seed": 0, "connector": {"name": "linear", "options": {}}}
-    found = find_factors([one, two, three])
-    assert levels(found)["depth"] == ("2", "3", "–")
+    assert levels(find_factors([one, two, three])) == {"Connector + depth": ("mlp + 2", "mlp + 3", "linear")}
+
+
+def test_a_recipe_that_brings_its_data_is_one_factor_with_it() -> None:
+    found = factors_of("experiment=paper_table_a1")
+    assert levels(found) == {
+        "LLM": ("tinyllama", "stablelm2", "phi2"),
+        "Vision tower": ("clip", "siglip"),
+        "Recipe + Data": ("bench + llava_v1_5", "share_bench + sharegpt4v"),
+    }
 
 
 def test_what_changes_along_with_a_factor_is_said_and_no_factor() -> None:

@@ -257,9 +257,18 @@ def test_latex_compiles(store: StoreBuilder, tmp_path: Path) -> None:
 
 def test_a_sweep_writes_its_tables_beside_the_report_and_again_the_same_bytes(store: StoreBuilder) -> None:
     names = sweep(store)
-    first = {name: path.read_bytes() for name, path in write_report(store.root, names).items()}
-    assert {"html", "markdown", "results", "latex", "csv"} <= first.keys()
-    assert {name: path.read_bytes() for name, path in write_report(store.root, names).items()} == first
+    paths = dict(write_report(store.root, names).items())
+    assert list(paths) == ["html", "markdown", "results", "latex", "csv", "figures"]
+    files = sorted(path for path in paths["html"].parent.rglob("*") if path.is_file())
+    assert [path.name for path in files if path.suffix == ".pdf"] == [
+        "bars-llm.pdf",
+        "bars-recipe.pdf",
+        "cost.pdf",
+        "radar.pdf",
+    ]
+    first = [path.read_bytes() for path in files]
+    write_report(store.root, names)
+    assert [path.read_bytes() for path in files] == first
 
 
 def test_an_ungraded_question_leaves_the_runs_own_intervals(store: StoreBuilder) -> None:
