@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The store of `make quickstart`; the same folder again reuses everything that is finished.
 STORE ?= store
+# The study of `make report`, a name in experiments/.
+STUDY ?= nano_paper
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-kills check lint type bench gpu-check picture docs clean
+.PHONY: help setup quickstart test test-slow test-kills check lint type bench gpu-check report picture docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +59,9 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 gpu-check: $(STAMP)  ## Run the tests that need a GPU, and train a few steps at Phi-2 + SigLIP shapes (skipped without one)
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu_check
+
+report: $(STAMP)  ## Report STUDY (a name in experiments/) as far as it has run in STORE
+	$(BIN)/tinylmm report --store $(STORE) experiment=$(STUDY)
 
 picture: $(STAMP)  ## Draw the README's picture from the newest finished run in STORE
 	$(BIN)/tinylmm report --store $(STORE) --picture docs/quickstart.png

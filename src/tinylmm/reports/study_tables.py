@@ -17,8 +17,10 @@ from tinylmm.reports.wording import ABSENT, duration, number, points, span, word
 
 NOTE = (
     "Mean over seeds with its 95 % interval over seeds and questions (whole images). Cells that share a letter cannot be told "
-    "apart (all pairs, corrected by Holm). * one seed: its seed noise is not in the interval, and letters tell this model from "
-    "others, not its choices from theirs."
+    "apart (all pairs, corrected by Holm)."
+)
+ONE_SEED = (
+    "one seed: its seed noise is not in the interval; letters tell this model from others, not its choices from theirs."
 )
 
 
@@ -147,10 +149,9 @@ def study_sections(findings: Findings) -> list[Section]:
     correction = [f"p is corrected for {number_of} comparisons (Holm)."] if number_of > 1 else []
     both = "By how much one factor's difference changes with the other's level."
     published = "Ours less published stands only where both are the same figure; units are the sources' own."
+    below = [NOTE, *([f"* {ONE_SEED}"] if _any_alone(study) else []), *_protocols(study), *study.notes]
     sections = [
-        _section(
-            "Cells", study.factors.lines(), study_grid(findings), factors, [NOTE, *_protocols(study), *study.notes]
-        ),
+        _section("Cells", study.factors.lines(), study_grid(findings), factors, below),
         _section("Seeds", seed_lines(study), ([], []), 0, []),
         _section("What would tell neighbours apart", power, ([], []), 0, []),
         _section("Main effects", [], effect_grid(findings.effects, several), 2 + several, [matched, *correction]),
@@ -159,6 +160,10 @@ def study_sections(findings: Findings) -> list[Section]:
         _section("Cost", [], cost_grid(study), factors + 1, [study.reuse_line]),
     ]
     return [section for section in sections if section.rows or section.before]
+
+
+def _any_alone(study: Study) -> bool:
+    return any(not found.seeds_known for column in study.columns for found in column.means.values())
 
 
 def _section(
@@ -203,7 +208,8 @@ def study_latex(findings: Findings) -> str:
     pattern = "l" * len(factors) + "r" + "rr" * len(study.columns)
     columns = [f"{escape_latex(column.title)} & published" for column in study.columns]
     rows = [_latex_row(study, letters, place) for place in range(len(study.cells))]
-    note = " ".join([*study.factors.lines(), NOTE.replace("*", "Asterisk:")])
+    alone = [f"Asterisk: {ONE_SEED}"] if _any_alone(study) else []
+    note = " ".join([*study.factors.lines(), NOTE, *alone])
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",

@@ -20,6 +20,7 @@ from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.effects import Findings
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
+from tinylmm.reports.study import Study
 from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
 
@@ -212,9 +213,18 @@ def _study_markdown(findings: Findings) -> list[str]:
             blocks.append(f"## {section.title}")
         blocks.append("\n".join(f"- {escape_markdown(line)}" for line in section.before))
         if section.rows:
-            blocks.append(markdown_table(list(section.header), [*map(list, section.rows)], section.text_columns))
+            table = markdown_table(list(section.header), [*map(list, section.rows)], section.text_columns)
+            blocks.append(_linked(table, findings.study) if section.title == "Cells" else table)
         blocks.append("\n".join(f"- {escape_markdown(line)}" for line in section.after))
     return blocks
+
+
+def _linked(table: str, study: Study) -> str:
+    """The table of cells with a column more: each run, by its seed, as a link to its place on the page beside this file."""
+    places = [zip(cell.seeds, cell.runs, strict=True) for cell in study.cells]
+    links = [" ".join(f"[{escape_markdown(seed)}](report.html#run{run})" for seed, run in cell) for cell in places]
+    ends = ["runs, by seed", ":--", *links]
+    return "\n".join(f"{line} {end} |" for line, end in zip(table.splitlines(), ends, strict=True))
 
 
 def render_markdown(report: Report, findings: Findings | None = None) -> str:

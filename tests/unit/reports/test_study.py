@@ -69,6 +69,8 @@ def test_what_is_the_same_everywhere_is_said_once(swept: Findings) -> None:
     start = text[: text.index("## Seeds")]
     assert "Vision tower siglip (google/siglip-base), Connector mlp, Data digits" in start
     assert not re.search(r"small-base-\d", start), "no run's name in the table"
+    rows = [line for line in start.splitlines() if line.startswith("| small | base")]
+    assert len(rows) == 1 and rows[0].endswith("| [0](report.html#run0) [1](report.html#run1) [2](report.html#run2) |")
 
 
 def test_main_effects_are_differences_over_matched_cells(swept: Findings) -> None:
