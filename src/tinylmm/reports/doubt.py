@@ -21,6 +21,8 @@ from tinylmm.evaluation.statistics import Z_95, interval_on_scale, wilson
 POWER = 0.8
 """Chance with which `needed` wants a difference to be found."""
 MOST_SEEDS = 1000
+MOST_QUESTIONS = 100
+"""Times as many: of more nobody would think."""
 MANY = 1e9
 """Degrees of freedom of what is as good as known."""
 
@@ -246,7 +248,7 @@ def needed(found: Estimate) -> Needed:
         floor = max(int(found.seeds), 2)
         tries = (count for count in range(floor, MOST_SEEDS + 1) if _finds(found, count / found.seeds, 1.0))
         seeds = next(tries, None)
-    steps = (1.1**step for step in range(1, 120))
+    steps = (1.1**step for step in range(1, 60) if 1.1**step < MOST_QUESTIONS)
     questions = next((times for times in steps if _finds(found, 1.0, times)), None)
     return Needed(seeds, questions if found.item_variance > 0 else None)
 

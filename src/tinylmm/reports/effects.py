@@ -168,8 +168,8 @@ def _power_line(study: Study, pair: Contrast) -> str:
     if wanted.questions is not None:
         ways.append(f"{wanted.questions:.3g} times the questions")
     if not found.seeds_known:
-        reached = f" over questions alone it takes {ways[-1]}" if ways else ""
-        return f"{what}; the seed noise is not known, so run at least two seeds of each;{reached or ' then see'}."
+        reached = f"; over questions alone it takes {ways[-1]}" if ways else ""
+        return f"{what}; the seed noise is not known, so run at least two seeds of each{reached}."
     if not ways:
         return f"{what}; were it real, neither more seeds nor more questions alone would show it: take more of both."
     return f"{what}; were it real, {' or '.join(ways)} would show it in four of five tries."

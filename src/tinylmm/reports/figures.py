@@ -169,6 +169,8 @@ def _bar_drawer(factor: Factor, panels: Sequence[tuple[Column, list[_Group]]]) -
         for number, (column, groups) in enumerate(panels):
             axes = figure.add_subplot(down, across, number + 1)
             _draw_bars(axes, inks, groups, len(factor.levels))
+            if across == 1:  # a single group's bars would be walls
+                axes.set_xlim(-0.5, max(len(groups) - 0.5, 2.5))
             axes.set_title(_short(column.title, 34), color=inks.words, fontsize=8, loc="left")
         handles = [
             Patch(color=SERIES[index % len(SERIES)], label=_short(level)) for index, level in enumerate(factor.levels)

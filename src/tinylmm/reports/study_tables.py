@@ -37,13 +37,19 @@ def study_grid(findings: Findings) -> tuple[list[str], list[list[str]]]:
         for column in study.columns:
             found = column.means.get(place)
             alike = letters[id(column)].get(place, ABSENT) if len(column.cells) > 1 else ABSENT
-            row += [_mean(found), span(found.interval if found else None), alike]
+            row += [_mean(found) + _fewer(study, column, place), span(found.interval if found else None), alike]
         rows.append(row)
     return header, rows
 
 
 def _mean(found: Estimate | None) -> str:
     return ABSENT if found is None else f"{number(found.value)}{'' if found.seeds_known else ' *'}"
+
+
+def _fewer(study: Study, column: Column, place: int) -> str:
+    """Where not every run of a cell has the figure, how many have."""
+    have, runs = len(column.runs.of_cell(place)), len(study.cells[place].runs)
+    return f" ({have} of {runs} seeds)" if 0 < have < runs else ""
 
 
 def seed_lines(study: Study) -> list[str]:
@@ -241,6 +247,7 @@ def _latex_row(study: Study, letters: dict[int, dict[int, str]], place: int) -> 
         low, high = found.interval
         star = "" if found.seeds_known else "$^{*}$"
         value = f"{number(found.value)}{star} {{\\scriptsize [{low:.1f}, {high:.1f}]}}"
+        value += _fewer(study, column, place)
         alike = letters[id(column)].get(place, "") if len(column.cells) > 1 else ""
         figures = study.published(place, column)
         theirs = "--" if not figures else number(figures[0].value)

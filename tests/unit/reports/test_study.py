@@ -132,6 +132,14 @@ def test_a_run_without_scores_is_said_and_leaves_no_hole(store: StoreBuilder) ->
     assert study_grid(findings)[1][-1] == ["third", "base", "1", "–", "–", "–"]
 
 
+def test_a_cell_of_which_one_run_has_no_scores_says_how_many_have(store: StoreBuilder) -> None:
+    names = sweep(store)
+    add_run(store, "bare", {"llm.name": "small", "recipe.name": "base", "seed": 3}, 0.5, benchmarks=())
+    findings = found(store, [*names, "bare"])
+    assert study_grid(findings)[1][0][2:4] == ["4", "40.0 (3 of 4 seeds)"]
+    assert "(3 of 4 seeds)" in study_latex(findings)
+
+
 def test_runs_that_nothing_tells_apart_keep_their_names(store: StoreBuilder) -> None:
     store.whole("a")
     store.run("b")
