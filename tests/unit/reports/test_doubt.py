@@ -49,7 +49,7 @@ def covered(found: list[Estimate], value: float) -> float:
     return float(np.mean([one.interval[0] <= value <= one.interval[1] for one in found]))
 
 
-@pytest.mark.parametrize("seed_sd", [0.0, 0.1, 0.3], ids=["no seed noise", "some", "much"])
+@pytest.mark.parametrize("seed_sd", [0.0, 0.1, 0.3, 1.0], ids=["no seed noise", "some", "much", "more than all else"])
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_interval_of_a_cell_covers_the_truth(seeds: int, seed_sd: float) -> None:
     generator = np.random.default_rng(seeds)
