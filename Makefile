@@ -9,7 +9,7 @@ STORE ?= store
 STUDY ?= nano_paper
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-kills check lint type bench gpu-check report picture docs clean
+.PHONY: help setup quickstart test test-slow test-kills check lint type bench gpu-check report picture docs clean nano-paper plan-paper
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 gpu-check: $(STAMP)  ## Run the tests that need a GPU, and train a few steps at Phi-2 + SigLIP shapes (skipped without one)
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu_check
+
+nano-paper: $(STAMP)  ## Run the paper's questions at nano size: 39 models on two CPU cores, half an hour (experiments/nano_paper)
+	$(BIN)/tinylmm-train experiment=nano_paper launch.slots=2 store=$(STORE)
+
+plan-paper: $(STAMP)  ## Plan the paper's whole grid at full size: its runs, distinct stages, and what they would take
+	$(BIN)/tinylmm plan experiment=paper store=$(STORE)
 
 report: $(STAMP)  ## Report STUDY (a name in experiments/) as far as it has run in STORE
 	$(BIN)/tinylmm report --store $(STORE) experiment=$(STUDY)
