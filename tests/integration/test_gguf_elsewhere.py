@@ -40,10 +40,11 @@ from tests.integration.test_export_elsewhere import TANH
 from tests.unit.convert.test_hf import loaded_with
 from tests.unit.convert.tokenizers import TOKENIZERS
 from tinylmm.constants import IMAGE_SLOT, IMAGE_TOKEN_ID
-from tinylmm.convert.conversion import write_model
+from tinylmm.convert.conversion import export_model, write_model
 from tinylmm.data.chat import Turn, get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.models.checkpoint import LoadedModel, save_model
+from tinylmm.models.devices import DTYPES
 from tinylmm.models.openelm import OpenELMForCausalLM
 from tinylmm.models.openelm_config import OpenELMConfig
 
@@ -107,9 +108,9 @@ def with_tokenizer(name: str) -> LoadedModel:
     tokenizer = TOKENIZERS[name]()
     loaded = of(LlamaForCausalLM, LlamaConfig, vocab_size=len(tokenizer) + 5)()
     loaded.tokenizer = tokenizer
-    with torch.no_grad():  # bytes that are no text are shown in other ways by the two programs
+    with torch.no_grad():  # special tokens, and bytes that are no text, are shown in other ways by the two programs
         for token, number in tokenizer.get_vocab().items():
-            if token.startswith("<0x"):
+            if token.startswith("<"):
                 loaded.model.llm.lm_head.weight[number] = 0
     return loaded
 
@@ -153,9 +154,17 @@ def first_chances(loaded: LoadedModel, turns: list[Turn], image: Path | None) ->
         return model.llm(inputs_embeds=model.embed(row, pixels, None)[0]).logits[0, -1].softmax(-1)
 
 
+def text_of(tokenizer: Any, number: int) -> str:
+    """What llama.cpp shows of a token; decoding one token of SentencePiece alone loses the space in front."""
+    token = tokenizer.convert_ids_to_tokens(number)
+    if "▁" not in tokenizer.get_vocab():
+        return str(tokenizer.decode([number]))
+    return chr(int(token[3:5], 16)) if token.startswith("<0x") else token.replace("▁", " ")
+
+
 def distance(loaded: LoadedModel, ours: torch.Tensor, theirs: list[list[Any]]) -> float:
     """Largest difference of log-probabilities over the tokens that can be told apart by their text."""
-    texts = [loaded.tokenizer.decode([number]) for number in range(len(loaded.tokenizer))]
+    texts = [text_of(loaded.tokenizer, number) for number in range(len(loaded.tokenizer))]
     known = {text: number for number, text in enumerate(texts) if texts.count(text) == 1 and "\ufffd" not in text}
     found = {known[text]: chance for text, chance in theirs if text in known}
     assert len(found) > len(texts) / 3
@@ -271,3 +280,17 @@ def test_llama_cpp_makes_the_same_tokens_and_the_same_prompt(
         assert (bos, theirs) == (loaded.tokenizer.bos_token_id, ours), text
     asked = template.text([Turn(f"{IMAGE_SLOT}\n{QUESTIONS[0]}", None)]).replace(IMAGE_SLOT, MARKER)
     assert vocabularies[name]["chat"] == asked
+
+
+@pytest.mark.parametrize(("dtype", "far"), [("fp16", 5e-3), ("bf16", 5e-3), ("q8_0", 0.1)])
+def test_narrow_files_are_as_near_as_their_weights(images: list[Path], tmp_path: Path, dtype: str, far: float) -> None:
+    save_model(MODELS["qwen3"](), tmp_path / "ours", None, {})
+    export_model(tmp_path / "ours", tmp_path / "gguf", "gguf", dtype)
+    loaded = MODELS["qwen3"]()
+    found = ask([job_of(loaded, tmp_path / "gguf", images)])[0]
+    if dtype != "q8_0":  # what is measured is what llama.cpp makes of them, not what rounding them did
+        for tensor in loaded.model.state_dict().values():
+            tensor.copy_(tensor.to(DTYPES[dtype]))
+    turns = [Turn(f"{IMAGE_SLOT}\n{QUESTIONS[0]}", None)]
+    measured = distance(loaded, first_chances(loaded, turns, images[0]), found["chances"][0])
+    assert 0 < measured < far
