@@ -22,7 +22,7 @@ from tinylmm.models.lmm import LMM
 from tinylmm.models.vision import HFVisionTower
 
 PAD_COLOUR = (122, 116, 104)
-"""What llama.cpp fills up images with that are not square; ours is the mean of the tower's preprocessing."""
+"""What llama.cpp fills up images with that are not square."""
 _TANH = ("gelu_pytorch_tanh", "gelu_new")
 _EMBEDDINGS = {
     "embeddings.patch_embedding": "v.patch_embd",
@@ -82,25 +82,14 @@ def _connector_obstacles(connector: nn.Module) -> list[str]:
     return [f"its connector is two linear layers with GELU between them (connector=mlp), and this one is {found}"]
 
 
-def preprocessing_notes(image: dict[str, Any]) -> list[str]:
-    """What of our image preprocessing llama.cpp does otherwise: it always pads to a square, then resizes (bicubic)."""
-    mode, notes = mode_of(image), []
-    size = image["size"]
-    if mode == "pad":
-        colour = tuple(round(255 * value) for value in image["mean"])
-        if colour != PAD_COLOUR:
-            notes.append(
-                f"llama.cpp pads images that are not square with the colour {PAD_COLOUR}, "
-                f"and this model was trained with {colour}"
-            )
-    else:
-        notes.append(
-            f"llama.cpp pads images that are not square, and this model was trained with mode '{mode}': give it images of "
-            f"{size} x {size} pixels, which it takes as they are, prepared in that mode"
-        )
-    if image["resample"] != "bicubic":
-        notes.append(f"llama.cpp resizes by bicubic interpolation, and this model was trained with {image['resample']}")
-    return notes
+def preprocessing_note(image: dict[str, Any]) -> str:
+    """What of our image preprocessing llama.cpp does otherwise, whatever a file says."""
+    size, mode = image["size"], mode_of(image)
+    return (
+        f"llama.cpp takes an image of {size} x {size} pixels as it is; any other it pads to a square with the colour "
+        f"{PAD_COLOUR} and resizes by a bicubic filter of its own, where this model was trained with mode '{mode}' "
+        f"({image['resample']}): prepare images yourself where answers have to be the same"
+    )
 
 
 def write_vision_keys(model: LMM, image: dict[str, Any], file: GGUFFile) -> None:

@@ -146,12 +146,11 @@ def test_the_modelfile_leaves_the_chat_template_to_the_file(tmp_path: Path) -> N
 
 
 def test_what_is_seen_otherwise_is_said(tmp_path: Path) -> None:
-    (squashed,) = write_model(loaded_with(tiny_loaded().model.llm), tmp_path / "a", "gguf", torch.float32).notes
-    (padded,) = write_model(
-        loaded_with(tiny_loaded().model.llm, mode="pad"), tmp_path / "b", "gguf", torch.float32
-    ).notes
-    assert "16 x 16 pixels" in squashed and "mode 'squash'" in squashed
-    assert "(122, 116, 104)" in padded and "(128, 128, 128)" in padded
+    for mode in ("squash", "pad"):
+        (note,) = write_model(
+            loaded_with(tiny_loaded().model.llm, mode=mode), tmp_path / mode, "gguf", torch.float32
+        ).notes
+        assert "16 x 16 pixels as it is" in note and f"mode '{mode}' (bicubic)" in note
 
 
 def llm(kind: Any, config: Any, **more: Any) -> Callable[[], LoadedModel]:

@@ -9,7 +9,7 @@ from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.gguf_files import Q8_0, GGUFFile, gguf_package, type_name
 from tinylmm.convert.gguf_text import architecture_of, text_obstacles, text_tensors, write_text_keys
 from tinylmm.convert.gguf_vision import (
-    preprocessing_notes,
+    preprocessing_note,
     vision_obstacles,
     write_vision_keys,
     write_vision_tensors,
@@ -25,7 +25,7 @@ def write(export: Export, folder: Path) -> Written:
     text = _write_text(export, folder / TEXT)
     vision = _write_vision(export, folder / VISION)
     _write_modelfile(export, folder / MODELFILE)
-    export.notes += preprocessing_notes(export.loaded.description.as_json()["image"])
+    export.notes.append(preprocessing_note(export.loaded.description.as_json()["image"]))
     return Written(text.tensors + vision.tensors)
 
 
