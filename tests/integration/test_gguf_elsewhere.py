@@ -41,6 +41,7 @@ from tests.unit.convert.test_hf import loaded_with
 from tests.unit.convert.tokenizers import TOKENIZERS
 from tinylmm.constants import IMAGE_SLOT, IMAGE_TOKEN_ID
 from tinylmm.convert.conversion import export_model, write_model
+from tinylmm.convert.gguf_vocab import vocabulary_of
 from tinylmm.data.chat import Turn, get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.models.checkpoint import LoadedModel, save_model
@@ -59,6 +60,7 @@ TEXTS = [
     "ünïcödé 日本語 😶 end",
     " lead and trail ",
 ]
+TALK = [Turn(QUESTIONS[0], "a red 3"), Turn(QUESTIONS[2], None)]
 TOKENS = 6
 TOLERANCE = 1e-3
 """Of log-probabilities: llama.cpp's GELU between the connector's layers is the tanh one, and it keeps tables in fp16."""
@@ -262,9 +264,10 @@ def vocabularies(tmp_path_factory: pytest.TempPathFactory, images: list[Path]) -
     root, jobs = tmp_path_factory.mktemp("vocabularies"), []
     for name in TOKENIZERS:
         loaded = with_tokenizer(name)
-        report = write_model(loaded, root / name, "gguf", torch.float32)
-        assert not any("other tokens" in note for note in report.notes), name
-        jobs.append(job_of(loaded, root / name, images) | {"prompts": []})
+        write_model(loaded, root / name, "gguf", torch.float32)
+        template = get_template(loaded.model.template).fitted(loaded.tokenizer)
+        job = job_of(loaded, root / name, images)
+        jobs.append(job | {"prompts": [], "texts": [*job["texts"], template.text(TALK)]})
     return dict(zip(TOKENIZERS, ask(jobs), strict=True))
 
 
@@ -274,10 +277,15 @@ def test_llama_cpp_makes_the_same_tokens_and_the_same_prompt(
 ) -> None:
     loaded = with_tokenizer(name)
     template = get_template(loaded.model.template).fitted(loaded.tokenizer)
-    for text, theirs in zip(TEXTS, vocabularies[name]["ids"], strict=True):
+    *single, talk = vocabularies[name]["ids"]
+    for text, theirs in zip(TEXTS, single, strict=True):
         # the binding's tokenize() leaves the BOS to whoever answers
         bos, *ours = template.render_prompt([Turn(text, None)], loaded.tokenizer)
         assert (bos, theirs) == (loaded.tokenizer.bos_token_id, ours), text
+    vocabulary = vocabulary_of(loaded.tokenizer)
+    assert not isinstance(vocabulary, str)
+    said = any("later questions begin with another token" in note for note in vocabulary.notes)
+    assert (talk != template.render_prompt(TALK, loaded.tokenizer)[1:]) == said
     asked = template.text([Turn(f"{IMAGE_SLOT}\n{QUESTIONS[0]}", None)]).replace(IMAGE_SLOT, MARKER)
     assert vocabularies[name]["chat"] == asked
 

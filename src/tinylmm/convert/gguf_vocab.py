@@ -40,13 +40,13 @@ class Vocabulary:
         model: "gpt2" or "llama".
         pre: its pre-tokeniser; of "llama" there is one alone.
         prefix: whether a text begins with a space that it does not have.
-        exact: whether the ids are the tokenizer's for any text between special tokens.
+        notes: where its ids may be others than the tokenizer's, one sentence each.
     """
 
     model: str
     pre: str = "default"
     prefix: bool = False
-    exact: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary | str:
@@ -57,6 +57,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary | str:
         return f"its tokenizer is a BPE in llama.cpp, and this one is of type {model['type']}"
     if model.get("byte_fallback"):
         return _sentencepiece(state)
+    if {step["type"] for step in _steps(state["normalizer"], "normalizers")} - {"NFC"}:
+        return "llama.cpp leaves text as it is before byte-level BPE, and this tokenizer changes it first"
     pre = _pre_tokenizer(state)
     if pre is None:
         shown = json.dumps(state["pre_tokenizer"], ensure_ascii=False)
@@ -202,7 +204,17 @@ def _sentencepiece(state: dict[str, Any]) -> Vocabulary | str:
         )
     schemes = [step.get("prepend_scheme", "always") for step in spaces]
     prefix = any(step["type"] == "Prepend" for step in normal) or any(scheme != "never" for scheme in schemes)
-    return Vocabulary("llama", prefix=prefix, exact=_scores_tell(state["model"]))
+    notes = []
+    if not _scores_tell(state["model"]):
+        notes.append(
+            "no scores give the order of all of this tokenizer's merges: llama.cpp may split rare words into other tokens"
+        )
+    if "first" in schemes:
+        notes.append(
+            "llama.cpp puts a space behind each special token, this tokenizer in front of a text alone: in a conversation "
+            "later questions begin with another token than in training"
+        )
+    return Vocabulary("llama", prefix=prefix, notes=tuple(notes))
 
 
 def _ranks(pairs: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:

@@ -11,17 +11,23 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import (
+    CodeGenTokenizer,
     GemmaConfig,
     GemmaForCausalLM,
+    GemmaTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 from tests.builders import LLAMA, VISION, WIDTH, tiny_loaded
@@ -197,8 +203,27 @@ def test_a_model_without_an_exact_form_is_refused_with_the_reason(tmp_path: Path
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_a_known_tokenizer_has_its_place_in_llama_cpp(name: str) -> None:
     found = vocabulary_of(TOKENIZERS[name]())
-    pre = {"qwen2": "qwen2", "llama-3": "llama-bpe", "smollm2": "smollm", "llama-2": "default", "gemma": "default"}
-    assert not isinstance(found, str) and found.exact and found.pre == pre.get(name, "gpt-2")
+    pre = {"qwen2": "qwen2", "llama-3": "llama-bpe", "smollm2": "smollm", "llama-2": "default"}
+    pre |= {"llama-2-new": "default", "gemma": "default"}
+    assert not isinstance(found, str) and found.pre == pre.get(name, "gpt-2")
+    assert bool(found.notes) == (name == "llama-2-new")
+
+
+PIECES = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+PUBLISHED: dict[str, tuple[Callable[[], Any], tuple[str, str, bool]]] = {
+    "qwen2": (lambda: Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[]), ("gpt2", "qwen2", False)),
+    "gpt2": (lambda: GPT2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[]), ("gpt2", "gpt-2", False)),
+    "phi2": (lambda: CodeGenTokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[]), ("gpt2", "gpt-2", False)),
+    "llama": (lambda: LlamaTokenizer(vocab=PIECES, merges=[("▁", "a")]), ("llama", "default", True)),
+    "gemma": (lambda: GemmaTokenizer(vocab=PIECES, merges=[("▁", "a")]), ("llama", "default", False)),
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_the_tokenizer_classes_of_published_llms_have_their_places(name: str) -> None:
+    make, expected = PUBLISHED[name]
+    found = vocabulary_of(make())
+    assert not isinstance(found, str) and (found.model, found.pre, found.prefix) == expected
 
 
 def test_tokenizers_that_llama_cpp_would_read_otherwise_are_told() -> None:
@@ -206,7 +231,10 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_told() -> None:
     assert "no pre-tokeniser that splits text" in str(vocabulary_of(across))
     assert "no pre-tokeniser that splits text" in str(vocabulary_of(byte_level(isolated("[a-z]+"), words=False)))
     found = vocabulary_of(sentencepiece(prefix=True, every_cut=False))
-    assert not isinstance(found, str) and not found.exact
+    assert not isinstance(found, str) and "may split rare words" in found.notes[0]
+    changed = byte_level()
+    changed.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert "this tokenizer changes it first" in str(vocabulary_of(changed))
 
 
 def test_a_dtype_of_another_format_and_an_unknown_format_are_refused(tmp_path: Path) -> None:

@@ -35,8 +35,12 @@ def byte_level(*steps: Any, words: bool = True, **model: Any) -> PreTrainedToken
     return _fast(tokenizer)
 
 
-def sentencepiece(prefix: bool, every_cut: bool = True) -> PreTrainedTokenizerFast:
-    """SentencePiece's BPE as tokenizer.json has it: bytes as fallback, and a merge for every way to cut a piece."""
+def sentencepiece(prefix: bool, every_cut: bool = True, first: bool = False) -> PreTrainedTokenizerFast:
+    """SentencePiece's BPE as tokenizer.json has it: bytes as fallback, and a merge for every way to cut a piece.
+
+    Args:
+        prefix: a space stands in front of each text; with `first`, not behind a special token.
+    """
     drawn = Tokenizer(models.BPE())
     drawn.normalizer = normalizers.Replace(" ", "▁")
     drawn.train_from_iterator([words.replace("語", "") for words in WORDS], trainers.BpeTrainer(vocab_size=150))
@@ -48,7 +52,10 @@ def sentencepiece(prefix: bool, every_cut: bool = True) -> PreTrainedTokenizerFa
     merges = [cut for piece in cuts for cut in piece[: None if every_cut else 1] if cut[0] in vocab and cut[1] in vocab]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     replaced = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced]) if prefix else replaced
+    if first:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced]) if prefix else replaced
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
@@ -77,6 +84,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "smollm2": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
     "nano": lambda: train_tokenizer([ENGLISH] * 3, 330, 256),
     "llama-2": lambda: sentencepiece(prefix=True),
+    "llama-2-new": lambda: sentencepiece(prefix=True, first=True),
     "gemma": lambda: sentencepiece(prefix=False),
 }
 """LLM (or our own nano) -> a tokenizer that works as its does."""

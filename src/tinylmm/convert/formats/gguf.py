@@ -43,10 +43,7 @@ def _write_text(export: Export, path: Path) -> GGUFFile:
     rows = tensors["token_embd.weight"].shape[0]
     if not write_vocabulary(tokenizer, vocabulary, template, rows, file):
         export.notes.append(f"the template '{template}' is no chat, so the file has no chat template")
-    if not vocabulary.exact:
-        export.notes.append(
-            "no scores give the order of all of this tokenizer's merges, so llama.cpp may split rare words into other tokens"
-        )
+    export.notes += vocabulary.notes
     for name, tensor in tensors.items():
         file.add_tensor(name, tensor)
     file.close()
