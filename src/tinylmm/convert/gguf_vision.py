@@ -1,7 +1,7 @@
 """A SigLIP tower and an MLP connector as llama.cpp's projector file (mmproj, architecture `clip`, projector `mlp`).
 
 What is said here of llama.cpp is what tools/mtmd does (clip.cpp, models/llava.cpp), read at b10257. Its own conversion scripts
-leave out the last block and give every SigLIP another activation (its issue 25817), so the file is written by hand.
+leave out the last block and give every SigLIP another activation, so the file is written by hand.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _tower_obstacles(tower: HFVisionTower) -> list[str]:
     if type(tower) is HFVisionTower and encoder == "CLIPVisionModel":
         return [
             "llama.cpp puts the CLS token of a CLIP tower behind its patches, so that each patch gets its neighbour's position "
-            "and the first one is lost (its issue 25814; features then agree with the right ones to a cosine of 0.505 alone)"
+            "and the first one is lost (llama.cpp's tracker reports a cosine of 0.505 between such features and the right ones)"
         ]
     if type(tower) is not HFVisionTower or not isinstance(tower.encoder, SiglipVisionModel):
         return [f"its tower is one SigLIP here, and this one is {type(tower).__name__} around {encoder}"]
