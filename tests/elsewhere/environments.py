@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,31 @@ def python_with(name: str) -> str:
             (packages / "zz_borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
             stamp.write_text(wanted, encoding="utf-8")
     return str(folder / "bin/python")
+
+
+def node_with(name: str) -> dict[str, str]:
+    """Variables with which node finds the packages of `<name>.json`, and no others.
+
+    Skips the test where there is no node, or npm cannot install them.
+    """
+    folder, wanted = PLACE / name, (HERE / f"{name}.json").read_text(encoding="utf-8")
+    package = folder / "package.json"
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("there is no node")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(PLACE / f"{name}.lock"):
+        if not package.exists() or package.read_text(encoding="utf-8") != wanted:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            draft = folder / "draft"  # package.json is there only once its packages are
+            draft.mkdir()
+            (draft / "package.json").write_text(wanted, encoding="utf-8")
+            options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
+            done = subprocess.run([npm, "install", *options], cwd=draft, capture_output=True, text=True, timeout=500)
+            if done.returncode:
+                pytest.skip(f"npm cannot install {name}: {done.stderr.strip().splitlines()[-1:]}")
+            (draft / "node_modules").rename(folder / "node_modules")
+            shutil.rmtree(draft)
+            package.write_text(wanted, encoding="utf-8")
+    return {"NODE_PATH": str(folder / "node_modules")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +17,7 @@ NAMES_SHOWN = 5
 LAYOUTS = ("auto", *find_names("readers"))
 """Shown by --help; whoever reads or writes refuses other names, and says which one was meant."""
 FORMATS = tuple(find_names("writers"))
-
-
-class Dtype(StrEnum):
-    """Of written weights."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
+DTYPES = ("fp32", "bf16", "fp16", "q8_0")
 
 
 def import_(
@@ -67,9 +59,11 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new folder; must not exist.")],
     format_: Annotated[
-        str, typer.Option("--format", metavar=f"<{'|'.join(FORMATS)}>", help="The layout to write.")
+        str, typer.Option("--to", "--format", metavar=f"<{'|'.join(FORMATS)}>", help="What to write.")
     ] = "hf",
-    dtype: Annotated[Dtype, typer.Option(help="Of the written weights.")] = Dtype.FP32,
+    dtype: Annotated[
+        str, typer.Option(metavar=f"<{'|'.join(DTYPES)}>", help="Of the written weights; q8_0 with --to gguf alone.")
+    ] = "fp32",
     llm: Annotated[str | None, typer.Option(help="factory: what to load the tokenizer from (a hub id).")] = None,
     tower: Annotated[
         str | None, typer.Option(help="factory: what to load the image processor from (a hub id).")
@@ -77,11 +71,11 @@ def export(
     store: Annotated[Path | None, typer.Option(envvar="TINYLMM_STORE", help="Where runs are found by name.")] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose classes the model may use.")] = None,
 ) -> None:
-    """Write a model for other tools: hf for transformers alone, with equal logits, or a layout of TinyLLaVA Factory's."""
+    """Write a model for other tools: hf for transformers alone, gguf for llama.cpp and Ollama, or a layout of the Factory's."""
     _quiet()
     from tinylmm.convert.conversion import export_model
 
-    report = export_model(checkpoint, destination, format_, str(dtype), llm, tower, store, trust or [])
+    report = export_model(checkpoint, destination, format_, dtype, llm, tower, store, trust or [])
     console = terminal(highlight=False)
     for note in report.notes:
         _line(console, f"note: {note}")

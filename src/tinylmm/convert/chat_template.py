@@ -30,6 +30,19 @@ _PROBES = (
 _SYSTEM = "s1|s1"
 _SYSTEMS = ("Be brief.", "  Answer in\nFrench. ")
 
+_SLOT = json.dumps(IMAGE_SLOT)
+_MOVED = (
+    "{% if ns.text.count(" + _SLOT + ") == 1 %}"
+    "{% set ns.text = (" + _SLOT + " + '\\n' + ns.text.replace(" + _SLOT + ", '').strip()).strip() %}{% endif %}"
+)
+"""A question's only image moves in front of it."""
+_MOVED_MARKED = (
+    "{% set found = ns.text.split('<__media') %}{% if found | length == 2 %}"
+    "{% set marker = '<__media' + found[1].split('__>')[0] + '__>' %}"
+    "{% set ns.text = (marker + '\\n' + ns.text.replace(marker, '').strip()).strip() %}{% endif %}"
+)
+_MARKER = "<__media_a1__>"
+
 FIRST = 2
 _QUESTIONS = (
     [Turn(f"{IMAGE_SLOT}\nWhat is it?", None)],
@@ -61,6 +74,26 @@ def jinja_template(template: ChatTemplate) -> str | None:
     system = (own, behind) if found else None
     sources = [_source(pieces, system, strips, in_front) for strips in (False, True) for in_front in (True, False)]
     return next((source for source in sources if _proven(source, template, system is not None)), None)
+
+
+def llama_cpp_template(template: ChatTemplate) -> str | None:
+    """Return the same for llama.cpp, which puts a marker of its own into the text where an image stands; None as above.
+
+    Markers begin with `<__media` and end with `__>`; what stands between differs from server to server.
+    """
+    source = jinja_template(template)
+    if source is None:
+        return None
+    marked = source.replace(_MOVED, _MOVED_MARKED)
+    for probe in _PROBES:
+        turns = [Turn(user, answer) for user, answer in probe]
+        asked = messages(turns)
+        for part in (part for message in asked for part in message["content"] if part["type"] == "image"):
+            part |= {"type": "text", "text": _MARKER}
+        rendered, _ = render_jinja_template([asked], chat_template=marked, add_generation_prompt=probe[-1][1] is None)
+        if rendered[0] != template.text(turns).replace(IMAGE_SLOT, _MARKER):
+            return None
+    return marked
 
 
 def template_of(source: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -133,11 +166,6 @@ def _source(pieces: Sequence[str], system: tuple[str, str] | None, strips: bool,
     """
     names = ("before", "answer", "end", "following", "prompt")
     q = {name: json.dumps(piece) for name, piece in zip(names, pieces, strict=True)}
-    slot = json.dumps(IMAGE_SLOT)
-    moved = (
-        "{% if ns.text.count(" + slot + ") == 1 %}"
-        "{% set ns.text = (" + slot + " + '\\n' + ns.text.replace(" + slot + ", '').strip()).strip() %}{% endif %}"
-    )
     stripped = "{% set ns.text = ns.text.strip() %}" if strips else ""
     own, behind = map(json.dumps, system or ("", ""))
     refused = "{{ raise_exception('The system text is fixed; use only user and assistant.') }}"
@@ -148,12 +176,12 @@ def _source(pieces: Sequence[str], system: tuple[str, str] | None, strips: bool,
         "{% for message in messages %}"
         "{% if message['content'] is string %}{% set ns = namespace(text=message['content']) %}"
         "{% else %}{% set ns = namespace(text='') %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{% set ns.text = ns.text + " + slot + " %}"
+        "{% if part['type'] == 'image' %}{% set ns.text = ns.text + " + _SLOT + " %}"
         "{% else %}{% set ns.text = ns.text + part['text'] %}{% endif %}{% endfor %}{% endif %}"
         + stripped
         + "{% if message['role'] == 'user' %}"
         + later
-        + (moved if in_front else "")
+        + (_MOVED if in_front else "")
         + "{{ ns.text }}"
         "{% elif message['role'] == 'assistant' %}{{ " + q["answer"] + " + ns.text + " + q["end"] + " }}"
         "{% elif message['role'] == 'system' and loop.first %}" + (first if system else refused) + "{% else %}"

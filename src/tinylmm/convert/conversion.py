@@ -23,6 +23,9 @@ from tinylmm.models.lmm import LMM
 from tinylmm.store.find_model import find_model
 from tinylmm.store.integrity import follow_umask
 
+_SHORT = {"f32": "fp32", "f16": "fp16"}
+"""llama.cpp's words for number types -> ours."""
+
 
 @dataclass(frozen=True)
 class ImportReport:
@@ -112,7 +115,7 @@ def export_model(
         where: a model, stage or run folder, or the name of a run.
         destination: a folder that does not exist yet.
         format_: a format's writer.
-        dtype: of the written weights: fp32, bf16 or fp16.
+        dtype: of the written weights: fp32, bf16 or fp16 (also f32 and f16), or a quantisation that the format has.
         llm, tower: what a tool that loads tokenizer and image processor by name (TinyLLaVA Factory) loads them from.
         store: where runs are found by name.
         trust: packages besides tinylmm and transformers whose classes the model may be made of.
@@ -121,11 +124,18 @@ def export_model(
         UserError: there is no such model, format or dtype, or the format cannot hold this model.
         IntegrityError: the model is damaged, or the written folder gives other logits.
     """
-    writers = [name for known in all_formats() for name in known.writers]
-    if format_ not in writers or dtype not in DTYPES:
-        raise UserError(f"format {format_}, dtype {dtype}; allowed: {', '.join(writers)}, and {', '.join(DTYPES)}.")
+    writers = {name: known for known in all_formats() for name in known.writers}
+    if format_ not in writers:
+        raise UserError(
+            f"--to: unknown format '{format_}'. {suggestion(format_, writers)} Allowed: {', '.join(writers)}."
+        )
+    allowed = (*DTYPES, *_SHORT, *writers[format_].quantizations)
+    if dtype not in allowed:
+        raise UserError(f"--dtype: {dtype} is not written by --to {format_}. Allowed: {', '.join(allowed)}.")
+    quantization = dtype if dtype in writers[format_].quantizations else None
+    plain = DTYPES[_SHORT.get(dtype, dtype) if quantization is None else "fp32"]
     loaded = load_model(find_model(where, store), list(trust))
-    return write_model(loaded, destination, format_, DTYPES[dtype], llm, tower)
+    return write_model(loaded, destination, format_, plain, llm, tower, quantization)
 
 
 def write_model(
@@ -135,12 +145,13 @@ def write_model(
     dtype: torch.dtype,
     llm: str | None = None,
     tower: str | None = None,
+    quantization: str | None = None,
 ) -> ExportReport:
     """Write a model that is loaded, in fp32 on the CPU; its weights are rounded to `dtype` in place. See `export_model`."""
     chosen = next(known for known in all_formats() if format_ in known.writers)
     _round_weights(loaded.model, dtype)
     loaded.model.eval()
-    export = Export(loaded, dtype, llm, tower)
+    export = Export(loaded, dtype, llm, tower, quantization=quantization)
     if reasons := chosen.obstacles(export):
         listed = "\n".join(f"  - {reason}" for reason in reasons)
         raise UserError(f"this model cannot be {chosen.holds}:\n{listed}\nNothing was written.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -39,6 +39,7 @@ class Export:
         dtype: of the written weights.
         llm, tower: what the other tool shall load tokenizer and image processor from, if it loads them by name.
         notes: what the user should know about the result, one sentence each.
+        quantization: how the LLM's matrices are quantised in the file, one of the format's `quantizations`.
     """
 
     loaded: LoadedModel
@@ -46,6 +47,7 @@ class Export:
     llm: str | None = None
     tower: str | None = None
     notes: list[str] = field(default_factory=list)
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class Format:
         holds: what a written model is, in the sentence "this model cannot be ...".
         readers: name for `tinylmm import --layout` -> reads a checkpoint into parts.
         detect: says which of `readers` a folder is for, from file names and config.json alone; None: it is none of them.
-        writers: name for `tinylmm export --format` -> writes into a new, empty folder.
+        writers: name for `tinylmm export --to` -> writes into a new, empty folder.
         obstacles: every reason why a model cannot be written, with what to do about it.
+        quantizations: what `tinylmm export --dtype` may say besides torch's dtypes.
     """
 
     holds: str
@@ -82,6 +85,7 @@ class Format:
     detect: Callable[[Source], str | None] = lambda source: None
     writers: Mapping[str, Callable[[Export, Path], Written]] = field(default_factory=dict)
     obstacles: Callable[[Export], list[str]] = lambda export: []
+    quantizations: Sequence[str] = ()
 
 
 def find_names(kind: Literal["readers", "writers"]) -> list[str]:

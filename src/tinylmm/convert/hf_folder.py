@@ -36,7 +36,7 @@ from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
 
 OURS_FILE = "tinylmm.json"
-"""What `tinylmm export --format hf` knows and transformers' own files cannot say; optional."""
+"""What `tinylmm export --to hf` knows and transformers' own files cannot say; optional."""
 MODEL = "model."
 """The new key scheme has it in front of the parts' names, and the output layer outside."""
 LLM, TOWER, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
@@ -252,7 +252,7 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_ours(folder: Path, loaded: LoadedModel, rows: int) -> None:
     content = {
-        "about": "written by `tinylmm export --format hf`, read by `tinylmm import`; transformers does not need it",
+        "about": "written by `tinylmm export --to hf`, read by `tinylmm import`; transformers does not need it",
         "template": loaded.model.template,
         "image_mode": loaded.description.image.mode,
         "vocab_size": rows,

@@ -22,7 +22,7 @@ from tinylmm.training.pipes import ENOUGH_BYTES, shared_memory_bytes
 from tinylmm.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "pillow", "hydra-core", "wandb")
-EXTRAS = {"flash-attn": "gpu", "bitsandbytes": "qlora", "av": "video", "lmms-eval": "lmms"}
+EXTRAS = {"flash-attn": "gpu", "bitsandbytes": "qlora", "av": "video", "gguf": "gguf", "lmms-eval": "lmms"}
 """Optional packages and the extra of tinylmm that brings each."""
 FEW_CORES = 8
 """Below so many cores a GPU, images are read more slowly than an H200 takes them: one reads about 95 a second
