@@ -24,6 +24,8 @@ class SamplingSpec(Sparse):
     """A frame a second, at most so many, each at the left edge of its part of the clip."""
     max: Positive | None = None
     """With `fps`: at most so many frames."""
+    middle: Annotated[bool, Field(strict=True)] | None = None
+    """With `fps`: place the frames as `segments` does."""
     distinct: Annotated[bool, Field(strict=True)] | None = None
     """With `uniform` and `fps`: a clip shorter than the frames wanted gives each of its frames once, not some of them twice."""
 
@@ -37,4 +39,6 @@ class SamplingSpec(Sparse):
             raise ValueError(f"`max` limits fps; {chosen[0]} is a number of frames itself. Leave `max` out")
         if self.distinct is not None and chosen[0] in ("segments", "left_edge"):
             raise ValueError(f"`distinct` is for uniform and fps; leave it out with {chosen[0]}")
+        if self.middle is not None and (self.fps is None or self.distinct is not None):
+            raise ValueError("`middle` is for fps, without `distinct`; leave one of them out")
         return self

@@ -6,15 +6,17 @@
 | `{fps: 1}` | training with `num_frames -1`, which knows no upper limit |
 | `{fps: 1, max: 64}` | MMVU and MVBench's `video` with `--num_frame -1 --max_frame 64` |
 | `{uniform: 16, distinct: true}`, `{fps: 1, max: 64, distinct: true}` | Video-MME and MLVU |
-| `{segments: 16}` | MVBench's `video_avi`, `video_webm` and `frame` (TSN, arXiv 1608.00859) |
+| `{segments: 16}`, `{fps: 1, max: 64, middle: true}` | MVBench's `video_avi`, `video_webm`, `frame` (TSN, arXiv 1608.00859) |
 | `{left_edge: 16}` | LongVideoBench |
 
 Frames are counted in the order in which they are shown, whatever the time between them. What is a fault there is not
 copied: MVBench's `video` reader and MMVU's ignore the part that a question is about (here every sampling keeps to a given
 part); the Video-MME reader of clips with a varying rate takes a number of time-base units for seconds and so always shows
 `max` frames; a clip for which the container reports no frames asks for frame -1; a clip under a second divides by zero in
-LongVideoBench (here it shows one frame); and a part that begins behind the end of the clip asks MVBench's readers for frames
-that do not exist (here for the last one).
+LongVideoBench (here it shows one frame); and a length from a question file that is longer than the clip, or a part that begins
+behind its end, asks for frames that do not exist (here for the last ones).
+
+A part decides where frames lie, never how many they are: as in MVBench's readers, that comes from the whole clip.
 """
 
 from __future__ import annotations
@@ -59,13 +61,12 @@ def frame_indices(sampling: SamplingSpec, clip: Clip, part: tuple[float, float] 
         part: seconds from the start of the clip between which the frames must lie; None for all of it.
     """
     start, end = _bounds(clip, part)
-    seconds = clip.seconds if part is None else max(0.0, min(part[1], clip.seconds) - max(part[0], 0.0))
-    wanted = frame_count(sampling, seconds)
-    if sampling.segments is not None:
+    wanted = frame_count(sampling, clip.seconds)
+    if sampling.segments is not None or sampling.middle:
         size = (end - start) / wanted
         return [int(start + size / 2 + round(size * i)) for i in range(wanted)]
     if sampling.left_edge is not None:
-        step = int(min(int(seconds * clip.fps), end - start + 1) / wanted)
+        step = int(min(int(clip.seconds * clip.fps), end - start + 1) / wanted)
         return [start + step * i for i in range(wanted)]
     chosen = np.linspace(start, end, wanted).astype(np.int64).tolist()
     return list(dict.fromkeys(chosen)) if sampling.distinct else chosen

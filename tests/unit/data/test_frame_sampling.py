@@ -62,8 +62,12 @@ PARTS: list[tuple[dict[str, Any], Clip, tuple[float, float] | None, list[int]]] 
     ({"segments": 4}, Clip(6, 3.0, first=1), None, [1, 2, 3, 5]),
     ({"segments": 3}, Clip(100, 25.0), (9.0, 12.0), [99, 99, 99]),
     ({"uniform": 3}, Clip(100, 25.0), (1.0, 2.0), [25, 37, 50]),
-    ({"fps": 1}, Clip(100, 25.0), (1.0, 3.0), [25, 75]),
+    ({"fps": 1, "max": 2}, Clip(100, 25.0), (1.0, 3.0), [25, 75]),
+    ({"fps": 1}, Clip(100, 25.0), (1.0, 3.0), [25, 41, 58, 75]),
+    ({"fps": 1, "max": 64, "middle": True}, Clip(200, 25.0), (1.0, 3.0), [28, 34, 40, 47, 53, 59, 66, 72]),
+    ({"fps": 1, "max": 4, "middle": True}, Clip(100, 25.0), (3.0, 20.0), [78, 84, 90, 96]),
     ({"left_edge": 2}, Clip(100, 25.0), (1.0, 3.0), [25, 50]),
+    ({"left_edge": 4}, Clip(100, 25.0, seconds=9.0), None, [0, 25, 50, 75]),
 ]
 
 
@@ -137,6 +141,8 @@ def test_the_number_of_frames_is_known_without_the_clip(sampling: Any, seconds: 
         ({"uniform": 16, "fps": 1}, "but this has uniform and fps"),
         ({"uniform": 16, "max": 8}, "uniform is a number of frames itself. Leave `max` out"),
         ({"segments": 16, "distinct": True}, "leave it out with segments"),
+        ({"uniform": 16, "middle": True}, "`middle` is for fps"),
+        ({"fps": 1, "middle": True, "distinct": True}, "`middle` is for fps, without `distinct`"),
         ({"uniform": 0}, "greater than 0"),
         ({"fps": 0}, "greater than 0"),
     ],
