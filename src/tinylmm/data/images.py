@@ -58,7 +58,7 @@ def safe_path(root: Path, relative: str, follow_links: bool = False, what: str =
     Args:
         relative: a path below `root`; an absolute one counts if it leads there.
         follow_links: links below `root` may lead out of it; `..` may not.
-        what: it is, in messages; the source's field of it has an s behind.
+        what: it is, in messages.
 
     Raises:
         DataError: the path leads out of `root` (by `..` or a link), or names no regular file.
@@ -71,13 +71,13 @@ def safe_path(root: Path, relative: str, follow_links: bool = False, what: str =
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{what} '{relative}': not found under {root} ({getattr(error, 'strerror', None) or error}). "
-            f"Put the file there, or correct the record or the source's `{what}s`."
+            "Put the file there, or correct the record or the source's `images`."
         ) from error
     inside = path.is_relative_to(resolved_root) or (follow_links and not _climbs(root, relative))
     if not inside:
         raise DataError(
-            f"{what} '{relative}': leads out of the {what} folder {root}, to {path}. Only files inside it are read: move "
-            f"the file there, set the source's `{what}s` to a folder around both, or, where a link in the folder leads "
+            f"{what} '{relative}': leads out of the image folder {root}, to {path}. Only files inside it are read: move "
+            "the file there, set the source's `images` to a folder around both, or, where a link in the folder leads "
             "there on purpose, set the source's follow_links=true."
         )
     if not path.is_file():

@@ -201,7 +201,7 @@ def test_no_path_leads_out_of_the_folder(tmp_path: Path) -> None:
     (root / "link.mp4").symlink_to(outside)
     assert read_video(find_video(root, "in: 1 ü.mp4")).frames == 3 and find_video(root, str(inside)) == inside
     for name in ("../out.mp4", str(outside), "link.mp4"):
-        with pytest.raises(DataError, match=r"video '.*out of the video folder .* source's `videos`"):
+        with pytest.raises(DataError, match=r"video '.*out of the image folder .* source's `images`"):
             find_video(root, name)
     assert find_video(root, "link.mp4", follow_links=True) == outside
     with pytest.raises(DataError, match=r"video 'none\.mp4': not found under"):
