@@ -144,10 +144,11 @@ def _stream(path: Path, container: InputContainer) -> VideoStream:
     cover = av.stream.Disposition.attached_pic
     stream = next((s for s in container.streams.video if not s.disposition & cover), None)
     if stream is None:
-        found = (
-            f"only sound ({container.streams.audio[0].codec_context.name})" if container.streams.audio else "no stream"
-        )
+        sound = [s.codec_context.name for s in container.streams.audio if s.codec_context is not None]
+        found = f"only sound ({sound[0]})" if sound else "no stream"
         raise DataError(f"{path}: has no video, {found}. Correct the record, or leave it out.")
+    if stream.codec_context is None:
+        raise DataError(f"{path}: is in a codec that FFmpeg does not know here. Fetch or convert it again.")
     _check_size(path, stream.codec_context.width, stream.codec_context.height)
     stream.thread_count = 1  # each of many workers reads a file of its own
     return stream

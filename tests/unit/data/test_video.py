@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,25 @@ def test_a_frame_that_is_not_there_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"has frames 0 to 4"):
             read_frames(path, indices)
     assert read_frames(path, []) == []
+
+
+@pytest.mark.parametrize("name", ["front.mp4", "a.mkv", "a.ts"])
+def test_fuzzed_files_give_frames_or_a_data_error_alone(name: str, tmp_path: Path) -> None:
+    source = write_video(tmp_path / (name if name != "front.mp4" else "whole.mp4"), 30)
+    content = (moved_to_front(tmp_path / name, source) if name == "front.mp4" else source).read_bytes()
+    draw, outcomes = random.Random(name), set()
+    for number in range(60):
+        changed = bytearray(content)
+        for _ in range(draw.choice([1, 3, 20])):
+            changed[draw.randrange(min(800, len(changed)) if number % 2 else len(changed))] = draw.randrange(256)
+        path = tmp_path / f"fuzzed{Path(name).suffix}"
+        path.write_bytes(changed if number % 5 else changed[: draw.randrange(len(changed))])
+        try:
+            outcomes.add(len(sample_frames(path, SamplingSpec(uniform=5))))
+        except DataError as fault:
+            outcomes.add("refused")
+            assert str(fault).startswith(f"{path}: ") and "\n" not in str(fault)
+    assert outcomes == {5, "refused"}
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
