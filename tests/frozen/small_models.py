@@ -57,4 +57,13 @@ SMALL_MODELS: dict[str, list[str]] = {
         *QUERIES,
         *["connector.options.hidden_size=16", "connector.options.depth=1", "vt.drop_first_token=true"],
     ),
+    "naive_resampler": words(
+        *["tinyllama", "siglip", "naive_resampler"],
+        *QUERIES,
+        *["connector.options.head_dim=8", "connector.options.depth=1"],
+    ),
+    "group_resampler": words(
+        *["tinyllama", "siglip", "group_resampler", *QUERIES, "connector.options.groups=3"],
+        *["connector.options.head_dim=8", "connector.options.depth=1"],
+    ),
 }

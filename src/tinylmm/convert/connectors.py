@@ -14,6 +14,7 @@ from tinylmm.errors import UserError
 MODULE = "tinylmm.models.connectors"
 MLP = f"{MODULE}.MLPConnector"
 RESAMPLER = "tinylmm.models.query_connectors.PerceiverConnector"
+VIDEO_MODULE = "tinylmm.models.video_connectors"
 QFORMER = "tinylmm.models.query_connectors.QFormerConnector"
 MLP_DEFAULTS = {"depth": 2, "activation": "gelu"}
 QUERY_NORM = "qformer.layernorm."
@@ -45,13 +46,25 @@ class _Family:
 
 
 _QUERIES = ("num_queries", 128)
+_CLIP_FIELDS = {"num_queries": ("num_queries", 512), "depth": ("num_resampler_layers", 3)}
+"""Of TinyLLaVA-Video's, a fork of the Factory with the same layout."""
+_HEADS = {"heads": 8, "head_dim": 64}
 _FAMILY = {
     "identity": _Family(f"{MODULE}.IdentityConnector"),
     "linear": _Family(f"{MODULE}.LinearConnector", "linear."),
     "resampler": _Family(
         RESAMPLER,
         fields={"num_queries": _QUERIES, "depth": ("num_resampler_layers", 3)},
-        fixed={"heads": 8, "head_dim": 64},
+        fixed=_HEADS,
+        factory_only=True,
+    ),
+    "naiveresampler": _Family(
+        f"{VIDEO_MODULE}.NaiveResamplerConnector", fields=_CLIP_FIELDS, fixed=_HEADS, factory_only=True
+    ),
+    "groupresampler": _Family(
+        f"{VIDEO_MODULE}.GroupResamplerConnector",
+        fields={**_CLIP_FIELDS, "groups": ("group", 16)},
+        fixed=_HEADS,
         factory_only=True,
     ),
     "qformer": _Family(
@@ -85,7 +98,8 @@ def spec_of_type(type_name: str, config: Mapping[str, Any] | None = None) -> Con
     if known is None or (known.factory_only and config is None):
         raise UserError(
             f"the checkpoint's connector is '{type_name}', which cannot be imported. "
-            "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, and the Factory's resampler and qformer."
+            "Importable are: identity, linear, mlp<N>x_gelu, mlp<N>x_relu, the Factory's resampler and qformer, "
+            "and TinyLLaVA-Video's naiveresampler and groupresampler."
         )
     options = {option: (config or {}).get(key, default) for option, (key, default) in known.fields.items()}
     return connector_of(known.target, options)

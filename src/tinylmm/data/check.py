@@ -18,11 +18,12 @@ from typing import Any
 
 from tinylmm.config.cores import usable_cores
 from tinylmm.constants import IGNORE_INDEX
-from tinylmm.data.image_names import is_embedded
+from tinylmm.data.image_names import is_embedded, video_path
 from tinylmm.data.images import check_image, image_header, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
 from tinylmm.data.segments import Rendered
 from tinylmm.data.slots import learned_within, positions_of
+from tinylmm.data.video import check_video, find_video, read_video
 from tinylmm.errors import DataError
 
 CHUNK = 512
@@ -50,9 +51,10 @@ class SourceFiles:
 
 @dataclass(frozen=True)
 class _ImageFacts:
-    """What is known of one image.
+    """What is known of one image or video.
 
     Attributes:
+        seconds: of a video, its length.
         content: SHA-256 of its bytes, where they were read.
         turned: its camera says that it is to be shown turned or mirrored.
     """
@@ -62,6 +64,7 @@ class _ImageFacts:
     content: str | None = None
     fault: str | None = None
     turned: bool = False
+    seconds: float | None = None
 
 
 @dataclass
@@ -77,6 +80,7 @@ class SourceCheck:
         tokens: tokens of each sample, images counted in, if a tokenizer was at hand; supervised: those trained on, in all.
         images_counted: whether it is known what an image takes; else each is one token.
         sizes, formats: of the distinct images, (width, height) in pixels; turned: those whose camera says to turn them.
+        seconds: lengths of the distinct videos; with_videos: samples that have one.
         greeted: samples whose first answer is left out, as no question is before it.
         too_long: samples of which the stage's `max_length` leaves no token to learn; unless `images_counted`, there may be
             more. max_length, max_dropped: the stage's; None and all of them where tokens are not counted.
@@ -102,6 +106,8 @@ class SourceCheck:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     turned: int = 0
+    seconds: list[float] = field(default_factory=list)
+    with_videos: int = 0
     greeted: int = 0
     same_conversations: list[list[tuple[int, str]]] = field(default_factory=list)
     same_images: list[list[str]] = field(default_factory=list)
@@ -111,7 +117,7 @@ class SourceCheck:
     def clean(self) -> bool:
         """Whether every record can be trained on."""
         fits = self.too_long <= self.max_dropped * self.samples
-        return self.problem is None and not self.faults and self.samples > 0 and fits
+        return self.problem is None and not self.faults and self.samples > 0 and fits and not self.with_videos
 
 
 def check_source(
@@ -127,7 +133,7 @@ def check_source(
 
     Args:
         render: gives a sample's tokens, to count them.
-        quick: look at images' headers only; broken ones and equal ones are then not found.
+        quick: look at the headers of images and videos only; broken ones and equal ones are then not found.
         progress: called with the number of records read so far.
         max_length, max_dropped: of the stage that trains on the source; samples that are too long are counted with `render`.
         image_tokens: width and height of an image -> the tokens that the stage's model makes of it; by default one.
@@ -136,7 +142,7 @@ def check_source(
     state = _State()
     threads = ThreadPoolExecutor(min(MAX_THREADS, usable_cores()))
     try:
-        records = enumerate(islice(read_samples(files.annotations, files.layout), files.limit))
+        records = enumerate(islice(read_samples(files.annotations, files.layout, videos=True), files.limit))
         while chunk := list(islice(records, CHUNK)):
             _look_at_images(chunk, check, state, threads, quick)
             for index, record in chunk:
@@ -180,7 +186,9 @@ def _look_at_images(
     facts = threads.map(lambda name: _facts(name, check.files, new[name].get(name), quick), new)
     for name, found in zip(new, facts, strict=True):
         state.seen[name] = found
-        if found.size is not None:
+        if found.seconds is not None:
+            check.seconds.append(found.seconds)
+        elif found.size is not None:
             check.sizes[found.size] += 1
             check.formats[found.format] += 1
             check.turned += found.turned
@@ -189,8 +197,11 @@ def _look_at_images(
 
 
 def _facts(name: str, files: SourceFiles, data: bytes | None, quick: bool) -> _ImageFacts:
-    """Open one image: a file of the source's folder, or bytes that a record carries."""
+    """Open one image or video: a file of the source's folder, or bytes that a record carries."""
     try:
+        if (path := video_path(name)) is not None:
+            video = (read_video if quick else check_video)(find_video(files.images, path, files.follow_links))
+            return _ImageFacts(seconds=video.seconds)  # what a model makes of its size is not known
         place: Any = safe_path(files.images, name, files.follow_links) if data is None else io.BytesIO(data)
         if not quick:
             check_image(place)
@@ -239,7 +250,9 @@ def _take(
     check.with_system += record.system is not None
     check.greeted += record.greeted
     check.turns[len(record.turns)] += 1
-    check.images[len(record.images)] += 1
+    videos = sum(video_path(name) is not None for name in record.images)
+    check.with_videos += videos > 0
+    check.images[len(record.images) - videos] += 1
     check.words.append(sum(len(text.split()) for text in _texts(record)))
     state.conversations[_identity(record, state)].append((index, record.sample_id))
 

@@ -3,7 +3,8 @@
 LLaVA      {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}: strictly alternating, `<image>` is a slot.
 ShareGPT   the same with a system message (a first turn `from: system`, or the key `system`) and `image` or `images`.
 OpenAI     {"messages": [{"role", "content": text | [{"type": "text", "text"}, {"type": "image_url", "image_url"}, ...]}]}.
-           Images stand in the list of parts, or as `<image>` in texts where the record has `image` or `images`.
+           Images stand in the list of parts, or as `<image>` in texts where the record has `image` or `images`. A part
+           {"type": "video_url", "video_url": ...} is a video; other records name theirs as `data/video_records.py` says.
 Cauldron   {"images": [...], "texts": [{"user", "assistant", "source"}]}: all images stand in front of the first question.
 
 A conversation of LLaVA or ShareGPT may begin with an answer, which is left out, as in LLaVA's own code. An empty answer is
@@ -25,6 +26,7 @@ USER_ROLES = ("human", "user")
 ASSISTANT_ROLES = ("gpt", "assistant")
 SYSTEM_ROLES = ("system", "developer")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
+_VIDEO_PARTS = ("video_url", "video", "input_video")
 _TEXT_PARTS = ("text", "input_text")
 _QWEN_IMAGE = re.compile(r"<img>[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp)</img>", re.IGNORECASE)
 """How Qwen-VL's own data names a picture: inside the question."""
@@ -220,16 +222,17 @@ def _question(number: int, content: Any, slots_in_text: bool) -> tuple[Turn, lis
 
 
 def _part(number: int, place: int, part: Any) -> str | tuple[Any]:
-    """A part of a message: its text, or its image in a tuple."""
+    """A part of a message: its text, or its image in a tuple, a video as {"video": what names it}."""
     name = part.get("type") if isinstance(part, dict) else None
     if name in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    if name not in _IMAGE_PARTS:
+    if name not in _IMAGE_PARTS + _VIDEO_PARTS:
         what = f"is of type {shown(name)}" if isinstance(part, dict) else f"is no object but {kind(part)}"
-        raise RecordFaultError(f"part {place} of message {number} {what}; allowed: text, image_url, image")
-    keys = ("image_url", "image", "path", "url")
-    image = next((part[key] for key in keys if part.get(key) is not None), None)
-    return (image["url"] if isinstance(image, dict) and "url" in image else image,)
+        raise RecordFaultError(f"part {place} of message {number} {what}; allowed: text, image_url, image, video_url")
+    keys = (*_IMAGE_PARTS[:2], *_VIDEO_PARTS[:2], "path", "url")
+    found = next((part[key] for key in keys if part.get(key) is not None), None)
+    found = found["url"] if isinstance(found, dict) and "url" in found else found
+    return ({"video": found} if name in _VIDEO_PARTS else found,)
 
 
 def _plain_text(number: int, content: Any) -> Any:

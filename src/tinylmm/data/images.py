@@ -52,35 +52,36 @@ _TURNS = {
 }
 
 
-def safe_path(root: Path, relative: str, follow_links: bool = False) -> Path:
+def safe_path(root: Path, relative: str, follow_links: bool = False, what: str = "image") -> Path:
     """Return the existing regular file at `root/relative`, every link followed, that lies inside `root`.
 
     Args:
         relative: a path below `root`; an absolute one counts if it leads there.
         follow_links: links below `root` may lead out of it; `..` may not.
+        what: it is, in messages.
 
     Raises:
         DataError: the path leads out of `root` (by `..` or a link), or names no regular file.
     """
     if not relative or "\0" in relative:
-        raise DataError(f"image path {relative!r}: must be relative to {root}, and not empty. Correct the record.")
+        raise DataError(f"{what} path {relative!r}: must be relative to {root}, and not empty. Correct the record.")
     try:
         resolved_root = root.resolve(strict=True)
         path = (root / relative).resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"image '{relative}': not found under {root} ({getattr(error, 'strerror', None) or error}). "
+            f"{what} '{relative}': not found under {root} ({getattr(error, 'strerror', None) or error}). "
             "Put the file there, or correct the record or the source's `images`."
         ) from error
     inside = path.is_relative_to(resolved_root) or (follow_links and not _climbs(root, relative))
     if not inside:
         raise DataError(
-            f"image '{relative}': leads out of the image folder {root}, to {path}. Only files inside it are read: move "
+            f"{what} '{relative}': leads out of the image folder {root}, to {path}. Only files inside it are read: move "
             "the file there, set the source's `images` to a folder around both, or, where a link in the folder leads "
             "there on purpose, set the source's follow_links=true."
         )
     if not path.is_file():
-        raise DataError(f"image '{relative}': {path} is no regular file. Correct the record.")
+        raise DataError(f"{what} '{relative}': {path} is no regular file. Correct the record.")
     return path
 
 

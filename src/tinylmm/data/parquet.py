@@ -1,7 +1,7 @@
 """Rows of parquet files as records, images embedded in them included (`datasets` writes them as {"bytes", "path"}).
 
 The conversation is in `messages` (OpenAI), `conversations` (LLaVA, ShareGPT) or `texts` (the_cauldron), images in `image`
-or `images`.
+or `images`, paths of videos in `video` or `videos`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinylmm.errors import DataError
 ROWS_AT_ONCE = 64
 """Rows in memory at a time: their images are in them."""
 CONVERSATIONS = ("messages", "conversations", "texts")
-COLUMNS = ("id", "system", "image", "images", "video", *CONVERSATIONS)
+COLUMNS = ("id", "system", "image", "images", "video", "videos", *CONVERSATIONS)
 
 
 def parquet_files(path: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Connectors: tower features (B, P, Dv) in, LLM input embeddings (B, Q, Dl) out.
 
-Here are the ones that keep a token a patch; `query_connectors.py` has those that ask with learned queries, and
-`grid_connectors.py` those that fold neighbouring patches.
+Here are the ones that keep a token a patch; `query_connectors.py` has those that ask with learned queries,
+`video_connectors.py` those of them that take all frames of a clip at once, and `grid_connectors.py` those that fold
+neighbouring patches.
 """
 
 from __future__ import annotations

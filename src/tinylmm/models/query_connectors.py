@@ -110,11 +110,14 @@ class PerceiverConnector(_QueryConnector):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, P, Dv) to (B, Q, Dl)."""
-        image = self.linear(features)
-        latents = self.latents.to(image.dtype).expand(features.shape[0], -1, -1)
+        return self.resample(self.linear(features))
+
+    def resample(self, media: Tensor) -> Tensor:
+        """Features in the LLM's width (B, P, Dl) to as many tokens as there are latents."""
+        latents = self.latents.to(media.dtype).expand(media.shape[0], -1, -1)
         for block in self.layers:
             attention, feed_forward = cast(nn.ModuleList, block)
-            latents = latents + attention(image, latents)
+            latents = latents + attention(media, latents)
             latents = latents + feed_forward(latents)
         return self.norm(latents)
 

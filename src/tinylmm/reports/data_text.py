@@ -25,9 +25,16 @@ SUPERVISED, IMAGE_STYLE = "black on green", "bold white on blue"
 def source_counts(check: SourceCheck) -> list[tuple[str, str]]:
     """The counts of a source as (name, value)."""
     rows = [("records", f"{check.records:,}"), ("with a fault", f"{len(check.faults):,}")]
-    rows += [("text only", f"{check.images[0]:,}"), ("with a system message", f"{check.with_system:,}")]
+    alone = "without an image" if check.with_videos else "text only"
+    rows += [
+        (alone, f"{check.images[0]:,}"),
+        ("with a system message", f"{check.with_system:,}"),
+    ]
     several = sum(count for number, count in check.images.items() if number > 1)
     rows += [("with several images", f"{several:,}"), ("different images", f"{sum(check.sizes.values()):,}")]
+    if check.seconds:
+        rows += [("with a video", f"{check.with_videos:,}"), ("different videos", f"{len(check.seconds):,}")]
+        rows.append(("length of the videos", f"{sum(check.seconds) / 60:,.1f} minutes"))
     if check.greeted:
         rows.append(("first answer left out", f"{check.greeted:,}"))
     if check.turned:
@@ -47,6 +54,7 @@ def histograms(check: SourceCheck) -> list[tuple[str, list[tuple[str, int]]]]:
         ("words a sample", doubling_bins(check.words)),
         (f"tokens a sample, {_images_as(check)}", doubling_bins(check.tokens)),
         ("shorter side of the images in pixels", short_sides(check.sizes)),
+        ("seconds of the videos", doubling_bins([int(seconds) for seconds in check.seconds])),
         ("image formats", [(name, count) for name, count in check.formats.most_common()]),
     ]
     return [(title, bins) for title, bins in found if bins]
@@ -78,6 +86,8 @@ def verdict(check: SourceCheck) -> str:
             f"{least}{check.too_long:,} of {check.samples:,} samples would be left out: max_length={check.max_length} leaves "
             f"them no token to learn{counted} ({allowed}{check.max_dropped:.1%} may be left out: max_dropped)."
         )
+    if check.with_videos:
+        return f"all {check.records:,} records can be read, but {check.with_videos:,} have videos, which no training takes yet."
     return f"all {check.records:,} records can be used."
 
 

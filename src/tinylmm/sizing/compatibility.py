@@ -13,7 +13,13 @@ from tinylmm.errors import Fault
 _PAIRS = "MoFMLPConnector"
 _SHUFFLE = "PixelShuffleMLPConnector"
 _GRIDS = (_SHUFFLE, "AveragePoolMLPConnector", "LDPConnector", "LDPv2Connector")
-_QUERIES = ("QFormerConnector", "PerceiverConnector", "BenchResamplerConnector")
+_QUERIES = (
+    "QFormerConnector",
+    "PerceiverConnector",
+    "BenchResamplerConnector",
+    "NaiveResamplerConnector",
+    "GroupResamplerConnector",
+)
 _MIXTURE = "MoFTower"
 
 

@@ -152,7 +152,20 @@ def _bert_attention(width: int, heads: int, asked: int, keys: int, image: int | 
 
 
 def _perceiver(vision: int, llm: int, tokens: int, options: dict[str, Any]) -> _Layers:
-    asked, depth = int(options.get("num_queries", 128)), int(options.get("depth", 3))
+    return _resampler(vision, llm, tokens, {"num_queries": 128} | options, groups=1)
+
+
+def _naive_resampler(vision: int, llm: int, tokens: int, options: dict[str, Any]) -> _Layers:
+    return _resampler(vision, llm, tokens, {"num_queries": 512} | options, groups=1)
+
+
+def _group_resampler(vision: int, llm: int, tokens: int, options: dict[str, Any]) -> _Layers:
+    return _resampler(vision, llm, tokens, {"num_queries": 512} | options, groups=int(options.get("groups", 16)))
+
+
+def _resampler(vision: int, llm: int, tokens: int, options: dict[str, Any], groups: int) -> _Layers:
+    """`groups`: of consecutive tokens, each asked by the same latents; each query meets its own group's keys alone."""
+    asked, depth = int(options["num_queries"]), int(options.get("depth", 3))
     heads, dim = int(options.get("heads", 8)), int(options.get("head_dim", 64))
     keys = tokens + asked
     block: tuple[Layer, ...] = (
@@ -160,11 +173,14 @@ def _perceiver(vision: int, llm: int, tokens: int, options: dict[str, Any]) -> _
         Norm(llm, rows=asked, bias=True, fused=True),
         Linear("to_q", llm, heads * dim, bias=False, rows=asked),
         Linear("to_kv", llm, 2 * heads * dim, bias=False, rows=keys),
-        Attention(heads, dim, heads, queries=asked, keys=keys),
+        Attention(heads, dim, heads, queries=asked, keys=keys // groups),
         Linear("to_out", heads * dim, llm, bias=False, rows=asked),
         *_resampler_ffn(llm, asked),
     )
-    stem: list[Layer] = [Weights("latents", asked * llm), Linear("linear", vision, llm, rows=tokens, source=True)]
+    stem: list[Layer] = [
+        Weights("latents", asked // groups * llm),
+        Linear("linear", vision, llm, rows=tokens, source=True),
+    ]
     return stem, [block] * depth, [Norm(llm, rows=asked, bias=True, fused=True)], asked
 
 
@@ -210,4 +226,6 @@ _CONNECTORS: dict[str, Callable[[int, int, int, dict[str, Any]], _Layers]] = {
     "QFormerConnector": _qformer,
     "PerceiverConnector": _perceiver,
     "BenchResamplerConnector": _bench_resampler,
+    "NaiveResamplerConnector": _naive_resampler,
+    "GroupResamplerConnector": _group_resampler,
 }

@@ -18,6 +18,7 @@ from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model, set_image_mode
 from tinylmm.models.connectors import Connector
 from tinylmm.models.query_connectors import PerceiverConnector, QFormerConnector
+from tinylmm.models.video_connectors import GroupResamplerConnector, NaiveResamplerConnector
 
 NAMES = ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "google/siglip-so400m-patch14-384")
 
@@ -61,7 +62,7 @@ def test_the_merged_save_has_the_factorys_names(tmp_path: Path) -> None:
 def loaded_with(connector: Connector, name: str, **options: object) -> LoadedModel:
     loaded = tiny_loaded()
     loaded.model.connector = connector
-    redescribe(loaded, connector={"_target_": f"tinylmm.models.query_connectors.{name}", "options": options})
+    redescribe(loaded, connector={"_target_": f"{type(connector).__module__}.{name}", "options": options})
     return loaded
 
 
@@ -76,6 +77,36 @@ def test_a_resampler_goes_with_its_number_of_queries_and_layers(tmp_path: Path) 
     assert again.image_tokens == 5
     before, after = loaded.model.connector.state_dict(), again.connector.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "fields"),
+    [
+        (NaiveResamplerConnector, {"num_queries": 6, "depth": 2}, {"connector_type": "naiveresampler"}),
+        (
+            *(GroupResamplerConnector, {"num_queries": 6, "groups": 3, "depth": 2}),
+            {"connector_type": "groupresampler", "group": 3},
+        ),
+    ],
+)
+def test_tinyllava_videos_resamplers_go_out_and_come_in(
+    kind: type[Connector], options: dict[str, int], fields: dict[str, object], tmp_path: Path
+) -> None:
+    loaded = loaded_with(kind(VISION["hidden_size"], WIDTH, **options), kind.__name__, **options)
+    write_model(loaded, tmp_path / "factory", "factory", torch.float32, *NAMES)
+    config = json.loads((tmp_path / "factory/config.json").read_text())
+    assert config.items() >= {**fields, "num_queries": 6, "num_resampler_layers": 2}.items()
+    names = {name for name in load_file(tmp_path / "factory/model.safetensors") if name.startswith("connector.")}
+    assert {"connector._connector.latents", "connector._connector.layers.1.0.to_kv.weight"} <= names
+    import_model(tmp_path / "factory", tmp_path / "again")
+    again = load_model(tmp_path / "again", []).model
+    assert type(again.connector) is kind and again.image_tokens == 6
+    before, after = loaded.model.connector.state_dict(), again.connector.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        again.eval().image_embeddings(pixels, None), loaded.model.eval().image_embeddings(pixels, None)
+    )
 
 
 def test_what_the_factory_cannot_have_is_refused_with_every_reason(tmp_path: Path) -> None:

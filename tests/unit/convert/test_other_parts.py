@@ -52,7 +52,7 @@ def test_a_perceiver_resampler_comes_in(tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_features_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"connector is 'mof_mlp', which cannot be imported.*resampler and qformer\."):
+    with pytest.raises(UserError, match=r"'mof_mlp', which cannot be imported.*naiveresampler and groupresampler\."):
         imported(tmp_path, foreign(), connector_type="mof_mlp")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ BAD = {
     "slot-without-image": ({"conversations": GOOD["conversations"]}, "1 <image> but the record names 0"),
     "image-is-number": (changed(image=5), "`image` must be a path or a list of paths, but holds 5"),
     "image-is-empty": (changed(image=""), "`image` must be a path"),
-    "video": (changed(video="a.mp4"), "`video`, which this version cannot read yet"),
+    "video": (changed(image=None, video="a.mp4"), "`video`, which this version cannot train on yet"),
+    "image-and-video-in-one-slot": (changed(video="a.mp4"), "images and videos, but no <video> in its questions"),
+    "reserved-name": (changed(image="video:a.mp4"), "begin with 'embedded:' or 'video:' are reserved"),
 }
 
 
@@ -120,15 +123,15 @@ ODD = (
     "\ud800", "\x1b[2Jx", "\u202e", "", " ", "<image>", "a.png", "\0", "human", "gpt", "system", "user", "embedded:x",
     "data:image/png;base64,AA", "http://x", 0, -1, 1.5, 1e400, True, None, [], {}, [[[[[[1]]]]]], "x" * 9000,
 )  # fmt: skip
-KEYS = ("id", "image", "images", "conversations", "messages", "texts", "system", "video", "from", "value", "role", "content",
-        "type", "text", "image_url", "url", "path", "bytes", "user", "assistant", "\ud800", "\x1b")  # fmt: skip
+KEYS = ("id", "image", "images", "conversations", "messages", "texts", "system", "video", "videos", "from", "value", "role",
+        "content", "type", "text", "image_url", "url", "path", "bytes", "user", "assistant", "\ud800", "\x1b")  # fmt: skip
 
 
 def odd_value(draw: random.Random, depth: int = 0) -> Any:
     """Some JSON value, near to a record or far from one."""
     kind = draw.random()
     if kind < 0.45 or depth > 4:
-        return draw.choice(ODD)
+        return deepcopy(draw.choice(ODD))  # or a list could be put into itself
     if kind < 0.6:
         return [odd_value(draw, depth + 1) for _ in range(draw.randrange(4))]
     return {draw.choice(KEYS): odd_value(draw, depth + 1) for _ in range(draw.randrange(6))}
@@ -140,6 +143,7 @@ def odd_record(draw: random.Random) -> Any:
         return odd_value(draw)
     record = json.loads(json.dumps(draw.choice([
         GOOD,
+        {"id": 2, "video": "a.mp4", "conversations": [human("<video> <image>"), gpt("a")], "image": "a.png"},
         {"id": 1, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]},
                                {"role": "assistant", "content": "a"}]},
         {"images": [{"path": "a.png", "bytes": None}], "texts": [{"user": "q", "assistant": "a", "source": "s"}]},
@@ -163,7 +167,7 @@ def test_whatever_json_can_hold_is_a_sample_or_has_a_reason(tmp_path: Path, layo
     digits = '{"id": ' + "9" * 5000 + ', "conversations": ' + "9" * 5000 + "}"
     file.write_text("\n".join([*map(json.dumps, records), digits]), encoding="utf-8")
     found = list(read_samples(file, layout))
-    assert len(found) == 2001
+    assert len(found) == len(list(read_samples(file, layout, videos=True))) == 2001
     for sample in found:
         said = [sample.sample_id, *(sample.images if isinstance(sample, Sample) else [sample.reason])]
         "".join(said).encode()  # fit for any file

@@ -33,6 +33,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "qformer": {"num_queries": 5, "hidden_size": 16, "layers": 3, "heads": 2, "dropout": 0.0},
     "resampler": {"num_queries": 5, "heads": 2, "head_dim": 8, "depth": 2},
     "resampler_bench": {"num_queries": 5, "hidden_size": 16, "heads": 2, "depth": 2},
+    "naive_resampler": {"num_queries": 5, "heads": 2, "head_dim": 8, "depth": 2},
+    "group_resampler": {"num_queries": 6, "groups": 3, "heads": 2, "head_dim": 8, "depth": 2},
 }
 """Sizes in place of the published ones; everything else is as in the YAML."""
 
@@ -245,6 +247,7 @@ REFUSED = [
     (lambda: connector("avgpool_mlp", side=3).num_tokens(4), "side is 3, more than the 2 x 2 patches"),
     (lambda: connector("ldp_v2", side=0), "side is 0; it must be at least 1"),
     (lambda: connector("resampler", num_queries=0), "num_queries is 0; at least 1 token"),
+    (lambda: connector("group_resampler", groups=4), "num_queries is 6, which 4 groups do not divide"),
     (lambda: connector("qformer", heads=3), "hidden_size is 16, which 3 heads do not divide"),
 ]
 

@@ -49,6 +49,8 @@ SMALL_CONNECTOR = {
     "qformer": {"num_queries": 5, "hidden_size": 16, "layers": 2, "heads": 2, "dropout": 0.0},
     "resampler": {"num_queries": 5, "heads": 2, "head_dim": 8, "depth": 1},
     "resampler_bench": {"num_queries": 5, "hidden_size": 16, "heads": 2, "depth": 1},
+    "naive_resampler": {"num_queries": 5, "heads": 2, "head_dim": 8, "depth": 1},
+    "group_resampler": {"num_queries": 8, "groups": 4, "heads": 2, "head_dim": 8, "depth": 1},
 }
 TWO_ENCODERS_ONLY = {"mof_mlp"}
 SQUARE_GRID_ONLY = {"pixel_shuffle_mlp", "avgpool_mlp", "ldp", "ldp_v2"}

@@ -32,6 +32,8 @@ def counted(run: RunSpec) -> TokensBySize | None:
         ("vt=dinov2", 256),
         ("vt=mof connector=mof_mlp", 512),
         ("vt=clip connector=resampler", 128),
+        ("vt=siglip connector=naive_resampler", 512),  # TinyLLaVA-Video, an image too
+        ("vt=siglip connector=group_resampler", 512),
         ("vt=clip connector=ldp_v2", 144),  # MobileVLM V2
         ("vt=clip vt.image.mode=anyres", 2340),  # LLaVA-1.6: 576 for the whole, then 36 rows of 48 and a newline
     ],

@@ -29,7 +29,10 @@ def faults(tower: dict[str, Any], connector: dict[str, Any]) -> dict[str, str]:
 TOWERS = [path.stem for path in (conf_folder() / "vision_tower").glob("*.yaml")]
 
 
-@pytest.mark.parametrize("connector", ["mlp", "linear", "identity", "qformer", "resampler", "resampler_bench"])
+@pytest.mark.parametrize(
+    "connector",
+    ["mlp", "linear", "identity", "qformer", "resampler", "resampler_bench", "naive_resampler", "group_resampler"],
+)
 def test_what_takes_any_number_of_tokens_fits_every_tower(connector: str) -> None:
     assert not any(faults(part("vision_tower", tower), part("connector", connector)) for tower in TOWERS)
 
