@@ -5,6 +5,7 @@ submitit calls these by what was pickled when they were queued, so each says in 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from tinylmm.store.runs import RunRecord, RunStatus, StageRow, read_run, run_loc
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
+log = logging.getLogger(__name__)
 
 Report = Callable[[list[RunOutcome], Console], int]
 """Reports the runs that have ended, and returns the exit code."""
@@ -78,7 +80,9 @@ class MakeStage:
     def _queue_again(self) -> None:
         """A job that was warned of its end goes back into the queue, and continues from what it has just saved."""
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < self.requeues:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+            if done.returncode > 0:  # below 0: ended with the job, as it was asked to
+                log.error("SLURM does not queue the job again; the same command does")
 
 
 @dataclass(frozen=True)
