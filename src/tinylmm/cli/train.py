@@ -38,12 +38,31 @@ def run(arguments: Sequence[str]) -> int:
 
     multirun = bool(MULTIRUN & set(arguments))
     overrides = [word for word in arguments if word not in MULTIRUN]
+    if multirun and any(word.startswith("hydra/sweeper=") for word in overrides):
+        return _search(overrides)
     runs = compose_all(overrides, multirun)  # every fault of every run, before the first one starts
     plans, refused = _plans(runs)
     from tinylmm.cli.terminal import terminal
 
     console = terminal()
     return report([*refused, *(_carry_out(plans, console) if plans else [])], console)
+
+
+def _search(words: list[str]) -> int:
+    """Let a sweeper of Hydra choose the runs."""
+    from tinylmm.cli.search import search
+    from tinylmm.cli.terminal import terminal
+    from tinylmm.errors import UserError
+
+    console = terminal()
+
+    def carry_out(runs: Sequence[tuple[list[str], RunSpec]]) -> list[RunOutcome]:
+        plans, refused = _plans(runs)
+        for outcome in refused:
+            raise UserError(f"{outcome.name}: {outcome.error}")
+        return _carry_out(plans, console)
+
+    return report(search(words, carry_out, console), console)
 
 
 def _carry_out(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:

@@ -190,7 +190,8 @@ def _labels(values: Sequence[Any]) -> list[str]:
         tells = all(texts) and len(set(texts)) == len(texts) and any(separator in str(value) for value in values)
         if tells and all(isinstance(value, str | None) for value in values):
             return texts
-    return whole
+    short = [f"{value:.4g}" if isinstance(value, float) else word for value, word in zip(values, whole, strict=True)]
+    return short if len(set(short)) == len(set(whole)) else whole
 
 
 def _word(value: Any) -> str:
