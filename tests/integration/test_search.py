@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,11 @@ import yaml
 from tests.integration.project import Project
 from tests.integration.test_embedded import WORDS
 
-SEARCH = (
-    *("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2"),
-    *("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=1", "objective=digits/accuracy"),
-    *("recipe.stages.finetune.lr=interval(1e-4,1e-2)", "connector=linear,mlp"),
+PAGE = (Path(__file__).parents[2] / "docs/studies.md").read_text(encoding="utf-8")
+DOCUMENTED = shlex.split(
+    re.findall(r"^tinylmm-train (-m hydra/sweeper=(?:.*\\\n)*.*)$", PAGE, re.M)[0].replace("\\\n", " ")
 )
+SEARCH = (*DOCUMENTED, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "hydra.sweeper.sampler.seed=1")
 
 
 def test_a_search_runs_batches_as_grids_names_the_best_and_repeats_nothing(tmp_path: Path) -> None:
@@ -54,5 +56,7 @@ def test_a_wrong_word_of_a_search_is_named_before_anything_runs(words: list[str]
 
 
 def test_a_search_over_nothing_is_refused(tmp_path: Path) -> None:
-    refused = Project(tmp_path, WORDS).train_here(*SEARCH[:-2])
+    refused = Project(tmp_path, WORDS).train_here(
+        *[word for word in SEARCH if "interval" not in word and "," not in word]
+    )
     assert refused.returncode == 2 and "nothing to search over" in refused.stderr

@@ -16,7 +16,7 @@ from tinylmm.config.compose import compose_all
 from .conftest import StoreBuilder
 from .sweeps import add_run
 
-PAGE = (Path(__file__).parents[3] / "docs" / "studies.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "studies.md").read_text(encoding="utf-8").partition("\n## Searching")[0]
 FILES = re.compile(r"^```\w+ title=(\S+)\n(.*?)^```", re.M | re.S)
 COMMANDS = re.compile(r"^(tinylmm-train|tinylmm plan|tinylmm report) (.*)$", re.M)
 
