@@ -72,9 +72,10 @@ def _carry_out(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
 
         raise UserError("launch: some runs of the sweep are for SLURM and some are not. Give them in two commands.")
     if plans[0].run.launch.slurm is not None:
+        from tinylmm.cli.terminal import terminal
         from tinylmm.launch.slurm import submit
 
-        return submit(plans, console, report)
+        return submit(plans, terminal, report)
     from tinylmm.launch.runner import execute
 
     return execute(plans, console)

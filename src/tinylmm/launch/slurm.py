@@ -28,7 +28,7 @@ from tinylmm.errors import (
     WaitingError,
 )
 from tinylmm.launch.ledger import Ledger, RunOutcome
-from tinylmm.launch.slurm_jobs import CloseRuns, MakeStage, Report, close_run, outcome_of
+from tinylmm.launch.slurm_jobs import CloseRuns, MakeStage, Report, Terminal, close_run, outcome_of
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stop import stop_requested, watch_for_stop
@@ -48,15 +48,15 @@ POLL_SECONDS = 2.0
 CLOSING_MINUTES = 30
 
 
-def submit(plans: Sequence[RunPlan], console: Console, report: Report) -> list[RunOutcome]:
+def submit(plans: Sequence[RunPlan], terminal: Terminal, report: Report) -> list[RunOutcome]:
     """Queue every stage that the plans ask for and the store lacks, follow the jobs, and return how each run ended.
 
     The jobs need nobody who follows them: Ctrl-C ends this command alone.
 
     Args:
         plans: the runs.
-        console: where it is said how the jobs stand.
-        report: reports the runs when all jobs have ended; a function of a module, as a job calls it.
+        terminal: makes what is written to, here and in the jobs.
+        report: reports the runs when all jobs have ended. Both are functions of modules, as jobs call them.
 
     Raises:
         DataError: files are missing; nothing was queued.
@@ -65,7 +65,7 @@ def submit(plans: Sequence[RunPlan], console: Console, report: Report) -> list[R
     for plan in plans:
         require_files(plan)
     ledger = Ledger(plans)
-    queue = _Queue(plans, ledger, report)
+    queue = _Queue(plans, ledger, terminal, report)
     try:
         jobs = queue.fill()
     except UserError as refused:  # all or nothing
@@ -77,7 +77,7 @@ def submit(plans: Sequence[RunPlan], console: Console, report: Report) -> list[R
         return [outcome_of(close_run(run.folder)) for run in ledger.runs]
     folders = [run.folder for run in ledger.runs]
     _note(folders, ledger, jobs)
-    return _follow(folders, jobs, console)
+    return _follow(folders, jobs, terminal())
 
 
 def _note(folders: Sequence[Path], ledger: Ledger, jobs: dict[str, str]) -> None:
@@ -91,8 +91,8 @@ def _note(folders: Sequence[Path], ledger: Ledger, jobs: dict[str, str]) -> None
 class _Queue:
     """Fills SLURM's queue with the stages of a grid."""
 
-    def __init__(self, plans: Sequence[RunPlan], ledger: Ledger, report: Report) -> None:
-        self.plans, self.ledger, self.report = plans, ledger, report
+    def __init__(self, plans: Sequence[RunPlan], ledger: Ledger, terminal: Terminal, report: Report) -> None:
+        self.plans, self.ledger, self.terminal, self.report = plans, ledger, terminal, report
         self.submitted: list[str] = []
         self.store = Store(plans[0].run.store)
         self.folder = self.store.layout.slurm.resolve()
@@ -117,7 +117,7 @@ class _Queue:
             what = {"dependency": f"afterany:{':'.join(sorted(set(jobs.values())))}", "comment": "report"}
             executor = _executor(self.folder, self.plans[0].run.launch, ranks=False, minutes=CLOSING_MINUTES)
             executor.update_parameters(job_name=f"{self.token}-report", **what)
-            jobs[CLOSING] = self._job(executor, CloseRuns(runs, self.report))
+            jobs[CLOSING] = self._job(executor, CloseRuns(runs, self.terminal, self.report))
         return jobs
 
     def empty(self) -> None:
@@ -169,7 +169,9 @@ class _Queue:
             comment=f"{stage.kind} {stage.name}",
             **({"dependency": ",".join(waits)} if waits else {}),
         )
-        made = MakeStage(tuple(str(run.folder.resolve()) for run in users), stage.digest, launch.slurm.requeues)
+        made = MakeStage(
+            tuple(str(run.folder.resolve()) for run in users), stage.digest, launch.slurm.requeues, self.terminal
+        )
         job = self._job(executor, made)
         write_atomic(self.folder / stage.key, job)
         return job

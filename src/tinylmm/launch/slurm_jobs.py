@@ -25,6 +25,7 @@ from tinylmm.errors import (
     TinyLMMError,
     UserError,
     WaitingError,
+    printable,
     worst_exit_code,
 )
 from tinylmm.launch.ledger import RunOutcome, SharedLedger
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 log = logging.getLogger(__name__)
 
+Terminal = Callable[[], Console]
 Report = Callable[[list[RunOutcome], Console], int]
 """Reports the runs that have ended, and returns the exit code."""
 
@@ -50,11 +52,13 @@ class MakeStage:
     Attributes:
         runs: folders of the runs that ask for the stage.
         requeues: how often a job that is out of time is queued again.
+        terminal: makes what progress is written to; a function of a module.
     """
 
     runs: tuple[str, ...]
     digest: str
     requeues: int
+    terminal: Terminal
 
     def __call__(self) -> None:
         """Make the stage; ends this process with the exit code that the command would end with."""
@@ -62,9 +66,9 @@ class MakeStage:
         plans = [_plan_again(folder, self.digest) for folder in folders]
         ledger = SharedLedger(plans, folders, {self.digest})
         with watch_for_stop() as stop:
-            outcomes = execute(plans, Console(), ledger, {self.digest})
+            outcomes = execute(plans, self.terminal(), ledger, {self.digest})
         for error in dict.fromkeys(outcome.error for outcome in outcomes if outcome.error is not None):
-            sys.stderr.write(f"{error}\n")
+            sys.stderr.write(printable(f"{error}\n"))
         code = worst_exit_code(outcome.exit_code for outcome in outcomes)
         if code == EXIT_STOPPED and stop.number == signal.SIGUSR2 and os.environ.get("SLURM_PROCID") == "0":
             self._queue_again()
@@ -90,15 +94,16 @@ class CloseRuns:
     """What the last job does: note how the runs have ended, and report them.
 
     Attributes:
-        report: what does that, by its place in a module.
+        terminal, report: functions of modules.
     """
 
     runs: tuple[str, ...]
+    terminal: Terminal
     report: Report
 
     def __call__(self) -> None:
         """Close all runs."""
-        self.report([outcome_of(close_run(Path(run))) for run in self.runs], Console())
+        self.report([outcome_of(close_run(Path(run))) for run in self.runs], self.terminal())
 
 
 def _plan_again(folder: Path, digest: str) -> RunPlan:
