@@ -43,9 +43,12 @@ def run(arguments: Sequence[str]) -> int:
     runs = compose_all(overrides, multirun)  # every fault of every run, before the first one starts
     plans, refused = _plans(runs)
     from tinylmm.cli.terminal import terminal
+    from tinylmm.launch.runner import execute
 
     console = terminal()
-    return report([*refused, *(_carry_out(plans, console) if plans else [])], console)
+    if plans and _on_slurm(plans):
+        return report([*refused, *_submit(plans)], console)
+    return report([*refused, *(execute(plans, console) if plans else [])], console)
 
 
 def _search(words: list[str]) -> int:
@@ -53,6 +56,7 @@ def _search(words: list[str]) -> int:
     from tinylmm.cli.search import search
     from tinylmm.cli.terminal import terminal
     from tinylmm.errors import UserError
+    from tinylmm.launch.runner import execute
 
     console = terminal()
 
@@ -60,25 +64,25 @@ def _search(words: list[str]) -> int:
         plans, refused = _plans(runs)
         for outcome in refused:
             raise UserError(f"{outcome.name}: {outcome.error}")
-        return _carry_out(plans, console)
+        return _submit(plans) if _on_slurm(plans) else execute(plans, console)
 
     return report(search(words, carry_out, console), console)
 
 
-def _carry_out(plans: Sequence[RunPlan], console: Console) -> list[RunOutcome]:
-    """Run the plans on this machine, or have SLURM run them."""
+def _on_slurm(plans: Sequence[RunPlan]) -> bool:
+    """Whether the runs are jobs of SLURM: all of them or none."""
     if len({plan.run.launch.slurm is None for plan in plans}) > 1:
         from tinylmm.errors import UserError
 
         raise UserError("launch: some runs of the sweep are for SLURM and some are not. Give them in two commands.")
-    if plans[0].run.launch.slurm is not None:
-        from tinylmm.cli.terminal import terminal
-        from tinylmm.launch.slurm import submit
+    return plans[0].run.launch.slurm is not None
 
-        return submit(plans, terminal, report)
-    from tinylmm.launch.runner import execute
 
-    return execute(plans, console)
+def _submit(plans: Sequence[RunPlan]) -> list[RunOutcome]:
+    from tinylmm.cli.terminal import terminal
+    from tinylmm.launch.slurm import submit
+
+    return submit(plans, terminal, report)
 
 
 def _plans(runs: Sequence[tuple[list[str], RunSpec]]) -> tuple[list[RunPlan], list[RunOutcome]]:
