@@ -8,7 +8,8 @@
 Records are made up: a caption-like question and answer, every picture asked about by some records. Pictures are generated,
 and most of their names are hard links to a few of them, so that a million names need no disk. Each size is planned (the
 identity of the source: cold, then from the cache), its images are checked, and its samples are prepared, by the stages
-themselves, on all cores. Writes benchmarks/results/scale.json and scale.png; rows of other sizes stay.
+themselves, on all cores. Writes benchmarks/results/scale.json and scale.png; rows of other sizes stay. With --loaded the rows
+say that the machine did other work meanwhile: their memory counts, their seconds are not drawn.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=whole(1), default=350_000, help="most pictures that records name")
     parser.add_argument("--turns", type=whole(1), default=1, help="questions and answers of a record")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--loaded", action="store_true", help="other work ran beside this")
     parser.add_argument("--output", type=file_to_write, default=RESULT)
     place = Path(tempfile.gettempdir())
     parser.add_argument("--folder", type=existing_folder, default=place, help="where data is made up and prepared")
@@ -81,6 +83,7 @@ def _measured(data: Path, records: int, kind: str, options: argparse.Namespace) 
     shutil.rmtree(data, ignore_errors=True)
     _make_up(data, records, kind, options.pictures, options.turns)
     row: dict[str, Any] = {"records": records, "kind": kind, "turns": options.turns}
+    row |= {"loaded": True} if options.loaded else {}
     row["bytes"] = (data / f"a.{kind}").stat().st_size
     for step in options.steps:
         row[step] = _in_child(step, str(data), kind)
@@ -253,11 +256,11 @@ def _plot(record: dict[str, Any], path: Path) -> None:
         of_kind = [row for row in record["rows"] if row["kind"] == kind and row["turns"] == 1]
         for number, step in enumerate(STEPS):
             rows = [row for row in of_kind if step in row]
-            sizes = [row["records"] for row in rows]
+            quiet = [row for row in rows if not row.get("loaded")]
             label = f"{step.replace('_', ', ')} ({kind})"
             look = {"color": f"C{number}", "linestyle": style, "marker": "o", "label": label}
-            time_axes.loglog(sizes, [row[step]["seconds"] for row in rows], **look)
-            memory_axes.semilogx(sizes, [row[step]["peak_mib"] for row in rows], **look)
+            time_axes.loglog([row["records"] for row in quiet], [row[step]["seconds"] for row in quiet], **look)
+            memory_axes.semilogx([row["records"] for row in rows], [row[step]["peak_mib"] for row in rows], **look)
     time_axes.set(xlabel="records", ylabel="seconds", title=f"Time, {record['cores']} cores")
     memory_axes.set(xlabel="records", ylabel="MiB", title="Peak memory of the process", ylim=(0, None))
     memory_axes.legend(fontsize=7)
