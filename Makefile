@@ -29,7 +29,7 @@ quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it:
 
 # Coverage doubles a test's time, and what is left to cover behind the unit tests is not worth that in the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-test: $(STAMP)  ## Run the quick test suite, with coverage of the units (some 15 minutes on two cores)
+test: $(STAMP)  ## Run the quick test suite, with coverage of the units (some 20 minutes on two cores)
 	$(PYTEST) -m "not slow and not gpu" tests/unit tests/conf tests/frozen --cov --cov-report=term:skip-covered --cov-fail-under=85
 	$(PYTEST) -m "not slow and not gpu" tests/integration
 
