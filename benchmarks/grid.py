@@ -5,7 +5,7 @@
 
 plan      a sweep of 200 runs, from its words to its plan
 schedule  2,000 distinct stages of no cost in 200 runs, from plan to published results, through a backend that does nothing
-slots     eight trainings of equal cost, one after another in one process against two side by side on one core each,
+slots     eight trainings of equal cost, one after another on one core and on all, against two side by side on one core each,
           in turn and each measured twice; what else runs on the machine is in the result as its load
 
 Writes benchmarks/results/grid.json.
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 
 from tinylmm.config.compose import compose_all, compose_run
@@ -152,30 +153,32 @@ def _chain(spec: RunSpec, number: int) -> RunPlan:
 
 
 def slots(folder: Path) -> dict[str, Any]:
-    """How much sooner two slots are done with trainings of equal cost, and what CPU time either way takes for them.
+    """How much sooner two slots of a core each are done with trainings of equal cost than one slot of one core, or of all.
 
-    On a machine that others use too, seconds say little; the CPU time does: two free cores are done in half of it.
+    A training that has several cores uses them, if not fully: over one slot that has all, two gain what that leaves idle.
     """
     rates = ",".join(f"{number}e-4" for number in range(1, TRAININGS + 1))
     begun = folder / "begun"
     for number in (1, 2):  # what the trainings share, and the imports of either way
         _run(begun, ["recipe.stages.finetune.lr=0.5e-4", "recipe.stages.finetune.max_steps=1", *SMALL], number)
-    took: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    cores = torch.get_num_threads()
+    ways = {"one_slot_on_one_core": (1, 1), "one_slot_on_all_cores": (1, cores), "two_slots": (2, cores)}
+    took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for _ in range(2):
-        for number in took:
+        for way, (number, threads) in ways.items():
             store = folder / "measured"
             shutil.copytree(begun, store)
+            torch.set_num_threads(threads)
             clock, cpu = time.monotonic(), _cpu_seconds()
             _run(store, [f"recipe.stages.finetune.lr={rates}", *SMALL], number)
-            took[number].append((round(time.monotonic() - clock, 2), round(_cpu_seconds() - cpu, 2)))
+            took[way].append((round(time.monotonic() - clock, 2), round(_cpu_seconds() - cpu, 2)))
             shutil.rmtree(store)
-    seconds, cpu_seconds = ({number: min(pair[which] for pair in took[number]) for number in took} for which in (0, 1))
+    best = {way: min(seconds for seconds, _ in pairs) for way, pairs in took.items()}
     return {
         "trainings": TRAININGS,
-        "seconds_and_cpu_one_slot": took[1],
-        "seconds_and_cpu_two_slots": took[2],
-        "speedup": round(seconds[1] / seconds[2], 2),
-        "speedup_by_cpu_time": round(2 * cpu_seconds[1] / cpu_seconds[2], 2),
+        "seconds_and_cpu": took,
+        "speedup_over_one_core": round(best["one_slot_on_one_core"] / best["two_slots"], 2),
+        "speedup_over_all_cores": round(best["one_slot_on_all_cores"] / best["two_slots"], 2),
         "load_after": round(os.getloadavg()[0], 2),
     }
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.errors import (
     StoppedError,
+    TinyLMMError,
     UserError,
     WaitingError,
 )
@@ -68,11 +69,11 @@ def submit(plans: Sequence[RunPlan], terminal: Terminal, report: Report) -> list
     queue = _Queue(plans, ledger, terminal, report)
     try:
         jobs = queue.fill()
-    except UserError as refused:  # all or nothing
+    except BaseException as failure:  # all or nothing, also where the user stops it
         queue.empty()
-        ledger.end(refused)
+        stopped = StoppedError("stopped while its jobs were being queued; none is left")
+        ledger.end(failure if isinstance(failure, TinyLMMError) else stopped)
         raise
-    ledger.flush()
     if not jobs:
         return [outcome_of(close_run(run.folder)) for run in ledger.runs]
     folders = [run.folder for run in ledger.runs]
@@ -105,13 +106,10 @@ class _Queue:
         jobs: dict[str, str] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock", mode=0o666):  # of two commands that ask for one stage, one queues it
-            for stage in self.stages:
-                if self.store.is_complete(stage):
-                    self.ledger.mark(stage, "reused")
-                elif said := waits_for(stage):
-                    self.ledger.give_up(stage, (), WaitingError(said))
-                else:
-                    jobs[stage.digest] = self._of_another(stage) or self._submit(stage, jobs)
+            todo = [stage for stage in self.stages if not self._is_settled(stage)]
+            self.ledger.flush()  # now: from the first job on, jobs write into these records
+            for stage in todo:
+                jobs[stage.digest] = self._of_another(stage) or self._submit(stage, jobs)
         if jobs:
             runs = tuple(str(run.folder.resolve()) for run in self.ledger.runs)
             what = {"dependency": f"afterany:{':'.join(sorted(set(jobs.values())))}", "comment": "report"}
@@ -119,6 +117,16 @@ class _Queue:
             executor.update_parameters(job_name=f"{self.token}-report", **what)
             jobs[CLOSING] = self._job(executor, CloseRuns(runs, self.terminal, self.report))
         return jobs
+
+    def _is_settled(self, stage: Stage) -> bool:
+        """Note that a stage is there, or waits for the user; False where it is to be made."""
+        if self.store.is_complete(stage):
+            self.ledger.mark(stage, "reused")
+        elif said := waits_for(stage):
+            self.ledger.give_up(stage, (), WaitingError(said))
+        else:
+            return False
+        return True
 
     def empty(self) -> None:
         """Take back what was queued."""
