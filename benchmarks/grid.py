@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 
 from tinylmm.config.compose import compose_all, compose_run
@@ -161,6 +160,8 @@ def slots(folder: Path) -> dict[str, Any]:
     begun = folder / "begun"
     for number in (1, 2):  # what the trainings share, and the imports of either way
         _run(begun, ["recipe.stages.finetune.lr=0.5e-4", "recipe.stages.finetune.max_steps=1", *SMALL], number)
+    import torch  # here: what schedules has none, and its memory is measured
+
     cores = torch.get_num_threads()
     ways = {"one_slot_on_one_core": (1, 1), "one_slot_on_all_cores": (1, cores), "two_slots": (2, cores)}
     took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
