@@ -72,6 +72,8 @@ def search(words: Sequence[str], carry_out: CarryOut, console: Console) -> list[
         worker.job_idx, worker.sweep_dir = 0, str(folder)
         sweeper.sweep(swept)
     except (HydraException, ValueError, NotImplementedError) as error:
+        if launcher.working:  # not the sweeper's: a fault of ours is no wrong word
+            raise
         raise UserError(f"-m hydra/sweeper=...: {str(error).splitlines()[0]}") from error
     if best := launcher.best(OmegaConf.select(config, "hydra.sweeper.direction")):
         value, name, varied = best
@@ -103,6 +105,7 @@ class _Launcher:
 
     Attributes:
         found: value of the objective, run and varied words of each run that has one.
+        working: whether a batch is under way.
     """
 
     def __init__(self, fixed: list[str], objective: str, carry_out: CarryOut) -> None:
@@ -110,9 +113,11 @@ class _Launcher:
         self.evaluation, _, self.metric = objective.partition("/")
         self.outcomes: list[RunOutcome] = []
         self.found: list[tuple[float, str, tuple[str, ...]]] = []
+        self.working = False
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run a batch; returns each run's value of the objective, or why it has none."""
+        self.working = True
         runs = [compose_all([*self.fixed, *varied], False)[0] for varied in job_overrides]
         outcomes = self.carry_out(runs)
         self.outcomes += outcomes
@@ -130,6 +135,7 @@ class _Launcher:
             except TinyLMMError as error:
                 done.status, done.return_value = JobStatus.FAILED, error
             returns.append(done)
+        self.working = False
         return returns
 
     def _value(self, outcome: RunOutcome) -> float:
