@@ -131,6 +131,10 @@ WRONG = [
     ("experiments=none_such", "experiments", "factory_table_1/share, factory_table_1/siglip, nano_paper/connectors"),
     ("~seed.x", "config", "seed.x"),
     ("~vt", "vision_tower", "is missing"),
+    ("launch=torchrun launch.nodes=2 launch.rendezvous=node1", "launch.rendezvous", "must be HOST:PORT"),
+    ("launch=torchrun launch.nodes=2 launch.slots=2", "launch", "slots are places on one machine"),
+    ("launch=slurm launch.slurm.hour=3", "launch.slurm.hour", "Did you mean 'hours'"),
+    ("launch=slurm launch.slurm.limit=0", "launch.slurm.limit", "above 0"),
 ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tinylmm.config.fields import Frozen, Positive
 from tinylmm.config.gpus import ranks_here
@@ -88,6 +89,13 @@ class LaunchSpec(Frozen):
     """For `tinylmm plan` alone: the card it reckons with (`sizing/cards.yaml`); `auto` is this machine's."""
     price: Annotated[float, Field(gt=0)] | None = None
     """For `tinylmm plan` alone: money for an hour of one GPU, in any currency."""
+
+    @field_validator("rendezvous")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"[^\s:]+:\d{1,5}", value) is None:
+            raise ValueError("must be HOST:PORT, a name that all machines reach and an open port there: node1:29500")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -14,10 +14,11 @@ import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
 from tinylmm.errors import UserError
 from tinylmm.launch.worker import AGENT_PID, FAILED_RANKS, RESULT_FILE, FailedRank
@@ -45,13 +46,24 @@ def main() -> None:
         log.error("%s", error)
         sys.exit(1)
     except RendezvousTimeoutError:
-        said = (
+        _refuse(
+            folder,
             "launch.nodes: not all machines came within launch.start_timeout_s. Give the same command on every one of them "
-            "at about the same time, with the store on a disk that they share; or set launch.nodes=1."
+            "at about the same time, with the store on a disk that they share; or set launch.nodes=1.",
         )
-        result = {"error": said, "type": UserError.__name__, "exit_code": UserError.exit_code, "rank": 0}
-        (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
-        sys.exit(1)
+    except RendezvousConnectionError:
+        _refuse(
+            folder,
+            "launch.nodes: the machines cannot reach each other where they were to meet. Set launch.rendezvous=HOST:PORT to a "
+            "name and an open port of one of them that all others reach.",
+        )
+
+
+def _refuse(folder: Path, said: str) -> NoReturn:
+    """Leave an error as a rank would, and end."""
+    result = {"error": said, "type": UserError.__name__, "exit_code": UserError.exit_code, "rank": 0}
+    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
+    sys.exit(1)
 
 
 if __name__ == "__main__":
