@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pytest
 
 from tests.integration.project import Project, environment, tiny_project
 from tests.integration.slurm import clusters
+from tinylmm.errors import UserError
+from tinylmm.launch.slurm_jobs import _plan_again
 from tinylmm.store.queue import queued
 from tinylmm.store.runs import read_run
 
@@ -99,7 +103,7 @@ def losses(stage: Path) -> list[tuple[int, float]]:
 
 
 def test_stages_are_jobs_that_need_no_one_and_the_same_command_finds_them_done(project: Project) -> None:
-    follower, run = started(project, "launch.nodes=2")
+    follower, run = started(project, "launch.nodes=2", "launch.slurm.limit=1")
     follower.send_signal(signal.SIGINT)
     _, errors = follower.communicate(timeout=60)
     assert follower.returncode == 75 and "go on without this command" in errors
@@ -109,6 +113,9 @@ def test_stages_are_jobs_that_need_no_one_and_the_same_command_finds_them_done(p
     record = read_run(run)
     assert record.status == "done" and {row.status for row in record.stages} == {"run"}
     wait_for((project.store / "reports" / run.name / "report.html").exists)
+    manifests = [json.loads(path.read_text()) for path in project.store.glob("stages/*/manifest.json")]
+    worked = sorted((manifest["started"], manifest["finished"]) for manifest in manifests)
+    assert len(worked) == 6 and all(end <= begin for (_, end), (begin, _) in pairwise(worked)), "one job at a time"
 
     logs = "".join(path.read_text() for path in project.store.glob("stages/train-*/log.txt"))
     assert "rank 1" in logs  # a rank on each of two machines
@@ -195,3 +202,17 @@ def test_a_stage_that_runs_out_of_time_is_queued_again_and_continues(project: Pr
         path.read_text() for path in project.store.glob("stages/train-*/log.txt") if "resuming" in path.read_text()
     ]
     assert log.count("resuming from") >= 1 and "SIGUSR2 received: saving and stopping" in log
+
+
+def test_a_job_whose_files_have_changed_since_it_was_queued_says_so(tmp_path: Path) -> None:
+    project = tiny_project(tmp_path)
+    assert (
+        project.train_here("recipe.stages.finetune.max_steps=1", "recipe.stages.pretrain.max_steps=1").returncode == 0
+    )
+    (run,) = (project.store / "runs").iterdir()
+    (prepared,) = [row for row in read_run(run).stages if row.name == "prepare[pretrain]"]
+    with contextlib.chdir(project.root):
+        assert any(stage.digest == prepared.digest for stage in _plan_again(run, prepared.digest).graph)
+        (project.root / "data/pretrain.json").write_text("[]")
+        with pytest.raises(UserError, match="have changed since it was queued"):
+            _plan_again(run, prepared.digest)
