@@ -131,10 +131,6 @@ WRONG = [
     ("experiments=none_such", "experiments", "factory_table_1/share, factory_table_1/siglip, nano_paper/connectors"),
     ("~seed.x", "config", "seed.x"),
     ("~vt", "vision_tower", "is missing"),
-    ("launch=torchrun launch.nodes=2 launch.rendezvous=node1", "launch.rendezvous", "must be HOST:PORT"),
-    ("launch=torchrun launch.nodes=2 launch.slots=2", "launch", "slots are places on one machine"),
-    ("launch=slurm launch.slurm.hour=3", "launch.slurm.hour", "Did you mean 'hours'"),
-    ("launch=slurm launch.slurm.limit=0", "launch.slurm.limit", "above 0"),
 ]
 
 
@@ -335,3 +331,18 @@ def test_a_part_cannot_be_built_on_a_question_file(part: str) -> None:
 def test_cycles_of_a_cosine_need_a_cosine_in_every_stage() -> None:
     found = faults("trainer.lr_scheduler_kwargs={num_cycles: 2}", "recipe.stages.finetune.schedule=linear")
     assert "stage finetune has linear" in found["trainer.lr_scheduler_kwargs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "what"),
+    [
+        (["launch=torchrun", "launch.nodes=2", "launch.rendezvous=node1"], "launch.rendezvous", "must be HOST:PORT"),
+        (["launch=torchrun", "launch.nodes=2", "launch.slots=2"], "launch", "slots are places on one machine"),
+        (["launch=slurm", "launch.slurm.hour=3"], "launch.slurm.hour", "Did you mean 'hours'"),
+        (["launch=slurm", "launch.slurm.limit=0"], "launch.slurm.limit", "above 0"),
+    ],
+    ids=["rendezvous", "slots", "key", "limit"],
+)
+def test_a_wrong_word_for_several_machines_is_refused_at_its_key(words: list[str], where: str, what: str) -> None:
+    found = faults(*words)
+    assert list(found) == [where] and what in found[where]
