@@ -25,6 +25,9 @@ T = TypeVar("T")
 OPEN = ("/health",)
 """Paths that need no key."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+DRAINED = 4
+"""Of a request that is too large, so many times the limit are still read and dropped before it is told so: who sends a whole
+request before reading would else find the connection reset, and never see the reply (RFC 9112, section 9.6)."""
 
 
 class Gate:
@@ -97,19 +100,22 @@ async def read_body(request: Request, options: ServeOptions) -> bytes:
         raise ApiError(415, text, None, "unsupported_content_type")
     most = int(options.body_mb * MB)
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > most:
-        raise _too_large(options)
+    fits = not declared.isdigit() or int(declared) <= most
     chunks, size = [], 0
     try:
         async with asyncio.timeout(options.read_s):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > most:
-                    raise _too_large(options)
-                chunks.append(chunk)
+                if fits and size <= most:
+                    chunks.append(chunk)
+                elif size > DRAINED * most:
+                    break
     except TimeoutError:
-        text = f"the request took more than {options.read_s:g} s to arrive."
-        raise ApiError(408, text, None, "request_timeout", {"Connection": "close"}) from None
+        if fits and size <= most:
+            text = f"the request took more than {options.read_s:g} s to arrive."
+            raise ApiError(408, text, None, "request_timeout", {"Connection": "close"}) from None
+    if not fits or size > most:
+        raise _too_large(options)
     return b"".join(chunks)
 
 

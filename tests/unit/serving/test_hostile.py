@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,25 +200,44 @@ def test_type_size_method_path_and_model_are_checked(server: Server) -> None:
         server.openai.models.retrieve("other")
 
 
-def raw(server: Server, *parts: bytes) -> bytes:
-    """What comes back until the server ends the connection."""
+def raw(server: Server, *parts: bytes, pause: float = 0) -> bytes:
+    """What comes back until the server ends the connection, or breaks it."""
     found = b""
     with socket.create_connection(server.address, timeout=30) as connection, suppress(ConnectionError):
         for part in parts:
             connection.sendall(part)
+            time.sleep(pause)
         while more := connection.recv(65536):
             found += more
     return found
 
 
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
 def test_what_is_no_http_what_never_ends_and_what_lies_about_its_length_is_cut_off(server: Server) -> None:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     assert b" 400 " in raw(server, b"GARBAGE\r\n\r\n")
-    assert b" 200 " not in raw(server, head + b"X: " + b"a" * 200_000)
-    assert b" 408 " in raw(server, head + b'Content-Length: 100\r\n\r\n{"mess')  # and then silence
-    stream = head + b"Transfer-Encoding: chunked\r\n\r\n"
+    assert b" 200 " not in raw(server, HEAD + b"X: " + b"a" * 200_000)
+    assert b" 408 " in raw(server, HEAD + b'Content-Length: 100\r\n\r\n{"mess')  # and then silence
+    name = 'tinylmm_requests_total{path="/v1/chat/completions",status="413"}'
+    before = server.metrics().get(name, 0)
+    stream = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     assert b" 200 " not in raw(server, stream, *[b"20000\r\n" + b" " * 0x20000 + b"\r\n"] * 80)
-    assert server.metrics()['tinylmm_requests_total{path="/v1/chat/completions",status="413"}'] == 2
+    assert server.metrics()[name] == before + 1
+
+
+@pytest.mark.parametrize(
+    "head, parts",
+    [
+        (b"Content-Length: 3900000\r\n\r\n", [b" " * 1_300_000] * 3),
+        (b"Transfer-Encoding: chunked\r\n\r\n", [b"100000\r\n" + b" " * 0x100000 + b"\r\n"] * 3 + [b"0\r\n\r\n"]),
+        (b"Content-Length: 3900000\r\n\r\n", [b" " * 1_300_000]),  # and then silence
+    ],
+)
+def test_a_client_that_sends_too_much_before_it_reads_still_sees_why(
+    server: Server, head: bytes, parts: list[bytes]
+) -> None:
+    assert b" 413 " in raw(server, HEAD + head, *parts, pause=0.1)
 
 
 def test_after_all_that_it_answers_as_before(server: Server, folder: Path) -> None:
