@@ -1,6 +1,7 @@
 """What vLLM alone makes of exported folders: read from stdin, answered on the last line of stdout, both JSON.
 
-{"folders": [...], "images": [...], "questions": [...], "tokens": n} -> {"version", "folders": {folder: answers}}
+{"folders": {folder: whose implementation}, "images": [...], "questions": [...], "tokens": n}
+-> {"version", "folders": {folder: answers}}
 """
 
 import base64
@@ -22,9 +23,10 @@ import vllm
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def loaded(folder):
+def loaded(folder, implementation):
     return vllm.LLM(
         folder,
+        model_impl=implementation,
         dtype="float32",
         max_model_len=192,
         max_num_seqs=16,
@@ -43,7 +45,13 @@ def asked_of(model, images, questions, tokens):
 
     def answers(talks):
         found = [done.outputs[0] for done in model.chat(talks, greedy, use_tqdm=False)]
-        return [{"ids": list(one.token_ids), "first": one.logprobs[0][one.token_ids[0]].logprob} for one in found]
+        return [
+            {
+                "ids": list(one.token_ids),
+                "log_probs": [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)],
+            }
+            for one in found
+        ]
 
     talks = [talk([part], question) for part, question in zip(parts, questions, strict=True)]
     return {
@@ -61,9 +69,9 @@ def main():
     for path in job["images"]:
         images.append(f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}")
     found = {}
-    for folder in job["folders"]:
+    for folder, implementation in job["folders"].items():
         try:
-            found[folder] = asked_of(loaded(folder), images, job["questions"], job["tokens"])
+            found[folder] = asked_of(loaded(folder, implementation), images, job["questions"], job["tokens"])
         except Exception as error:  # what is said of one folder is wanted beside the answers of the others
             found[folder] = {"refused": f"{type(error).__name__}: {error}"}
         gc.collect()
