@@ -164,6 +164,8 @@ class AskedStage(Recorded):
     blind: bool = False
     max_new_tokens: int
     template: str
+    sampling: SamplingSpec | None = None
+    """Of videos; in a digest only where it is set, else it is the model's."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     source: SourceIdentity | None = None
     content: Content | None = None
