@@ -209,3 +209,21 @@ def test_answers_about_clips_are_the_same_without_kept_features(project: Project
         (path,) = (project.root / store).glob("stages/eval-*/output/generations.jsonl")
         texts.append([json.loads(line)["text"] for line in path.read_text().splitlines()])
     assert texts[0] == texts[1] and len(texts[0]) == 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torchrun", "zero3"])
+def test_two_ranks_share_clips_of_different_lengths(project: Project, launch: str) -> None:
+    """Some micro-batches have clips of several lengths, some only images or text: ranks run the same modules all the same."""
+    words = ["video.sampling={fps: 10, distinct: true}", *RESAMPLER, "recipe.stages.finetune.max_length=256"]
+    epochs = ("recipe.stages.pretrain.epochs=1", "recipe.stages.finetune.epochs=1")
+    losses = []
+    for ranks, name in ((1, "one"), (2, "two")):
+        store = f"store-{launch}-{ranks}"
+        how = [f"launch={launch}", f"launch.nproc={ranks}", "launch.micro_batch=2", f"store={store}", f"name={name}"]
+        done = project.train(*epochs, *words, *how, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        record = json.loads((project.root / store / "runs" / name / "run.json").read_text())
+        folder = project.root / store / "stages" / record["stages"][-1]["key"]
+        losses.append(json.loads((folder / "manifest.json").read_text())["summary"]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from tinylmm.constants import Extent
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.continuous import ContinuousEngine
 from tinylmm.generation.session import ChatModel, TooLongError
-from tinylmm.models.lmm import Extent
 from tinylmm.serving.answers import Answers, Asked
 from tinylmm.serving.errors import ApiError, wrong
 from tinylmm.serving.images import ImageShelf, key_of

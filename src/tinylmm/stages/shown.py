@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.video import SamplingSpec
+from tinylmm.constants import Extent
 from tinylmm.data.frame_sampling import frame_indices
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.video import read_video, see_frames
@@ -17,7 +18,6 @@ from tinylmm.errors import DataError, UserError
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item
 from tinylmm.evaluation.images import open_image_ref
 from tinylmm.models.checkpoint import LoadedModel
-from tinylmm.models.lmm import Extent
 from tinylmm.planning.specs import AskedStage, EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER, StoreLayout
