@@ -119,6 +119,7 @@ def test_a_resampler_takes_a_clips_frames_together(project: Project, first: dict
     assert opened == [], "the connectors share the tower and its features"
 
 
+@pytest.mark.slow
 def test_another_sampling_shows_other_frames(project: Project, first: dict[str, Any], opened: list[str]) -> None:
     found = trained(project, "name=rate", "video.sampling={uniform: null, fps: 10, distinct: true}")
     # 25 frames a second: clips of 1, 3, 9 and 20 frames have 1, 1, 3 and 8
@@ -126,6 +127,7 @@ def test_another_sampling_shows_other_frames(project: Project, first: dict[str, 
     assert found["pretrain"]["clips_encoded"] == 4 and sorted(opened) == sorted(f"{n}.mp4" for n in LENGTHS * 3)
 
 
+@pytest.mark.slow
 def test_features_that_are_not_kept_are_computed_at_every_step(project: Project, first: dict[str, Any]) -> None:
     """The same loss, as the tower sees the same frames."""
     found = trained(project, "name=uncached", "store=store2", "launch.cache_features=false")
@@ -200,6 +202,7 @@ def test_questions_about_clips_are_asked_and_each_clip_is_encoded_once_for_all_m
     assert (more["frames"], more["clips_encoded"]) == ("uniform 2", 4)
 
 
+@pytest.mark.slow
 def test_answers_about_clips_are_the_same_without_kept_features(project: Project, first: dict[str, Any]) -> None:
     words = questions(project)
     trained(project, "name=kept", *words)
