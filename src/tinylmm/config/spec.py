@@ -15,6 +15,7 @@ from tinylmm.config.fields import Fraction, Frozen, ImageMode, Positive, Sparse,
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeSpec, ScaleSpec
 from tinylmm.config.trainer import TrainerSpec
+from tinylmm.config.video import VideoSpec
 
 # ---------------------------------------------------------------------------------------------------- data
 
@@ -313,6 +314,7 @@ class RunSpec(Frozen):
     connector: ConnectorSpec
     recipe: RecipeSpec
     data: DataSpec
+    video: VideoSpec = VideoSpec()
     eval: dict[str, EvalSpec] = Field(default_factory=dict)
     launch: LaunchSpec = LaunchSpec()
     tracking: TrackingSpec = TrackingSpec()

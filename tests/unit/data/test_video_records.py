@@ -66,7 +66,7 @@ def test_videos_stand_among_the_images_in_the_order_of_their_slots(name: str) ->
     if name == "no video":
         assert trained == sample
     else:
-        assert isinstance(trained, BadRecord) and "which this version cannot train on yet" in trained.reason
+        assert isinstance(trained, BadRecord) and "nothing says which frames of it to show" in trained.reason
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
