@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 
 
@@ -23,6 +24,7 @@ class VideoRef:
         start, end: the part that is meant, in seconds; None for all of it.
         fps: frames a second of a folder of frames; None for a video file, which says so itself.
         subtitles: SRT file; None where the benchmark has none.
+        sampling: the frames that the benchmark's protocol asks for; None where it asks for none, and the model's own are shown.
     """
 
     path: Path
@@ -30,6 +32,7 @@ class VideoRef:
     end: float | None = None
     fps: float | None = None
     subtitles: Path | None = None
+    sampling: SamplingSpec | None = None
 
 
 @dataclass(frozen=True)

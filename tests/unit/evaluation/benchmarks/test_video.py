@@ -58,6 +58,21 @@ def test_mvbench_frames_of_tvqa_are_three_a_second(mv_root: Path) -> None:
     assert (video.fps, video.end, video.path.parent.name) == (3.0, 9, "frames_fps3_hq")
 
 
+def test_mvbench_and_videomme_ask_for_the_frames_of_their_readers(mv_root: Path, mme_root: Path) -> None:
+    folder = mv_root / "MVBench/json"
+    write_json(folder / "fine_grained_pose.json", [mv("S001.avi", "?", ["a"], "a"), mv("S002.WEBM", "?", ["a"], "a")])
+    write_json(folder / "episodic_reasoning.json", [mv("friends", "?", ["a"], "a", start=0, end=9)])
+    asked = {item.item_id: item.reference["video"].sampling.given() for item in MVBench().load(mv_root)}
+    assert asked.pop("action_sequence/0") == {"uniform": 16}
+    assert {name: said for name, said in asked.items() if said != {"segments": 16}} == {
+        "moving_count/0": {"uniform": 16},
+        "moving_count/1": {"uniform": 16},
+    }
+    assert len(asked) == 5
+    for item in VideoMME().load(mme_root):
+        assert item.reference["video"].sampling.given() == {"uniform": 16, "distinct": True}
+
+
 def test_mvbench_average_is_over_all_questions(mv_root: Path) -> None:
     items = MVBench().load(mv_root)
     scores = scored(MVBench(), items, dict(zip(IDS, ["(B) Ran.", "B", "Answer: C"], strict=True)))
