@@ -28,6 +28,8 @@ COUNTS = (2, 3, 4)
 """Digits of a clip in all, equally often."""
 MARGIN = 2
 """Frames that lie between two events of which a question asks which is the first."""
+GLIMPSES = (0.02, 0.3, 1.0)
+"""How often a frame with no, one and two digits is taken: most frames of clips have one or none, which teach a tower less."""
 CATEGORIES = ("direction", "leaves_first", "comes_after", "count")
 
 
@@ -92,12 +94,16 @@ def sample_parade(rng: Rng, scans: Scans) -> Parade:
 
 
 def sample_glimpse(rng: Rng, scans: Scans) -> tuple[Parade, int]:
-    """Return a random clip and a frame of it, where nothing need be there to ask about the clip."""
+    """Return a random clip and a frame of it with two digits, or seldom one or none; about the clip nothing need be askable."""
     while True:
-        parade = _draw(rng, int(rng.integers(1, COUNTS[-1] + 1)))
-        if parade is not None:
+        parade = _draw(rng, int(rng.integers(COUNTS[0], COUNTS[-1] + 1)))
+        if parade is None:
+            continue
+        time = int(rng.integers(parade.frames))
+        shown = sum(mover.is_in(time) for mover in parade.movers)
+        if rng.random() < GLIMPSES[shown]:
             movers = tuple(replace(mover, scan=scans.draw(mover.digit, rng)) for mover in parade.movers)
-            return Parade(parade.frames, movers), int(rng.integers(parade.frames))
+            return Parade(parade.frames, movers), time
 
 
 def askable(parade: Parade) -> tuple[str, ...]:
