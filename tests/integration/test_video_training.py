@@ -170,3 +170,42 @@ def test_a_missing_clip_is_named_before_anything_starts(project: Project) -> Non
     path.write_text(json.dumps([clip("nowhere.mp4", "<image>\nDescribe.", "x")]))
     refused = project.train_here(*SHORT, "name=missing", "data.sources.pretrain.annotations=missing.json")
     assert refused.returncode == 2 and "nowhere.mp4" in refused.stderr and "nothing was started" in refused.stderr
+
+
+def questions(project: Project) -> list[str]:
+    """Three questions about each clip, and one about an image; the words that ask them of the last stage's model."""
+    rows = [
+        {"question_id": f"{n}-{word}", "video": f"clips/{n}.mp4", "text": f"Is it {word}?", "category": "clip"}
+        for n in LENGTHS
+        for word in ("red", "blue", "a square")
+    ]
+    rows.append({"question_id": "image", "image": "0-red.png", "text": "Is it red?", "category": "image"})
+    lines = (json.dumps(row | {"answer": "yes", "options": 2}) + "\n" for row in rows)
+    (project.root / "data/test.jsonl").write_text("".join(lines))
+    source = "{annotations: test.jsonl, images: images, format: questions}"
+    data = f"{{name: asked, root: {project.root / 'data'}, build: null, sources: {{test: {source}}}}}"
+    return ["eval=digits", f"eval.digits.data={data}", "eval.digits.after=last", "eval.digits.max_new_tokens=3"]
+
+
+def test_questions_about_clips_are_asked_and_each_clip_is_encoded_once_for_all_models(
+    project: Project, first: dict[str, Any]
+) -> None:
+    words = questions(project)
+    found = trained(project, "name=asked", *words)["digits@finetune"]
+    assert (found["questions"], found["images"], found["images_encoded"]) == (13, 5, 1)
+    assert (found["frames"], found["clips_encoded"]) == ("uniform 4", 0), "the training's own features"
+    again = trained(project, "name=asked-again", *words, "recipe.stages.finetune.lr=1e-4")["digits@finetune"]
+    assert (again["clips_encoded"], again["images_encoded"]) == (0, 1), "the other model's tower is the same"
+    more = trained(project, "name=more", *words, "eval.digits.sampling={uniform: 2}")["digits@finetune"]
+    assert (more["frames"], more["clips_encoded"]) == ("uniform 2", 4)
+
+
+def test_answers_about_clips_are_the_same_without_kept_features(project: Project, first: dict[str, Any]) -> None:
+    words = questions(project)
+    trained(project, "name=kept", *words)
+    trained(project, "name=not-kept", "store=store3", "launch.cache_features=false", *words)
+    texts = []
+    for store in ("store", "store3"):
+        (path,) = (project.root / store).glob("stages/eval-*/output/generations.jsonl")
+        texts.append([json.loads(line)["text"] for line in path.read_text().splitlines()])
+    assert texts[0] == texts[1] and len(texts[0]) == 13

@@ -36,7 +36,9 @@ class SamplingSpec(Sparse):
         chosen = [name for name in SAMPLERS if getattr(self, name) is not None]
         if len(chosen) != 1:
             found = f"has {' and '.join(chosen)}" if chosen else "names none"
-            others = "; set the other to null, where an experiment or an earlier word brings it" if len(chosen) > 1 else ""
+            others = (
+                "; set the other to null, where an experiment or an earlier word brings it" if len(chosen) > 1 else ""
+            )
             raise ValueError(f"a sampling needs exactly one of {', '.join(SAMPLERS)}, but this {found}{others}")
         if self.max is not None and self.fps is None:
             raise ValueError(f"`max` limits fps; {chosen[0]} is a number of frames itself. Leave `max` out")
@@ -45,6 +47,13 @@ class SamplingSpec(Sparse):
         if self.middle is not None and (self.fps is None or self.distinct is not None):
             raise ValueError("`middle` is for fps, without `distinct`; leave one of them out")
         return self
+
+    @property
+    def in_words(self) -> str:
+        """For reports: `uniform 16`, `fps 1, max 64`."""
+        return ", ".join(
+            name if value is True else f"{name} {value:g}" for name, value in self.given().items() if value
+        )
 
     @property
     def most(self) -> int | None:

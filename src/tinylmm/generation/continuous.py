@@ -26,7 +26,7 @@ from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prefixes import Prefixes, Symbol, common
 from tinylmm.generation.questions import End, Question, Token
 from tinylmm.generation.row_cache import RowCache
-from tinylmm.models.lmm import LMM
+from tinylmm.models.lmm import LMM, Extent
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ class ContinuousEngine:
         rests: Sequence[Sequence[int]],
         keys: Sequence[str],
         loads: dict[str, Callable[[str], Tensor]],
-        sizes: dict[str, tuple[int, int]],
+        sizes: dict[str, Extent],
     ) -> Tensor:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of images at their placeholders."""
         width = max(len(rest) for rest in rests)
@@ -275,8 +275,8 @@ class ContinuousEngine:
         self.images.announce(keys)
         try:
             self.images.encode(keys, lambda key: loads[key](key), lambda: None)
-            tiles = (torch.tensor([sizes[key] for key in keys]),) if keys and self.model.tiled else ()
-            return self.model.embed(ids, None, self.images.features(keys), *tiles)[0]
+            extents = self.model.extents([sizes[key] for key in keys])
+            return self.model.embed(ids, None, self.images.features(keys), **extents)[0]
         finally:
             self.images.release(keys)
 

@@ -6,6 +6,7 @@ image, Dv and Dl the widths of tower and LLM, S supervised positions, V the voca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -21,6 +22,9 @@ from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
 from tinylmm.models.video_connectors import joined
 from tinylmm.models.vision import HFVisionTower
+
+Extent = tuple[int, int] | tuple[int, int, int]
+"""Width and height of an image in pixels; of a clip also how many frames of it are shown."""
 
 
 @dataclass
@@ -95,8 +99,10 @@ class LMM(nn.Module):
         """Whether images come in tiles (`anyres`), so that each takes placeholders after its size."""
         return isinstance(self.connector, TiledConnector)
 
-    def tokens_of(self, width: int, height: int) -> int:
-        """Placeholders that an image of this size in pixels takes."""
+    def tokens_of(self, width: int, height: int, frames: int = 0) -> int:
+        """Placeholders that an image of this size in pixels takes, or a clip of so many frames of whatever size."""
+        if frames:
+            return self.tokens_of_clip(frames)
         return (
             self.connector.tokens_of(width, height) if isinstance(self.connector, TiledConnector) else self.image_tokens
         )
@@ -108,6 +114,12 @@ class LMM(nn.Module):
         if self.connector.takes_clips:
             return self.connector.num_tokens(frames * self.vision_tower.num_tokens)
         return frames * self.image_tokens
+
+    def extents(self, seen: Sequence[Extent]) -> dict[str, Tensor]:
+        """The arguments of `forward` and `embed` that say what images and clips are like; none where all are alike."""
+        frames = [extent[2] if len(extent) == 3 else 0 for extent in seen]
+        found = {"image_sizes": torch.tensor([extent[:2] for extent in seen])} if seen and self.tiled else {}
+        return found | ({"frames": torch.tensor(frames)} if any(frames) else {})
 
     def forward(
         self,

@@ -225,6 +225,8 @@ def _items_digest(items: Sequence[Item], root: Path) -> str:
                 "row": ref.row,
                 "column": ref.column,
                 "data": None if ref.data is None else hashlib.sha256(ref.data).hexdigest(),
+                **({"part": ref.part} if ref.part is not None else {}),
+                **({"sampling": ref.sampling.given()} if ref.sampling is not None else {}),
             }
             for ref in item.images
         ]

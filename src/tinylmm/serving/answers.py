@@ -15,6 +15,7 @@ from tinylmm.generation.choose import LogProbs, Sampling
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.generation.questions import End, Event, Question, Token
 from tinylmm.generation.text import Pieces
+from tinylmm.models.lmm import Extent
 from tinylmm.serving.worker import EngineWorker
 
 LEAST_LOG_PROB = -9999.0
@@ -32,7 +33,7 @@ class Asked:
 
     prompt: Prompt
     pixels: dict[str, Tensor]
-    sizes: dict[str, tuple[int, int]]
+    sizes: dict[str, Extent]
     image_tokens: int
 
 

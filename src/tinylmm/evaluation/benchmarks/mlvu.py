@@ -48,7 +48,6 @@ class MLVU(Benchmark):
     variants = ("tinyllava_video",)
     headline = "average"
     max_new_tokens = 1024
-    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `json/<number>_<task>.json` of every task that is there; for `hf` `test-*.parquet` where none is.
@@ -140,6 +139,7 @@ def _made(task: str, number: int, question: str, options: Mapping[str, str], gol
         item_id=f"{task}/{number}",
         question_id=f"{task}/{number}",
         prompt=f"{question}\n{listing(options, '({}) {}').rstrip()}\n{LETTER_SUFFIX}",
+        images=(video.shown,),
         category=task,
         reference={"options": options, "answer": gold, "question": question, "video": video},
         options=len(options),

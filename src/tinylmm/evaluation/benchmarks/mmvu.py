@@ -42,7 +42,6 @@ class MMVU(Benchmark):
     variants = ("tinyllava_video", "strict")
     headline = "overall"
     max_new_tokens = 1024
-    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `validation.json`, or for `hf` `validation-*.parquet` where that is not there."""
@@ -118,16 +117,18 @@ def _item(files: BenchmarkFiles, record: dict[str, Any], where: str) -> Item:
         if options
         else f"{record['question']}\n{OPEN_SUFFIX}"
     )
+    video = VideoRef(video_path(files.image_folder("videos").parent, name, where), sampling=SAMPLING)
     return Item(
         item_id=str(record["id"]),
         question_id=record["id"],
         prompt=asked,
+        images=(video.shown,),
         category=str(subject or str(record["id"]).rpartition("_")[0].removeprefix("validation_") or "all"),
         reference={
             "options": options,
             "answer": gold,
             "kind": kind,
-            "video": VideoRef(video_path(files.image_folder("videos").parent, name, where), sampling=SAMPLING),
+            "video": video,
         },
         options=len(options),
     )

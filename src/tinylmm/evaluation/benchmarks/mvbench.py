@@ -45,7 +45,8 @@ TASKS = {
     "counterfactual_inference": ("clevrer/video_validation", False),
 }
 """Task -> folder of its videos under video/, and whether its questions are about a part (start, end), in the official order.
-TinyLLaVA-Video shows all of an mp4 file, whatever the part: only its readers of frames and of other formats cut it out."""
+TinyLLaVA-Video shows all of an mp4 file, whatever the part: only its readers of frames and of other formats cut it out. That
+fault is not copied."""
 
 SPREAD, SEGMENTS = SamplingSpec(uniform=16), SamplingSpec(segments=16)
 """TinyLLaVA-Video's frames: of most files, and of AVI and WebM files and folders of frames. A part that a question is about is
@@ -69,7 +70,6 @@ class MVBench(Benchmark):
     variants = ("tinyllava_video", "official", "lmms")
     headline = "average"
     max_new_tokens = 1024
-    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `json/<task>.json` of every task that is there, in the official order; `<task>/*.parquet` too for `hf`.
@@ -220,6 +220,7 @@ def _item(files: BenchmarkFiles, task: str, number: int, record: dict[str, Any],
         item_id=f"{task}/{number}",
         question_id=f"{task}/{number}",
         prompt=f"{record['question']}\n{listing(options, '({}) {}').rstrip()}\n{LETTER_SUFFIX}",
+        images=(video.shown,),
         category=task,
         reference={"options": options, "answer": gold[-1], "question": str(record["question"]), "video": video},
         options=len(options),

@@ -1,6 +1,7 @@
 """What the video benchmarks share: where a question's video is, and subtitles.
 
-Frames are cut out by whoever asks the questions; an item's `images` stay empty and its `reference["video"]` is a `VideoRef`.
+An item's image is the video with the part and the frames that its protocol asks for; `reference["video"]`, a `VideoRef`, says
+the same and where subtitles are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.records import ImageRef
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class VideoRef:
     fps: float | None = None
     subtitles: Path | None = None
     sampling: SamplingSpec | None = None
+
+    @property
+    def shown(self) -> ImageRef:
+        """It as an item's image."""
+        part = None if self.start is None or self.end is None else (float(self.start), float(self.end))
+        return ImageRef(self.path, video=True, part=part, sampling=self.sampling, fps=self.fps)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,6 @@ class VideoMME(Benchmark):
     variants = ("tinyllava_video", "official", "lmms", "lmms_regex")
     headline = "overall"
     max_new_tokens = 1024
-    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `videomme/test-*.parquet`, in either layout. Videos are data/<videoID>.mp4, subtitles subtitle/<videoID>.srt."""
@@ -95,6 +94,7 @@ class VideoMME(Benchmark):
                     item_id=str(values["question_id"]),
                     question_id=values["question_id"],
                     prompt=f"{values['question']}\n{lines}\n{LETTER_SUFFIX}",
+                    images=(video.shown,),
                     category=values["duration"],
                     reference={
                         "options": options,
