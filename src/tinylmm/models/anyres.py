@@ -98,3 +98,12 @@ def with_tiles(connector: Connector, image: ImageSpec, tower_tokens: int) -> Con
         return TiledConnector(connector, Tiling(image.size, image.tiles), tower_tokens)
     except ValueError as error:
         raise ConfigError([Fault("vision_tower.image.mode", f"{error}.")]) from error
+
+
+def clip_tokens(connector: Connector, tower_tokens: int, frames: int) -> int:
+    """Tokens of a clip: its frames' one behind the other, each whole, or those of all frames together."""
+    if isinstance(connector, TiledConnector):
+        return frames * connector.side**2
+    if connector.takes_clips:
+        return connector.num_tokens(frames * tower_tokens)
+    return frames * connector.num_tokens(tower_tokens)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from tinylmm.models.anyres import TiledConnector
+from tinylmm.models.anyres import TiledConnector, clip_tokens
 from tinylmm.models.attention import decode_rows, set_attention
 from tinylmm.models.connectors import Connector
 from tinylmm.models.llm import PACKS, decoder_of
@@ -109,11 +109,7 @@ class LMM(nn.Module):
 
     def tokens_of_clip(self, frames: int) -> int:
         """Placeholders that a clip of so many frames takes: its frames' one behind the other, or those of all together."""
-        if isinstance(self.connector, TiledConnector):
-            return frames * self.connector.side**2
-        if self.connector.takes_clips:
-            return self.connector.num_tokens(frames * self.vision_tower.num_tokens)
-        return frames * self.image_tokens
+        return clip_tokens(self.connector, self.vision_tower.num_tokens, frames)
 
     def extents(self, seen: Sequence[Extent]) -> dict[str, Tensor]:
         """The arguments of `forward` and `embed` that say what images and clips are like; none where all are alike."""

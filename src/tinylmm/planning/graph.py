@@ -187,7 +187,7 @@ class _Builder:
         return {} if mode == before.mode else {"image_mode": mode}
 
     def _sampling(self, *sources: str) -> Fields:
-        """Only where a source has videos, or may have some since it is not built yet: so that it is in no other digest."""
+        """Only where a source has videos, or may have some since it is not built or not there yet: so in no other digest."""
         sampling = self.run.video.sampling
         if sampling is None or not any(self._may_have_videos(source) for source in sources):
             return {}
@@ -195,7 +195,7 @@ class _Builder:
 
     def _may_have_videos(self, source: str) -> bool:
         data = self.run.data
-        return data.build is not None or VIDEOS in self.fingerprints.source(data, source)
+        return data.build is not None or bool({VIDEOS, MISSING} & self.fingerprints.source(data, source).keys())
 
     def _from_model(self) -> Fields:
         folder = self.run.recipe.from_model
