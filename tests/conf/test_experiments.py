@@ -25,6 +25,7 @@ STUDIES = {
     "factory_table_1": (10, 21, 20),
     "openelm_card": (1, 2, 2),
     "nano_paper": (39, 90, 66),
+    "nano_video": (14, 28, 28),
 }
 """Study -> runs, trainings asked for, distinct ones."""
 

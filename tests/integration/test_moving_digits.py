@@ -18,7 +18,7 @@ SMALL = {"frames": 24, "clips": 10, "text": 30, "test": 3}
 OWNERS = ("data", "llm.build.data", "vision_tower.build.data")
 EVALS = ("moving_digits", "moving_digits_one_frame", "moving_digits_shuffled")
 WORDS = (
-    *("llm=nano_video", "vt=nano_video", "data=moving_digits", "video.sampling={uniform: 4}"),
+    *("llm=nano_video", "vt=nano_video", "recipe=video", "video.sampling={uniform: 4}"),
     *(f"{owner}.build.options.{name}={count}" for owner in OWNERS for name, count in SMALL.items()),
     *(f"eval.{name}.data.build.options.{part}={count}" for name in EVALS for part, count in SMALL.items()),
     *("llm.build.steps=3", "vision_tower.build.steps=3", "vision_tower.build.batch=8", "tracking.tensorboard=false"),
