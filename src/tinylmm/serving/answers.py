@@ -13,9 +13,8 @@ from torch import Tensor
 
 from tinylmm.generation.choose import LogProbs, Sampling
 from tinylmm.generation.prompts import Prompt, PromptMaker
-from tinylmm.generation.questions import End, Event, Question, Token
+from tinylmm.generation.questions import End, Event, Extent, Question, Token
 from tinylmm.generation.text import Pieces
-from tinylmm.models.lmm import Extent
 from tinylmm.serving.worker import EngineWorker
 
 LEAST_LOG_PROB = -9999.0

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.continuous import ContinuousEngine
+from tinylmm.generation.questions import Extent
 from tinylmm.generation.session import ChatModel, TooLongError
-from tinylmm.models.lmm import Extent
 from tinylmm.serving.answers import Answers, Asked
 from tinylmm.serving.errors import ApiError, wrong
 from tinylmm.serving.images import ImageShelf, key_of
