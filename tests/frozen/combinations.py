@@ -52,6 +52,8 @@ COMBINATIONS: dict[str, list[str]] = {
     # videos
     "videos": ["recipe=video", "connector=group_resampler", "data=digits", "eval=none"],
     "videos at a rate": ["video.sampling={fps: 1, max: 8}", "eval.digits.sampling={uniform: 4}"],
+    "videos without time": ["eval.digits.frames=middle", "eval.digits.sampling={uniform: 4}"],
+    "moving digits": ["llm=nano_video", "vt=nano_video", "recipe=video"],
     "videos in parts": ["video.sampling={segments: 4}", "eval.digits.sampling={left_edge: 4}"],
     # fields of parts
     "random parts": [*LLAVA, "llm.init=random", "vt.init=random", "llm.revision=gone", "vt.revision=gone"],

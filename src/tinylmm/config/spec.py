@@ -15,7 +15,7 @@ from tinylmm.config.fields import Fraction, Frozen, ImageMode, Positive, Sparse,
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeSpec, ScaleSpec
 from tinylmm.config.trainer import TrainerSpec
-from tinylmm.config.video import SamplingSpec, VideoSpec
+from tinylmm.config.video import Baseline, SamplingSpec, VideoSpec
 
 # ---------------------------------------------------------------------------------------------------- data
 
@@ -270,6 +270,8 @@ class EvalSpec(Frozen):
     after: Literal["last", "every"] = "last"
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""
+    frames: Baseline | None = None
+    """In place of a clip's frames: `middle` shows the middle one alone, `shuffled` shows them in an order of chance."""
     max_new_tokens: Positive
     template: Literal["auto"] | TemplateName = "auto"
     sampling: SamplingSpec | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from tinylmm.config.fields import Frozen, Positive, Sparse
 
+Baseline = Literal["middle", "shuffled"]
+"""What an evaluation shows of a clip to see what time is worth: its middle frame alone, or its frames in an order of chance."""
 SAMPLERS = ("uniform", "fps", "segments", "left_edge")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylmm.config.video import SamplingSpec
+from tinylmm.data.frame_sampling import frame_indices
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.files import open_parquet
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item
@@ -88,6 +89,10 @@ def open_image_ref(ref: ImageRef) -> Image.Image:
 
     if ref.data is not None:
         return open_image(Path(ref.key), ref.data, ref.upright)
+    if ref.fps is not None and ref.path.is_dir():
+        from tinylmm.data.frame_folders import folder_clip, folder_frames
+
+        return folder_frames(ref.path, frame_indices(_MIDDLE, folder_clip(ref.path, ref.fps), ref.part))[0]
     if not ref.path.is_file():
         what = "video" if ref.video else "image"
         raise DataError(f"{what} {ref.path} does not exist. Put the benchmark's {what}s there.")

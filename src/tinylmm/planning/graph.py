@@ -211,7 +211,7 @@ class _Builder:
     def _evaluation(self, benchmark: str, spec: EvalSpec, model: _Evaluated) -> None:
         template = self.run.llm.template if spec.template == "auto" else spec.template
         # what is later than the first digests is in them only where it is set
-        optional = (set() if spec.limit_seed else {"limit_seed"}) | (set() if spec.sampling else {"sampling"})
+        optional = {name for name in ("limit_seed", "sampling", "frames") if not getattr(spec, name)}
         fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", "optional", *optional})
         fields |= {"template": template, "judge": None} | model.fields
         parents = dict(model.parents)

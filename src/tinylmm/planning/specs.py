@@ -23,7 +23,7 @@ from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneSpec
 from tinylmm.config.spec import ImageSpec, TextTowerSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
-from tinylmm.config.video import SamplingSpec
+from tinylmm.config.video import Baseline, SamplingSpec
 
 Content = dict[str, Any]
 """Identity by content of files outside the store, from `planning/fingerprints.py`; compared, never read."""
@@ -166,6 +166,8 @@ class AskedStage(Recorded):
     template: str
     sampling: SamplingSpec | None = None
     """Of videos; in a digest only where it is set, else it is the model's."""
+    frames: Baseline | None = None
+    """What is shown in place of a clip's frames; in a digest only where it is set."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     source: SourceIdentity | None = None
     content: Content | None = None

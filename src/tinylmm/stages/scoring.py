@@ -145,7 +145,7 @@ def _protocol(job: StageJob[AskedStage], asked: Asked, scores: Scores) -> Protoc
         template=spec.template,
         max_new_tokens=spec.max_new_tokens,
         precision=spec.precision,
-        frames=asked.how.get("frames"),
+        frames=" of ".join(filter(None, (spec.frames, asked.how.get("frames")))) or None,
         judge=judged.judge if judged else None,
         judge_runs=judged.judge_runs if judged else 1,
         code=KINDS["eval"].version,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tinylmm.config.description import ModelDescription
-from tinylmm.config.video import SamplingSpec
+from tinylmm.config.video import Baseline, SamplingSpec
 from tinylmm.constants import Extent
-from tinylmm.data.frame_sampling import frame_indices
+from tinylmm.data.frame_folders import folder_clip, folder_frames
+from tinylmm.data.frame_sampling import Clip, baseline_indices, frame_indices
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.video import read_video, see_frames
 from tinylmm.errors import DataError, UserError
@@ -76,8 +77,10 @@ class Shown:
         self.refs = refs
         self.transform = ImageTransform.of(loaded.description.image)
         videos = {key: ref for key, ref in refs.items() if ref.video}
-        asked = job.spec.sampling
-        self._frames = {key: _frames_of(ref, asked or ref.sampling or sampling) for key, ref in videos.items()}
+        asked, baseline = job.spec.sampling, job.spec.frames
+        self._frames = {
+            key: _frames_of(ref, asked or ref.sampling or sampling, baseline) for key, ref in videos.items()
+        }
         tiled = loaded.model.tiled
         self.extents: dict[str, Extent] = {
             key: (0, 0, len(self._frames[key]))
@@ -105,6 +108,8 @@ class Shown:
     def pixels(self, key: str) -> Tensor:
         """(3, H, W) of an image, (T, 3, H, W) of its tiles or of a video's frames."""
         ref = self.refs[key]
+        if ref.video and ref.fps is not None:
+            return torch.stack([self.transform.one_view(image) for image in folder_frames(ref.path, self._frames[key])])
         if ref.video:
             return torch.stack(see_frames(ref.path, self._frames[key], self.transform.one_view))
         return self.transform(open_image_ref(ref))
@@ -121,8 +126,14 @@ class Shown:
         return [str(path), status.st_size, status.st_mtime_ns, list(self._frames[key])]
 
 
-def _frames_of(ref: ImageRef, sampling: SamplingSpec | None) -> tuple[int, ...]:
+def _frames_of(ref: ImageRef, sampling: SamplingSpec | None, baseline: Baseline | None) -> tuple[int, ...]:
     assert sampling is not None, "sampling_of has found one"
-    if not ref.path.is_file():
+    clip = _clip(ref)
+    chosen = frame_indices(sampling, clip, ref.part)
+    return tuple(chosen if baseline is None else baseline_indices(baseline, chosen, clip, ref.part))
+
+
+def _clip(ref: ImageRef) -> Clip:
+    if not ref.path.is_file() and (ref.fps is None or not ref.path.is_dir()):
         raise DataError(f"video {ref.path} does not exist. Put the benchmark's videos there.")
-    return tuple(frame_indices(sampling, read_video(ref.path).clip, ref.part))
+    return read_video(ref.path).clip if ref.fps is None else folder_clip(ref.path, ref.fps)

@@ -26,6 +26,7 @@ class ImageRef:
         video: the file is a video, of which frames are shown.
         part: seconds from the start of the video between which the frames must lie; None for all of it.
         sampling: which frames, where the benchmark's protocol says it; None leaves it to the evaluation and the model.
+        fps: frames a second of a video that is a folder of its frames, `00001.jpg`, `00002.jpg`, ...; None for a video file.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class ImageRef:
     video: bool = False
     part: tuple[float, float] | None = None
     sampling: SamplingSpec | None = None
+    fps: float | None = None
 
     @property
     def key(self) -> str:
