@@ -33,6 +33,10 @@ def serve(
     body_mb: Annotated[float, typer.Option(help="Most megabytes of a request.")] = 32,
     read_s: Annotated[float, typer.Option(help="Seconds for a request to arrive, a piece to be taken.")] = 60,
     drain_s: Annotated[float, typer.Option(help="Seconds that answers may still take after SIGTERM.")] = 30,
+    allow_images_from: Annotated[
+        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="A host that http images are fetched from.")
+    ] = None,
+    image_s: Annotated[float, typer.Option(help="Seconds that fetching an image may take.")] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",
     store: Annotated[Path | None, typer.Option(envvar="TINYLMM_STORE", help="Where runs are found by name.")] = None,
@@ -42,7 +46,7 @@ def serve(
 
     Greedy unless a request names a temperature. The environment's TINYLMM_API_KEY is asked of every client, if set.
     """
-    given = locals()
+    given = locals() | {"allow_images_from": tuple(allow_images_from or ())}
     # imported here, as torch would slow down every other command's start
     try:
         from tinylmm.serving.app import make_app
