@@ -17,7 +17,7 @@ KEY = "TINYLMM_API_KEY"
 
 
 def serve(
-    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, the name of a run, or RUN@STAGE.")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default its run or folder.")] = None,
