@@ -90,7 +90,8 @@ def _model_of_stage(run: RunRecord, name: str, layout: StoreLayout) -> Path:
     folder = layout.stage(found[-1].key)
     if not folder.is_dir():
         raise UserError(
-            f"the run {run.name} ({run.status}) has not finished its training {name}. Give the run's command again to finish it."
+            f"the run {run.name} ({run.status}) has not finished its training {name}. "
+            "Give the run's command again to finish it."
         )
     return _checked(model_folder(folder))
 

@@ -1,0 +1,324 @@
+"""The page itself, made with Gradio, which is known to this module and `app.py` alone."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components.chatbot import FileMessage, Message, TextMessage
+from gradio.data_classes import FileData
+
+from tinylmm.data.images import FORMATS
+from tinylmm.demo import words
+from tinylmm.demo.questions import Question, QuestionSet
+from tinylmm.demo.talk import Talk, Turn
+from tinylmm.errors import DataError, TinyLMMError, UserError
+from tinylmm.evaluation.images import open_image_ref
+from tinylmm.generation.choose import Sampling
+from tinylmm.reports.thumbnails import ThumbnailError, load_image
+from tinylmm.serving.app import failure
+from tinylmm.serving.errors import ApiError
+from tinylmm.serving.requests import SEEDS
+from tinylmm.serving.service import Service
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = [f".{kind.lower()}" for kind in (*FORMATS, "jpg")]
+ASK_HINT = "Ask about one image, several, or none. Enter sends, Shift+Enter begins a line, Escape stops."
+ESCAPE = """<script>
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click();
+});
+</script>"""
+CSS = Path(__file__).with_name("page.css")
+
+
+class QuestionBox(gr.MultimodalTextbox):
+    """Takes files that the browser sent, and fetches none from an address that it names."""
+
+    is_template = True  # Gradio: it is drawn as the class that it comes from
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """Keep a file.
+
+        Raises:
+            Error: it is an address.
+        """
+        if url_or_file_path is not None and "://" in str(url_or_file_path):
+            raise gr.Error("Images are uploaded; nothing is fetched from an address.")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class Page:
+    """What the page does.
+
+    Args:
+        services: of the models, one or several.
+        sets: questions that they were evaluated on.
+        folder: where images of those questions are written to when they are asked.
+    """
+
+    def __init__(self, services: Sequence[Service], sets: Sequence[QuestionSet], folder: Path) -> None:
+        self.services, self.sets, self.folder = list(services), list(sets), folder
+        self.names = [service.name for service in services]
+
+    def build(self) -> gr.Blocks:
+        """The page."""
+        with gr.Blocks(title=f"tinylmm · {' and '.join(self.names)}", analytics_enabled=False) as blocks:
+            gr.HTML(words.header(self.names, [service.chat for service in self.services]), elem_id="head")
+            self.talk = gr.State(Talk())
+            self._chats()
+            self.notice = gr.HTML("", elem_id="notice", elem_classes="notice")
+            self.box = QuestionBox(
+                file_types=SUFFIXES,
+                file_count="multiple",
+                sources=["upload"],
+                show_label=False,
+                label="Question",
+                placeholder=ASK_HINT,
+                max_plain_text_length=1_000_000,  # a long question is a question, not a file
+                elem_id="question",
+                autofocus=True,
+            )
+            with gr.Row():
+                self.stop = gr.Button("Stop", elem_id="stop", interactive=False)
+                self.new = gr.Button("New conversation", elem_id="new")
+            self._questions()
+            self._settings()
+            self._wire()
+        return blocks
+
+    def _chats(self) -> None:
+        self.chats, self.figures = [], []
+        with gr.Row():
+            for number, name in enumerate(self.names):
+                with gr.Column(min_width=300):
+                    self.chats.append(
+                        gr.Chatbot(
+                            label=name,
+                            height="50vh",
+                            elem_id=f"chat-{number}",
+                            elem_classes="chat",
+                            buttons=["copy"],
+                            render_markdown=False,  # a model's words are shown as they are, and load nothing
+                            feedback_options=None,
+                            latex_delimiters=[],
+                            allow_tags=False,
+                        )
+                    )
+                    self.figures.append(gr.HTML("", elem_id=f"figures-{number}", elem_classes="figures"))
+
+    def _questions(self) -> None:
+        with gr.Accordion("Held-out questions", open=bool(self.sets), elem_id="questions"):
+            if not self.sets:
+                gr.HTML(words.told(words.NO_QUESTIONS, "none"))
+            self.choice = gr.Dropdown(
+                [
+                    (f"{one.name}: {len(one.questions)} of its {one.count:,} questions", i)
+                    for i, one in enumerate(self.sets)
+                ],
+                value=0 if self.sets else None,
+                label="Evaluation",
+                visible=len(self.sets) > 1,
+                elem_id="evaluation",
+            )
+            first = self.sets[0] if self.sets else None
+            self.gallery = gr.Gallery(
+                self._thumbnails(0) if first else None,
+                label=f"{first.name}: {len(first.questions)} of its {first.count:,} questions" if first else "",
+                columns=6,
+                height=260,
+                object_fit="contain",
+                allow_preview=False,
+                buttons=[],
+                interactive=False,
+                visible=first is not None,
+                elem_id="gallery",
+            )
+            self.picked = gr.State(None)
+            self.about = gr.HTML("", elem_id="picked")
+            with gr.Row():
+                self.ask_picked = gr.Button(
+                    "Ask in a new conversation", elem_id="ask-picked", visible=False, variant="primary"
+                )
+                self.take = gr.Button("Take its images for a question of mine", elem_id="take", visible=False)
+
+    def _settings(self) -> None:
+        most = max(service.options.max_new_tokens for service in self.services)
+        with gr.Accordion("How tokens are chosen", open=False, elem_id="settings"), gr.Row():
+            self.options = [
+                gr.Number(most, label="Most new tokens", minimum=1, precision=0, elem_id="max-new-tokens"),
+                gr.Number(0, label="Temperature", info="0 is greedy", minimum=0, step=0.1, elem_id="temperature"),
+                gr.Number(1, label="Top-p", minimum=0, maximum=1, step=0.05, elem_id="top-p"),
+                gr.Number(None, label="Seed", info="empty draws anew each time", precision=0, elem_id="seed"),
+            ]
+
+    def _wire(self) -> None:
+        shown = [*self.chats, *self.figures, self.box, self.stop, self.notice]
+        streamed: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "concurrency_limit": None}
+        quick: dict[str, Any] = {
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+            "queue": False,
+            "api_visibility": "private",
+        }
+        self.box.submit(self.ask, [self.box, self.talk, *self.options], api_name="ask", **streamed)
+        self.ask_picked.click(self.ask_again, [self.picked, self.talk, *self.options], api_name="ask_again", **streamed)
+        self.stop.click(self.end, [self.talk], None, **quick)
+        self.new.click(self.begin_anew, [self.talk], shown, **quick)
+        details = [self.picked, self.about, self.ask_picked, self.take]
+        self.gallery.select(self.pick, [self.choice], details, **quick)
+        self.choice.change(self.choose, [self.choice], [self.gallery, *details], **quick)
+        self.take.click(self.take_images, [self.picked, self.box], [self.box], **quick)
+
+    # ------------------------------------------------------------------------------------------------ what it does
+
+    async def ask(self, value: dict[str, Any] | None, talk: Talk, *options: Any) -> AsyncIterator[list[Any]]:
+        """Ask what stands in the box."""
+        value = value or {}
+        files = [Path(path) for path in value.get("files") or []]
+        async for shown in self._answered(talk, value.get("text") or "", files, None, options):
+            yield shown
+
+    async def ask_again(self, picked: Any, talk: Talk, *options: Any) -> AsyncIterator[list[Any]]:
+        """Ask a question of the evaluation, in a conversation of its own as there."""
+        question = self._question(picked)
+        if talk.busy:
+            yield self._told("The answer before is still being written. Stop it first.")
+            return
+        try:
+            files = self._files(question)
+        except DataError as error:
+            yield self._told(str(error))
+            return
+        talk.clear()
+        async for shown in self._answered(talk, question.text, files, question, options):
+            yield shown
+
+    async def _answered(
+        self, talk: Talk, text: str, files: list[Path], known: Question | None, options: Sequence[Any]
+    ) -> AsyncIterator[list[Any]]:
+        turn: Turn | None = None
+        extra = () if known is None else (known.truth or None, known.said)
+        try:
+            async for _ in talk.ask(self.services, text, files, _sampling(*options), *extra):
+                if turn is None:
+                    turn = talk.turns[-1]
+                    yield self._shown(talk, turn, box=_filled("", []) if known is None else gr.skip(), running=True)
+                else:
+                    yield self._shown(talk, turn, running=True)
+        except TinyLMMError as error:
+            yield self._told(str(error))
+        except ApiError as error:
+            yield self._told(error.message)
+        except Exception as error:
+            yield self._told(failure(error).message)
+        else:
+            yield self._ended(talk, turn, text, files)
+
+    def _ended(self, talk: Talk, turn: Turn | None, text: str, files: list[Path]) -> list[Any]:
+        """What is shown at the end; a question that nothing was said to stands in the box again."""
+        kept = turn is None or turn in talk.turns or turn.truth is not None
+        box = gr.skip() if kept else _filled(text, files)
+        return self._shown(talk, turn, box=box, running=False)
+
+    def end(self, talk: Talk) -> None:
+        """End the answer that is being written."""
+        talk.stop()
+
+    def begin_anew(self, talk: Talk) -> list[Any]:
+        """Forget the conversation."""
+        talk.clear()
+        return self._shown(talk, None, box=_filled("", []), running=False)
+
+    def choose(self, number: Any) -> list[Any]:
+        """Show another evaluation's questions."""
+        chosen = self.sets[int(number)]
+        label = f"{chosen.name}: {len(chosen.questions)} of its {chosen.count:,} questions"
+        gallery = gr.update(value=self._thumbnails(int(number)), label=label, selected_index=None)
+        return [gallery, None, "", gr.update(visible=False), gr.update(visible=False)]
+
+    def pick(self, number: Any, event: gr.SelectData) -> list[Any]:
+        """Show a question's text and truth."""
+        picked = [int(number), int(event.index)]
+        text = words.asked_before(self._question(picked), self.names)
+        return [picked, text, gr.update(visible=True), gr.update(visible=True)]
+
+    def take_images(self, picked: Any, value: dict[str, Any] | None) -> Any:
+        """Put a question's images into the box, beside what stands there."""
+        value = value or {}
+        there = [Path(path) for path in value.get("files") or []]
+        return _filled(value.get("text") or "", [*there, *self._files(self._question(picked))])
+
+    # ------------------------------------------------------------------------------------------------ what it shows
+
+    def _shown(self, talk: Talk, turn: Turn | None, running: bool, box: Any = None, notice: str = "") -> list[Any]:
+        numbers = range(len(self.services))
+        return [
+            *[_messages(talk, number) for number in numbers],
+            *[words.figures(turn, number) for number in numbers],
+            gr.skip() if box is None else box,
+            gr.update(interactive=running),
+            words.told(notice),
+        ]
+
+    def _told(self, notice: str) -> list[Any]:
+        """A sentence, with everything else left as it is."""
+        return [gr.skip()] * (2 * len(self.services) + 2) + [words.told(notice)]
+
+    def _question(self, picked: Any) -> Question:
+        try:
+            number, index = (int(one) for one in picked)
+            if min(number, index) < 0:
+                raise IndexError
+            return self.sets[number].questions[index]
+        except (TypeError, ValueError, IndexError):
+            raise gr.Error("Pick a question first.") from None
+
+    def _thumbnails(self, number: int) -> list[tuple[Any, str]]:
+        shown = []
+        for question in self.sets[number].questions:
+            try:
+                shown.append((load_image(question.images[0] if question.images else None), question.text))
+            except ThumbnailError as error:
+                log.warning("no image is shown for '%s': %s", question.text, error)
+        return shown
+
+    def _files(self, question: Question) -> list[Path]:
+        """A question's images as the evaluation opened them, as files without loss."""
+        files = []
+        for ref in question.images:
+            path = self.folder / f"{secrets.token_hex(8)}.png"
+            open_image_ref(ref).save(path)
+            files.append(path)
+        return files
+
+
+def _sampling(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> Sampling:
+    """Raises: UserError: a value is missing or out of range."""
+    if max_new_tokens is None:
+        raise UserError("Say how many new tokens an answer may have at most.")
+    drawn = secrets.randbelow(SEEDS) if seed is None else int(seed) % SEEDS
+    return Sampling(int(max_new_tokens), float(temperature or 0), 1.0 if top_p is None else float(top_p), seed=drawn)
+
+
+def _filled(text: str, files: Sequence[Path]) -> Any:
+    return gr.update(value={"text": text, "files": [str(path) for path in files]})
+
+
+def _messages(talk: Talk, model: int) -> list[Message]:
+    """The conversation as one model had it, every text as it is."""
+    shown: list[Message] = []
+    for turn in talk.turns:
+        shown += [
+            Message(role="user", content=[FileMessage(file=FileData(path=str(path)), alt_text=f"image {n}")])
+            for n, path in enumerate(turn.images, start=1)
+        ]
+        shown += [Message(role="user", content=[TextMessage(text=turn.question)])] if turn.question else []
+        if text := turn.replies[model].text:
+            shown.append(Message(role="assistant", content=[TextMessage(text=text)]))
+    return shown
