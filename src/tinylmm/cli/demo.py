@@ -43,9 +43,8 @@ def demo(
     """
     given = locals()
     os.environ.update(NO_NETWORK)
-    with tempfile.TemporaryDirectory(prefix="tinylmm-demo-") as made:
+    with tempfile.TemporaryDirectory(prefix="tinylmm-demo-") as made:  # what users upload goes when this ends
         folder = Path(made).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")  # what users upload goes when this ends
         # imported here, as torch and Gradio would slow down every other command's start
         try:
             from tinylmm.demo.app import make_app

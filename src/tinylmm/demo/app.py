@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,7 +56,8 @@ def make_app(
     """The demo's application; it starts and closes the services.
 
     Args:
-        sets, folder: see `page.Page`.
+        sets: see `page.Page`.
+        folder: where uploads and the images of held-out questions are kept; whoever made it takes it away.
         key: what users sign in with, as USER; None asks for none.
         hosts: see `serving.http.Gate`.
     """
@@ -70,6 +72,9 @@ def make_app(
             for service in services:
                 service.close()
 
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    shown = folder / "questions"
+    shown.mkdir(exist_ok=True)
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
     @app.get("/health")
@@ -79,12 +84,12 @@ def make_app(
     text, code = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the reader's own machine
     gr.mount_gradio_app(
         app,
-        Page(services, sets, folder).build(),
+        Page(services, sets, shown).build(),
         path="/",
         footer_links=[],
         run_history=False,
         auth=None if key is None else (USER, key),
-        allowed_paths=[str(folder)],
+        allowed_paths=[str(shown)],
         show_error=True,
         max_file_size=int(max(service.options.body_mb for service in services) * MB),
         ssr_mode=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mimetypes
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -28,29 +29,14 @@ from tinylmm.serving.service import Service
 log = logging.getLogger(__name__)
 
 SUFFIXES = [f".{kind.lower()}" for kind in (*FORMATS, "jpg")]
-ASK_HINT = "Ask about one image, several, or none. Enter sends, Shift+Enter begins a line, Escape stops."
+ASK_HINT = "Ask about an image, several, or none"
+KEYS = "Enter sends, Shift+Enter begins a new line, Escape stops the answer."
 ESCAPE = """<script>
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click();
 });
 </script>"""
 CSS = Path(__file__).with_name("page.css")
-
-
-class QuestionBox(gr.MultimodalTextbox):
-    """Takes files that the browser sent, and fetches none from an address that it names."""
-
-    is_template = True  # Gradio: it is drawn as the class that it comes from
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Keep a file.
-
-        Raises:
-            Error: it is an address.
-        """
-        if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("Images are uploaded; nothing is fetched from an address.")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 class Page:
@@ -69,11 +55,12 @@ class Page:
     def build(self) -> gr.Blocks:
         """The page."""
         with gr.Blocks(title=f"tinylmm · {' and '.join(self.names)}", analytics_enabled=False) as blocks:
-            gr.HTML(words.header(self.names, [service.chat for service in self.services]), elem_id="head")
+            models = [service.chat for service in self.services]
+            gr.HTML(words.header(self.names, models), elem_id="head", padding=False)
             self.talk = gr.State(Talk())
             self._chats()
-            self.notice = gr.HTML("", elem_id="notice", elem_classes="notice")
-            self.box = QuestionBox(
+            self.notice = gr.HTML("", elem_id="notice", elem_classes="notice", padding=False)
+            self.box = gr.MultimodalTextbox(
                 file_types=SUFFIXES,
                 file_count="multiple",
                 sources=["upload"],
@@ -84,9 +71,11 @@ class Page:
                 elem_id="question",
                 autofocus=True,
             )
-            with gr.Row():
-                self.stop = gr.Button("Stop", elem_id="stop", interactive=False)
-                self.new = gr.Button("New conversation", elem_id="new")
+            _take_uploads_alone(self.box)
+            with gr.Row(elem_classes="actions"):
+                self.stop = gr.Button("Stop", elem_id="stop", interactive=False, size="sm", min_width=96, scale=0)
+                self.new = gr.Button("New conversation", elem_id="new", size="sm", min_width=160, scale=0)
+                gr.HTML(words.told(KEYS, "keys"), elem_classes="notice", padding=False)
             self._questions()
             self._settings()
             self._wire()
@@ -100,7 +89,7 @@ class Page:
                     self.chats.append(
                         gr.Chatbot(
                             label=name,
-                            height="50vh",
+                            height="44vh",
                             elem_id=f"chat-{number}",
                             elem_classes="chat",
                             buttons=["copy"],
@@ -110,12 +99,12 @@ class Page:
                             allow_tags=False,
                         )
                     )
-                    self.figures.append(gr.HTML("", elem_id=f"figures-{number}", elem_classes="figures"))
+                    self.figures.append(gr.HTML("", elem_id=f"figures-{number}", elem_classes="figures", padding=False))
 
     def _questions(self) -> None:
         with gr.Accordion("Held-out questions", open=bool(self.sets), elem_id="questions"):
-            if not self.sets:
-                gr.HTML(words.told(words.NO_QUESTIONS, "none"))
+            about = words.of_its(self.sets[0]) if self.sets else words.NO_QUESTIONS
+            self.heading = gr.HTML(words.told(about, "of-its"), elem_classes="notice", padding=False)
             self.choice = gr.Dropdown(
                 [
                     (f"{one.name}: {len(one.questions)} of its {one.count:,} questions", i)
@@ -126,26 +115,26 @@ class Page:
                 visible=len(self.sets) > 1,
                 elem_id="evaluation",
             )
-            first = self.sets[0] if self.sets else None
             self.gallery = gr.Gallery(
-                self._thumbnails(0) if first else None,
-                label=f"{first.name}: {len(first.questions)} of its {first.count:,} questions" if first else "",
+                self._thumbnails(0) if self.sets else None,
+                label="Questions",
+                show_label=False,
                 columns=6,
-                height=260,
+                height=300,
                 object_fit="contain",
                 allow_preview=False,
                 buttons=[],
                 interactive=False,
-                visible=first is not None,
+                visible=bool(self.sets),
                 elem_id="gallery",
             )
             self.picked = gr.State(None)
-            self.about = gr.HTML("", elem_id="picked")
+            self.about = gr.HTML("", elem_id="picked", padding=False)
             with gr.Row():
                 self.ask_picked = gr.Button(
-                    "Ask in a new conversation", elem_id="ask-picked", visible=False, variant="primary"
+                    "Ask it in a new conversation", elem_id="ask-picked", visible=False, variant="primary", size="sm"
                 )
-                self.take = gr.Button("Take its images for a question of mine", elem_id="take", visible=False)
+                self.take = gr.Button("Take its images into the box", elem_id="take", visible=False, size="sm")
 
     def _settings(self) -> None:
         most = max(service.options.max_new_tokens for service in self.services)
@@ -172,7 +161,7 @@ class Page:
         self.new.click(self.begin_anew, [self.talk], shown, **quick)
         details = [self.picked, self.about, self.ask_picked, self.take]
         self.gallery.select(self.pick, [self.choice], details, **quick)
-        self.choice.change(self.choose, [self.choice], [self.gallery, *details], **quick)
+        self.choice.change(self.choose, [self.choice], [self.heading, self.gallery, *details], **quick)
         self.take.click(self.take_images, [self.picked, self.box], [self.box], **quick)
 
     # ------------------------------------------------------------------------------------------------ what it does
@@ -238,9 +227,15 @@ class Page:
     def choose(self, number: Any) -> list[Any]:
         """Show another evaluation's questions."""
         chosen = self.sets[int(number)]
-        label = f"{chosen.name}: {len(chosen.questions)} of its {chosen.count:,} questions"
-        gallery = gr.update(value=self._thumbnails(int(number)), label=label, selected_index=None)
-        return [gallery, None, "", gr.update(visible=False), gr.update(visible=False)]
+        gallery = gr.update(value=self._thumbnails(int(number)), selected_index=None)
+        return [
+            words.told(words.of_its(chosen), "of-its"),
+            gallery,
+            None,
+            "",
+            gr.update(visible=False),
+            gr.update(visible=False),
+        ]
 
     def pick(self, number: Any, event: gr.SelectData) -> list[Any]:
         """Show a question's text and truth."""
@@ -277,7 +272,7 @@ class Page:
                 raise IndexError
             return self.sets[number].questions[index]
         except (TypeError, ValueError, IndexError):
-            raise gr.Error("Pick a question first.") from None
+            raise gr.Error("Pick a question first.", print_exception=False) from None
 
     def _thumbnails(self, number: int) -> list[tuple[Any, str]]:
         shown = []
@@ -298,6 +293,21 @@ class Page:
         return files
 
 
+def _take_uploads_alone(box: gr.MultimodalTextbox) -> None:
+    """Have a box refuse files that a request names by an address: Gradio would fetch them.
+
+    The method is replaced on the object, as Gradio writes a file beside the module of every class made from its own.
+    """
+    keep = box.async_move_resource_to_block_cache
+
+    async def kept(url_or_file_path: str | Path | None) -> str | None:
+        if url_or_file_path is not None and "://" in str(url_or_file_path):
+            raise gr.Error("Images are uploaded; nothing is fetched from an address.", print_exception=False)
+        return await keep(url_or_file_path)
+
+    box.async_move_resource_to_block_cache = kept  # type: ignore[method-assign]
+
+
 def _sampling(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> Sampling:
     """Raises: UserError: a value is missing or out of range."""
     if max_new_tokens is None:
@@ -310,12 +320,16 @@ def _filled(text: str, files: Sequence[Path]) -> Any:
     return gr.update(value={"text": text, "files": [str(path) for path in files]})
 
 
+def _image(path: Path) -> FileData:
+    return FileData(path=str(path), mime_type=mimetypes.guess_type(path.name)[0], orig_name=path.name)
+
+
 def _messages(talk: Talk, model: int) -> list[Message]:
     """The conversation as one model had it, every text as it is."""
     shown: list[Message] = []
     for turn in talk.turns:
         shown += [
-            Message(role="user", content=[FileMessage(file=FileData(path=str(path)), alt_text=f"image {n}")])
+            Message(role="user", content=[FileMessage(file=_image(path), alt_text=f"image {n}")])
             for n, path in enumerate(turn.images, start=1)
         ]
         shown += [Message(role="user", content=[TextMessage(text=turn.question)])] if turn.question else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from tinylmm.demo.questions import Question
+from tinylmm.demo.questions import Question, QuestionSet
 from tinylmm.demo.talk import Reply, Turn
 from tinylmm.generation.session import ChatModel
 
@@ -19,10 +19,10 @@ NO_QUESTIONS = (
 def header(names: Sequence[str], models: Sequence[ChatModel]) -> str:
     """The page's head: which models there are."""
     told = [
-        f"<strong>{escape(name)}</strong> {escape(_facts(model))}" for name, model in zip(names, models, strict=True)
+        f'<p class="models"><strong>{escape(name)}</strong> {escape(_facts(model))}</p>'
+        for name, model in zip(names, models, strict=True)
     ]
-    beside = " and ".join(told)
-    return f'<h1>tinylmm demo</h1><p class="models">{beside}</p>'
+    return f"<h1>tinylmm demo</h1>{''.join(told)}"
 
 
 def _facts(model: ChatModel) -> str:
@@ -55,9 +55,9 @@ def figures(turn: Turn | None, model: int) -> str:
 def _line(reply: Reply) -> str:
     if reply.problem:
         return f'<span class="problem">{escape(reply.problem)}</span>'
-    prompt = f"prompt of {_tokens(reply.prompt_tokens)}, {reply.image_tokens:,} of images"
+    prompt = f"prompt {_tokens(reply.prompt_tokens)}, {reply.image_tokens:,} of them image tokens"
     if reply.cached_tokens:
-        prompt += f" ({reply.cached_tokens:,} from the cache)"
+        prompt += f", {reply.cached_tokens:,} cached"
     if reply.first is None:
         waiting = {None: WAITING, "stopped": "stopped before its first token"}.get(reply.ending, "an empty answer")
         return f"{waiting} · {prompt}"
@@ -79,6 +79,14 @@ def asked_before(question: Question, names: Sequence[str]) -> str:
     ]
     truth = escape(question.truth) or "not in the benchmark's files"
     return f'<p class="asked">{escape(question.text)}</p><dl><dt>truth</dt><dd class="truth">{truth}</dd>{"".join(said)}</dl>'
+
+
+def of_its(chosen: QuestionSet) -> str:
+    """Which questions of an evaluation are shown."""
+    return (
+        f"{chosen.name}: {len(chosen.questions):,} of its {chosen.count:,} questions, of every category, answered right and "
+        "wrong. Pick one to see the truth."
+    )
 
 
 def told(text: str, kind: str = "problem") -> str:

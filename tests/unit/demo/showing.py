@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -21,6 +22,9 @@ from tinylmm.serving.http import LOOPBACK
 from tinylmm.serving.options import ServeOptions
 from tinylmm.serving.server import bind
 from tinylmm.serving.service import Service
+
+SAME = {"__type__": "update"}
+"""Says that something is shown as before."""
 
 
 @dataclass
@@ -65,3 +69,21 @@ def showing(
     finally:
         server.should_exit = True
         thread.join()
+
+
+def ask_by_client(page: Showing, question: str, images: Sequence[Any], length: int) -> list[Any]:
+    """Ask as a program does; what the page would show at the end.
+
+    Args:
+        images: files, or what a client says of them.
+    """
+    from gradio_client import Client, handle_file
+
+    client = Client(page.url, verbose=False)
+    files = [handle_file(image) if isinstance(image, Path) else image for image in images]
+    job = client.submit({"text": question, "files": files}, length, 0, 1, None, api_name="/ask")
+    job.result(timeout=120)
+    last: list[Any] = []
+    for shown in job.outputs():
+        last = [new if new != SAME else old for new, old in zip(shown, last or shown, strict=True)]
+    return last

@@ -1,0 +1,98 @@
+"""The page without a browser: what its functions answer, and what the server behind it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.demo.showing import Showing, ask_by_client, showing
+from tests.unit.serving.process import BLUE, RED, N, png, wide_model
+from tinylmm.cli.main import main
+from tinylmm.generation.session import load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Iterator[Showing]:
+    with showing(folder, {"tiny": wide_model(folder / "tiny")}) as running:
+        yield running
+
+
+def reply(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {})) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+def test_the_page_answers_as_the_model_does_alone_and_counts_image_tokens(page: Showing, folder: Path) -> None:
+    RED.save(folder / "red.png")
+    BLUE.save(folder / "blue.png")
+    chat, figures, *_ = ask_by_client(page, "Which is red?", [folder / "red.png", folder / "blue.png"], N)
+    expected = load(folder / "tiny", device="cpu").stream("Which is red?", [png(RED), png(BLUE)], max_new_tokens=N)
+    assert chat[-1]["content"][0]["text"] == "".join(expected)
+    assert [message["role"] for message in chat] == ["user", "user", "user", "assistant"]
+    assert re.search(r"\d+ tokens? · .*first token after \d.* · prompt \d+ tokens, 8 of them image tokens", figures)
+
+
+def test_a_damaged_image_is_named_in_a_sentence_and_asked_nothing(page: Showing, folder: Path) -> None:
+    (folder / "damaged.png").write_bytes(png(RED)[:-40])
+    *_, notice = ask_by_client(page, "What is it?", [folder / "damaged.png"], N)
+    print(notice)
+    assert "image 1 of the request: damaged or cut short" in notice
+
+
+@pytest.mark.parametrize(
+    ("path", "refusal"),
+    [
+        ("https://images.example.org/red.png", "nothing is fetched from an address"),
+        ("{folder}/red.png", "red.png"),
+    ],
+    ids=["address", "file of this machine"],
+)
+def test_only_what_was_uploaded_is_an_image(page: Showing, folder: Path, path: str, refusal: str) -> None:
+    RED.save(folder / "red.png")
+    file = {"path": path.format(folder=folder), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [{"text": "What is it?", "files": [file]}, N, 0, 1, None]}).encode()
+    call = f"{page.url}/gradio_api/call/ask"
+    asked = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked) as answer:
+        event = json.load(answer)["event_id"]
+    _, _, text = reply(f"{call}/{event}")
+    assert "event: error" in text and re.search(refusal, text), text
+    assert reply(f"{page.url}/gradio_api/file=/etc/hostname")[0] == 403
+
+
+def test_browsers_may_ask_no_other_host_and_no_other_name_leads_here(page: Showing) -> None:
+    status, headers, text = reply(page.url)
+    assert status == 200 and "tinylmm · tiny" in text
+    assert "default-src 'self'" in headers["Content-Security-Policy"] and "connect-src 'self'" in text + str(headers)
+    status, _, text = reply(page.url, {"Host": "images.example.org"})
+    assert status == 403 and "--allow-host" in text
+    assert reply(f"{page.url}/health")[2] == '{"status":"ok"}'
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("tinylmm.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["tinylmm", "demo", "nowhere"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "`tinylmm demo` needs gradio: pip install 'tinylmm[demo]'\n"
