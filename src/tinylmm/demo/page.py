@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio.components.chatbot import FileMessage, Message, TextMessage
 from gradio.data_classes import FileData
+from gradio.utils import get_upload_folder
 
 from tinylmm.data.images import FORMATS
 from tinylmm.demo import words
@@ -71,7 +72,7 @@ class Page:
                 elem_id="question",
                 autofocus=True,
             )
-            _take_uploads_alone(self.box)
+            _take_uploads_alone(self.box, [self.folder, Path(get_upload_folder())])
             with gr.Row(elem_classes="actions"):
                 self.stop = gr.Button("Stop", elem_id="stop", interactive=False, size="sm", min_width=96, scale=0)
                 self.new = gr.Button("New conversation", elem_id="new", size="sm", min_width=160, scale=0)
@@ -293,16 +294,21 @@ class Page:
         return files
 
 
-def _take_uploads_alone(box: gr.MultimodalTextbox) -> None:
-    """Have a box refuse files that a request names by an address: Gradio would fetch them.
+def _take_uploads_alone(box: gr.MultimodalTextbox, folders: Sequence[Path]) -> None:
+    """Have a box refuse files that a request names by an address, which Gradio would fetch, or by a path outside `folders`,
+    which Gradio would read: it checks paths in apps alone that it serves itself.
 
     The method is replaced on the object, as Gradio writes a file beside the module of every class made from its own.
     """
     keep = box.async_move_resource_to_block_cache
 
     async def kept(url_or_file_path: str | Path | None) -> str | None:
-        if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("Images are uploaded; nothing is fetched from an address.", print_exception=False)
+        if url_or_file_path is not None:
+            if "://" in str(url_or_file_path):
+                raise gr.Error("Images are uploaded; nothing is fetched from an address.", print_exception=False)
+            path = Path(url_or_file_path).resolve()
+            if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+                raise gr.Error("Images are uploaded; no file of the machine is read.", print_exception=False)
         return await keep(url_or_file_path)
 
     box.async_move_resource_to_block_cache = kept  # type: ignore[method-assign]

@@ -51,15 +51,14 @@ def test_the_page_answers_as_the_model_does_alone_and_counts_image_tokens(page: 
 def test_a_damaged_image_is_named_in_a_sentence_and_asked_nothing(page: Showing, folder: Path) -> None:
     (folder / "damaged.png").write_bytes(png(RED)[:-40])
     *_, notice = ask_by_client(page, "What is it?", [folder / "damaged.png"], N)
-    print(notice)
-    assert "image 1 of the request: damaged or cut short" in notice
+    assert "image 1 of the request: image is damaged or cut short" in notice
 
 
 @pytest.mark.parametrize(
     ("path", "refusal"),
     [
         ("https://images.example.org/red.png", "nothing is fetched from an address"),
-        ("{folder}/red.png", "red.png"),
+        ("{folder}/red.png", "no file of the machine is read"),
     ],
     ids=["address", "file of this machine"],
 )
@@ -72,7 +71,7 @@ def test_only_what_was_uploaded_is_an_image(page: Showing, folder: Path, path: s
     with urllib.request.urlopen(asked) as answer:
         event = json.load(answer)["event_id"]
     _, _, text = reply(f"{call}/{event}")
-    assert "event: error" in text and re.search(refusal, text), text
+    assert "event: error" in text and refusal in text, text
     assert reply(f"{page.url}/gradio_api/file=/etc/hostname")[0] == 403
 
 
