@@ -86,3 +86,22 @@ def test_the_model_folder_is_self_contained(finished: Project) -> None:
     description = json.loads((model / "config.json").read_text())
     assert description["template"] == "llama" and description["image"]["size"] == 32
     assert str(Path.cwd()) not in (model / "config.json").read_text()
+
+
+def test_the_serving_pages_commands_lead_from_the_run_to_every_way_of_asking_it(finished: Project) -> None:
+    pytest.importorskip("gradio", reason="the page shows the demo")
+    from tests.serving_page import follow
+
+    said = follow(finished.root, finished.words)
+    beginnings = ("tinylmm-train name=first", "tinylmm chat", "tinylmm demo", "tinylmm serve", "tinylmm export", "curl")
+    assert all(any(command.startswith(words) for command in said) for words in beginnings)
+    assert "first" in said["tinylmm runs"]
+    assert "image_tokens=" in said["ask.py"]
+    assert all("image tokens" in line for command, line in said.items() if command.startswith("tinylmm demo"))
+    [curled] = [text for command, text in said.items() if command.startswith("curl")]
+    assert curled.rstrip().endswith("data: [DONE]")
+    assert {path.name for path in (finished.root / "first-gguf").iterdir()} >= {
+        "model.gguf",
+        "mmproj.gguf",
+        "Modelfile",
+    }
