@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+import tinylmm
 from tests.integration.project import Project
+from tinylmm.demo.questions import Question, question_sets
+from tinylmm.demo.talk import Talk, Turn
+from tinylmm.evaluation.images import open_image_ref
+from tinylmm.generation.choose import Sampling
+from tinylmm.serving.options import ServeOptions
+from tinylmm.serving.service import Service
 
 SMALL = [
     f"{where}.options.{name}={count}"
@@ -105,3 +113,27 @@ def test_the_serving_pages_commands_lead_from_the_run_to_every_way_of_asking_it(
         "mmproj.gguf",
         "Modelfile",
     }
+
+
+def test_the_demo_answers_held_out_questions_as_the_evaluation_did(finished: Project, tmp_path: Path) -> None:
+    models = [finished.model(name) for name in ("finetune", "pretrain")]
+    [found] = question_sets(models, 6)
+    assert found.name == "digits" and len(found.questions) == 6
+    services = [Service(tinylmm.load(model, device="cpu"), model.parents[1].name, ServeOptions()) for model in models]
+    for service in services:
+        service.start()
+
+    async def asked(question: Question) -> Turn:
+        talk = Talk()
+        open_image_ref(question.images[0]).save(tmp_path / "asked.png")
+        async for _ in talk.ask(services, question.text, [tmp_path / "asked.png"], Sampling(max_new_tokens=8)):
+            pass
+        return talk.turns[0]
+
+    try:
+        for question in found.questions:
+            replies = asyncio.run(asked(question)).replies
+            assert tuple(reply.text.strip() for reply in replies) == question.said
+    finally:
+        for service in services:
+            service.close()

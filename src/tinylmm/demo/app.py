@@ -6,15 +6,17 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinylmm.demo.page import CSS, ESCAPE, Page
 from tinylmm.demo.questions import QuestionSet
-from tinylmm.serving.http import Gate
+from tinylmm.serving.errors import ApiError
+from tinylmm.serving.http import Gate, host_of, told
 from tinylmm.serving.options import MB
 from tinylmm.serving.service import Service
 
@@ -32,10 +34,14 @@ HEADERS = {
 
 
 class Closed:
-    """Has the browser ask no host but this one, whatever stands on the page."""
+    """Has the browser ask no host but this one, whatever stands on the page, and answers no page of another.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        hosts: names that a page may be called by that asks; None takes any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] | None) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def closed(message: Message) -> None:
@@ -43,6 +49,11 @@ class Closed:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is not None and self.hosts is not None and host_of(urlsplit(origin).netloc) not in self.hosts:
+            refusal = ApiError(403, f"pages of {origin[:80]} may not ask this server.", None, "origin_not_allowed")
+            await told(refusal)(scope, receive, closed)
+            return
         await self.app(scope, receive, closed)
 
 
@@ -101,5 +112,5 @@ def make_app(
         head=ESCAPE,
     )
     app.add_middleware(Gate, key=None, hosts=hosts, metrics=services[0].metrics, paths=frozenset({"/", "/health"}))
-    app.add_middleware(Closed)
+    app.add_middleware(Closed, hosts=hosts)
     return app

@@ -6,6 +6,7 @@ import logging
 import mimetypes
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,11 @@ class Page:
     """
 
     def __init__(self, services: Sequence[Service], sets: Sequence[QuestionSet], folder: Path) -> None:
-        self.services, self.sets, self.folder = list(services), list(sets), folder
+        self.services, self.folder = list(services), folder
+        pairs = [(one, [(_thumbnail(question), question) for question in one.questions]) for one in sets]
+        seen = [(one, [(image, question) for image, question in some if image is not None]) for one, some in pairs]
+        self.sets = [replace(one, questions=tuple(question for _, question in some)) for one, some in seen]
+        self.thumbnails = [[(image, question.text) for image, question in some] for _, some in seen]
         self.names = [service.name for service in services]
 
     def build(self) -> gr.Blocks:
@@ -117,7 +122,7 @@ class Page:
                 elem_id="evaluation",
             )
             self.gallery = gr.Gallery(
-                self._thumbnails(0) if self.sets else None,
+                self.thumbnails[0] if self.sets else None,
                 label="Questions",
                 show_label=False,
                 columns=6,
@@ -228,7 +233,7 @@ class Page:
     def choose(self, number: Any) -> list[Any]:
         """Show another evaluation's questions."""
         chosen = self.sets[int(number)]
-        gallery = gr.update(value=self._thumbnails(int(number)), selected_index=None)
+        gallery = gr.update(value=self.thumbnails[int(number)], selected_index=None)
         return [
             words.told(words.of_its(chosen), "of-its"),
             gallery,
@@ -275,15 +280,6 @@ class Page:
         except (TypeError, ValueError, IndexError):
             raise gr.Error("Pick a question first.", print_exception=False) from None
 
-    def _thumbnails(self, number: int) -> list[tuple[Any, str]]:
-        shown = []
-        for question in self.sets[number].questions:
-            try:
-                shown.append((load_image(question.images[0] if question.images else None), question.text))
-            except ThumbnailError as error:
-                log.warning("no image is shown for '%s': %s", question.text, error)
-        return shown
-
     def _files(self, question: Question) -> list[Path]:
         """A question's images as the evaluation opened them, as files without loss."""
         files = []
@@ -292,6 +288,15 @@ class Page:
             open_image_ref(ref).save(path)
             files.append(path)
         return files
+
+
+def _thumbnail(question: Question) -> Any:
+    """A small picture of a question's first image; None where there is none to show, or it cannot be opened."""
+    try:
+        return load_image(question.images[0]) if question.images else None
+    except ThumbnailError as error:
+        log.warning("a question is left out: %s", error)
+        return None
 
 
 def _take_uploads_alone(box: gr.MultimodalTextbox, folders: Sequence[Path]) -> None:

@@ -49,14 +49,14 @@ class Showing:
 
 @contextmanager
 def showing(
-    folder: Path, models: dict[str, Path], sets: Sequence[QuestionSet] = (), options: ServeOptions | None = None
+    folder: Path, models: dict[str, Path], sets: Sequence[QuestionSet] = (), key: str | None = None
 ) -> Iterator[Showing]:
     """Serve a page about models, by their names, until the end."""
-    options = options or ServeOptions(rows=4, drain_s=1)
+    options = ServeOptions(rows=4, drain_s=1)
     services = [Service(load(where, device="cpu", attention="sdpa"), name, options) for name, where in models.items()]
     taken = bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        make_app(services, sets, folder, None, LOOPBACK), log_config=None, ws="none", timeout_graceful_shutdown=1
+        make_app(services, sets, folder, key, LOOPBACK), log_config=None, ws="none", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([taken],))

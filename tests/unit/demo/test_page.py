@@ -16,6 +16,8 @@ import pytest
 from tests.unit.demo.showing import Showing, ask_by_client, showing
 from tests.unit.serving.process import BLUE, RED, N, png, wide_model
 from tinylmm.cli.main import main
+from tinylmm.demo.questions import Question, QuestionSet
+from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.generation.session import load
 
 
@@ -81,7 +83,38 @@ def test_browsers_may_ask_no_other_host_and_no_other_name_leads_here(page: Showi
     assert "default-src 'self'" in headers["Content-Security-Policy"] and "connect-src 'self'" in text + str(headers)
     status, _, text = reply(page.url, {"Host": "images.example.org"})
     assert status == 403 and "--allow-host" in text
+    status, _, text = reply(f"{page.url}/config", {"Origin": "https://images.example.org"})
+    assert status == 403 and "may not ask" in text
+    assert reply(f"{page.url}/config", {"Origin": page.url})[0] == 200
     assert reply(f"{page.url}/health")[2] == '{"status":"ok"}'
+
+
+def test_questions_without_an_image_to_show_do_not_shift_those_with_one(page: Showing, folder: Path) -> None:
+    from tinylmm.demo.page import Page
+
+    RED.save(folder / "red.png")
+    (folder / "broken.png").write_bytes(b"?")
+    refs = [(ImageRef(folder / f"{name}.png"),) for name in ("broken", "red", "none")]
+    asked = tuple(Question(f"question {n}", "", images, "", ("",)) for n, images in enumerate([(), *refs, refs[1]]))
+    made = Page(page.services, [QuestionSet("set", 50, asked)], folder)
+    assert [question.text for question in made.sets[0].questions] == ["question 2", "question 4"]
+    assert [text for _, text in made.thumbnails[0]] == ["question 2", "question 4"]
+
+
+def test_a_key_is_asked_where_there_is_one(folder: Path) -> None:
+    model = wide_model(folder / "locked")
+    with showing(folder / "locked", {"tiny": model}, key="secret") as locked:
+        assert reply(f"{locked.url}/config")[0] == 401
+        assert reply(f"{locked.url}/gradio_api/file=x")[0] in (401, 403)
+        body = b"username=tinylmm&password="
+        for word, status in ((b"wrong", 400), (b"secret", 200)):
+            asked = urllib.request.Request(f"{locked.url}/login", body + word)
+            try:
+                with urllib.request.urlopen(asked) as answer:
+                    found = answer.status
+            except urllib.error.HTTPError as error:
+                found = error.code
+            assert found == status
 
 
 def test_without_gradio_the_command_says_what_to_install(
