@@ -96,6 +96,7 @@ def test_the_model_folder_is_self_contained(finished: Project) -> None:
     assert str(Path.cwd()) not in (model / "config.json").read_text()
 
 
+@pytest.mark.slow  # CI gives them on the quickstart itself (.ci/run)
 def test_the_serving_pages_commands_lead_from_the_run_to_every_way_of_asking_it(finished: Project) -> None:
     pytest.importorskip("gradio", reason="the page shows the demo")
     from tests.serving_page import follow

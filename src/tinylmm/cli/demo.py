@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tinylmm.cli.serve import KEY
+from tinylmm.cli.serve import missing
 from tinylmm.cli.terminal import echo
 from tinylmm.errors import UserError
 
@@ -42,46 +40,34 @@ def demo(
     every user, if set.
     """
     given = locals()
+    if questions < 0:
+        raise UserError(f"--questions is {questions}; it must be 0 or more.")
     os.environ.update(NO_NETWORK)
-    with tempfile.TemporaryDirectory(prefix="tinylmm-demo-") as made:  # what users upload goes when this ends
-        folder = Path(made).resolve()
-        # imported here, as torch and Gradio would slow down every other command's start
-        try:
-            from tinylmm.demo.app import make_app
-            from tinylmm.demo.questions import question_sets
-            from tinylmm.serving.http import LOOPBACK
-            from tinylmm.serving.options import ServeOptions
-            from tinylmm.serving.server import bind, run
-            from tinylmm.serving.service import Service
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] == "tinylmm":
-                raise
-            raise UserError(f"`tinylmm demo` needs {error.name}: pip install 'tinylmm[demo]'") from None
-        if questions < 0:
-            raise UserError(f"--questions is {questions}; it must be 0 or more.")
-        known = {field.name: given[field.name] for field in fields(ServeOptions) if field.name in given}
-        options = ServeOptions(drain_s=2, **known)
-        taken = bind(host, port)
-        from transformers.utils import logging as transformers_logging
+    # imported here, as torch and Gradio would slow down every other command's start
+    try:
+        from tinylmm.cli.served import address, key_and_hosts, limits, loaded
+        from tinylmm.demo.app import make_app
+        from tinylmm.demo.questions import question_sets
+        from tinylmm.serving.server import bind, run
+        from tinylmm.serving.service import Service
+    except ModuleNotFoundError as error:
+        raise missing(error, "demo") from None
+    from tinylmm.store.find_model import find_model
 
-        from tinylmm.generation.session import load
-        from tinylmm.store.find_model import find_model
-
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        key = os.environ.get(KEY) or None
-        local = taken.getsockname()[0] in LOOPBACK
-        if not local and key is None:
-            logging.getLogger(__name__).warning("anybody who reaches %s may ask: set %s to ask for a key", host, KEY)
-        wanted = [model] if second is None else [model, second]
-        found = [find_model(one, store) for one in wanted]
-        sets = question_sets(found, questions) if questions else []
-        loaded = [load(folder, device=device, dtype=dtype, trust=trust or [], attention="sdpa") for folder in found]
-        services = [Service(one, name, options) for one, name in zip(loaded, _names(wanted), strict=True)]
-        hosts = (*LOOPBACK, host.lower(), *(allow_host or [])) if local else None
-        app = make_app(services, sets, folder, key, hosts)
-        at = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
-        run(app, taken, options, lambda: echo(f"showing {' and '.join(_names(wanted))} at {at} (Ctrl-C stops)"))
+    options = limits(given, drain_s=2)
+    taken = bind(host, port)
+    key, hosts = key_and_hosts(taken, host, allow_host)
+    wanted = [model] if second is None else [model, second]
+    found = [find_model(one, store) for one in wanted]
+    sets = question_sets(found, questions) if questions else []
+    names = _names(wanted)
+    models = [loaded(one, device, dtype, trust, store) for one in found]
+    services = [Service(one, name, options) for one, name in zip(models, names, strict=True)]
+    with tempfile.TemporaryDirectory(prefix="tinylmm-demo-") as folder:  # what users upload goes when this ends
+        app = make_app(services, sets, Path(folder).resolve(), key, hosts)
+        run(
+            app, taken, options, lambda: echo(f"showing {' and '.join(names)} at {address(taken, host)} (Ctrl-C stops)")
+        )
 
 
 def _names(wanted: list[str]) -> list[str]:
