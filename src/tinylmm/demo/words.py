@@ -47,7 +47,7 @@ def figures(turn: Turn | None, model: int) -> str:
     lines = [_line(reply)]
     if turn.truth is not None:
         recorded = turn.recorded[model]
-        before = "" if recorded is None else f" · in its evaluation it said: <b>{escape(recorded)}</b>"
+        before = "" if recorded is None else f" · in its evaluation it said: {_said(recorded)}"
         lines.insert(0, f"truth: <b>{escape(turn.truth)}</b>{before}")
     return "".join(f"<p>{line}</p>" for line in lines)
 
@@ -59,11 +59,15 @@ def _line(reply: Reply) -> str:
     if reply.cached_tokens:
         prompt += f", {reply.cached_tokens:,} cached"
     if reply.first is None:
-        waiting = {None: WAITING, "stopped": "stopped before its first token"}.get(reply.ending, "an empty answer")
+        waiting = {None: WAITING, "stopped": "stopped before its first token"}.get(reply.ending, "it said nothing")
         return f"{waiting} · {prompt}"
     ending = {"stopped": " · stopped", "length": " · ended by the limit of new tokens"}.get(reply.ending or "", "")
     rate = "" if reply.rate is None else f" · {reply.rate:.3g} tokens/s"
     return f"{_tokens(reply.tokens)}{rate} · first token after {reply.first:.2f} s · {prompt}{ending}"
+
+
+def _said(text: str) -> str:
+    return f"<b>{escape(text)}</b>" if text else "<i>nothing</i>"
 
 
 def _tokens(count: int) -> str:
@@ -73,7 +77,7 @@ def _tokens(count: int) -> str:
 def asked_before(question: Question, names: Sequence[str]) -> str:
     """A question of an evaluation, with the truth and what the models said."""
     said = [
-        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
+        f"<dt>{escape(name)}</dt><dd>{_said(text)}</dd>"
         for name, text in zip(names, question.said, strict=True)
         if text is not None
     ]

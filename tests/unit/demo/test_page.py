@@ -15,6 +15,7 @@ import pytest
 
 from tests.unit.demo.showing import Showing, ask_by_client, showing
 from tests.unit.serving.process import BLUE, RED, N, png, wide_model
+from tinylmm.cli.demo import NO_NETWORK, _names
 from tinylmm.cli.main import main
 from tinylmm.demo.questions import Question, QuestionSet
 from tinylmm.evaluation.benchmarks.records import ImageRef
@@ -128,3 +129,45 @@ def test_without_gradio_the_command_says_what_to_install(
         main()
     assert left.value.code == 2
     assert capsys.readouterr().err == "`tinylmm demo` needs gradio: pip install 'tinylmm[demo]'\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere is neither a folder nor the name of a run"),
+        (["{folder}/tiny", "nowhere"], "nowhere is neither a folder nor the name of a run"),
+        (["{folder}/tiny", "--questions", "-1"], "--questions is -1; it must be 0 or more."),
+        (["{folder}/tiny", "--max-images", "-1"], "--max-images is -1; it must be 0 or more."),
+    ],
+    ids=["no such model", "no such second model", "questions", "limit"],
+)
+def test_what_the_command_cannot_do_is_one_sentence(
+    page: Showing,
+    folder: Path,
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in NO_NETWORK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        sys, "argv", ["tinylmm", "demo", "--port", "0", *[word.format(folder=folder) for word in words]]
+    )
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (["store/runs/a"], ["a"]),
+        (["a@pretrain", "a"], ["a@pretrain", "a"]),
+        (["x/model", "y/model"], ["x/model", "y/model"]),
+        (["a", "a"], ["a (1)", "a (2)"]),
+    ],
+)
+def test_two_models_are_called_differently(wanted: list[str], names: list[str]) -> None:
+    assert _names(wanted) == names
