@@ -111,9 +111,10 @@ def _shown(command: str, folder: Path) -> str:
     with _running(command, folder) as address:
         client = Client(f"http://{address}", verbose=False)
         asked = {"text": QUESTION, "files": [handle_file(folder / "scene.png")]}
-        *_, figures, _, _, notice = client.predict(asked, 16, 0, 1, None, api_name="/ask")
+        shown = client.predict(asked, 16, 0, 1, None, api_name="/ask")
+        *_, figures, notice = [text for text in shown if isinstance(text, str)]
         assert not notice, notice
-        return str(figures)
+        return figures
 
 
 if __name__ == "__main__":

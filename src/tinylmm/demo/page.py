@@ -154,7 +154,13 @@ class Page:
 
     def _wire(self) -> None:
         shown = [*self.chats, *self.figures, self.box, self.stop, self.notice]
-        streamed: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "concurrency_limit": None}
+        # "multiple": a question that comes too early is told so; by default the page would drop it without a word
+        streamed: dict[str, Any] = {
+            "outputs": shown,
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+            "trigger_mode": "multiple",
+        }
         quick: dict[str, Any] = {
             "show_progress": "hidden",
             "concurrency_limit": None,
@@ -203,7 +209,8 @@ class Page:
             async for _ in talk.ask(self.services, text, files, _sampling(*options), *extra):
                 if turn is None:
                     turn = talk.turns[-1]
-                    yield self._shown(talk, turn, box=_filled("", []) if known is None else gr.skip(), running=True)
+                    box = _filled("", []) if known is None else gr.skip()
+                    yield self._shown(talk, turn, box=box, running=True, clear=True)
                 else:
                     yield self._shown(talk, turn, running=True)
         except TinyLMMError as error:
@@ -228,7 +235,7 @@ class Page:
     def begin_anew(self, talk: Talk) -> list[Any]:
         """Forget the conversation."""
         talk.clear()
-        return self._shown(talk, None, box=_filled("", []), running=False)
+        return self._shown(talk, None, box=_filled("", []), running=False, clear=True)
 
     def choose(self, number: Any) -> list[Any]:
         """Show another evaluation's questions."""
@@ -257,14 +264,14 @@ class Page:
 
     # ------------------------------------------------------------------------------------------------ what it shows
 
-    def _shown(self, talk: Talk, turn: Turn | None, running: bool, box: Any = None, notice: str = "") -> list[Any]:
+    def _shown(self, talk: Talk, turn: Turn | None, running: bool, box: Any = None, clear: bool = False) -> list[Any]:
         numbers = range(len(self.services))
         return [
             *[_messages(talk, number) for number in numbers],
             *[words.figures(turn, number) for number in numbers],
             gr.skip() if box is None else box,
             gr.update(interactive=running),
-            words.told(notice),
+            "" if clear else gr.skip(),
         ]
 
     def _told(self, notice: str) -> list[Any]:

@@ -239,6 +239,18 @@ def test_on_a_phone_the_answers_stand_below_each_other_and_nothing_is_cut_off(pa
 
 
 @pytest.mark.slow
+def test_a_question_that_comes_too_early_is_told_so_and_stays(page: Page) -> None:
+    ask(page, "Who are you?")
+    wait_for(page, 0, "tokens/s")
+    ask(page, "And you?")
+    page.locator("#notice").filter(has_text="still being written").wait_for()
+    assert page.locator("#question textarea").input_value() == "And you?"
+    page.click("#stop")
+    wait_for(page, 0, "stopped")
+    assert page.locator("#chat-0 [data-testid=user]").count() == 1
+
+
+@pytest.mark.slow
 def test_who_closes_the_page_ends_the_answer(page: Page, shown: Showing) -> None:
     ask(page, "Who are you?")
     wait_for(page, 0, "tokens/s")
