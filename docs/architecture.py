@@ -20,8 +20,8 @@ PICTURE = ROOT / "docs/architecture.svg"
 WIDTH, BOX, GAP, MARGIN = 1120, 88, 46, 24
 ROWS = (
     ("", "", "cli"),
-    ("launch", "reports", ""),
-    ("stages", "", "serving"),
+    ("launch", "demo", ""),
+    ("stages", "reports", "serving"),
     ("training", "planning", "evaluation", "generation", "convert"),
     ("data", "models"),
     ("config",),

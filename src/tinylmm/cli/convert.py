@@ -56,7 +56,7 @@ def import_(
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, the name of a run, or RUN@STAGE.")],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new folder; must not exist.")],
     format_: Annotated[
         str, typer.Option("--to", "--format", metavar=f"<{'|'.join(FORMATS)}>", help="What to write.")

@@ -8,6 +8,7 @@ import typer
 
 from tinylmm.cli import convert, data, store
 from tinylmm.cli.chat import chat
+from tinylmm.cli.demo import demo
 from tinylmm.cli.doctor import doctor
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.evaluate import evaluate
@@ -31,6 +32,7 @@ app.command("report")(report)
 app.command("score")(score)
 app.command("chat")(chat)
 app.command("serve")(serve)
+app.command("demo")(demo)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
 app.add_typer(store.app, name="store")
