@@ -65,7 +65,9 @@ def _prepared(plan: RunPlan, stage: Stage) -> list[Prepared]:
     folders = [store.folder(parent) for parent in parents]
     summaries = [read_manifest(folder)["summary"] for folder in folders]
     learnt = [summary["supervised_tokens"] / max(summary["samples"], 1) for summary in summaries]
-    return [Prepared(folder / OUTPUT_FOLDER, *rest) for folder, *rest in zip(folders, weights, learnt, strict=True)]
+    checks = [store.folder(plan.graph[parent.parents["images"]]) / OUTPUT_FOLDER for parent in parents]
+    outputs = [folder / OUTPUT_FOLDER for folder in folders]
+    return [Prepared(*found) for found in zip(outputs, weights, learnt, checks, strict=True)]
 
 
 def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
         "tokens_a_sample": lengths.tokens,
         "supervised_a_sample": lengths.supervised,
         "images_a_sample": lengths.images,
+        **({"videos_a_sample": lengths.clips, "frames_a_sample": lengths.frames} if lengths.clips else {}),
         "lengths": "read from the prepared data" if lengths.read else "assumed: the data is not prepared yet",
         "flops_a_sample": {name: {"forward": one.forward, "backward": one.backward} for name, one in flops.items()},
         "features_cached": training.cached,

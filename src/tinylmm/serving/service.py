@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from tinylmm.constants import Extent
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.continuous import ContinuousEngine
@@ -93,7 +94,7 @@ class Service:
                 f"the request has {len(files)} images; this server takes {self.options.max_images} at most.", "messages"
             )
         images = self.shelf.prepare(files)
-        sizes = {key: image.size for key, image in images.items()}
+        sizes: dict[str, Extent] = {key: image.size for key, image in images.items()}
         questions = [(said.text, [key_of(file) for file in said.images]) for said in conversation.questions]
         try:
             with self._rendering:  # a tokenizer serves one thread at a time

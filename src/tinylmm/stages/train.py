@@ -18,9 +18,7 @@ from transformers.training_args import ParallelMode
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
 from tinylmm.config.recipe import TuneHow
-from tinylmm.data.collate import Collator, ImageTokens
-from tinylmm.data.image_folders import ImageFolder, ImageFolders
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.collate import Collator
 from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
@@ -28,15 +26,15 @@ from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_i
 from tinylmm.models.devices import choose_device
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
-from tinylmm.stages.images import EMBEDDED_FOLDER
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.seen import Features, SeenImages, WithFeatures, open_cache, outputs_of
 from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
+from tinylmm.training.clip_features import MixedFeatures
 from tinylmm.training.dataset import PreparedSamples
-from tinylmm.training.features import FeatureCache, estimate_gib, open_features
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
 from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
@@ -58,13 +56,15 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         loaded = _start_model(job, start, llm_weights=not (_spreads_llm(job) and rank() > 0))
         if spec.image_mode is not None:
             set_image_mode(loaded, spec.image_mode, spec.seed)
+        if spec.sampling is not None:
+            loaded.description = loaded.description.with_sampling(spec.sampling)
         kept, tuning, frozen = _to_device(job, loaded, device)
     barrier()
     model = loaded.model
     model.set_attention(attention)
-    images = _Images(job, loaded)
-    samples = PreparedSamples(_sources(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
-    cache = _open_cache(job, loaded, samples, images)
+    images = SeenImages(job, loaded)
+    samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
+    cache = open_cache(job, loaded, samples.images(), images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
@@ -97,6 +97,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "world_size": world_size(),
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
+        **({"clips_encoded": cache.clips.computed} if isinstance(cache, MixedFeatures) else {}),
         **({"remarks": [samples.report.left_out(spec.max_length)]} if samples.report.dropped else {}),
         **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
@@ -126,8 +127,8 @@ def build_trainer(
     job: StageJob[TrainStage],
     loaded: LoadedModel,
     samples: PreparedSamples,
-    images: _Images,
-    cache: FeatureCache | None,
+    images: SeenImages,
+    cache: Features | None,
     device: torch.device,
 ) -> LMMTrainer:
     """Wire model, data and launch settings to the Trainer."""
@@ -181,14 +182,14 @@ def build_trainer(
     return trainer
 
 
-def _blank_image(deepspeed_stage: int | None, cache: FeatureCache | None) -> Literal["connector", "tower"]:
+def _blank_image(deepspeed_stage: int | None, cache: Features | None) -> Literal["connector", "tower"]:
     """Through what a blank image goes where a rank has none: ZeRO-3 gathers weights in each module run, frozen ones too."""
     return "tower" if cache is None and deepspeed_stage == 3 else "connector"
 
 
 def _collate(
-    job: StageJob[TrainStage], loaded: LoadedModel, images: _Images, cache: FeatureCache | None
-) -> Collator | _WithFeatures:
+    job: StageJob[TrainStage], loaded: LoadedModel, images: SeenImages, cache: Features | None
+) -> Collator | WithFeatures:
     """Return what makes batches of samples: with their images, or with the features that a frozen tower gave them."""
     spec, launch, packs = job.spec, job.settings.launch, loaded.model.packs
     if launch.packing and not packs:
@@ -201,65 +202,9 @@ def _collate(
         image=images.pixels if cache is None else None,
         max_length=spec.max_length,
         size=images.size if loaded.model.tiled else None,
+        frames=images.frames_if_any,
     )
-    return collator if cache is None else _WithFeatures(collator, cache)
-
-
-def _sources(job: StageJob[TrainStage], role: Literal["prepared", "images"]) -> list[Path]:
-    """Outputs of the stages that prepared the training's sources, or checked their images; a mixture's in its order."""
-    if role in job.parents:
-        return [job.parents[role]]
-    return [job.parents[f"{role}.{number}"] for number in range(len(job.spec.mixture or ()))]
-
-
-class _Images:
-    """Opens the stage's images, inside its image folders only."""
-
-    def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
-        folders = []
-        for location, checked in zip(job.locations, _sources(job, "images"), strict=True):
-            source = location.source
-            paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
-            folders.append(ImageFolder(paths, checked / EMBEDDED_FOLDER, source.follow_links, upright))
-        self.folders = ImageFolders(folders)
-        self.transform = ImageTransform.of(loaded.description.image)
-        self._sizes: dict[str, tuple[int, int]] = {}
-        model = loaded.model
-        self.tokens: ImageTokens = (
-            (lambda name: model.tokens_of(*self.size(name))) if model.tiled else model.image_tokens
-        )
-
-    def pixels(self, name: str) -> torch.Tensor:
-        """(3, H, W) of one image, or (T, 3, H, W) where images are tiled."""
-        return self.transform(self.folders.open(name))
-
-    def size(self, name: str) -> tuple[int, int]:
-        """Width and height of one image in pixels."""
-        if name not in self._sizes:
-            self._sizes[name] = self.folders.size(name)
-        return self._sizes[name]
-
-    def stamp(self, name: str) -> list[Any]:
-        """What tells this image from any other: resolved path, size, modification time, and whether it is turned."""
-        path = self.folders.find(name)
-        status = path.stat()
-        turned = ["upright"] if self.folders.upright(name) else []
-        return [str(path), status.st_size, status.st_mtime_ns, *turned]
-
-
-class _WithFeatures:
-    """A collator whose images come out as cached tower features."""
-
-    def __init__(self, collator: Collator, cache: FeatureCache) -> None:
-        self.collator = collator
-        self.cache = cache
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(samples)
-        batch.pop("pixel_values", None)
-        names = batch.pop("image_paths")
-        batch["image_features"] = self.cache(names) if names else None
-        return batch
+    return collator if cache is None else WithFeatures(collator, cache)
 
 
 def _to_device(
@@ -312,26 +257,3 @@ def _start_model(job: StageJob[TrainStage], start: Path | None, llm_weights: boo
     parts = (llm.identity, tower.identity, spec.tower_output, spec.connector)
     description = ModelDescription.of(*parts, template, scaled)
     return LoadedModel(model, tokenizer, description, None)
-
-
-def _open_cache(
-    job: StageJob[TrainStage], loaded: LoadedModel, samples: PreparedSamples, images: _Images
-) -> FeatureCache | None:
-    launch, tower = job.settings.launch, loaded.model.vision_tower
-    names = samples.images()
-    if not launch.cache_features or not names or any(p.requires_grad for p in tower.parameters()):
-        return None
-    tiling = images.transform.tiling
-    views = (lambda name: tiling.num_tiles(*images.size(name))) if tiling is not None else None
-    size = estimate_gib(tower, len(names) if views is None else sum(map(views, names)))
-    if size > launch.cache_features_gib:
-        log.info(
-            "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
-            len(names),
-            size,
-        )
-        return None
-    described = loaded.description.as_json()
-    description = {"image": described["image"], "tower": described["vision_tower"]}
-    root = StoreLayout(job.store).features
-    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)

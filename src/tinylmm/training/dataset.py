@@ -97,7 +97,8 @@ class PreparedSamples(Dataset[dict[str, Any]]):
             raise DataError(
                 f"{self.report.left_out(max_length)}, and {max_dropped:.1%} may be (max_dropped). "
                 f"The first of them: {', '.join(self.report.dropped_ids[:5])}. Raise the stage's max_length, choose a "
-                "connector or an image mode with fewer tokens an image, or raise the stage's max_dropped to train without them."
+                "connector or an image mode with fewer tokens an image, show fewer frames of videos, or raise the "
+                "stage's max_dropped to train without them."
             )
 
     def _image_lengths(self, images: Any, image_tokens: ImageTokens) -> Any:
