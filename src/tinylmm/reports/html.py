@@ -21,7 +21,15 @@ from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
 from tinylmm.reports.study_tables import study_sections
-from tinylmm.reports.tables import compare_grid, compare_notes, protocol_grid, protocol_line, row_label
+from tinylmm.reports.tables import (
+    compare_grid,
+    compare_notes,
+    protocol_grid,
+    protocol_line,
+    row_label,
+    served_cells,
+    use_commands,
+)
 from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
 from tinylmm.version import __version__
@@ -60,6 +68,7 @@ def _study(findings: Findings) -> dict[str, Any]:
     pictures = {one.name: {"record": one, "svg": Markup(picture_svg(one, f"study-{one.name}"))} for one in drawn}
     return {
         "sections": study_sections(findings),
+        "served": [(study.label(place), command) for place, command in served_cells(study)],
         "links": [[(seed, run) for seed, run in zip(cell.seeds, cell.runs, strict=True)] for cell in study.cells],
         "cost": [pictures[name] for name in pictures if name == "cost"],
         "pictures": [pictures[name] for name in pictures if name != "cost"],
@@ -131,6 +140,7 @@ def _run(run: RunReport, identifier: str) -> dict[str, Any]:
             if examples
         ],
         "locations": _locations(run),
+        "use": use_commands(run),
         "failures": [stage for stage in run.stages if stage.error],
         "versions": _versions(run),
     }

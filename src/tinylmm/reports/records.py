@@ -227,6 +227,19 @@ class RunReport:
         return shlex.join(["tinylmm-train", *self.record.overrides])
 
     @property
+    def served_by(self) -> str | None:
+        """What to type to serve the model that the run stands for; None as long as its last training is not finished."""
+        return self.command_for("serve")
+
+    def command_for(self, command: str, *more: str) -> str | None:
+        """What to type to give the run's model to a command that takes a run's name; None as `served_by`."""
+        trained = self.record.trainings
+        if not trained or not trained[-1].finished or trained[-1].name not in self.models:
+            return None
+        store = str(self.record.folder.parent.parent.absolute())
+        return shlex.join(["tinylmm", command, self.name, *more, "--store", store])
+
+    @property
     def scored_stages(self) -> list[str]:
         """Names of the evaluated models: of training stages in the order in which they ran, then those from elsewhere."""
         scored = [evaluation.stage for evaluation in self.evaluations]
