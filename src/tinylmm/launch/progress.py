@@ -27,6 +27,15 @@ from tinylmm.store.stage import Stage
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 15.0
 TAIL_BYTES = 4096
+FIGURES: dict[str, Callable[[float], str]] = {
+    "tokens_per_s": lambda value: f"{value:,.0f} tokens/s",
+    "mfu": lambda value: f"MFU {value:.0%}",
+    "peak_share": lambda value: f"{value:.0%} of the measured peak",
+    "data_wait": lambda value: f"waits for data {value:.0%}",
+    "padding": lambda value: f"padding {value:.0%}",
+    "peak_memory_gib": lambda value: f"{value:.1f} GiB",
+}
+"""Fields of a training's row, and how they are said."""
 
 
 @dataclass
@@ -183,8 +192,8 @@ def last_row(path: Path) -> dict[str, Any] | None:
 def describe(row: dict[str, Any], first: dict[str, Any]) -> str:
     """Return how far a stage is, from its newest row and the first one seen.
 
-    `step 120/600  loss 1.23  412 samples/s  ETA 1:20` of a training, `81,920 images  38 %  4,210/s  ETA 0:32` of a pass over
-    a source, of which a share is done.
+    `step 120/600  loss 1.23  412 samples/s  51,200 tokens/s  MFU 41%  ...  ETA 1:20` of a training,
+    `81,920 images  38 %  4,210/s  ETA 0:32` of a pass over a source, of which a share is done.
     """
     return _pass(row, first) if "share" in row else _training(row, first)
 
@@ -204,6 +213,7 @@ def _training(row: dict[str, Any], first: dict[str, Any]) -> str:
         parts.append(f"loss {row['loss']:.3f}")
     if "samples_per_s" in row:
         parts.append(f"{row['samples_per_s']:,.0f} samples/s")
+    parts += [form(row[name]) for name, form in FIGURES.items() if name in row]
     if steps:
         parts += _eta(row["time"] - first["time"], step - first["step"], steps - step)
     return "  ".join(parts)

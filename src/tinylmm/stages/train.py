@@ -35,8 +35,10 @@ from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
+from tinylmm.training.cost import Cost, Peak, parts_of
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.features import FeatureCache, estimate_gib, open_features
+from tinylmm.training.figures import Counted, Figures, MeasuredTrainer
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
 from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
@@ -156,12 +158,15 @@ def build_trainer(
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
     ranks = Ranks(world_size(), launch.deepspeed_stage)
-    trainer = LMMTrainer(
+    tune = spec.tune.model_dump(mode="json", exclude_none=True)
+    cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
+    trainer = MeasuredTrainer(
+        figures=Figures(cost),
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=_collate(job, loaded, images, cache),
+        collate=Counted(_collate(job, loaded, images, cache), images.tokens, spec.max_length),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -171,7 +176,7 @@ def build_trainer(
         save_timeout_s=launch.save_timeout_s,
         same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
         spreads=_spreads_llm(job),
-        callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
+        callbacks=[MetricsRow(job.metrics.append, cost.peak.title)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
