@@ -20,11 +20,12 @@ from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
-from tinylmm.reports.speed import speed_words
+from tinylmm.reports.speed import speed_words, verified_words
 from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.tables import compare_grid, compare_notes, protocol_grid, protocol_line, row_label
 from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
+from tinylmm.store.runs import TRAIN
 from tinylmm.version import __version__
 
 CURVE_KINDS = ("parts", "train")
@@ -159,6 +160,8 @@ def _curve(stage: StageReport, identifier: str) -> dict[str, Any]:
         "last": losses[-1],
         "steps": steps[-1],
         "speed": speed_words(stage),
+        "verified": verified_words(stage) if stage.kind == TRAIN else "",
+        "certificate": None if stage.certificate is None else stage.certificate.path.resolve().as_uri(),
         "non_finite": len(logged) - len(steps),
     }
 

@@ -1,4 +1,7 @@
-"""How fast a stage was, from the rows of its metrics.jsonl: medians, as single rows waver. No torch."""
+"""How fast a stage was, from the rows of its metrics.jsonl (medians, as single rows waver), and whether that was verified.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -38,3 +41,13 @@ def _median(stage: StageReport, name: str) -> float | None:
     """Without the first row, which has the start-up in it, where there are others."""
     _, values = stage.curve(name)
     return median(values[1:] or values) if values else None
+
+
+def verified_words(stage: StageReport) -> str:
+    """Whether the training's fast paths were compared with a plain one, and how that ended."""
+    found = stage.certificate
+    if found is None:
+        return "not verified (tinylmm verify)"
+    one = found.certificate
+    other = "" if found.same_versions else ", with other versions than it was trained with"
+    return f"{one.verdict} ({one.created[:10]}, {one.device}, {one.precision}{other})"

@@ -20,7 +20,7 @@ from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.effects import Findings
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
-from tinylmm.reports.speed import speed_words
+from tinylmm.reports.speed import speed_words, verified_words
 from tinylmm.reports.study import Study
 from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
@@ -256,8 +256,8 @@ def render_markdown(report: Report, findings: Findings | None = None) -> str:
         )
         stages = [[s.name, s.kind, s.digest[:12], s.status, duration(s.seconds)] for s in run.stages]
         blocks.append(markdown_table(["stage", "kind", "digest", "status", "time"], stages, text_columns=4))
-        speeds = [(s.name, speed_words(s)) for s in run.stages if s.kind == TRAIN]
-        blocks.append("\n".join(f"- {escape_markdown(', '.join([n, *said]))}" for n, said in speeds if said))
+        trained = [[s.name, *speed_words(s), verified_words(s)] for s in run.stages if s.kind == TRAIN]
+        blocks.append("\n".join(f"- {escape_markdown('; '.join(said))}" for said in trained))
         blocks.append(_fenced(run.command))
     return "\n\n".join(block for block in blocks if block) + "\n"
 

@@ -18,6 +18,7 @@ FIGURES = (
     "peak_share",
     "data_wait",
     "padding",
+    "samples_per_row",
     "peak_memory_gib",
     "eta_s",
     "run_eta_s",

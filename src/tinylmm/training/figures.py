@@ -38,7 +38,7 @@ class Counts:
         image_tokens: positions of images.
         supervised: positions that are learnt.
         views: images, or tiles of them, whose features went in.
-        positions: with padding.
+        positions: with padding. rows: that these are in.
     """
 
     samples: float = 0.0
@@ -48,6 +48,7 @@ class Counts:
     supervised: float = 0.0
     views: float = 0.0
     positions: float = 0.0
+    rows: float = 0.0
 
     def add(self, other: Counts) -> None:
         """Take another's numbers in."""
@@ -84,6 +85,7 @@ class Counted:
             supervised=int((batch["targets"] != IGNORE_INDEX).sum()),
             views=len(features),
             positions=batch["input_ids"].numel(),
+            rows=len(batch["input_ids"]),
         )
         return batch
 
@@ -133,8 +135,8 @@ class Figures(TrainerCallback):
 
         Returns:
             samples_per_s, and tokens_per_s with its parts: of text, of images, and those that are learnt; data_wait, share
-            of the time that ranks waited for batches; padding, share of positions; peak_memory_gib, of the rank with most
-            (a GPU's allocated, else resident); mfu and peak_share, where they are known; eta_s, run_eta_s.
+            of the time that ranks waited for batches; padding, share of positions; samples_per_row; peak_memory_gib, of
+            the rank with most (a GPU's allocated, else resident); mfu and peak_share, where they are known; eta_s, run_eta_s.
         """
         now = time.monotonic()
         seconds, done = max(now - self._time, 1e-9), step - self._step
@@ -190,8 +192,11 @@ def _rates(counts: Counts, seconds: float) -> dict[str, float]:
         "image_tokens_per_s": counts.image_tokens,
         "supervised_tokens_per_s": counts.supervised,
     }
-    padding = 1 - counts.tokens / max(counts.positions, 1.0)
-    return {name: round(value / seconds, 2) for name, value in each.items()} | {"padding": round(padding, 4)}
+    shared = {
+        "padding": round(1 - counts.tokens / max(counts.positions, 1.0), 4),
+        "samples_per_row": round(counts.samples / max(counts.rows, 1.0), 2),
+    }
+    return {name: round(value / seconds, 2) for name, value in each.items()} | shared
 
 
 def _peak_gib() -> float:

@@ -34,7 +34,7 @@ from tinylmm.training.trainer import LMMTrainer
 MEASURED = 1e9
 ALWAYS = {
     "samples_per_s", "tokens_per_s", "text_tokens_per_s", "image_tokens_per_s", "supervised_tokens_per_s", "data_wait",
-    "padding", "peak_memory_gib",
+    "padding", "samples_per_row", "peak_memory_gib",
 }  # fmt: skip
 ONE_STAGE = ("recipe.stages.finetune.max_steps=1",)
 

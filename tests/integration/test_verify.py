@@ -1,0 +1,133 @@
+"""`tinylmm verify` on a tiny project: what it proves, that a leak of one token fails it, and what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import folder_bytes
+from tests.integration.project import Project, tiny_project
+from tinylmm.cli.errors import guarded
+from tinylmm.cli.main import app
+from tinylmm.data.collate import Collator
+from tinylmm.reports.collect import collect_report
+from tinylmm.reports.html import render_html
+from tinylmm.reports.tables import render_markdown
+from tinylmm.store.certificates import find_certificate, read_certificate
+from tinylmm.store.layout import StoreLayout
+
+ROOMY = ("recipe.stages.finetune.max_length=256", "recipe.stages.finetune.max_steps=1")
+"""Samples are not cut, and so of different lengths."""
+
+
+def verify(project: Project, *words: str) -> tuple[int, str]:
+    """Exit code and what is said."""
+    said = io.StringIO()
+
+    def command() -> None:
+        app(["verify", *project.words, *ROOMY, *words], standalone_mode=False)
+
+    with contextlib.chdir(project.root), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = guarded(command)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, said.getvalue()
+
+
+def leak_one_token(collate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A collator whose second sample in a row sees the last token of the first."""
+
+    def leaky(self: Collator, samples: Sequence[Any]) -> dict[str, Any]:
+        batch = collate(self, samples)
+        for row in range(len(batch["input_ids"])):
+            second = (batch["segment_ids"][row] == 1).nonzero().flatten().tolist()
+            if second and batch["targets"][row, second].ge(0).any():  # no padding
+                begin, end = second[0] - 1, second[-1] + 1
+                positions = batch["position_ids"][row]
+                positions[begin:end] = positions.new_tensor(range(end - begin))
+        return batch
+
+    return leaky
+
+
+def test_a_leak_of_one_token_between_samples_fails_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tiny_project(tmp_path)
+    monkeypatch.setattr(Collator, "__call__", leak_one_token(Collator.__call__))
+    code, said = verify(project, "--stage", "finetune", "--path", "packing")
+    assert code == 1, said
+    assert "NOT VERIFIED: finetune: other than a plain reference: packing\n" in said
+    assert "all off" in said and "finetune: packing differs" in said
+    assert not (project.store / "certificates").exists(), "one path alone is no certificate"
+
+
+def test_rows_that_nobody_shares_prove_nothing(tmp_path: Path) -> None:
+    words = ("--stage", "pretrain", "--path", "packing", "--samples", "1")
+    code, said = verify(tiny_project(tmp_path), *words)
+    assert code == 0 and "packing: not run here: a step has one sample" in said
+
+
+def test_an_unknown_path_or_stage_is_refused_with_those_there_are(project: Project) -> None:
+    code, said = verify(project, "--path", "pakcing")
+    assert code == 2 and "--path pakcing: there is none; there are packing, attention: SDPA" in said
+    code, said = verify(project, "--stage", "tune")
+    assert code == 2 and "--stage tune: there is none; there are pretrain, finetune." in said
+
+
+@pytest.mark.slow
+def test_every_path_of_a_run_is_equal_and_its_report_carries_the_certificates(tmp_path: Path) -> None:
+    project = tiny_project(tmp_path)
+    assert project.train_here(*ROOMY).returncode == 0
+    report = collect_report(project.store)
+    assert "not verified" in render_html(report) and "not verified" in render_markdown(report)
+    before = folder_bytes(project.store / "stages")
+    code, said = verify(project)
+    assert code == 0, said
+    for stage in ("pretrain", "finetune"):
+        assert f"verified: {stage}: 10 ways to train it are equal" in said
+    assert "attention: flash-attn: not run here:" in said and "launch: not run here:" in said
+    assert folder_bytes(project.store / "stages") == before, "the user's stages are read alone"
+    assert (
+        not (project.store / "features").is_dir()
+        or not (project.store / "work").exists()
+        or not list((project.store / "work").iterdir())
+    )
+    files = sorted((project.store / "certificates").glob("*.json"))
+    assert len(files) == 2
+    for certificate in map(read_certificate, files):
+        rows = {path.name: path for path in certificate.paths}
+        assert rows["packing"].compared["weights"].keys() >= {"connector"}
+        assert rows["ranks"].status == rows["resume"].status == "equal"
+    pages = collect_report(project.store)
+    assert render_html(pages).count("verified: ") >= 2 and files[0].name in render_html(pages)
+    assert "verified: 10 ways" in render_markdown(pages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["zero2", "zero3"])
+def test_the_runs_own_launch_is_verified_too(launch: str, tmp_path: Path) -> None:
+    words = (f"launch={launch}", "launch.nproc=2", "--stage", "pretrain", "--path", "launch")
+    code, said = verify(tiny_project(tmp_path), *words)
+    assert code == 0, said
+    assert "pretrain: launch equal" in said and "gradients are spread over the ranks" in said
+
+
+@pytest.mark.slow
+def test_adapters_are_verified_without_their_dropout(tmp_path: Path) -> None:
+    words = ("recipe=lora", "recipe.stages.finetune.tune.llm.lora.r=4", "--stage", "finetune", "--path", "packing")
+    code, said = verify(tiny_project(tmp_path), *words)
+    assert code == 0 and "finetune: packing equal" in said, said
+
+
+def test_a_certificate_is_of_the_code_and_versions_that_made_it(tmp_path: Path) -> None:
+    assert find_certificate(tmp_path, "0" * 64, {}) is None
+    assert StoreLayout(tmp_path).certificates == tmp_path / "certificates"
+    assert json.loads("{}") == {}
