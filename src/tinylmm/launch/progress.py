@@ -50,6 +50,8 @@ class _Shown:
     first: dict[str, Any] | None = None
     """The first row of this try: a pace that is reckoned from an earlier one's counts the time in which nothing ran."""
     said: str = ""
+    done_at: float | None = None
+    """When it says that it will be done, on the monotonic clock."""
 
 
 class Progress:
@@ -59,13 +61,19 @@ class Progress:
         slots: stages that run side by side.
         left: returns the stages that are not done.
         every: called twice a second, for what is to be written down meanwhile.
+        estimate: of how long stages take.
     """
 
     def __init__(
-        self, console: Console, slots: int, left: Callable[[], list[Stage]], every: Callable[[], None]
+        self,
+        console: Console,
+        slots: int,
+        left: Callable[[], list[Stage]],
+        every: Callable[[], None],
+        estimate: Estimate,
     ) -> None:
         self.console = console
-        self.estimate = Estimate()
+        self.estimate = estimate
         self._slots, self._left, self._every = slots, left, every
         self._total = len(left())
         self._mark = "✓" if console.encoding.lower().startswith("utf") else "ok"
@@ -155,11 +163,13 @@ class Progress:
     def _end(self) -> str:
         """`12 of 24 stages done, 2 running, ETA of all 1:02:03`."""
         left = self._left()
-        elapsed = {digest: time.monotonic() - shown.began for digest, shown in self._running.items()}
+        now = time.monotonic()
+        elapsed = {digest: now - shown.began for digest, shown in self._running.items()}
+        known = {d: max(0.0, shown.done_at - now) for d, shown in self._running.items() if shown.done_at is not None}
         parts = [f"{self._total - len(left)} of {self._total} stages done", f"{len(self._running)} running"]
         if self._elsewhere:
             parts.append(f"{len(self._elsewhere)} running in another process")
-        seconds = self.estimate.left(left, elapsed, self._slots)
+        seconds = self.estimate.left(left, elapsed, self._slots, known)
         return ", ".join(parts + ([] if seconds is None else [f"ETA of all {clock(seconds)}"]))
 
 
@@ -169,6 +179,8 @@ def _look(shown: _Shown) -> None:
     if row is not None and {"step", "share"} & row.keys():
         if shown.first is None and row["time"] >= shown.began_at:
             shown.first = row
+        if "eta_s" in row and row["time"] >= shown.began_at:
+            shown.done_at = time.monotonic() + row["eta_s"] - (time.time() - row["time"])
         shown.said = describe(row, shown.first or row)
 
 

@@ -48,6 +48,7 @@ class StageJob(Generic[Spec]):
         store: root of the store, for features that stages share.
         claim: token of the claim under which this is done; empty outside a run.
         share: of this machine, where other stages run beside it.
+        after_s: seconds that the run takes behind this stage, as far as that is known; said while it runs.
         observed: of a training that `tinylmm verify` looks at (`training/observe.py`).
     """
 
@@ -61,6 +62,7 @@ class StageJob(Generic[Spec]):
     store: Path
     claim: str = ""
     share: Share = WHOLE
+    after_s: float | None = None
     observed: Observed | None = None
 
     @property
@@ -106,6 +108,7 @@ class StageJob(Generic[Spec]):
             "store": str(self.store),
             "claim": self.claim,
             "share": asdict(self.share),
+            **({} if self.after_s is None else {"after_s": self.after_s}),
             **({} if self.observed is None else {"observed": asdict(self.observed)}),
         }
         (self.folder / JOB_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -122,6 +125,7 @@ def make_job(
     store: Path,
     claim: str = "",
     share: Share = WHOLE,
+    after_s: float | None = None,
     observed: Observed | None = None,
 ) -> StageJob[Any]:
     """Return the job of a stage whose spec and settings are JSON.
@@ -131,7 +135,7 @@ def make_job(
     """
     typed = KINDS[kind].spec.model_validate(spec)
     typed_settings = StageSettings.model_validate(settings)
-    return StageJob(kind, name, digest, typed, parents, typed_settings, folder, store, claim, share, observed)
+    return StageJob(kind, name, digest, typed, parents, typed_settings, folder, store, claim, share, after_s, observed)
 
 
 def read_job(folder: Path) -> StageJob[Any]:

@@ -182,7 +182,7 @@ def build_trainer(
     tune = spec.tune.model_dump(mode="json", exclude_none=True)
     cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
     trainer = MeasuredTrainer(
-        figures=Figures(cost),
+        figures=Figures(cost, job.after_s),
         model=loaded.model,
         args=arguments,
         dataset=samples,

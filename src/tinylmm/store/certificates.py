@@ -91,7 +91,7 @@ class Certificate:
         """The whole in one line, which names what differs."""
         if self.passed:
             ran = sum(path.status == "equal" for path in self.paths)
-            return f"verified: {self.stage}: {ran} ways to train it are equal to a plain reference"
+            return f"verified: {self.stage}: equal to a plain reference in {ran} way{'s' * (ran > 1)} of training it"
         bad = ", ".join(path.name for path in self.paths if not path.good)
         return f"NOT VERIFIED: {self.stage}: other than a plain reference: {bad}"
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from tinylmm.config.attention import FLASH
+from tinylmm.config.launch import LaunchSpec
 
 Fields = Mapping[str, Any]
 """`launch.packing` and the like -> value."""
@@ -48,7 +51,8 @@ class FastPath:
 
     Attributes:
         name: what a certificate calls it.
-        on, off: fields; a micro-batch as its share of a step's samples, the length of a row as one of `max_length`.
+        on, off: fields; a micro-batch as its share of a step's samples (0 is one of them), the length of a row as one of
+            `max_length`.
         blocked: why it cannot run here, the end of a sentence; empty where it can.
         cut: break the training off behind this step, and let the same command continue it.
         shares_rows: it proves nothing unless samples share a row.
@@ -72,6 +76,10 @@ def _no_flash(here: Here) -> str:
     return "" if find_spec("flash_attn") else "flash-attn is not installed"
 
 
+def _kernels(attention: str) -> Callable[[Here], str]:
+    return _no_flash if attention == FLASH else _anywhere
+
+
 def _tower_is_trained(here: Here) -> str:
     return "" if here.frozen_tower else "the tower is trained, so its features change at every step"
 
@@ -92,17 +100,18 @@ def _one_sample(here: Here) -> str:
 PATHS = (
     FastPath(
         "packing",
-        {"launch.packing": True, "launch.row_tokens": 2.0},
-        {"launch.packing": False, "launch.row_tokens": None},
+        {"launch.packing": True, "launch.row_tokens": 2.0, "launch.micro_batch": 0.5, "launch.attention": "auto"},
+        {"launch.packing": False, "launch.row_tokens": None, "launch.micro_batch": 0.0, "launch.attention": "eager"},
         _one_sample,
         shares_rows=True,
     ),
-    FastPath("attention: SDPA", {"launch.attention": "sdpa"}, {"launch.attention": "eager"}),
-    FastPath(
-        "attention: flash-attn", {"launch.attention": "flash_attention_2"}, {"launch.attention": "eager"}, _no_flash
+    *(
+        FastPath(f"attention: {name}", {"launch.attention": name}, {"launch.attention": "eager"}, _kernels(name))
+        for name in get_args(LaunchSpec.model_fields["attention"].annotation)
+        if name not in ("auto", "eager")
     ),
     FastPath("feature cache", {"launch.cache_features": True}, {"launch.cache_features": False}, _tower_is_trained),
-    FastPath("accumulation", {"launch.micro_batch": 0.25}, {"launch.micro_batch": 1.0}, _one_sample),
+    FastPath("accumulation", {"launch.micro_batch": 0.25}, {"launch.micro_batch": 0.0}, _one_sample),
     FastPath("checkpointing", {"launch.gradient_checkpointing": True}, {"launch.gradient_checkpointing": False}),
     FastPath("reading processes", {"launch.num_workers": 2}, {"launch.num_workers": 0}, exact=True),
     FastPath("compile", {"trainer.torch_compile": True}, {"trainer.torch_compile": None}, _not_compiled),

@@ -57,13 +57,16 @@ def verify(plan: RunPlan, asked: Asked, say: Say) -> Iterator[Certificate]:
     with tempfile.TemporaryDirectory(prefix="tinylmm-verify-") as folder, _log_to(Path(folder) / LOG_FILE):
         precision, remark = _precision(plan)
         trainings = Trainings(plan, Path(folder), asked.samples, asked.steps, precision)
-        for stage in trainings.trainings():
+        names = [stage.name for stage in trainings.trainings()]
+        last = max((names.index(name) for name in asked.stages), default=len(names) - 1)
+        for stage in trainings.trainings()[: last + 1]:
+            wanted = not asked.stages or stage.name in asked.stages
             if (finished := trainings.reused(stage)) is not None:
                 trainings.starts_from(stage, finished)
-            elif asked.stages and stage.name not in asked.stages:
+            elif not wanted:
                 say(f"{stage.name}: a model for later stages to start from")
                 trainings.starts_from(stage, trainings.run(trainings.base(stage), all_off())[1])
-            if not asked.stages or stage.name in asked.stages:
+            if wanted:
                 yield _Comparison(plan, trainings, stage, asked, say).certificate(remark)
 
 

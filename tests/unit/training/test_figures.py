@@ -72,6 +72,7 @@ def test_rows_have_every_figure_that_is_known(trained: Project) -> None:
         assert row["text_tokens_per_s"] + row["image_tokens_per_s"] == pytest.approx(row["tokens_per_s"], abs=0.1)
         assert 0 < row["supervised_tokens_per_s"] <= row["text_tokens_per_s"], "a caption is learnt whole"
         assert 0 <= row["padding"] < 1 and 0 <= row["data_wait"] <= 1 and row["peak_memory_gib"] > 0.05
+        assert row["run_eta_s"] > row["eta_s"], "a finetuning follows, which the planner can reckon"
     assert others[-1]["eta_s"] == 0
 
 

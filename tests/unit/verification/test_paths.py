@@ -33,8 +33,8 @@ def test_a_path_says_what_turns_it_off_again() -> None:
 @pytest.mark.parametrize(
     ("path", "changes", "said"),
     [
-        ("attention: flash-attn", {}, "there is none"),
-        ("attention: flash-attn", {"device": "cuda", "gpus": 1}, "fp32"),
+        ("attention: flash_attention_2", {}, "there is none"),
+        ("attention: flash_attention_2", {"device": "cuda", "gpus": 1}, "fp32"),
         ("ranks", {"device": "cuda", "gpus": 1}, "two GPUs"),
         ("ranks", {}, ""),
         ("feature cache", {"frozen_tower": False}, "is trained"),
