@@ -85,12 +85,18 @@ def _show(console: Console, certificate: Certificate) -> None:
 
 def _row(path: PathResult) -> list[Text]:
     found: dict[str, Any] = path.compared
-    gradients = "\n".join(f"{part} {one['difference']:.1e}" for part, one in found["gradients"].items())
-    weights = max((one["difference"] for one in found["weights"].values()), default=0.0)
+    gradients = "\n".join(f"{part} {_said(one['difference'])}" for part, one in found["gradients"].items())
+    weights = [one["difference"] for one in found["weights"].values()]
+    worst = found["worst_share_of_tolerance"]
     cells = [
-        f"{found['loss']['difference']:.1e}",
+        _said(found["loss"]["difference"]),
         gradients,
-        f"{weights:.1e}",
-        f"{found['worst_share_of_tolerance']:.2g}",
+        _said(None if None in weights else max(weights, default=0.0)),
+        "over" if worst is None else f"{worst:.2g}",
     ]
     return [Text(path.name), *map(Text, cells), Text(path.status, COLOURS[path.status])]
+
+
+def _said(difference: float | None) -> str:
+    """None is what is not there, or not finite."""
+    return "none" if difference is None else f"{difference:.1e}"

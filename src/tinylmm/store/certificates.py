@@ -119,7 +119,7 @@ def write_certificate(root: Path, certificate: Certificate) -> Path:
     """Keep a certificate in a store; returns its file. An older one of the same training, code and machine makes way."""
     path = StoreLayout(root).certificates / f"{certificate.key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(certificate.as_json(), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(certificate.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
