@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.builders import folder_bytes
 from tests.integration.project import Project, tiny_project
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.main import app
-from tinylmm.data.collate import Collator
+from tinylmm.models.lmm import LMM
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.html import render_html
 from tinylmm.reports.tables import render_markdown
@@ -36,18 +38,18 @@ def verify(project: Project, *words: str) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def leak_one_token(collate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A collator whose second sample in a row sees the last token of the first."""
+def leak_one_token(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model in whose rows the second sample sees the last token of the first."""
 
-    def leaky(self: Collator, samples: Sequence[Any]) -> dict[str, Any]:
-        batch = collate(self, samples)
-        for row in range(len(batch["input_ids"])):
-            second = (batch["segment_ids"][row] == 1).nonzero().flatten().tolist()
-            if second and batch["targets"][row, second].ge(0).any():  # no padding
-                begin, end = second[0] - 1, second[-1] + 1
-                positions = batch["position_ids"][row]
-                positions[begin:end] = positions.new_tensor(range(end - begin))
-        return batch
+    def leaky(self: LMM, input_ids: Tensor, position_ids: Tensor, targets: Tensor, **others: Any) -> Any:
+        positions = position_ids.clone()
+        for row in range(len(positions)):
+            begins = [*(positions[row] == 0).nonzero().flatten().tolist(), positions.shape[1]]
+            if len(begins) > 2 and targets[row, begins[1] : begins[2]].ge(0).any():  # no padding
+                first, end = begins[1] - 1, begins[2]
+                positions[row, first:end] = torch.arange(end - first)
+        others.pop("layout", None)  # what was made of the right positions
+        return forward(self, input_ids=input_ids, position_ids=positions, targets=targets, **others)
 
     return leaky
 
@@ -56,7 +58,7 @@ def test_a_leak_of_one_token_between_samples_fails_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tiny_project(tmp_path)
-    monkeypatch.setattr(Collator, "__call__", leak_one_token(Collator.__call__))
+    monkeypatch.setattr(LMM, "forward", leak_one_token(LMM.forward))
     code, said = verify(project, "--stage", "pretrain", "--path", "packing", "--path", "accumulation")
     assert code == 1, said
     assert "NOT VERIFIED: pretrain: other than a plain reference: packing\n" in said
