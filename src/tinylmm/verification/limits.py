@@ -26,6 +26,8 @@ def limited(run: RunSpec, samples: int, steps: int, precision: str | None) -> Ru
         "recipe": run.recipe.model_copy(update={"stages": stages}),
         "data": _data(run.data, records),
         "eval": {},
+        # every way of training says its own; one that cannot compute here shall not end the others
+        "launch": run.launch.model_copy(update={"attention": "auto"}),
     }
     for role in ("llm", "vision_tower"):
         part = getattr(run, role)
