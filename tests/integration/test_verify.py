@@ -118,3 +118,24 @@ def test_adapters_are_verified_without_their_dropout(tmp_path: Path) -> None:
     words = ("recipe=lora", "recipe.stages.finetune.tune.llm.lora.r=4", "--stage", "finetune", "--path", "packing")
     code, said = verify(tiny_project(tmp_path), *words)
     assert code == 0 and "finetune: packing equal" in said, said
+
+
+@pytest.mark.slow
+def test_bf16_is_held_against_the_references_own_rounding_and_a_leak_is_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tiny_project(tmp_path)
+    words = ("recipe.stages.pretrain.precision=bf16", "launch.device=cpu", "--stage", "pretrain", "--path", "packing")
+    code, said = verify(project, *words)
+    assert code == 0 and "in bf16 on cpu" in said and "pretrain: packing equal" in said, said
+    monkeypatch.setattr(LMM, "forward", leak_one_token(LMM.forward))
+    code, said = verify(project, *words)
+    assert code == 1 and "NOT VERIFIED: pretrain: other than a plain reference: packing\n" in said, said
+
+
+@pytest.mark.slow
+def test_a_bf16_recipe_without_a_gpu_is_compared_in_fp32_and_that_is_said(tmp_path: Path) -> None:
+    words = ("recipe.stages.pretrain.precision=bf16", "--stage", "pretrain", "--path", "accumulation")
+    code, said = verify(tiny_project(tmp_path), *words)
+    expected = ("in fp32 on cpu", "bf16: no GPU here, so it was compared in fp32")
+    assert torch.cuda.is_available() or (code == 0 and all(one in said for one in expected)), said

@@ -27,10 +27,11 @@ from tinylmm.store.stage import Stage
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 15.0
 TAIL_BYTES = 4096
-FIGURES: dict[str, Callable[[float], str]] = {
+FIGURES: dict[str, Callable[[Any], str]] = {
     "tokens_per_s": lambda value: f"{value:,.0f} tokens/s",
     "mfu": lambda value: f"MFU {value:.0%}",
     "peak_share": lambda value: f"{value:.0%} of the measured peak",
+    "device": lambda value: f"({value})",
     "data_wait": lambda value: f"waits for data {value:.0%}",
     "padding": lambda value: f"padding {value:.0%}",
     "peak_memory_gib": lambda value: f"{value:.1f} GiB",

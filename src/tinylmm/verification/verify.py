@@ -96,7 +96,7 @@ def _check(plan: RunPlan, asked: Asked) -> None:
 def _precision(plan: RunPlan) -> tuple[str | None, str]:
     """What is computed in where it is not the recipe's own, and why."""
     asked = {stage.precision for stage in plan.run.recipe.stages.values()} - {"fp32"}
-    if not asked or (plan.run.launch.device != "cpu" and torch.cuda.is_available()):
+    if not asked or plan.run.launch.device == "cpu" or torch.cuda.is_available():
         return None, ""
     return "fp32", f"{' and '.join(sorted(asked))}: no GPU here, so it was compared in fp32"
 

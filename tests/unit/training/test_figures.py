@@ -104,10 +104,17 @@ def test_the_report_says_how_fast_a_training_was(trained: Project) -> None:
 
 def test_the_progress_line_says_it_while_it_runs() -> None:
     row = {"time": 20.0, "step": 3, "steps": 5, "loss": 1.0, "samples_per_s": 58.2, "tokens_per_s": 51234.5}
-    row |= {"mfu": 0.41, "peak_share": 0.52, "data_wait": 0.014, "padding": 0.021, "peak_memory_gib": 61.34}
+    row |= {
+        "device": "NVIDIA H200 SXM, bf16",
+        "mfu": 0.41,
+        "peak_share": 0.52,
+        "data_wait": 0.014,
+        "padding": 0.021,
+        "peak_memory_gib": 61.34,
+    }
     assert describe(row, row | {"time": 10.0, "step": 1}) == (
-        "step 3/5  loss 1.000  58 samples/s  51,234 tokens/s  MFU 41%  52% of the measured peak  waits for data 1%  "
-        "padding 2%  61.3 GiB  ETA 0:10"
+        "step 3/5  loss 1.000  58 samples/s  51,234 tokens/s  MFU 41%  52% of the measured peak  "
+        "(NVIDIA H200 SXM, bf16)  waits for data 1%  padding 2%  61.3 GiB  ETA 0:10"
     )
 
 
