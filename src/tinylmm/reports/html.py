@@ -20,6 +20,7 @@ from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
+from tinylmm.reports.speed import speed_words, verified_words
 from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.tables import (
     compare_grid,
@@ -32,6 +33,7 @@ from tinylmm.reports.tables import (
 )
 from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
+from tinylmm.store.runs import TRAIN
 from tinylmm.version import __version__
 
 CURVE_KINDS = ("parts", "train")
@@ -160,7 +162,6 @@ def _timeline(run: RunReport) -> dict[str, Any]:
 
 def _curve(stage: StageReport, identifier: str) -> dict[str, Any]:
     steps, losses = stage.curve()
-    _, speeds = stage.curve("samples_per_s")
     logged = {row["step"] for row in stage.metrics if "step" in row and row.get("loss") is not None}
     return {
         "stage": stage,
@@ -168,7 +169,9 @@ def _curve(stage: StageReport, identifier: str) -> dict[str, Any]:
         "first": losses[0],
         "last": losses[-1],
         "steps": steps[-1],
-        "speed": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "speed": speed_words(stage),
+        "verified": verified_words(stage) if stage.kind == TRAIN else "",
+        "certificate": None if stage.certificate is None else stage.certificate.path.resolve().as_uri(),
         "non_finite": len(logged) - len(steps),
     }
 

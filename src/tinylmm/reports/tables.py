@@ -20,9 +20,11 @@ from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.effects import Findings
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
+from tinylmm.reports.speed import speed_words, verified_words
 from tinylmm.reports.study import Study
 from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
+from tinylmm.store.runs import TRAIN
 
 MAX_COMPARED_CATEGORIES = 8
 """With more, a comparison shows scores over all questions only: the table would not fit a terminal."""
@@ -273,6 +275,8 @@ def render_markdown(report: Report, findings: Findings | None = None) -> str:
         )
         stages = [[s.name, s.kind, s.digest[:12], s.status, duration(s.seconds)] for s in run.stages]
         blocks.append(markdown_table(["stage", "kind", "digest", "status", "time"], stages, text_columns=4))
+        trained = [[s.name, *speed_words(s), verified_words(s)] for s in run.stages if s.kind == TRAIN]
+        blocks.append("\n".join(f"- {escape_markdown('; '.join(said))}" for said in trained))
         blocks.append(_fenced("\n".join([run.command, *use_commands(run)])))
     return "\n\n".join(block for block in blocks if block) + "\n"
 

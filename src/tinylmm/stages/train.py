@@ -34,8 +34,11 @@ from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
 from tinylmm.training.clip_features import MixedFeatures
+from tinylmm.training.cost import Cost, Peak, parts_of
 from tinylmm.training.dataset import PreparedSamples
+from tinylmm.training.figures import Counted, Figures, MeasuredTrainer
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
+from tinylmm.training.observe import GradientRecord, without_dropout, write_weights
 from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
@@ -62,10 +65,14 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     barrier()
     model = loaded.model
     model.set_attention(attention)
+    if job.observed is not None:
+        without_dropout(model)
     images = SeenImages(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
     cache = open_cache(job, loaded, samples.images(), images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
+    if job.observed is not None:
+        trainer.add_callback(GradientRecord(job.folder, job.observed.cut))
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
         trainer._checkpoints.forget_after(checkpoint)
@@ -84,6 +91,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     set_timeout(launch.save_timeout_s)
     with uninterrupted(), waiting("the trained model to be written"):
         state = trainer.full_state(frozen)
+        if rank() == 0 and job.observed is not None:
+            write_weights(job.folder, model, state)
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
             save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
@@ -109,6 +118,22 @@ def _commits(loaded: LoadedModel) -> dict[str, str]:
     configs = {"llm": model.config, "vision_tower": cast(PreTrainedModel, model.vision_tower.encoder).config}
     found = {part: getattr(config, "_commit_hash", None) for part, config in configs.items()}
     return {part: commit for part, commit in found.items() if commit}
+
+
+def begin_plainly(
+    job: StageJob[TrainStage], device: torch.device
+) -> tuple[LoadedModel, PreparedSamples, SeenImages, dict[str, PartTuning]]:
+    """What a training starts from, for whoever computes its steps in another way: model, samples and images; on one rank."""
+    start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if job.spec.model else None
+    loaded = _start_model(job, start, llm_weights=True)
+    if job.spec.image_mode is not None:
+        set_image_mode(loaded, job.spec.image_mode, job.spec.seed)
+    if job.spec.sampling is not None:
+        loaded.description = loaded.description.with_sampling(job.spec.sampling)
+    _, tuning, _ = _to_device(job, loaded, device)
+    images = SeenImages(job, loaded)
+    samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, job.spec.max_length, job.settings.max_dropped)
+    return loaded, samples, images, tuning
 
 
 @contextmanager
@@ -157,12 +182,15 @@ def build_trainer(
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
     ranks = Ranks(world_size(), launch.deepspeed_stage)
-    trainer = LMMTrainer(
+    tune = spec.tune.model_dump(mode="json", exclude_none=True)
+    cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
+    trainer = MeasuredTrainer(
+        figures=Figures(cost, job.after_s),
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=_collate(job, loaded, images, cache),
+        collate=Counted(_collate(job, loaded, images, cache), images.tokens, spec.max_length),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -172,7 +200,7 @@ def build_trainer(
         save_timeout_s=launch.save_timeout_s,
         same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
         spreads=_spreads_llm(job),
-        callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
+        callbacks=[MetricsRow(job.metrics.append, cost.peak.title)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
