@@ -110,7 +110,9 @@ class LaunchSpec(Frozen):
     def _one_rank_a_gpu(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        counted = {name: "auto" for name in ("micro_batch", "row_tokens") if fields.get(name, "") is None}
+        counted: dict[str, Any] = {
+            name: "auto" for name in ("micro_batch", "row_tokens") if fields.get(name, "") is None
+        }
         if fields.get("nproc") == "auto":
             counted["nproc"] = ranks_here(str(fields.get("device", "auto")))
         return fields | counted

@@ -40,7 +40,7 @@ def fuse(model: nn.Module, on_cpu: bool) -> dict[str, int]:
                 setattr(parent, name, nn.GELU(approximate="tanh"))
                 counts["gelu"] += 1
             elif on_cpu and _is_rms_norm(child):
-                child.forward = _RMSForward(child)  # type: ignore[method-assign]
+                child.forward = _RMSForward(child)
                 counts["rms_norm"] += 1
     log.debug("fused: %s", counts)
     return counts
@@ -70,13 +70,13 @@ class _RMSForward:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight: Any = self.module.weight
         if hidden_states.dtype != torch.float32 or weight.dtype != torch.float32:
-            return type(self.module).forward(self.module, hidden_states)  # type: ignore[no-any-return]
+            return type(self.module).forward(self.module, hidden_states)
         return rms_norm(hidden_states, weight, float(self.module.variance_epsilon))  # type: ignore[arg-type]
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (B. Zhang and R. Sennrich, arXiv 1910.07467)."""
-    return _RMSNorm.apply(hidden, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _RMSNorm.apply(hidden, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
         return (hidden * scale).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> Any:
         """d(x s w) with s = (mean(x^2) + eps)^-1/2."""
         hidden, weight, scale = ctx.saved_tensors
         of_weight = None
@@ -119,7 +119,7 @@ class NeededOnly:
     def take(self, modules: list[nn.Module]) -> None:
         """Take these modules over; each maps (..., D) to (..., D'), position by position."""
         for module in modules:
-            module.forward = _AtPositions(self, module)  # type: ignore[method-assign]
+            module.forward = _AtPositions(self, module)
 
 
 class _AtPositions:
@@ -131,7 +131,7 @@ class _AtPositions:
     def __call__(self, hidden: Tensor) -> Tensor:
         plain, positions, count = type(self.module).forward, self.needed.positions, hidden.shape[:-1].numel()
         if positions is None or not self.module.training or len(positions) == count:
-            return plain(self.module, hidden)  # type: ignore[no-any-return]
+            return plain(self.module, hidden)
         out: Tensor = plain(self.module, hidden.flatten(0, -2).index_select(0, positions))
         return out.new_zeros((count, out.shape[-1])).index_copy(0, positions, out).view(*hidden.shape[:-1], -1)
 

@@ -64,7 +64,7 @@ def fused_cross_entropy(
     """
     rows = rows or max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
     arguments = (hidden, head.weight, head.bias, targets, shaping, rows, compute_type(head))
-    return _FusedCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _FusedCrossEntropy.apply(*arguments)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -105,7 +105,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> Any:
         """Multiply what the forward pass has made, where it lies: nobody else holds it."""
         found = [None if slope is None else slope.mul_(outer.to(slope.dtype)) for slope in ctx.slopes]
         ctx.slopes = None

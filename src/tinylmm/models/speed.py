@@ -60,7 +60,7 @@ def _position_wise(llm: nn.Module) -> list[nn.Module]:
         return modules if float((found - plain).abs().max()) <= TOLERANCE * float(plain.abs().max()) else []
     finally:
         for module, forward in zip(modules, forwards, strict=True):
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         for module, mode in modes:
             module.training = mode
         llm.training = training

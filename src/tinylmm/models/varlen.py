@@ -109,11 +109,11 @@ def _sample_by_sample(
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         if not len(q):
             continue
-        heads = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-        if window is None or len(q) <= window:
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=grouped)
-        else:
+        seen: dict[str, Any] = {"is_causal": True}
+        if window is not None and len(q) > window:
             band = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
-            out = F.scaled_dot_product_attention(*heads, attn_mask=band, scale=scale, enable_gqa=grouped)
+            seen = {"attn_mask": band}
+        heads = [part.transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale, enable_gqa=grouped, **seen)
         mixed.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(mixed)
