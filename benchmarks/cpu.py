@@ -380,16 +380,20 @@ def main(words: Sequence[str] | None = None) -> int:
         for case in cases:
             found[case].append(_in_process(case))
             _say(case, found[case][-1])
+            write(found, options.size, options.output)
+    return 0
+
+
+def write(found: dict[Case, list[dict[str, float]]], size: str, output: Path) -> None:
+    """Write what is measured so far: each case's medians, and those of its ratios to the other side."""
     record = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "size": options.size,
-        "rounds": options.rounds,
-        "rows": [_row(case, found) for case in cases],
+        "size": size,
+        "rows": [_row(case, found) for case, rows in found.items() if rows],
     }
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _plot(record, options.output.with_suffix(".png"))
-    return 0
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _plot(record, output.with_suffix(".png"))
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -425,11 +429,15 @@ def _say(case: Case, row: dict[str, float]) -> None:
 def _row(case: Case, found: dict[Case, list[dict[str, float]]]) -> dict[str, Any]:
     """Medians of a case over the rounds, and of the ratios to the other side in the same round."""
     own = found[case]
-    row: dict[str, Any] = {**vars(case), **{key: statistics.median(one[key] for one in own) for key in own[0]}}
+    row: dict[str, Any] = {
+        **vars(case),
+        "rounds": len(own),
+        **{key: statistics.median(one[key] for one in own) for key in own[0]},
+    }
     other = next((c for c in found if (c.side, c.stage, c.vocabulary) == ("llava", case.stage, case.vocabulary)), None)
-    if other is not None:
+    if other is not None and found[other]:
         for key in ("samples_per_s", "samples_per_cpu_s", "peak_mib"):
-            pairs = zip(own, found[other], strict=True)
+            pairs = zip(own, found[other], strict=False)  # the other side is a round ahead
             row[f"{key}_ratio"] = statistics.median(mine[key] / theirs[key] for mine, theirs in pairs)
     return row
 
@@ -449,7 +457,7 @@ def _plot(record: dict[str, Any], path: Path) -> None:
         for number, side in enumerate(sides):
             of_side = {(row["stage"], row["vocabulary"]): row[key] for row in rows if row["side"] == side}
             places = [place + number / (len(sides) + 1) for place in range(len(groups))]
-            bars = axis.bar(places, [of_side[group] for group in groups], 1 / (len(sides) + 1), label=side)
+            bars = axis.bar(places, [of_side.get(group, 0.0) for group in groups], 1 / (len(sides) + 1), label=side)
             axis.bar_label(bars, fmt="%.3g", fontsize=6)
         middle = (len(sides) - 1) / (2 * (len(sides) + 1))
         names = [f"stage {stage}\n{vocabulary:,} words" for stage, vocabulary in groups]
