@@ -167,7 +167,8 @@ def memory_words(plan: RunPlan, stage: Stage) -> str:
     try:
         training = training_of(plan, stage)
     except UnknownShapeError as error:
-        smaller = max(1, plan.run.launch.micro_batch // 2)
+        asked = plan.run.launch.micro_batch
+        smaller = 8 if asked == "auto" else max(1, asked // 2)
         return f"tinylmm plan has no estimate of it ({error}). Set launch.micro_batch={smaller}."
     own, card = chosen(training), training.device.card
     terms = ", ".join(f"{name} {amount(size)}" for name, size in asdict(own.memory).items() if size)
@@ -176,7 +177,7 @@ def memory_words(plan: RunPlan, stage: Stage) -> str:
     words = advice(training)
     if words:
         return f"{said} {words}"
-    micro = training.launch.micro_batch
+    micro = training.micro_batch
     changes = [f"launch.micro_batch={micro // 2}"] if micro > 1 else []
     changes += [] if training.launch.gradient_checkpointing else ["launch.gradient_checkpointing=true"]
     fix = " or ".join(changes) or "launch=zero3 with more ranks"

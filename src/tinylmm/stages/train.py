@@ -17,13 +17,15 @@ from transformers.training_args import ParallelMode
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneHow
 from tinylmm.data.collate import Collator
 from tinylmm.errors import DataError, StoppedError
-from tinylmm.models.attention import choose_attention
+from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
 from tinylmm.models.devices import choose_device
+from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
@@ -38,6 +40,7 @@ from tinylmm.training.cost import Cost, Peak, parts_of
 from tinylmm.training.dataset import PreparedSamples
 from tinylmm.training.figures import Counted, Figures, MeasuredTrainer
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
+from tinylmm.training.machine import prepare_machine
 from tinylmm.training.observe import GradientRecord, without_dropout, write_weights
 from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
@@ -47,12 +50,16 @@ from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
 
+END_TO_END = 2**30
+"""Positions of a row that all samples of a micro-batch share."""
+
 
 def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
     spec, launch = job.spec, job.settings.launch
     device = choose_device(launch.device, spec.precision)
-    attention = choose_attention(launch.attention, spec.precision, device)
+    attention = choose_training_attention(launch.attention, spec.precision, device)
+    prepare_machine(device)
     configure_tensorboard(job.folder)
     start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
     with in_turn(device.type != "cpu"):
@@ -65,6 +72,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     barrier()
     model = loaded.model
     model.set_attention(attention)
+    if not _spreads_llm(job):
+        speed_up(model, device)
     if job.observed is not None:
         without_dropout(model)
     images = SeenImages(job, loaded)
@@ -162,8 +171,11 @@ def build_trainer(
     if not len(mixture):
         raise DataError("the mixture's weights leave no sample to train on; raise them")
     steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
-    per_step = (spec.global_batch, spec.epochs, spec.seed, launch.micro_batch)
-    sampler = StepSampler(len(mixture), steps, *per_step, rank(), world_size(), mixture.epoch)
+    positions = launch.positions(on_gpu=device.type != "cpu")
+    micro_batch = None if launch.micro_batch == "auto" else launch.micro_batch
+    per_step = (spec.global_batch, spec.epochs, spec.seed, micro_batch)
+    ranks_of = (rank(), world_size(), mixture.epoch)
+    sampler = StepSampler(len(mixture), steps, *per_step, *ranks_of, samples.lengths, positions)
     arguments = training_arguments(
         spec,
         launch,
@@ -225,7 +237,7 @@ def _collate(
     collator = Collator(
         image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
-        row_tokens=launch.row_tokens or spec.max_length,
+        row_tokens=_row_length(launch, spec, loaded),
         packing=launch.packing and packs,
         image=images.pixels if cache is None else None,
         max_length=spec.max_length,
@@ -233,6 +245,13 @@ def _collate(
         frames=images.frames_if_any,
     )
     return collator if cache is None else WithFeatures(collator, cache)
+
+
+def _row_length(launch: LaunchSpec, spec: TrainStage, loaded: LoadedModel) -> int:
+    """Positions of a packed row at most: all of a micro-batch, where each sample is attended to by itself."""
+    if launch.row_tokens != "auto":
+        return launch.row_tokens
+    return END_TO_END if loaded.model.by_samples else spec.max_length
 
 
 def _to_device(
