@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.constants import IMAGE_TOKEN_ID, Extent
 from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
@@ -70,13 +70,13 @@ class Engine:
     """Answers prompts with one model.
 
     Args:
-        load: image key -> (3, H, W), normalised for the tower; where the model takes images in tiles, (T, 3, H, W).
+        load: image key -> (3, H, W), normalised for the tower; of tiles, or frames of a clip, (T, 3, H, W).
         ends: token ids that end an answer: `PromptMaker.ends`.
         sampling: how tokens are chosen, and how many at most.
         rows: most prompts in a batch.
         tokens: most tokens (prompt and answer) in a batch, and most prefix tokens kept at a time; one prompt always fits.
         share: whether prompts may share the computation of what they begin with.
-        sizes: image key -> width and height in pixels; needed where the model takes images in tiles.
+        sizes: image key -> width and height in pixels; needed where the model takes images in tiles, and of clips.
         images: where features are kept; shared by engines that ask about the same images.
 
     Attributes:
@@ -93,7 +93,7 @@ class Engine:
         rows: int = 64,
         tokens: int = 32768,
         share: bool = True,
-        sizes: Mapping[str, tuple[int, int]] | None = None,
+        sizes: Mapping[str, Extent] | None = None,
         images: EncodedImages | None = None,
     ) -> None:
         self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
@@ -276,8 +276,8 @@ class Engine:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of `images` at the placeholders."""
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.device)
-        sizes = (torch.tensor([self.sizes[key] for key in images]),) if images and self.sizes is not None else ()
-        return self.model.embed(ids, None, self._images.features(images), *sizes)[0]
+        extents = self.model.extents([self.sizes[key] for key in images]) if self.sizes is not None else {}
+        return self.model.embed(ids, None, self._images.features(images), **extents)[0]
 
     def _alone(self, prompt: Prompt) -> Iterator[Continued]:
         embeddings = self._embed([prompt.ids], prompt.images)

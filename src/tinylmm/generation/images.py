@@ -11,7 +11,7 @@ from torch import Tensor
 from tinylmm.models.lmm import LMM
 
 ENCODE_IMAGES = 64
-"""Images that go through the tower at once."""
+"""Images, tiles or frames that go through the tower at once."""
 
 
 class EncodedImages:
@@ -19,13 +19,14 @@ class EncodedImages:
 
     Args:
         keep: so many images stay although nobody has announced a use of them, those used last.
+        stored: key -> features (T, P, Dv) that somebody computed before, None where nobody did.
 
     Attributes:
         encoded: how many images went through the tower.
     """
 
-    def __init__(self, model: LMM, keep: int = 0) -> None:
-        self.model, self.keep = model, keep
+    def __init__(self, model: LMM, keep: int = 0, stored: Callable[[str], Tensor | None] | None = None) -> None:
+        self.model, self.keep, self._stored = model, keep, stored
         self.encoded = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._uses: Counter[str] = Counter()
@@ -47,22 +48,36 @@ class EncodedImages:
         """Run the tower on images that are not there yet.
 
         Args:
-            load: key -> (3, H, W), normalised for the tower; where the model takes images in tiles, (T, 3, H, W).
+            load: key -> (3, H, W), normalised for the tower; of tiles, or frames of a clip, (T, 3, H, W).
             check: called before every batch; raises to stop.
         """
         wanted = list(dict.fromkeys(keys))
         for key in wanted:
             if key in self._features:
                 self._features.move_to_end(key)
-        missing = [key for key in wanted if key not in self._features]
-        for first in range(0, len(missing), ENCODE_IMAGES):
-            check()
-            chunk = missing[first : first + ENCODE_IMAGES]
-            views = [pixels if pixels.ndim == 4 else pixels[None] for pixels in map(load, chunk)]
-            features = self.model.tower_features(torch.cat(views))
-            self._features |= dict(zip(chunk, features.split([len(view) for view in views]), strict=True))
-            self.encoded += len(chunk)
+        waiting: dict[str, Tensor] = {}
+        for key in [key for key in wanted if key not in self._features]:
+            stored = None if self._stored is None else self._stored(key)
+            if stored is not None:
+                self._features[key] = stored
+                continue
+            if not waiting:
+                check()
+            pixels = load(key)
+            waiting[key] = pixels if pixels.ndim == 4 else pixels[None]
+            if sum(map(len, waiting.values())) >= ENCODE_IMAGES:
+                self._run_tower(waiting)
+                waiting = {}
+        if waiting:
+            self._run_tower(waiting)
+
+    def _run_tower(self, views: dict[str, Tensor]) -> None:
+        """Encode images by key, each as its views (T, 3, H, W)."""
+        pieces = torch.cat(list(views.values())).split(ENCODE_IMAGES)
+        features = torch.cat([self.model.tower_features(some) for some in pieces])
+        self._features |= dict(zip(views, features.split([len(view) for view in views.values()]), strict=True))
+        self.encoded += len(views)
 
     def features(self, keys: Sequence[str]) -> Tensor | None:
-        """(N, P, Dv) of images (or of all their tiles) in this order; None without images."""
+        """(N, P, Dv) of images (or of all their tiles and frames) in this order; None without images."""
         return torch.cat([self._features[key] for key in keys]) if keys else None

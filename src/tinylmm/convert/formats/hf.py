@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from tinylmm.convert.ask_elsewhere import ask_transformers, transformers_tolerance
+from tinylmm.convert.asking import Program
 from tinylmm.convert.configs import make_config
 from tinylmm.convert.connectors import MLP, connector_of
 from tinylmm.convert.format import Export, Format
@@ -38,6 +40,7 @@ from tinylmm.convert.hf_folder import (
     write_folder,
 )
 from tinylmm.convert.lora import merge_run, read_adapter
+from tinylmm.convert.outlets import HF
 from tinylmm.convert.parts import Parts, causal_class
 from tinylmm.convert.proof import TOLERANCE
 from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any
@@ -216,4 +219,15 @@ FORMAT = Format(
     detect=detect,
     writers={"hf": write_folder},
     obstacles=obstacles,
+    programs={
+        "hf": Program(
+            "transformers",
+            "transformers, in a fresh process without network, reads the folder and its chat template",
+            lambda: None,
+            ask_transformers,
+            transformers_tolerance,
+            ("vLLM was not run.", "Everything ran on the CPU, one question at a time."),
+        )
+    },
+    outlets={"hf": HF},
 )
