@@ -28,6 +28,7 @@ def loaded(folder, implementation):
         folder,
         model_impl=implementation,
         dtype="float32",
+        mm_processor_kwargs={"backend": "pil"},  # as training resizes; torchvision's pixels differ by a level
         max_model_len=192,
         max_num_seqs=16,
         enforce_eager=True,

@@ -58,8 +58,7 @@ def of(
                 parameter.normal_(0, 0.12 if parameter.dim() > 1 else 0.1)
                 if name.endswith("norm.weight") and not counts_from_zero:
                     parameter.add_(1)
-                # sharp attention turns the rounding of a Gemma's long vectors into other answers
-                if ("q_proj.weight" in name or "k_proj.weight" in name) and not counts_from_zero:
+                if "q_proj.weight" in name or "k_proj.weight" in name:
                     parameter.mul_(4)
                 if "embed" in name:
                     parameter.mul_(0.3 / (WIDTH**0.5 if counts_from_zero else 1))
