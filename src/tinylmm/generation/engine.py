@@ -2,10 +2,10 @@
 
 Evaluation, chat, streams and lmms-eval all ask here. Prompts about the same images share everything up to the last image
 token, and the words behind it that all prompts have in common. `Engine.replies` walks over windows of such groups: their
-prefixes are computed together and kept for as long as the window lasts, then all that follows them is answered in batches
-sorted by length, each at most `rows` rows and about `tokens` tokens. A row is followed in its batch only while no choice is in
-doubt (`choose.py`); otherwise it is answered again by `decode_alone`, whose answer is the definition. Then every answer is that
-of `decode_alone`, in whatever batch it was asked.
+prefixes are computed together and kept for as long as the window lasts, then all that follows them is answered in batches,
+each of at most `rows` prompts and about `tokens` tokens; prompts that share a prefix lie side by side behind it (`packed.py`).
+A row is followed in its batch only while no choice is in doubt (`choose.py`); otherwise it is answered again by `decode_alone`,
+whose answer is the definition. Then every answer is that of `decode_alone`, in whatever batch it was asked.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
 from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.packed import PackedRows, decode_packed
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.lmm import LMM
 from tinylmm.stop import stop_requested
 
 log = logging.getLogger(__name__)
 
+OWN_COLUMNS = 256
+"""Prompts of one row may bring so many columns of their own, or as many as what they share has."""
+SPARE = 16
+"""New tokens of each prompt that a row has room for at once; few answers about an image with many questions are longer."""
 MASKING = ("sdpa", "eager")
 """Attention implementations that take a mask with padding in the middle of a row."""
 
@@ -64,6 +69,18 @@ class _Group:
     prefix: tuple[int, ...]
     images: tuple[str, ...]
     prompts: list[Prompt] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Prompts that lie side by side behind the prefix of the group at `place` in its window."""
+
+    place: int
+    prompts: list[Prompt]
+
+    def columns(self, past: int, limit: Callable[[Prompt], int]) -> int:
+        """What the row takes of a cache, `limit` new tokens of each prompt with it."""
+        return past + sum(len(prompt.ids) - past + limit(prompt) for prompt in self.prompts)
 
 
 class Engine:
@@ -207,9 +224,13 @@ class Engine:
     def _answer_window(self, window: list[_Group]) -> Iterator[list[Reply]]:
         past = len(window[0].prefix)
         prefixes = self._prefixes(window) if past else None
+        longest = max(self._cost(prompt) for group in window for prompt in group.prompts)
+        if prefixes is not None and self._can_pad(longest):
+            yield from self._answer_packed(window, prefixes)
+            return
         rows = [(place, prompt) for place, group in enumerate(window) for prompt in group.prompts]
         rows.sort(key=lambda row: -len(row[1].ids))
-        for batch in self._batches([prompt for _, prompt in rows], past):
+        for batch in self._batches([prompt for _, prompt in rows]):
             places, rows = [place for place, _ in rows[: len(batch)]], rows[len(batch) :]
             cache = (
                 new_cache(self.model.llm)
@@ -224,6 +245,49 @@ class Engine:
             found = last(decode(self.model.llm, start, choose, self.ends, limits, _check_stop))
             yield [self._settled(prompt, answer, len(batch)) for prompt, answer in zip(batch, found, strict=True)]
 
+    def _answer_packed(self, window: list[_Group], prefixes: DynamicCache) -> Iterator[list[Reply]]:
+        """Answer the prompts of a window's groups, those about the same images side by side behind what they share."""
+        past, llm = len(window[0].prefix), self.model.llm
+        for batch in self._row_batches(window):
+            prompts = [prompt for row in batch for prompt in row.prompts]
+            limits = [self._limit(prompt) for prompt in prompts]
+            places = torch.tensor([row.place for row in batch], device=self.device)
+            spare = max(row.columns(past, lambda prompt: min(self._limit(prompt), SPARE)) for row in batch) - past
+            packed = PackedRows(llm, select_rows(prefixes, places, spare), past, len(batch))
+            texts = [[prompt.ids[past:] for prompt in row.prompts] for row in batch]
+            choose = Chooser(self.sampling, len(prompts), self.device)
+            found = last(decode_packed(packed, texts, self._embed, choose, self.ends, limits, _check_stop))
+            yield [self._settled(prompt, answer, len(prompts)) for prompt, answer in zip(prompts, found, strict=True)]
+
+    def _row_batches(self, window: list[_Group]) -> Iterator[list[_Row]]:
+        """Cut groups into rows, widest first, and these into batches within both bounds."""
+        past = len(window[0].prefix)
+        rows = [_Row(place, part) for place, group in enumerate(window) for part in self._parts(group.prompts, past)]
+        rows.sort(key=lambda row: -row.columns(past, self._limit))
+        batch: list[_Row] = []
+        for row in rows:
+            prompts = sum(len(other.prompts) for other in [*batch, row])
+            widest = (batch or [row])[0].columns(past, self._limit)
+            if batch and (prompts > self.rows or (len(batch) + 1) * widest > self.tokens):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _parts(self, prompts: list[Prompt], past: int) -> list[list[Prompt]]:
+        """Cut the prompts about the same images into as few rows as may be, all about equally long.
+
+        A row's questions see each other's columns only to pass over them: more of these than of the beginning are no gain.
+        """
+        prompts = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+        own, cost = len(prompts[0].ids) - past, self._cost(prompts[0]) - past
+        most = min(self.rows, max(past, OWN_COLUMNS) // own, (self.tokens - past) // cost)
+        while most > 1 and not self.kind.pads(past + most * cost):
+            most -= 1
+        parts = -(-len(prompts) // max(1, most))
+        return [prompts[number::parts] for number in range(parts)]
+
     def _settled(self, prompt: Prompt, answer: Continued, rows: int) -> Reply:
         """The row's own answer, or after a near-tie the reference's."""
         if not answer.tied:
@@ -233,15 +297,14 @@ class Engine:
         again.seconds += answer.seconds
         return self._reply(prompt, again, rows, alone=True)
 
-    def _batches(self, prompts: list[Prompt], past: int) -> Iterator[list[Prompt]]:
-        """Cut prompts, longest first, into batches within both bounds; of equal length where padding would change them."""
+    def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+        """Cut prompts, longest first, into batches within both bounds, of equal length: padding would change them."""
         batch: list[Prompt] = []
         largest = 0
         for prompt in prompts:
             if batch:
                 full = len(batch) == self.rows or (len(batch) + 1) * max(largest, self._cost(prompt)) > self.tokens
-                pads = past > 0 and self._can_pad(max(largest, self._cost(prompt)))
-                if full or (not pads and len(prompt.ids) != len(batch[0].ids)):
+                if full or len(prompt.ids) != len(batch[0].ids):
                     yield batch
                     batch, largest = [], 0
             batch.append(prompt)
@@ -272,7 +335,7 @@ class Engine:
         return caches[0] if len(caches) == 1 else join_rows(caches)
 
     @torch.no_grad()
-    def _embed(self, rows: Sequence[Sequence[int]], images: Sequence[str]) -> Tensor:
+    def _embed(self, rows: Sequence[Sequence[int]], images: Sequence[str] = ()) -> Tensor:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of `images` at the placeholders."""
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.device)
