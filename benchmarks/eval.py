@@ -20,7 +20,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,14 +165,7 @@ def _measure(
         return transform(open_image_ref(refs[key]))
 
     def alone(prompt: Prompt) -> list[int]:
-        with torch.no_grad():
-            features = model.tower_features(load(prompt.images[0])[None])
-            embeddings, _ = model.embed(torch.tensor([prompt.ids]), None, features)
-        end = int(tokenizer.eos_token_id)
-        choice: dict[str, Any] = {"do_sample": False, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-        new: Any = model.llm.generate(inputs_embeds=embeddings, max_new_tokens=options.new_tokens, **choice)  # type: ignore[operator]
-        ids: list[int] = new[0].tolist()
-        return ids[: ids.index(end)] if end in ids else ids
+        return ask_alone(model, load, prompt, tokenizer, options.new_tokens)
 
     chosen = random.Random(1).sample(prompts, min(options.baseline, len(prompts)))
     halves = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
@@ -206,6 +199,21 @@ def _measure(
         "near_ties": engine.near_ties,
         "images_encoded": engine.images_encoded,
     }
+
+
+def ask_alone(
+    model: LMM, load: Callable[[str], torch.Tensor], prompt: Prompt, tokenizer: PreTrainedTokenizerFast, new_tokens: int
+) -> list[int]:
+    """Answer one question as evaluation scripts do: the image through the tower, then transformers' greedy generation."""
+    device = next(model.llm.parameters()).device
+    with torch.no_grad():
+        features = model.tower_features(load(prompt.images[0])[None])
+        embeddings, _ = model.embed(torch.tensor([prompt.ids], device=device), None, features)
+    end = int(tokenizer.eos_token_id)
+    choice: dict[str, Any] = {"do_sample": False, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    new: Any = model.llm.generate(inputs_embeds=embeddings, max_new_tokens=new_tokens, **choice)  # type: ignore[operator]
+    ids: list[int] = new[0].tolist()
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 @dataclass(frozen=True)

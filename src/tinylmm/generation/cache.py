@@ -153,7 +153,7 @@ def pick_columns(cache: DynamicCache, rows: Tensor, columns: Tensor) -> DynamicC
             picked.layers.append(_RoomyLayer(keys, values))
         else:
             twin = copy.copy(layer)
-            twin.keys, twin.values, twin.cumulative_length = keys, values, columns.shape[1]  # type: ignore[attr-defined]
+            twin.keys, twin.values, twin.cumulative_length = keys, values, columns.shape[1]
             picked.layers.append(twin)
     return picked
 
