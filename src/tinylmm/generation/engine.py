@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -26,6 +27,7 @@ from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
 from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.invariant import IN_DOUBLE, invariant_rows
 from tinylmm.generation.packed import PackedRows, decode_packed
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.lmm import LMM
@@ -37,7 +39,7 @@ OWN_COLUMNS = 256
 """Prompts of one row may bring so many columns of their own, or as many as what they share has."""
 SPARE = 16
 """New tokens of each prompt that a row has room for at once; few answers about an image with many questions are longer."""
-MASKING = ("sdpa", "eager")
+MASKING = ("sdpa", "eager", IN_DOUBLE)
 """Attention implementations that take a mask with padding in the middle of a row."""
 
 
@@ -95,6 +97,7 @@ class Engine:
         share: whether prompts may share the computation of what they begin with.
         sizes: image key -> width and height in pixels; needed where the model takes images in tiles.
         images: where features are kept; shared by engines that ask about the same images.
+        invariant: compute each row as if it were alone (`invariant.py`): slower, and the promise holds in bf16 and fp16 too.
 
     Attributes:
         exact: whether an answer is promised to be the same tokens in any batch, with and without shared prefixes.
@@ -112,15 +115,19 @@ class Engine:
         share: bool = True,
         sizes: Mapping[str, tuple[int, int]] | None = None,
         images: EncodedImages | None = None,
+        invariant: bool = False,
     ) -> None:
         self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
         self.sampling, self.rows, self.tokens, self.share = sampling, rows, tokens, share
         parameter = next(model.llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.kind: CacheKind = cache_kind(model.llm)
-        self.exact = self.dtype in TIE
+        self.invariant = invariant
+        self.exact = self.dtype in TIE or invariant
         self.near_ties = 0
         self._images = images or EncodedImages(model)
+        if invariant:
+            self._images.at_once = 1
 
     @property
     def images_encoded(self) -> int:
@@ -142,12 +149,13 @@ class Engine:
         uses = Counter(key for group in groups for key in group.images)
         self._images.announce(uses.elements())
         try:
-            for window in self._windows(groups):
-                keys = [key for group in window for key in group.images]
-                self._images.encode(keys, self.load, _check_stop)
-                yield from self._replies(window, together)
-                self._images.release(keys)
-                uses.subtract(keys)
+            with self._rows_apart():
+                for window in self._windows(groups):
+                    keys = [key for group in window for key in group.images]
+                    self._images.encode(keys, self.load, _check_stop)
+                    yield from self._replies(window, together)
+                    self._images.release(keys)
+                    uses.subtract(keys)
         finally:  # also where the caller leaves, or an answer fails
             self._images.release((+uses).elements())
 
@@ -164,16 +172,21 @@ class Engine:
         The prompt's images are encoded before this returns, so that their faults come before the first id.
         """
         self._images.announce(prompt.images)
-        self._images.encode(prompt.images, self.load, _check_stop)
-        steps = self._alone(prompt)
+        with self._rows_apart():
+            self._images.encode(prompt.images, self.load, _check_stop)
+            steps = self._alone(prompt)
         self._images.release(prompt.images)
         return self._new_ids(steps)
 
     def _new_ids(self, steps: Iterator[Continued]) -> Iterator[int]:
         sent = 0
-        for answer in steps:
-            yield from answer.ids[sent:]
-            sent = len(answer.ids)
+        with self._rows_apart():
+            for answer in steps:
+                yield from answer.ids[sent:]
+                sent = len(answer.ids)
+
+    def _rows_apart(self) -> AbstractContextManager[None]:
+        return invariant_rows(self.model) if self.invariant else nullcontext()
 
     def _say_what_is_promised(self, longest: int) -> None:
         if not self.exact:

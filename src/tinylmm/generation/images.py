@@ -11,7 +11,7 @@ from torch import Tensor
 from tinylmm.models.lmm import LMM
 
 ENCODE_IMAGES = 64
-"""Images that go through the tower at once."""
+"""Images that go through the tower at once, where nothing speaks against it."""
 
 
 class EncodedImages:
@@ -21,11 +21,13 @@ class EncodedImages:
         keep: so many images stay although nobody has announced a use of them, those used last.
 
     Attributes:
+        at_once: images that go through the tower together.
         encoded: how many images went through the tower.
     """
 
     def __init__(self, model: LMM, keep: int = 0) -> None:
         self.model, self.keep = model, keep
+        self.at_once = ENCODE_IMAGES
         self.encoded = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._uses: Counter[str] = Counter()
@@ -55,9 +57,9 @@ class EncodedImages:
             if key in self._features:
                 self._features.move_to_end(key)
         missing = [key for key in wanted if key not in self._features]
-        for first in range(0, len(missing), ENCODE_IMAGES):
+        for first in range(0, len(missing), self.at_once):
             check()
-            chunk = missing[first : first + ENCODE_IMAGES]
+            chunk = missing[first : first + self.at_once]
             views = [pixels if pixels.ndim == 4 else pixels[None] for pixels in map(load, chunk)]
             features = self.model.tower_features(torch.cat(views))
             self._features |= dict(zip(chunk, features.split([len(view) for view in views]), strict=True))
