@@ -56,8 +56,9 @@ def answer(setting: Setting) -> None:
     def ask(prompt: Prompt) -> list[int]:
         return ask_alone(model, load, prompt, tokenizer, new_tokens)
 
-    def replies(rows: int, prompts: list[Prompt]) -> tuple[dict[str, list[int]], Engine]:
-        engine = Engine(model, load, maker.ends, Sampling(max_new_tokens=new_tokens), rows=rows)
+    def replies(rows: int, prompts: list[Prompt], invariant: bool = False) -> tuple[dict[str, list[int]], Engine]:
+        sampling = Sampling(max_new_tokens=new_tokens)
+        engine = Engine(model, load, maker.ends, sampling, rows=rows, invariant=invariant)
         return {reply.item_id: reply.ids for batch in engine.replies(prompts) for reply in batch}, engine
 
     for name, dtype in TYPES.items():
@@ -83,6 +84,11 @@ def answer(setting: Setting) -> None:
             "equal_to_one_at_a_time": share(said, together),
             "equal_at_batch_1_and_64": share(replies(1, chosen)[0], together),
         }
+        if name == "bf16":  # the same with rows computed apart: slower, and equal by construction
+            some = prompts[: 2 * asked]
+            (apart, _), seconds = timed(setting, lambda: replies(64, some, invariant=True))
+            few = replies(1, some[:: max(1, asked // 4)], invariant=True)[0]
+            row |= {"invariant_per_s": len(some) / seconds, "invariant_equal_at_batch_1_and_64": share(few, apart)}
         trace = Trace(setting.device)
         trace.begin()
         replies(64, prompts[: 3 * asked])

@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -26,7 +26,8 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
-from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.groups import Group, groups_of, images_of
+from tinylmm.generation.images import EncodedImages, ReadAhead
 from tinylmm.generation.invariant import IN_DOUBLE, invariant_rows
 from tinylmm.generation.packed import PackedRows, decode_packed
 from tinylmm.generation.prompts import Prompt
@@ -62,15 +63,6 @@ class Reply:
     seconds: float
     rows: int
     alone: bool
-
-
-@dataclass
-class _Group:
-    """Prompts that begin with the same tokens over the same images."""
-
-    prefix: tuple[int, ...]
-    images: tuple[str, ...]
-    prompts: list[Prompt] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -145,21 +137,22 @@ class Engine:
         if len(prompts) > 1:
             self._say_what_is_promised(longest)
         together = self.kind.shareable and (self.kind.long_from is None or longest <= self.kind.long_from)
-        groups = self._groups(prompts, self.share and together)
+        groups = groups_of(prompts, self.share and together)
         uses = Counter(key for group in groups for key in group.images)
         self._images.announce(uses.elements())
         try:
-            with self._rows_apart():
-                for window in self._windows(groups):
-                    keys = [key for group in window for key in group.images]
-                    self._images.encode(keys, self.load, _check_stop)
+            windows = [(window, [key for group in window for key in group.images]) for window in self._windows(groups)]
+            ahead = ReadAhead(self.load, self._images.missing(key for _, keys in windows for key in keys))
+            with self._rows_apart(), ahead as load:
+                for window, keys in windows:
+                    self._images.encode(keys, load, _check_stop)
                     yield from self._replies(window, together)
                     self._images.release(keys)
                     uses.subtract(keys)
         finally:  # also where the caller leaves, or an answer fails
             self._images.release((+uses).elements())
 
-    def _replies(self, window: list[_Group], together: bool) -> Iterator[list[Reply]]:
+    def _replies(self, window: list[Group], together: bool) -> Iterator[list[Reply]]:
         if together:
             yield from self._answer_window(window)
             return
@@ -210,20 +203,10 @@ class Engine:
         if limit is not None and longest > limit:
             log.warning("prompts with answers reach %d tokens, the model was made for %d", longest, limit)
 
-    def _groups(self, prompts: Sequence[Prompt], share: bool) -> list[_Group]:
-        """Groups of prompts with equal beginnings, longest first (what does not fit shows at once), else as given."""
-        shared = _shared_lengths(prompts) if share else {}
-        groups: dict[tuple[tuple[int, ...], tuple[str, ...]], _Group] = {}
-        for prompt in prompts:
-            prefix = prompt.ids[: shared.get(_behind_images(prompt), 0)]
-            groups.setdefault((prefix, prompt.images), _Group(prefix, prompt.images)).prompts.append(prompt)
-        longest = {key: max(len(prompt.ids) for prompt in group.prompts) for key, group in groups.items()}
-        return [groups[key] for key in sorted(groups, key=lambda key: (-len(key[0]), -longest[key]))]
-
-    def _windows(self, groups: list[_Group]) -> Iterator[list[_Group]]:
+    def _windows(self, groups: list[Group]) -> Iterator[list[Group]]:
         """Groups of equal prefix length, as many as may be kept at a time."""
         for _, same in groupby(groups, key=lambda group: len(group.prefix)):
-            window: list[_Group] = []
+            window: list[Group] = []
             held = 0
             for group in same:
                 cost = max(len(group.prefix), group.prompts[0].ids.count(IMAGE_TOKEN_ID), 1)
@@ -234,7 +217,7 @@ class Engine:
                 held += cost
             yield window
 
-    def _answer_window(self, window: list[_Group]) -> Iterator[list[Reply]]:
+    def _answer_window(self, window: list[Group]) -> Iterator[list[Reply]]:
         past = len(window[0].prefix)
         prefixes = self._prefixes(window) if past else None
         longest = max(self._cost(prompt) for group in window for prompt in group.prompts)
@@ -251,14 +234,14 @@ class Engine:
                 else select_rows(prefixes, torch.tensor(places, device=self.device))
             )
             lengths = [len(prompt.ids) - past for prompt in batch]
-            embeddings = self._embed([prompt.ids[past:] for prompt in batch], [] if past else _images(batch))
+            embeddings = self._embed([prompt.ids[past:] for prompt in batch], [] if past else images_of(batch))
             limits = [self._limit(prompt) for prompt in batch]
             choose = Chooser(self.sampling, len(batch), self.device)
             start = Start(cache, past, embeddings, lengths)
             found = last(decode(self.model.llm, start, choose, self.ends, limits, _check_stop))
             yield [self._settled(prompt, answer, len(batch)) for prompt, answer in zip(batch, found, strict=True)]
 
-    def _answer_packed(self, window: list[_Group], prefixes: DynamicCache) -> Iterator[list[Reply]]:
+    def _answer_packed(self, window: list[Group], prefixes: DynamicCache) -> Iterator[list[Reply]]:
         """Answer the prompts of a window's groups, those about the same images side by side behind what they share."""
         past, llm = len(window[0].prefix), self.model.llm
         for batch in self._row_batches(window):
@@ -272,7 +255,7 @@ class Engine:
             found = last(decode_packed(packed, texts, self._embed, choose, self.ends, limits, _check_stop))
             yield [self._settled(prompt, answer, len(prompts)) for prompt, answer in zip(prompts, found, strict=True)]
 
-    def _row_batches(self, window: list[_Group]) -> Iterator[list[_Row]]:
+    def _row_batches(self, window: list[Group]) -> Iterator[list[_Row]]:
         """Cut groups into rows, widest first, and these into batches within both bounds."""
         past = len(window[0].prefix)
         rows = [_Row(place, part) for place, group in enumerate(window) for part in self._parts(group.prompts, past)]
@@ -336,7 +319,7 @@ class Engine:
         return self.kind.pads(tokens) and getattr(self.model.llm.config, "_attn_implementation", "") in MASKING
 
     @torch.no_grad()
-    def _prefixes(self, window: list[_Group]) -> DynamicCache:
+    def _prefixes(self, window: list[Group]) -> DynamicCache:
         """One cache with a row a group; computed in batches, then put together."""
         size = max(1, min(self.rows, self.tokens // len(window[0].prefix)))
         caches = []
@@ -362,34 +345,6 @@ class Engine:
 
     def _reply(self, prompt: Prompt, answer: Continued, rows: int, alone: bool) -> Reply:
         return Reply(prompt.item_id, answer.ids, len(prompt.ids), answer.steps, answer.seconds, rows, alone)
-
-
-def _images(prompts: Sequence[Prompt]) -> list[str]:
-    return [key for prompt in prompts for key in prompt.images]
-
-
-def _shared_lengths(prompts: Sequence[Prompt]) -> dict[int, int]:
-    """How long the prefixes are: where the images end -> there, and on for as long as all such prompts say the same.
-
-    Prompts that end with an image have nothing left to ask behind a prefix; they share none.
-    """
-    tails: dict[int, list[tuple[int, ...]]] = {}
-    for prompt in prompts:
-        end = _behind_images(prompt)
-        tails.setdefault(end, []).append(prompt.ids[end:])
-    return {end: end + _common(rows) if all(rows) else 0 for end, rows in tails.items()}
-
-
-def _behind_images(prompt: Prompt) -> int:
-    """Index behind the last image token, 0 where there is none."""
-    return len(prompt.ids) - prompt.ids[::-1].index(IMAGE_TOKEN_ID) if prompt.images else 0
-
-
-def _common(rows: Sequence[tuple[int, ...]]) -> int:
-    """Length of what all rows begin with, less one token of the shortest: something must be left to ask."""
-    first, last = min(rows), max(rows)  # in lexical order all others lie between them
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(same, min(len(row) for row in rows) - 1)
 
 
 def _check_stop() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -12,6 +13,40 @@ from tinylmm.models.lmm import LMM
 
 ENCODE_IMAGES = 64
 """Images that go through the tower at once, where nothing speaks against it."""
+READ_AHEAD = 64
+"""Images that are read before they are asked for."""
+
+
+class ReadAhead:
+    """Reads images in a thread of its own while the model works on those before.
+
+    One thread: what reads a benchmark's tables keeps the part that neighbours share, and would read it once a thread.
+
+    Args:
+        load: key -> pixels.
+        keys: in the order in which they will be asked for; what is asked for besides is read there and then.
+    """
+
+    def __init__(self, load: Callable[[str], Tensor], keys: Sequence[str]) -> None:
+        self._load, self._keys = load, deque(keys if len(keys) > 1 else [])
+        self._reading: dict[str, Future[Tensor]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Callable[[str], Tensor]:
+        if self._keys:
+            self._reader = ThreadPoolExecutor(1, "read-ahead")
+        return self._next
+
+    def __exit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self, key: str) -> Tensor:
+        while self._reader is not None and self._keys and len(self._reading) < READ_AHEAD:
+            following = self._keys.popleft()
+            self._reading[following] = self._reader.submit(self._load, following)
+        found = self._reading.pop(key, None)
+        return self._load(key) if found is None else found.result()
 
 
 class EncodedImages:
@@ -44,6 +79,10 @@ class EncodedImages:
             del self._features[key]
         self._uses = +self._uses
 
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those, each once, whose features are not there."""
+        return [key for key in dict.fromkeys(keys) if key not in self._features]
+
     @torch.no_grad()
     def encode(self, keys: Sequence[str], load: Callable[[str], Tensor], check: Callable[[], None]) -> None:
         """Run the tower on images that are not there yet.
@@ -52,11 +91,10 @@ class EncodedImages:
             load: key -> (3, H, W), normalised for the tower; where the model takes images in tiles, (T, 3, H, W).
             check: called before every batch; raises to stop.
         """
-        wanted = list(dict.fromkeys(keys))
-        for key in wanted:
+        for key in dict.fromkeys(keys):
             if key in self._features:
                 self._features.move_to_end(key)
-        missing = [key for key in wanted if key not in self._features]
+        missing = self.missing(keys)
         for first in range(0, len(missing), self.at_once):
             check()
             chunk = missing[first : first + self.at_once]

@@ -41,7 +41,7 @@ def test_every_section_measures_at_tiny_size(tmp_path: Path) -> None:
         assert ours["samples_per_s"] > 0 and ours["tflop_a_sample"] > 0 and ours["share_of_matmul"] > 0
     exact, narrow = (next(r for r in rows if r.get("precision") == name) for name in ("fp32", "bf16"))
     assert exact["equal_to_one_at_a_time"] == exact["equal_at_batch_1_and_64"] == 1 and exact["promised"]
-    assert 0 <= narrow["equal_at_batch_1_and_64"] <= 1
+    assert 0 <= narrow["equal_at_batch_1_and_64"] <= 1 and narrow["invariant_equal_at_batch_1_and_64"] == 1
 
 
 @pytest.mark.slow
