@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,7 +118,9 @@ def runs(
     if as_json:
         echo_json([_as_json(run) for run in rows])
         return
-    remarks = [_remarks(run) for run in rows]
+    alive = [job for run in rows if run.status == "running" for job in run.jobs.values()]
+    states = queued(alive) if alive else {}
+    remarks = [_remarks(run, states) for run in rows]
     table = Table(
         _uncut_column("run"),
         _uncut_column("status"),
@@ -178,21 +180,21 @@ def _as_json(run: RunRecord) -> dict[str, Any]:
     return {**content, "folder": str(run.folder)}
 
 
-def _remarks(run: RunRecord) -> str:
+def _remarks(run: RunRecord, states: Mapping[str, str] | None) -> str:
     if run.status == "unreadable":
         return run.problem
     if run.status == "running":
         active = [stage.name for stage in run.stages if stage.status == "running"]
-        who = _in_queue(run) if run.jobs else describe(run)
+        who = _in_queue(run, states) if run.jobs else describe(run)
         return who + (f": {', '.join(active)}" if active else "")
     return ", ".join(f"{stage.name} failed" for stage in run.stages if stage.status == "failed")
 
 
-def _in_queue(run: RunRecord) -> str:
-    states = queued(run.jobs.values())
+def _in_queue(run: RunRecord, states: Mapping[str, str] | None) -> str:
+    jobs = set(run.jobs.values())
     if states is None:
-        return f"jobs {', '.join(sorted(set(run.jobs.values()), key=int))}"
-    counted = Counter(state.lower() for state in states.values())
+        return f"jobs {', '.join(sorted(jobs, key=int))}"
+    counted = Counter(states[job].lower() for job in jobs & states.keys())
     return ", ".join(f"{number} jobs {state}" for state, number in sorted(counted.items()))
 
 

@@ -40,7 +40,9 @@ class SourceSpec(Frozen):
     """Shown when a file is missing."""
 
     @model_validator(mode="after")
-    def _skip_needs_a_limit(self) -> SourceSpec:
+    def _skip_and_its_limit(self) -> SourceSpec:
+        if self.on_bad == "fail" and self.max_bad:
+            raise ValueError("has a `max_bad`, which allows nothing while on_bad=fail; set on_bad=skip too")
         if self.on_bad == "skip" and self.max_bad == 0:
             raise ValueError(
                 "on_bad=skip needs max_bad, the number of records that may be left out; set max_bad to 1 or more"

@@ -12,7 +12,16 @@ from tinylmm.config.compose import run_name
 from tinylmm.errors import ClaimLostError, DiskError, StoppedError, TinyLMMError, WaitingError, worst_exit_code
 from tinylmm.planning.planner import RunPlan
 from tinylmm.store.provenance import now
-from tinylmm.store.runs import RunRecord, RunStatus, StageRow, StageStatus, create_run, read_run, run_lock, write_run
+from tinylmm.store.runs import (
+    RunRecord,
+    RunStatus,
+    StageRow,
+    StageStatus,
+    create_run,
+    recorded_run,
+    run_lock,
+    write_run,
+)
 from tinylmm.store.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -150,7 +159,7 @@ class Ledger:
         run = plan.run
         rows = [StageRow(stage.kind, stage.name, stage.digest, stage.key) for stage in plan.graph]
         folder = create_run(run.store, run_name(run), run.name, plan.overrides, run.model_dump(mode="json"), rows)
-        record = read_run(folder)
+        record = recorded_run(folder)
         return Run(plan, record, {row.digest: row for row in record.stages}, {row.digest for row in rows})
 
     def _closed(self, run: Run) -> RunRecord:
@@ -184,7 +193,7 @@ class SharedLedger(Ledger):
         super().__init__(plans)
 
     def _run(self, number: int, plan: RunPlan) -> Run:
-        record = read_run(self._folders[number])
+        record = recorded_run(self._folders[number])
         rows = {row.digest: row for row in record.stages}
         return Run(plan, record, rows, rows.keys() & set(self._own))
 
@@ -196,7 +205,7 @@ class SharedLedger(Ledger):
             super()._write(run)
 
     def _as_it_is(self, run: Run) -> RunRecord:
-        record = read_run(run.folder)
+        record = recorded_run(run.folder)
         return replace(record, stages=tuple(self._row(run, there) for there in record.stages))
 
     def _row(self, run: Run, there: StageRow) -> StageRow:

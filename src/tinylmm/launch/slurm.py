@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +28,14 @@ from tinylmm.errors import (
     UserError,
     WaitingError,
 )
-from tinylmm.launch.ledger import Ledger, RunOutcome
+from tinylmm.launch.ledger import Ledger, Run, RunOutcome
 from tinylmm.launch.slurm_jobs import CloseRuns, MakeStage, Report, Terminal, close_run, outcome_of
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stop import stop_requested, watch_for_stop
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.queue import queued
-from tinylmm.store.runs import CLOSING, RunRecord, read_run, run_lock, write_run
+from tinylmm.store.runs import CLOSING, RunRecord, read_all, recorded_run, run_lock, write_run
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
@@ -76,17 +76,15 @@ def submit(plans: Sequence[RunPlan], terminal: Terminal, report: Report) -> list
         raise
     if not jobs:
         return [outcome_of(close_run(run.folder)) for run in ledger.runs]
-    folders = [run.folder for run in ledger.runs]
-    _note(folders, ledger, jobs)
-    return _follow(folders, jobs, terminal())
+    return _follow([run.folder for run in ledger.runs], jobs, terminal())
 
 
-def _note(folders: Sequence[Path], ledger: Ledger, jobs: dict[str, str]) -> None:
-    """Write into each run's record which jobs make its stages."""
-    for folder, run in zip(folders, ledger.runs, strict=True):
-        with run_lock(folder):
-            own = {digest: job for digest, job in jobs.items() if digest in run.rows or digest == CLOSING}
-            write_run(folder, replace(read_run(folder), jobs=own))
+def _note(runs: Iterable[Run], digest: str, job: str) -> None:
+    """Write into the record of each run which job makes a stage: at once, so that a run whose command dies has its jobs."""
+    for run in runs:
+        with run_lock(run.folder):
+            record = recorded_run(run.folder)
+            write_run(run.folder, replace(record, jobs={**record.jobs, digest: job}))
 
 
 class _Queue:
@@ -110,12 +108,14 @@ class _Queue:
             self.ledger.flush()  # now: from the first job on, jobs write into these records
             for stage in todo:
                 jobs[stage.digest] = self._of_another(stage) or self._submit(stage, jobs)
+                _note(self._users(stage), stage.digest, jobs[stage.digest])
         if jobs:
             runs = tuple(str(run.folder.resolve()) for run in self.ledger.runs)
             what = {"dependency": f"afterany:{':'.join(sorted(set(jobs.values())))}", "comment": "report"}
             executor = _executor(self.folder, self.plans[0].run.launch, ranks=False, minutes=CLOSING_MINUTES)
             executor.update_parameters(job_name=f"{self.token}-report", **what)
             jobs[CLOSING] = self._job(executor, CloseRuns(runs, self.terminal, self.report))
+            _note(self.ledger.runs, CLOSING, jobs[CLOSING])
         return jobs
 
     def _is_settled(self, stage: Stage) -> bool:
@@ -161,8 +161,11 @@ class _Queue:
         job = path.read_text(encoding="utf-8").strip()
         return job if queued([job]) else None
 
+    def _users(self, stage: Stage) -> list[Run]:
+        return [run for run in self.ledger.runs if stage.digest in run.rows]
+
     def _submit(self, stage: Stage, jobs: dict[str, str]) -> str:
-        users = [run for run in self.ledger.runs if stage.digest in run.rows]
+        users = self._users(stage)
         launch = users[0].plan.run.launch
         kind = KINDS[stage.kind]
         executor = _executor(self.folder, launch, kind.uses_ranks)
@@ -250,7 +253,7 @@ def _follow(folders: Sequence[Path], jobs: dict[str, str], console: Console) -> 
         )
         while True:
             states = queued(jobs.values())
-            records = [read_run(folder) for folder in folders]
+            records = [recorded_run(folder) for folder in folders]
             rows = {row.digest: row for record in records for row in record.stages if row.digest in jobs}
             for digest, row in rows.items():
                 job = jobs[digest]
@@ -259,7 +262,7 @@ def _follow(folders: Sequence[Path], jobs: dict[str, str], console: Console) -> 
                     shown[digest] = state
                     console.print(f"  {row.kind} {row.name}  {state.lower()}  (job {job})", highlight=False)
             if states is not None and jobs[CLOSING] not in states:
-                return [outcome_of(read_run(folder)) for folder in folders]
+                return list(map(outcome_of, read_all(folders)))
             _sleep(f"jobs {', '.join(sorted(set(jobs.values()), key=int))}")
 
 

@@ -34,7 +34,7 @@ from tinylmm.planning.planner import RunPlan, plan_run, require_files
 from tinylmm.stop import watch_for_stop
 from tinylmm.store.layout import ERROR_FILE, LOG_FILE, MARKER_FILE, StoreLayout
 from tinylmm.store.provenance import now
-from tinylmm.store.runs import RunRecord, RunStatus, StageRow, read_run, run_lock, write_run
+from tinylmm.store.runs import RunRecord, RunStatus, StageRow, recorded_run, run_lock, write_run
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -112,7 +112,7 @@ def _plan_again(folder: Path, digest: str) -> RunPlan:
     Raises:
         UserError: they have changed since.
     """
-    record = read_run(folder)
+    record = recorded_run(folder)
     plan = plan_run(RunSpec.model_validate(record.spec), record.name, record.overrides)
     require_files(plan)
     if all(stage.digest != digest for stage in plan.graph):
@@ -126,7 +126,7 @@ def _plan_again(folder: Path, digest: str) -> RunPlan:
 def close_run(folder: Path) -> RunRecord:
     """Say in a run's record how it has ended, by what the store has; returns it."""
     with run_lock(folder):
-        record = read_run(folder)
+        record = recorded_run(folder)
         layout = StoreLayout(folder.resolve().parents[1])
         rows = tuple(_settled(row, layout) for row in record.stages)
         left = [row for row in rows if not row.finished]

@@ -8,11 +8,12 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from filelock import FileLock
 
@@ -34,6 +35,8 @@ from tinylmm.store.queue import queued
 RUN_FORMAT = 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 NAME_LENGTH = 200
+T = TypeVar("T")
+
 CLOSING = "closing"
 """Stands among a run's jobs for the one that comes after all stages."""
 TRAIN = "train"
@@ -132,29 +135,68 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Return the record of the run in `folder`; the one reader of run.json.
+    """Return the record of the run in `folder`, as the run stands.
 
-    A record that says "running" reads as "stopped" if its process is gone (of another host's nothing can be known here).
+    A record that says "running" reads as "stopped" if its process is gone (of another host's nothing can be known here), or
+    SLURM knows none of its jobs.
 
     Raises:
         IntegrityError: run.json is missing, of another format, or damaged; the message names it.
     """
+    run = recorded_run(folder)
+    return _as_it_stands(run, queued(run.jobs.values()) if run.status == "running" and run.jobs else {})
+
+
+def recorded_run(folder: Path) -> RunRecord:
+    """Return what run.json says, the one reader of it; for who writes it again, or knows how the run stands.
+
+    Raises:
+        IntegrityError: it is missing, of another format, or damaged; the message names it.
+    """
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        run = _parsed(folder, content)
-        return replace(run, status="stopped") if run.status == "running" and _is_gone(run, path) else run
+        return _parsed(folder, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise IntegrityError(f"{path} cannot be read ({reason}).") from error
+        raise _unreadable(path, error) from error
 
 
-def _is_gone(run: RunRecord, path: Path) -> bool:
-    """Whether it is known that nobody works on a run any more."""
+def read_all(folders: Iterable[Path]) -> list[RunRecord]:
+    """`read_run` of each, with one question to SLURM; what cannot be read has status "unreadable" and a `problem`."""
+    runs = [_or_problem(recorded_run, folder, folder) for folder in folders]
+    jobs = [job for run in runs if run.status == "running" for job in run.jobs.values()]
+    states = queued(jobs) if jobs else {}
+    return [_or_problem(partial(_as_it_stands, states=states), run, run.folder) for run in runs]
+
+
+def _as_it_stands(run: RunRecord, states: Mapping[str, str] | None) -> RunRecord:
+    """What is left of a record that says "running"; `states` as of `queued`."""
+    if run.status != "running":
+        return run
     if run.jobs:
-        return queued(run.jobs.values()) == {}
-    process = run.process
-    return process is not None and (is_running(process) is False or ended_with_boot(process, path.stat().st_mtime))
+        gone = states is not None and states.keys().isdisjoint(run.jobs.values())
+    else:
+        try:
+            gone = run.process is not None and _has_ended(run.process, run.folder / RUN_FILE)
+        except OSError as error:
+            raise _unreadable(run.folder / RUN_FILE, error) from error
+    return replace(run, status="stopped") if gone else run
+
+
+def _has_ended(process: Process, record: Path) -> bool:
+    """Whether it is known that a process is gone."""
+    return is_running(process) is False or ended_with_boot(process, record.stat().st_mtime)
+
+
+def _unreadable(path: Path, error: Exception) -> IntegrityError:
+    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return IntegrityError(f"{path} cannot be read ({reason}).")
+
+
+def _or_problem(read: Callable[[T], RunRecord], what: T, folder: Path) -> RunRecord:
+    try:
+        return read(what)
+    except IntegrityError as error:
+        return RunRecord(folder, "unreadable", iso(folder.stat().st_mtime), problem=str(error))
 
 
 def run_lock(folder: Path) -> FileLock:
@@ -277,7 +319,7 @@ def read_runs(store_root: Path) -> list[RunRecord]:
     """Return all runs, newest first; one whose run.json cannot be read has status "unreadable" and a `problem`."""
     runs = StoreLayout(Path(store_root)).runs
     folders = [path for path in runs.iterdir() if path.is_dir() and path.name[0] != "."] if runs.is_dir() else []
-    return sorted(map(_readable_or_not, folders), key=lambda run: (run.created, run.name), reverse=True)
+    return sorted(read_all(folders), key=lambda run: (run.created, run.name), reverse=True)
 
 
 def describe(run: RunRecord) -> str:
@@ -302,13 +344,6 @@ def used_digests(store_root: Path) -> set[str]:
     return digests
 
 
-def _readable_or_not(folder: Path) -> RunRecord:
-    try:
-        return read_run(folder)
-    except IntegrityError as error:
-        return RunRecord(folder, "unreadable", iso(folder.stat().st_mtime), problem=str(error))
-
-
 def _series(runs: Path, name: str) -> Iterator[str]:
     """Yield name, name-2, name-3 and so on; stop with an error at one that another live process works in."""
     number = 1
@@ -317,7 +352,7 @@ def _series(runs: Path, name: str) -> Iterator[str]:
         if not (runs / candidate).exists():
             yield candidate  # whoever comes back here lost it to another process: it exists now, and is looked at
             continue
-        run = _readable_or_not(runs / candidate)
+        run = _or_problem(read_run, runs / candidate, runs / candidate)
         if run.status == "running" and (run.process is None or run.process.pid != os.getpid()):
             raise UserError(
                 f"name: the run {candidate!r} is still running, as {describe(run)} since "

@@ -85,6 +85,7 @@ def test_a_wrong_way_of_tuning_is_told_at_its_own_key(tune: dict[str, Any], faul
         (TokenizerSpec, {}, "either `pretrained` or `vocab_size`"),
         (TokenizerSpec, {"pretrained": "x", "vocab_size": 5}, "either `pretrained` or `vocab_size`"),
         (SourceSpec, {"annotations": "x", "on_bad": "skip"}, "max_bad"),
+        (SourceSpec, {"annotations": "x", "max_bad": 3}, "set on_bad=skip too"),
         (LaunchSpec, {"nproc": 2}, "backend=torchrun"),
         (LaunchSpec, {"deepspeed_stage": 2}, "backend=torchrun"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import pytest
 from tinylmm.errors import IntegrityError, UserError
 from tinylmm.store import runs
 from tinylmm.store.provenance import Process, this_process
-from tinylmm.store.runs import RunRecord, StageRow, check_name, create_run, read_run, read_runs, used_digests, write_run
+from tinylmm.store.runs import (
+    RunRecord,
+    StageRow,
+    check_name,
+    create_run,
+    read_run,
+    read_runs,
+    recorded_run,
+    used_digests,
+    write_run,
+)
 
 CREATE = """
 import sys
@@ -131,6 +142,32 @@ def test_running_is_judged_by_process_where_it_can_be_seen(
 ) -> None:
     finish(create_run(tmp_path, "base"), status="running", **changes)
     assert read_runs(tmp_path)[0].status == status
+
+
+SQUEUE = """#!/bin/sh
+echo "$@" >> {asked}
+echo "11 RUNNING"
+echo "21 PENDING"
+"""
+
+
+def test_all_runs_that_slurm_makes_cost_one_question_to_its_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, program = tmp_path / "asked", tmp_path / "bin/squeue"
+    program.parent.mkdir()
+    program.write_text(SQUEUE.format(asked=asked))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    for number in range(5):
+        jobs = {"a": f"{number}1", "b": f"{number}2"}
+        finish(create_run(tmp_path, "base", f"run{number}"), status="running", jobs=jobs)
+    stand = {run.name: run.status for run in read_runs(tmp_path)}
+    assert stand == {f"run{number}": "running" if number in (1, 2) else "stopped" for number in range(5)}
+    (line,) = asked.read_text().splitlines()
+    assert "--jobs=01,02,11,12,21,22,31,32,41,42" in line
+    assert recorded_run(tmp_path / "runs/run0").status == "running"  # who writes a record again asks nobody
+    assert len(asked.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["a", "Phi2_share-1.5", "-", "_x", "0", "a" * 200])
