@@ -55,6 +55,7 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 	$(BIN)/python -m benchmarks.significance
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.grid
+	$(BIN)/python -m benchmarks.scaling
 
 gpu-check: $(STAMP)  ## Run the tests that need a GPU, and measure it in eight minutes (benchmarks/gpu.py; skipped without one)
 	$(BIN)/python -m pytest -m gpu
