@@ -22,6 +22,7 @@ from benchmarks.gpu_sections.setting import Setting, learnt_a_sample, write_prep
 from tests.builders import NoFiles
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.spec import RunSpec
 from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.checkpoint import LoadedModel
@@ -68,17 +69,17 @@ class Clock(TrainerCallback):
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
-def until_it_fits(measure: Callable[[int], dict[str, Any]], micro: int) -> dict[str, Any]:
-    """Measure at a micro-batch, and at half of it where the device has no room, and so on; the row says both."""
+def until_it_fits(measure: Callable[[int], dict[str, Any]], at_once: int) -> dict[str, Any]:
+    """Measure with so much at once, and with half of it where the device has no room, and so on; the row says both."""
     tried = []
     while True:
         try:
-            return measure(micro) | {"micro_batch": micro, **({"out_of_memory_at": tried} if tried else {})}
+            return measure(at_once) | {"at_once": at_once, **({"out_of_memory_at": tried} if tried else {})}
         except torch.OutOfMemoryError:
-            tried.append(micro)
-            if micro == 1:
+            tried.append(at_once)
+            if at_once == 1:
                 raise
-            micro //= 2
+            at_once //= 2
 
 
 def train_ours(
@@ -92,11 +93,21 @@ def train_ours(
             itself makes batches of them.
         trace: takes the kernels of the last step.
     """
-    default = setting.compose(llm, *words).launch.micro_batch
     own = words if files else ["launch.num_workers=0", *words]
-    return until_it_fits(
-        lambda micro: _train(setting, llm, stage, [*own, f"launch.micro_batch={micro}"], files, trace), default
-    )
+    knob, default = _knob(setting, setting.compose(llm, *words).launch)
+
+    def once(at_once: int) -> dict[str, Any]:
+        changed = [] if at_once == default else [f"launch.{knob}={at_once}"]
+        return _train(setting, llm, stage, [*own, *changed], files, trace) | {"words": [*words, *changed]}
+
+    return until_it_fits(once, default) | {"at_once_is": knob}
+
+
+def _knob(setting: Setting, launch: LaunchSpec) -> tuple[str, int]:
+    """What says how much a launch takes through the model at once: samples, or positions of rows; and how much that is."""
+    if isinstance(launch.micro_batch, int):
+        return "micro_batch", launch.micro_batch
+    return "row_tokens", launch.positions(on_gpu=setting.on_gpu)
 
 
 def _train(
