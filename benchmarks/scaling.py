@@ -291,6 +291,7 @@ def _plot(record: dict[str, Any], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     axes = record["axes"]
     figure, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 6), layout="constrained", squeeze=False)
@@ -299,14 +300,23 @@ def _plot(record: dict[str, Any], path: Path) -> None:
             panel = panels[row][column]
             sizes = [point["size"] for point in axis["points"]]
             costs = [point[key] for point in axis["points"]]
-            panel.loglog(sizes, [max(cost, 1e-3) for cost in costs], "o-", color=colour)
-            power = axis["exponents"][key]
+            panel.loglog(sizes, [max(cost, 1e-3) for cost in costs], "o", color=colour)
+            power, fitted = axis["exponents"][key], sizes[-FITTED:]
+            if power is not None:  # through the middle of the points it is fitted to
+                middle = np.exp(np.mean(np.log(fitted))), np.exp(np.mean(np.log(costs[-FITTED:])))
+                panel.loglog(fitted, [middle[1] * (size / middle[0]) ** power for size in fitted], "--", color=colour)
+            panel.set_xticks(sizes, [_short(size) for size in sizes])
+            panel.xaxis.set_minor_locator(NullLocator())
             label = "too small to fit" if power is None else f"size^{power:.2f}"
             panel.set(title=f"{name}: {label}", xlabel=axis["title"], ylabel=unit if column == 0 else "")
             panel.grid(True, which="major", alpha=0.3)
     figure.suptitle(f"{record['cores']} cores; exponents of the {FITTED} largest sizes")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _short(size: int) -> str:
+    return f"{size / 1000:g}k" if size % 1000 == 0 else f"{size // 1024}Ki" if size % 1024 == 0 else str(size)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,28 @@ def draw_results(record: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    rows = record["rows"]
+    parts = [
+        (draw, found)
+        for draw, sections in (
+            (_steps, ("steps",)),
+            (_techniques, ("techniques",)),
+            (_shares, ("kernels", "generation")),
+            (_planner, ("planner",)),
+        )
+        if (found := [row for row in rows if row["section"] in sections])
+    ]
+    columns = min(2, max(1, len(parts)))
+    lines = -(-max(1, len(parts)) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(7 * columns, 4.5 * lines), layout="constrained", squeeze=False
+    )
     versions = record["versions"]
     figure.suptitle(f"{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}")
-    rows = record["rows"]
-    _steps(panels[0][0], [row for row in rows if row["section"] == "steps"])
-    _techniques(panels[0][1], [row for row in rows if row["section"] == "techniques"])
-    _shares(panels[1][0], [row for row in rows if row["section"] in ("kernels", "generation")])
-    _planner(panels[1][1], [row for row in rows if row["section"] == "planner"])
+    for panel in panels.flat[len(parts) :]:
+        panel.set_axis_off()
+    for panel, (draw, found) in zip(panels.flat, parts, strict=False):
+        draw(panel, found)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -37,8 +51,7 @@ def _steps(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_xticks(
         [number + 0.2 for number in range(len(cases))], [f"{llm}\n{stage}" for llm, stage in cases], fontsize=7
     )
-    if rows:
-        axis.legend()
+    axis.legend()
 
 
 def _techniques(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -49,8 +62,7 @@ def _techniques(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.barh([place - 0.2 for place in places], [row["memory_ratio"] for row in rows], 0.4, label="peak memory")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(places, names, fontsize=7)
-    if rows:
-        axis.legend()
+    axis.legend()
 
 
 def _shares(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -61,9 +73,8 @@ def _shares(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         heights = [row["shares"].get(kind, 0.0) for row in rows]
         axis.bar(names, heights, 0.5, bottom=bottom, label=kind)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
-    if rows:
-        axis.plot(names, [row["idle_share"] for row in rows], "kx", label="idle")
-        axis.legend(fontsize=7)
+    axis.plot(names, [row["idle_share"] for row in rows], "kx", label="idle")
+    axis.legend(fontsize=7)
 
 
 def _planner(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -75,5 +86,4 @@ def _planner(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
             axis.plot(*zip(*known, strict=True), mark, label=key.replace("_", " "))
     axis.axhline(1, color="black", linewidth=0.8)
     axis.tick_params(axis="x", labelsize=7)
-    if rows:
-        axis.legend()
+    axis.legend()

@@ -135,8 +135,8 @@ def trainer(setting: Setting) -> None:
 def planner(setting: Setting) -> None:
     """What `tinylmm plan` predicts of memory and time, beside what the section `steps` measured.
 
-    Tensors are measured on a GPU: what the plan adds for lost pieces and the context stands apart. Of a CPU the whole process is
-    measured, which at tiny size is not the model's.
+    Tensors are measured on a GPU: what the plan adds for lost pieces and the context stands apart. On a CPU the whole process
+    is measured, which at tiny size is not the model's.
     """
     measured = [row for row in setting.rows if row["section"] == "steps" and row["side"] == "ours"]
     if not measured:
