@@ -74,7 +74,7 @@ def _shares(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         axis.bar(names, heights, 0.5, bottom=bottom, label=kind)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     axis.plot(names, [row["idle_share"] for row in rows], "kx", label="idle")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _planner(axis: Any, rows: Sequence[dict[str, Any]]) -> None:

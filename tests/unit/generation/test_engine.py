@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -35,10 +35,10 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation import cache, choose, decode
 from tinylmm.generation import engine as generation
 from tinylmm.generation.cache import cache_kind
-from tinylmm.generation.choose import Chooser, Sampling
+from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, decode_alone
 from tinylmm.generation.engine import Engine, Reply
-from tinylmm.generation.packed import PackedRows
+from tinylmm.generation.packed import PackedRows, decode_packed
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
@@ -171,6 +171,30 @@ def test_rounding_in_a_batch_stays_far_below_what_counts_as_a_near_tie() -> None
         together = decode.next_logits(model.llm, {"inputs_embeds": padded}, mask, positions, kept)
     largest = torch.stack(alone).abs().amax(-1, keepdim=True)
     assert float(((together - torch.stack(alone)).abs() / largest).max()) < choose.TIE[torch.float32] / 10
+
+
+def test_rounding_side_by_side_in_a_row_stays_as_far_below() -> None:
+    torch.manual_seed(3)
+    model = model_of(FAMILIES["llama"]())
+    past, texts = torch.randn(1, 12, WIDTH), [[*range(20, 25 + n)] for n in range(6)]
+    table = model.llm.get_input_embeddings()
+
+    def embed(rows: Sequence[Sequence[int]]) -> Tensor:
+        return table(torch.tensor(rows))
+
+    with torch.no_grad():
+        alone = [model.llm(inputs_embeds=torch.cat([past, embed([text])], 1)).logits[0, -1] for text in texts]
+        two = cache.prefill(model.llm, past.repeat(2, 1, 1))
+    found: list[Tensor] = []
+
+    def choose(logits: Tensor, rows: Sequence[int], said: object) -> tuple[Tensor, list[bool]]:
+        found.extend(logits[place] for place, row in enumerate(rows) if row >= 0)
+        return logits.argmax(-1), [False] * len(rows)
+
+    list(decode_packed(PackedRows(model.llm, two, 12, 2), [texts[:4], texts[4:]], embed, choose, ENDS, [1] * 6))
+    largest = torch.stack(alone).abs().amax(-1, keepdim=True)
+    assert len(found) == 6
+    assert float(((torch.stack(found) - torch.stack(alone)).abs() / largest).max()) < TIE[torch.float32] / 10
 
 
 def test_batches_keep_to_both_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
