@@ -1,7 +1,8 @@
 """transformers' own `LlavaForConditionalGeneration`, in the old key scheme (`language_model.model...`) and in the new one.
 
 What it can hold: an encoder that transformers' AutoModel knows, read at one layer with at most its first token dropped; two
-linear layers with an activation between them; a causal LM that is AutoModel's decoder and an output layer without bias.
+linear layers with an activation between them; a causal LM that is AutoModel's decoder and an output layer, without bias or
+behind a layer norm (`head_bias`).
 What is written gives the logits that our model gives, or is not written.
 """
 
@@ -23,6 +24,7 @@ from tinylmm.convert.asking import Program
 from tinylmm.convert.configs import make_config
 from tinylmm.convert.connectors import MLP, connector_of
 from tinylmm.convert.format import Export, Format
+from tinylmm.convert.head_bias import NOTE, can_fold, has_bias, missing_bias
 from tinylmm.convert.hf_folder import (
     ACTIVATIONS,
     HEAD,
@@ -109,6 +111,9 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
     llm_config.vocab_size = rows
     llm_config.tie_word_embeddings = whole.tie_word_embeddings
     source.template = source.template or ours.get("template")
+    if head_bias := missing_bias(llm_config, llm):
+        llm |= head_bias
+        source.notes.append(NOTE)
     return Parts(
         llm_config=llm_config,
         tower_config=tower_config,
@@ -194,8 +199,11 @@ def _llm_obstacles(model: LMM) -> list[str]:
         return [f"its language model is one that transformers' AutoModel builds from its config, and {name} is none"]
     head = llm.get_output_embeddings()
     reasons = []
-    if getattr(head, "bias", None) is not None and bool(head.bias.any()):
-        reasons.append(f"its output layer has no bias, and that of {name} has one that is not zero")
+    if has_bias(llm) and not can_fold(llm):
+        reasons.append(
+            f"its output layer has no bias, that of {name} has one that is not zero, and no layer norm before it whose weights "
+            "could say it"
+        )
     ids = torch.arange(3)[None]
     plain, whole = head(llm.get_decoder()(ids).last_hidden_state), llm(ids).logits
     if not torch.allclose(plain, whole, atol=TOLERANCE, rtol=0):
