@@ -112,6 +112,7 @@ def answers(page: Page, model: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_upload_ask_stream_stop_ask_again_and_clear(page: Page, shown: Showing, folder: Path) -> None:
     ask(page, "Who are you?", folder / "red.png")
     wait_for(page, 0, "tokens/s")
