@@ -9,7 +9,7 @@ STORE ?= store
 STUDY ?= nano_paper
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-kills check lint type bench gpu-check report picture docs clean nano-paper plan-paper
+.PHONY: help setup quickstart quickstart-video test test-slow test-kills check lint type bench gpu-check report picture docs clean nano-paper plan-paper
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it: two CPU cores, no network, minutes
 	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train
+
+quickstart-video: $(STAMP)  ## Train a small model that watches videos, and report what it owes to time: two CPU cores, minutes
+	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train llm=nano_video vt=nano_video recipe=video 'video.sampling={uniform: 8}'
 
 # Coverage doubles a test's time, and what is left to cover behind the unit tests is not worth that in the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -50,15 +53,17 @@ type: $(STAMP)  ## Check types (mypy)
 
 bench: $(STAMP)  ## Measure before against after in one run; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.eval
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.significance
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.grid
+	$(BIN)/python -m benchmarks.scaling
 
-gpu-check: $(STAMP)  ## Run the tests that need a GPU, and train a few steps at Phi-2 + SigLIP shapes (skipped without one)
+gpu-check: $(STAMP)  ## Run the tests that need a GPU, and measure it in eight minutes (benchmarks/gpu.py; skipped without one)
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu
 
 nano-paper: $(STAMP)  ## Run the paper's questions at nano size: 39 models on two CPU cores, half an hour (experiments/nano_paper)
 	$(BIN)/tinylmm-train experiment=nano_paper launch.slots=2 store=$(STORE)

@@ -20,8 +20,9 @@ PICTURE = ROOT / "docs/architecture.svg"
 WIDTH, BOX, GAP, MARGIN = 1120, 88, 46, 24
 ROWS = (
     ("", "", "cli"),
-    ("launch", "demo", ""),
-    ("stages", "reports", "serving"),
+    ("verification", "demo", ""),
+    ("launch", "reports", ""),
+    ("stages", "", "serving"),
     ("training", "planning", "evaluation", "generation", "convert"),
     ("data", "models"),
     ("config",),

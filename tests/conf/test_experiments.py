@@ -25,6 +25,8 @@ STUDIES = {
     "factory_table_1": (10, 21, 20),
     "openelm_card": (1, 2, 2),
     "nano_paper": (39, 90, 66),
+    "nano_video": (14, 28, 28),
+    "tinyllava_video": (4, 8, 8),
 }
 """Study -> runs, trainings asked for, distinct ones."""
 

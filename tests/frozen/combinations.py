@@ -49,6 +49,12 @@ COMBINATIONS: dict[str, list[str]] = {
     "smollm2 siglip": ["llm=smollm2_360m", "vt=siglip", "connector=resampler_bench"],
     "nano llm, published tower": ["vt=siglip", "data=digits", "eval=digits"],
     "published llm, nano tower": ["llm=phi2", "data=digits", "eval=none"],
+    # videos
+    "videos": ["recipe=video", "connector=group_resampler", "data=digits", "eval=none"],
+    "videos at a rate": ["video.sampling={fps: 1, max: 8}", "eval.digits.sampling={uniform: 4}"],
+    "videos without time": ["eval.digits.frames=middle", "eval.digits.sampling={uniform: 4}"],
+    "moving digits": ["llm=nano_video", "vt=nano_video", "recipe=video"],
+    "videos in parts": ["video.sampling={segments: 4}", "eval.digits.sampling={left_edge: 4}"],
     # fields of parts
     "random parts": [*LLAVA, "llm.init=random", "vt.init=random", "llm.revision=gone", "vt.revision=gone"],
     "random nano": ["llm.init=random", "vt.init=random", "llm.tokenizer.vocab_size=300", "data=digits", "eval=digits"],

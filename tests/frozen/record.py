@@ -20,7 +20,7 @@ PARTS = ("llm", "vision_tower", "connector")
 WEIGHTS = "model.safetensors"
 FILL = 0.25
 VERSIONS = ("transformers_version", "tinylmm_version", "peft_version")
-OPAQUE = {"architecture", "options", "trainer", "text_tower", "content", "lr", "mixture"}
+OPAQUE = {"architecture", "options", "trainer", "text_tower", "content", "lr", "mixture", "sampling"}
 """Fields of an identity whose keys are not the spec's own."""
 
 

@@ -41,7 +41,9 @@ BELOW: dict[str, set[str]] = {
     "reports": {"planning", "evaluation", "models", "data", "config", "sizing", "store"},
     "stages": {"training", "planning", "evaluation", "generation", "models", "data", "config", "sizing", "store"},
     "launch": {"stages", "planning", "config", "store"},
+    "verification": {"launch", "stages", "training", "planning", "models", "data", "config", "store"},
     "cli": {
+        "verification",
         "launch",
         "stages",
         "reports",

@@ -14,17 +14,19 @@ from tinylmm.cli.terminal import terminal
 from tinylmm.errors import TinyLMMError
 
 if TYPE_CHECKING:
+    from tinylmm.generation.inputs import Video
     from tinylmm.generation.session import Conversation
 
 HELP = (
-    "/image FILE puts that image in front of your next question, /new forgets the conversation, /exit or Ctrl-D leaves; "
-    "Ctrl-C stops an answer."
+    "/image FILE or /video FILE puts that in front of your next question, /new forgets the conversation, /exit or Ctrl-D "
+    "leaves; Ctrl-C stops an answer."
 )
 
 
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, the name of a run, or RUN@STAGE.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image for the first question; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video for the first question; may be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer, leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn.")] = 0.0,
@@ -35,10 +37,11 @@ def chat(
     store: Annotated[Path | None, typer.Option(envvar="TINYLMM_STORE", help="Where runs are found by name.")] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose classes the model may use.")] = None,
 ) -> None:
-    """Ask a trained model about images, once (--prompt) or in a conversation. Greedy unless a temperature is given."""
+    """Ask a trained model about images and videos, once (--prompt) or in a conversation; greedy without a temperature."""
     # imported here, as torch would slow down every other command's start
     from transformers.utils import logging as transformers_logging
 
+    from tinylmm.generation.inputs import Video
     from tinylmm.generation.session import load
 
     transformers_logging.disable_progress_bar()
@@ -47,7 +50,7 @@ def chat(
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     console = terminal(highlight=False)
     model = load(checkpoint, device=device, dtype=dtype, trust=trust or [], store=store)
-    conversation = model.conversation(image or None)
+    conversation = model.conversation(image or None, list(map(Video, video)) if video else None)
     if prompt is not None:
         _answer(console, conversation, prompt, options)
         return
@@ -63,7 +66,11 @@ def chat(
         if line == "/new":
             conversation = model.conversation()
         elif line.startswith("/image "):
-            _guarded(console, lambda: _show(console, conversation, line.removeprefix("/image ").strip()))  # noqa: B023
+            path = Path(line.removeprefix("/image ").strip()).expanduser()
+            _guarded(console, lambda: _show(console, conversation, str(path), path))  # noqa: B023
+        elif line.startswith("/video "):
+            path = Path(line.removeprefix("/video ").strip()).expanduser()
+            _guarded(console, lambda: _show(console, conversation, str(path), Video(path)))  # noqa: B023
         elif line.startswith("/"):
             console.print(Text(HELP, "dim"))
         elif line:
@@ -71,8 +78,8 @@ def chat(
             _guarded(console, lambda: _answer(console, conversation, line, options))  # noqa: B023
 
 
-def _show(console: Console, conversation: Conversation, file: str) -> None:
-    conversation.show(Path(file).expanduser())
+def _show(console: Console, conversation: Conversation, file: str, shown: Path | Video) -> None:
+    conversation.show(shown)
     console.print(Text(f"Your next question comes with {file}.", "dim"))
 
 

@@ -16,6 +16,7 @@ from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
 from tinylmm.cli.score import score
 from tinylmm.cli.serve import serve
+from tinylmm.cli.verify import verify
 from tinylmm.version import __version__
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("plan")(plan)
+app.command("verify")(verify)
 app.command("doctor")(doctor)
 app.command("runs")(store.runs)
 app.command("eval")(evaluate)

@@ -33,6 +33,10 @@ from tinylmm.errors import ConfigError, Fault
 log = logging.getLogger(__name__)
 
 
+EMBEDDED = ("digits", "moving_digits")
+"""Data sets that are built here, each with questions of the same name in `eval`."""
+
+
 def expand(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
     """Return the overrides of every run asked for, in the order in which Hydra's own sweeper runs them.
 
@@ -197,14 +201,15 @@ def _auto_choices(cfg: DictConfig, faults: list[Fault], vocabulary: Vocabulary) 
         published = OmegaConf.select(cfg, "recipe.published_data", throw_on_resolution_failure=False)
         other_model = "from_model" in (OmegaConf.select(cfg, "recipe", throw_on_resolution_failure=False) or {})
         embedded = inits == ["built", "built"] and not other_model
-        named = "digits" if embedded or published is None else published
+        built_on = OmegaConf.select(cfg, "llm.build.data.name", throw_on_resolution_failure=False) or "digits"
+        named = (built_on if built_on in EMBEDDED else "digits") if embedded else published or "digits"
         data = _known("data", named, faults, vocabulary, "digits")
         words.append(f"data={data}")
     if OmegaConf.select(cfg, "eval.auto"):
         published = OmegaConf.select(cfg, "recipe.published_eval", throw_on_resolution_failure=False) or "none"
         trains = bool(OmegaConf.select(cfg, "recipe.stages", throw_on_resolution_failure=False))
-        on_digits = data == "digits" and trains
-        words.append(f"eval={'digits' if on_digits else _known('eval', published, faults, vocabulary, 'none')}")
+        asked = data if data in EMBEDDED and trains else _known("eval", published, faults, vocabulary, "none")
+        words.append(f"eval={asked}")
     return words
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from tinylmm.config.identities import ConnectorIdentity, PartIdentity, Recorded, TowerIdentity, TowerOutput
 from tinylmm.config.spec import ImageSpec
+from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import IntegrityError
 from tinylmm.version import __version__
 
@@ -70,6 +71,8 @@ class ModelDescription(Recorded):
     image: ImageSpec
     template: str
     scale_image_features: bool = False
+    sampling: SamplingSpec | None = None
+    """The frames of a clip that it was trained with."""
     origin: dict[str, str] | None = None
     """Part -> where an imported model's part came from."""
     adapters: dict[str, AdapterEntry] | None = None
@@ -140,6 +143,10 @@ class ModelDescription(Recorded):
     def with_image(self, image: ImageSpec) -> Self:
         """The description of the model once it sees images like this."""
         return type(self).model_validate(self.as_json() | {"image": image.model_dump(mode="json", exclude_unset=True)})
+
+    def with_sampling(self, sampling: SamplingSpec) -> Self:
+        """The description of the model once it was trained with these frames of clips."""
+        return type(self).model_validate(self.as_json() | {"sampling": sampling.given()})
 
     def with_adapters(self, adapters: dict[str, AdapterEntry]) -> Self:
         """The description of the model with these adapters beside their bases; none at all leaves it as it is."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tinylmm.config.fields import Fraction, Frozen, ImageMode, PartName, Positive, Sparse, TemplateName
+from tinylmm.config.video import SamplingSpec
 
 
 class LoraSpec(Frozen):
@@ -171,6 +172,8 @@ class RecipeSpec(Frozen):
     """The data set that the recipe was published with; `data=auto` means it."""
     published_eval: str = "none"
     """The benchmarks that its paper reports, a choice of `eval`; `eval=auto` means those whose files are there."""
+    sampling: SamplingSpec | None = None
+    """The frames of a clip that the recipe was published with; `video.sampling` is them unless it says otherwise."""
     from_model: str | None = None
     """A model to start from: its folder, a training stage's, or the name of a run. LLM, tower and connector are then its."""
     stages: dict[str, RecipeStage]

@@ -15,6 +15,7 @@ from tinylmm.config.fields import Fraction, Frozen, ImageMode, Positive, Sparse,
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeSpec, ScaleSpec
 from tinylmm.config.trainer import TrainerSpec
+from tinylmm.config.video import Baseline, SamplingSpec, VideoSpec
 
 # ---------------------------------------------------------------------------------------------------- data
 
@@ -269,8 +270,12 @@ class EvalSpec(Frozen):
     after: Literal["last", "every"] = "last"
     blind: bool = False
     """Ask every question without its image too: what the language model alone would score."""
+    frames: Baseline | None = None
+    """In place of a clip's frames: `middle` shows the middle one alone, `shuffled` shows them in an order of chance."""
     max_new_tokens: Positive
     template: Literal["auto"] | TemplateName = "auto"
+    sampling: SamplingSpec | None = None
+    """The frames of videos that are shown; by default those that the model was trained with."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the weights. In fp32 answers are the same in any batch; bf16 and fp16 take half the memory and promise less."""
 
@@ -315,6 +320,7 @@ class RunSpec(Frozen):
     connector: ConnectorSpec
     recipe: RecipeSpec
     data: DataSpec
+    video: VideoSpec = VideoSpec()
     eval: dict[str, EvalSpec] = Field(default_factory=dict)
     launch: LaunchSpec = LaunchSpec()
     tracking: TrackingSpec = TrackingSpec()

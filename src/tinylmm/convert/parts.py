@@ -13,6 +13,7 @@ from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import ConnectorIdentity, TowerOutput
 from tinylmm.config.spec import ImageSpec
 from tinylmm.config.targets import resolve_target
+from tinylmm.config.video import SamplingSpec
 from tinylmm.convert.connectors import to_ours
 from tinylmm.convert.images import image_settings
 from tinylmm.convert.source import Source
@@ -28,6 +29,9 @@ from tinylmm.models.vision import HFVisionTower, make_tower
 
 TOWER = "tinylmm.models.vision.HFVisionTower"
 _ROTARY = r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+
+PUBLISHED_SAMPLING = SamplingSpec(uniform=16)
+"""Of TinyLLaVA-Video's released models, but for those that its table calls 1fps."""
 
 
 @dataclass
@@ -97,6 +101,12 @@ def assemble(parts: Parts, source: Source) -> LoadedModel:
     description = ModelDescription.of_targets(
         *targets, output, parts.connector_spec, image, template, scaled, origin=origin
     )
+    if connector.takes_clips:
+        description = description.with_sampling(PUBLISHED_SAMPLING)
+        source.notes.append(
+            "the checkpoint does not say which frames of videos it was trained with; taken is "
+            f"{PUBLISHED_SAMPLING.in_words}, as in the released models of 16 frames"
+        )
     return LoadedModel(LMM(llm, tower, connector, template, scaled), tokenizer, description, None)
 
 

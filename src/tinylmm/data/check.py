@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tinylmm.config.cores import usable_cores
+from tinylmm.config.video import SamplingSpec
 from tinylmm.constants import IGNORE_INDEX
+from tinylmm.data.frame_sampling import frame_indices
 from tinylmm.data.image_names import is_embedded, video_path
 from tinylmm.data.images import check_image, image_header, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
@@ -31,8 +33,8 @@ CHUNK = 512
 MAX_THREADS = 8
 
 Renderer = Callable[[Sample], Rendered]
-TokensBySize = Callable[[int, int], int]
-"""Width and height of an image in pixels -> the tokens that a model makes of it."""
+TokensBySize = Callable[[int, int, int], int]
+"""Width and height of an image in pixels, and frames of a video, 0 for an image -> the tokens that a model makes of it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class SourceFiles:
     follow_links: bool = False
     upright: bool = False
     """Images are turned as their camera says."""
+    sampling: SamplingSpec | None = None
+    """Which frames of videos are shown."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class _ImageFacts:
     """What is known of one image or video.
 
     Attributes:
-        seconds: of a video, its length.
+        seconds: of a video, its length; frames: how many of it are shown.
         content: SHA-256 of its bytes, where they were read.
         turned: its camera says that it is to be shown turned or mirrored.
     """
@@ -65,6 +69,7 @@ class _ImageFacts:
     fault: str | None = None
     turned: bool = False
     seconds: float | None = None
+    frames: int = 0
 
 
 @dataclass
@@ -117,7 +122,8 @@ class SourceCheck:
     def clean(self) -> bool:
         """Whether every record can be trained on."""
         fits = self.too_long <= self.max_dropped * self.samples
-        return self.problem is None and not self.faults and self.samples > 0 and fits and not self.with_videos
+        unsaid = self.with_videos > 0 and self.files.sampling is None
+        return self.problem is None and not self.faults and self.samples > 0 and fits and not unsaid
 
 
 def check_source(
@@ -136,7 +142,8 @@ def check_source(
         quick: look at the headers of images and videos only; broken ones and equal ones are then not found.
         progress: called with the number of records read so far.
         max_length, max_dropped: of the stage that trains on the source; samples that are too long are counted with `render`.
-        image_tokens: width and height of an image -> the tokens that the stage's model makes of it; by default one.
+        image_tokens: width and height of an image, and frames of a video -> the tokens that the stage's model makes of it; by
+            default one.
     """
     check = SourceCheck(files, max_length=max_length, max_dropped=max_dropped, images_counted=image_tokens is not None)
     state = _State()
@@ -201,7 +208,8 @@ def _facts(name: str, files: SourceFiles, data: bytes | None, quick: bool) -> _I
     try:
         if (path := video_path(name)) is not None:
             video = (read_video if quick else check_video)(find_video(files.images, path, files.follow_links))
-            return _ImageFacts(seconds=video.seconds)  # what a model makes of its size is not known
+            shown = 0 if files.sampling is None else len(frame_indices(files.sampling, video.clip))
+            return _ImageFacts(seconds=video.seconds, frames=shown)
         place: Any = safe_path(files.images, name, files.follow_links) if data is None else io.BytesIO(data)
         if not quick:
             check_image(place)
@@ -239,8 +247,7 @@ def _take(
         check.faults.append(BadRecord(index, record.sample_id, " ".join(dict.fromkeys(faults))))
         return
     if render is not None:
-        sizes = [state.seen[name].size for name in record.images]
-        counts = [1 if image_tokens is None or size is None else image_tokens(*size) for size in sizes]
+        counts = [_positions(state.seen[name], image_tokens) for name in record.images]
         positions = positions_of(rendered.input_ids, counts)
         check.tokens.append(sum(positions))
         if check.max_length is not None and check.tokens[-1] > check.max_length:
@@ -255,6 +262,13 @@ def _take(
     check.images[len(record.images) - videos] += 1
     check.words.append(sum(len(text.split()) for text in _texts(record)))
     state.conversations[_identity(record, state)].append((index, record.sample_id))
+
+
+def _positions(seen: _ImageFacts, image_tokens: TokensBySize | None) -> int:
+    """Tokens of an image or video; one where they are not counted."""
+    if image_tokens is None or (seen.size is None and not seen.frames):
+        return 1
+    return image_tokens(*(seen.size or (0, 0)), seen.frames)
 
 
 def _texts(sample: Sample) -> Iterator[str]:

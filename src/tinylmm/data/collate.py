@@ -88,6 +88,8 @@ class Collator:
         image: relative path -> pixels (3, H, W); None gives paths alone, for features that were computed before.
         max_length: a sample is cut from the right to so many positions.
         size: where images are tiled, relative path -> width and height; `image` then gives tiles, (T, 3, H, W).
+        frames: where there are clips, name -> how many frames it has, 0 for an image; `image` then gives frames of clips,
+            (T, 3, H, W).
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Collator:
         image: Callable[[str], torch.Tensor] | None,
         max_length: int,
         size: Callable[[str], tuple[int, int]] | None = None,
+        frames: Callable[[str], int] | None = None,
     ) -> None:
         if min(image_tokens if isinstance(image_tokens, int) else 1, row_tokens, max_length) < 1 or pad_id < 0:
             raise ValueError(
@@ -111,6 +114,7 @@ class Collator:
         self.image = image
         self.max_length = max_length
         self.size = size
+        self.frames = frames
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate samples with `sample_id`, `input_ids`, `labels`, `images`; none at all give one row of padding.
@@ -123,6 +127,7 @@ class Collator:
             image_paths: N relative paths in the order of their slots, row by row.
             pixel_values (N, 3, H, W) in the same order; None if the batch has no image or the collator no `image`.
             image_sizes (N, 2) int64, width and height; only where images are tiled, and N in pixel_values is then tiles.
+            frames (N,) int64, of each clip, 0 for an image; only where there are clips, and N in pixel_values is then views.
             sample_ids: in the order in which the samples lie in the rows. num_samples: how many there are.
 
         Raises:
@@ -136,10 +141,12 @@ class Collator:
         batch["pixel_values"] = None
         if self.image is not None and paths:
             pixels = {path: self.image(path) for path in dict.fromkeys(paths)}
-            join = torch.stack if self.size is None else torch.cat
-            batch["pixel_values"] = join([pixels[path] for path in paths])
+            views = [one if one.dim() == 4 else one[None] for one in (pixels[path] for path in paths)]
+            batch["pixel_values"] = torch.cat(views)
         if self.size is not None and paths:
             batch["image_sizes"] = torch.tensor([self.size(path) for path in paths])
+        if self.frames is not None and paths:
+            batch["frames"] = torch.tensor([self.frames(path) for path in paths])
         batch["sample_ids"] = [piece.sample_id for piece in pieces]
         batch["num_samples"] = len(pieces)
         return batch

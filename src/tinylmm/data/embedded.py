@@ -75,7 +75,7 @@ def build_digits(output: Path, seed: int, **options: Unpack[SceneCounts]) -> dic
     Raises:
         ConfigError: an option has an unknown name or is not a positive whole number.
     """
-    counts = _counts(options)
+    counts = checked_counts(options, SCENES, "the digits scenes")
     train, held_out = Scans("train"), Scans("held_out")
     written: dict[str, Any] = {}
     captioned: tuple[tuple[str, str, Callable[[Scene, Rng], str]], ...] = (
@@ -84,11 +84,11 @@ def build_digits(output: Path, seed: int, **options: Unpack[SceneCounts]) -> dic
     )
     for split, name, say in captioned:
         records = (_captioned(split, index, seed, train, output, say) for index in range(counts[split]))
-        written[name] = _write_json(output / name, records)
+        written[name] = write_json(output / name, records)
     records = (_questioned(index, seed, train, output) for index in range(counts["finetune"]))
-    written["finetune.json"] = _write_json(output / "finetune.json", records)
+    written["finetune.json"] = write_json(output / "finetune.json", records)
     records = (_described(index, seed, train) for index in range(counts["text"]))
-    written["text.json"] = _write_json(output / "text.json", records)
+    written["text.json"] = write_json(output / "text.json", records)
     lines = [line for index in range(counts["test"]) for line in _tested(index, seed, held_out, output)]
     (output / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     written["test.jsonl"] = len(lines)
@@ -96,18 +96,23 @@ def build_digits(output: Path, seed: int, **options: Unpack[SceneCounts]) -> dic
     return {"records": written, "images": sum(counts[split] for split in counts if split != "text")}
 
 
-def _counts(options: Mapping[str, Any]) -> dict[str, int]:
+def checked_counts(options: Mapping[str, Any], defaults: Mapping[str, int], what: str) -> dict[str, int]:
+    """The number of records of each part of an embedded data set: its defaults, over which options may go.
+
+    Raises:
+        ConfigError: an option has an unknown name or is not a positive whole number.
+    """
     faults = []
     for name, value in options.items():
         where = f"data.build.options.{name}"
-        if name not in SCENES:
-            fix = suggestion(name, SCENES)
-            faults.append(Fault(where, f"is not an option of the digits scenes; there are {', '.join(SCENES)}.", fix))
+        if name not in defaults:
+            fix = suggestion(name, defaults)
+            faults.append(Fault(where, f"is not an option of {what}; there are {', '.join(defaults)}.", fix))
         elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
             faults.append(Fault(where, f"is {value!r}; it counts records and must be a whole number from 1."))
     if faults:
         raise ConfigError(faults)
-    return {**SCENES, **options}
+    return {**defaults, **options}
 
 
 def _rng(seed: int, split: str, index: int) -> Rng:
@@ -131,7 +136,7 @@ def _captioned(
     scene, path, rng = _draw(split, index, seed, scans, output)
     request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
     turns = [(f"{IMAGE_SLOT}\n{request}", say(scene, rng))]
-    return {"id": f"{split}-{index:06d}", "image": path, "conversations": _conversation(turns)}
+    return {"id": f"{split}-{index:06d}", "image": path, "conversations": conversation(turns)}
 
 
 def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def _questioned(index: int, seed: int, scans: Scans, output: Path) -> dict[str, 
         opening = ask("yesno", scene, rng)
         turns.insert(0, (opening.text, opening.answer))
     turns[0] = (f"{IMAGE_SLOT}\n{turns[0][0]}", turns[0][1])
-    return {"id": f"finetune-{index:06d}", "image": path, "conversations": _conversation(turns)}
+    return {"id": f"finetune-{index:06d}", "image": path, "conversations": conversation(turns)}
 
 
 def _described(index: int, seed: int, scans: Scans) -> dict[str, Any]:
@@ -157,7 +162,7 @@ def _described(index: int, seed: int, scans: Scans) -> dict[str, Any]:
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         turns[rng.integers(len(turns))] = (request, say(scene))
     turns[0] = (f"{description(scene, rng)}\n{turns[0][0]}", turns[0][1])
-    return {"id": f"text-{index:06d}", "conversations": _conversation(turns)}
+    return {"id": f"text-{index:06d}", "conversations": conversation(turns)}
 
 
 def _tested(index: int, seed: int, scans: Scans, output: Path) -> list[dict[str, Any]]:
@@ -180,7 +185,8 @@ def _questions(scene: Scene, rng: Rng) -> list[Question]:
     return [ask(CATEGORIES[index], scene, rng) for index in rng.permutation(len(CATEGORIES))]
 
 
-def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+def conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Questions and answers as LLaVA's records have them."""
     return [
         {"from": role, "value": value}
         for human, assistant in turns
@@ -188,7 +194,7 @@ def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def _write_json(path: Path, records: Iterable[dict[str, Any]]) -> int:
+def write_json(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write a JSON list with one record a line; return the number of records."""
     lines = [json.dumps(record) for record in records]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

@@ -21,11 +21,12 @@ A part decides where frames lie, never how many they are: as in MVBench's reader
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tinylmm.config.video import SamplingSpec
+from tinylmm.config.video import Baseline, SamplingSpec
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ def frame_indices(sampling: SamplingSpec, clip: Clip, part: tuple[float, float] 
         return [start + step * i for i in range(wanted)]
     chosen = np.linspace(start, end, wanted).astype(np.int64).tolist()
     return list(dict.fromkeys(chosen)) if sampling.distinct else chosen
+
+
+def baseline_indices(
+    baseline: Baseline, chosen: Sequence[int], clip: Clip, part: tuple[float, float] | None = None
+) -> list[int]:
+    """Return the frames that a baseline shows in place of `chosen`: those without their order, or the middle one alone.
+
+    The order is drawn by what the clip and the choice are, so it is the same every time; it is another one than that of time
+    wherever there is another.
+    """
+    if baseline == "middle":
+        return frame_indices(SamplingSpec(segments=1), clip, part)
+    random = np.random.default_rng([clip.frames, len(chosen), chosen[0], chosen[-1]])
+    shuffled = [chosen[place] for place in random.permutation(len(chosen))]
+    return shuffled if shuffled != list(chosen) else [*chosen[1:], chosen[0]]
 
 
 def frame_count(sampling: SamplingSpec, seconds: float) -> int:

@@ -1,15 +1,19 @@
-"""Where the images of prepared samples lie: of one source or of a mixture, in its image folder or embedded in its records."""
+"""Where the images and videos of prepared samples lie: of one source or of a mixture, in its folder or in its records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
-from tinylmm.data.image_names import embedded_path, is_embedded
+from tinylmm.data.image_names import embedded_path, is_embedded, video_path
 from tinylmm.data.images import image_size, open_image, safe_path
+from tinylmm.data.video import find_video, see_frames
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,19 +23,23 @@ class ImageFolder:
     Attributes:
         follow_links: links may lead out of `paths`.
         upright: images are turned as their camera says.
+        clips: name of a video -> numbers of the frames of it that are shown.
     """
 
     paths: Path
     embedded: Path
     follow_links: bool = False
     upright: bool = False
+    clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def find(self, name: str) -> Path:
-        """Return the file of an image.
+        """Return the file of an image or a video.
 
         Raises:
             DataError: the path leads out of the folder or names no file.
         """
+        if (video := video_path(name)) is not None:
+            return find_video(self.paths, video, self.follow_links)
         return (
             embedded_path(self.embedded, name) if is_embedded(name) else safe_path(self.paths, name, self.follow_links)
         )
@@ -49,7 +57,7 @@ class ImageFolders:
     sources: Sequence[ImageFolder]
 
     def find(self, name: str) -> Path:
-        """Return the file of an image.
+        """Return the file of an image or a video.
 
         Raises:
             DataError: as `ImageFolder.find`.
@@ -74,6 +82,25 @@ class ImageFolders:
         """
         folder, own = self._folder(name)
         return image_size(folder.find(own), folder.upright)
+
+    @property
+    def have_clips(self) -> bool:
+        """Whether any source has videos."""
+        return any(folder.clips for folder in self.sources)
+
+    def frames(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of a video's frames that are shown; none of an image."""
+        folder, own = self._folder(name)
+        return folder.clips[own] if video_path(own) is not None else ()
+
+    def see_clip(self, name: str, see: Callable[[Image.Image], T]) -> list[T]:
+        """Return what `see` makes of a video's frames that are shown, in order.
+
+        Raises:
+            DataError: as `find` and `see_frames`.
+        """
+        folder, own = self._folder(name)
+        return see_frames(folder.find(own), folder.clips[own], see)
 
     def upright(self, name: str) -> bool:
         """Whether an image is turned as its camera says."""

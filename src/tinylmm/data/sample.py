@@ -77,7 +77,7 @@ def parse_record(index: int, record: Any, layout: str = "llava", videos: bool = 
         index: 0-based position in the file; stands in for a missing id.
         record: what the file held there, of any type.
         layout: the source's `format`.
-        videos: a record with a video is a sample; else it is refused, as no model can be shown one yet.
+        videos: a record with a video is a sample; else it is refused, as the run does not say which frames are shown.
     """
     given = record.get("id") if isinstance(record, dict) else None
     sample_id = str(index) if given is None else given if isinstance(given, str) else _id_text(given)
@@ -100,7 +100,9 @@ def _parse(record: Any, sample_id: str, layout: str, videos: bool) -> Sample:
     conversation = PARSERS[layout](videos_as_images(record))
     images, embedded = name_images(conversation.images)
     if not videos and any(video_path(name) is not None for name in images):
-        raise RecordFaultError("the record has a `video`, which this version cannot train on yet")
+        raise RecordFaultError(
+            "the record has a video, and nothing says which frames of it to show: set video.sampling={uniform: 16}, or another"
+        )
     slots = sum(turn.num_images for turn in conversation.turns)
     if slots != len(images):
         raise RecordFaultError(f"its questions have {slots} {IMAGE_SLOT} but the record names {len(images)} images")

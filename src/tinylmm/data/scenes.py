@@ -114,7 +114,7 @@ def render(scene: Scene, scans: Scans, rng: Rng) -> np.ndarray:
     background = rng.uniform(5, 65) + rng.uniform(-12, 12, size=3)
     canvas = background + rng.normal(0, 5, size=(SIZE, SIZE, 1))
     for glyph in scene:
-        ink = _warp(scans.images[glyph.scan], rng)[..., None]
+        ink = warp(scans.images[glyph.scan], rng)[..., None]
         colour = np.array(COLOURS[glyph.colour]) * rng.uniform(0.82, 1.0) + rng.uniform(-10, 10, size=3)
         row, column = (CORNER * index for index in PLACES[glyph.place])
         corner = canvas[row : row + CORNER, column : column + CORNER]
@@ -122,7 +122,7 @@ def render(scene: Scene, scans: Scans, rng: Rng) -> np.ndarray:
     return np.clip(canvas, 0, 255).round().astype(np.uint8)
 
 
-def _warp(scan: np.ndarray, rng: Rng) -> np.ndarray:
+def warp(scan: np.ndarray, rng: Rng) -> np.ndarray:
     """Enlarge a scan (10, 10) to a corner, a little turned, sheared, stretched and moved; values 0 to 1."""
     angle, shear = rng.uniform(-0.08, 0.08), rng.uniform(-0.06, 0.06)
     scale_x, scale_y = rng.uniform(1.5, 1.65, size=2)

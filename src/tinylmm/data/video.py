@@ -9,11 +9,11 @@ may vary. A file is read by few container formats and never leads to another one
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+T = TypeVar("T")
 
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "gif", "mpegts", "mpeg", "flv", "asf", "ogg")
 """By FFmpeg's names; no playlist, which could name files elsewhere."""
@@ -94,7 +96,7 @@ def sample_frames(path: Path, sampling: SamplingSpec, part: tuple[float, float] 
     """
     with _opened(path) as (container, stream):
         video = _index(path, container, stream)
-        return _frames(path, container, stream, video, frame_indices(sampling, video.clip, part))
+        return _frames(path, container, stream, video, frame_indices(sampling, video.clip, part), _image)
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
@@ -104,8 +106,31 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[Image.Image]:
         DataError: as `read_video`; or there is no such frame, or it cannot be decoded.
         UserError: PyAV is not installed.
     """
+    return see_frames(path, indices, lambda image: image)
+
+
+def see_frames(path: Path, indices: Sequence[int], see: Callable[[Image.Image], T]) -> list[T]:
+    """Return what `see` makes of frames, as `read_frames` gives them; no more than one image is in memory at a time.
+
+    Raises:
+        DataError, UserError: as `read_frames`.
+    """
     with _opened(path) as (container, stream):
-        return _frames(path, container, stream, _index(path, container, stream), indices)
+        video = _index(path, container, stream)
+        return _frames(path, container, stream, video, indices, lambda frame: see(_image(frame)))
+
+
+def choose_frames(path: Path, sampling: SamplingSpec) -> list[int]:
+    """Return the numbers of the frames that a sampling chooses, each of which was decoded to see that it can be.
+
+    Raises:
+        DataError, UserError: as `read_frames`.
+    """
+    with _opened(path) as (container, stream):
+        video = _index(path, container, stream)
+        indices = frame_indices(sampling, video.clip)
+        _frames(path, container, stream, video, indices, lambda frame: None)
+        return indices
 
 
 def check_video(path: Path) -> Video:
@@ -116,7 +141,7 @@ def check_video(path: Path) -> Video:
     """
     with _opened(path) as (container, stream):
         video = _index(path, container, stream)
-        _frames(path, container, stream, video, [0, video.frames - 1])
+        _frames(path, container, stream, video, [0, video.frames - 1], lambda frame: None)
         return video
 
 
@@ -210,19 +235,25 @@ def _seconds(times: Sequence[int], last: int, stream: VideoStream) -> float:
 
 
 def _frames(
-    path: Path, container: InputContainer, stream: VideoStream, video: Video, indices: Sequence[int]
-) -> list[Image.Image]:
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    video: Video,
+    indices: Sequence[int],
+    see: Callable[[VideoFrame], T],
+) -> list[T]:
+    """What `see` makes of frames, each of which is decoded once."""
     wanted = sorted(set(indices))
     if outside := [index for index in wanted if not 0 <= index < video.frames]:
         raise DataError(f"{path}: frame {outside[0]} was asked for, but it has frames 0 to {video.frames - 1}.")
     reader = _Reader(container, stream)
-    found: dict[int, Image.Image] = {}
+    found: dict[int, T] = {}
     for index in wanted:
         frame = reader.at(video, index) if video.times else reader.counted(index)
         if frame is None or frame.is_corrupt:
             raise DataError(f"{path}: frame {index} of {video.frames} cannot be decoded. Fetch the file again.")
         _check_size(path, frame.width, frame.height)  # which may change within a file
-        found[index] = _image(frame)
+        found[index] = see(frame)
     return [found[index] for index in indices]
 
 

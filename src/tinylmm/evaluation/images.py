@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinylmm.config.video import SamplingSpec
+from tinylmm.data.frame_sampling import frame_indices
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.files import open_parquet
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _ROWS = 256
+_MIDDLE = SamplingSpec(segments=1)
 
 
 def content_keys(items: Sequence[Item]) -> dict[str, str]:
@@ -77,7 +80,7 @@ def image_digests(refs: Mapping[str, ImageRef]) -> dict[str, str]:
 
 
 def open_image_ref(ref: ImageRef) -> Image.Image:
-    """Decode an image file, a parquet cell or the bytes that the benchmark's file held, as RGB.
+    """Decode an image file, a parquet cell or the bytes that the benchmark's file held, as RGB; of a video its middle frame.
 
     Raises:
         DataError: missing, no image of a known format, damaged or too large; the message names file and row.
@@ -86,8 +89,17 @@ def open_image_ref(ref: ImageRef) -> Image.Image:
 
     if ref.data is not None:
         return open_image(Path(ref.key), ref.data, ref.upright)
+    if ref.fps is not None and ref.path.is_dir():
+        from tinylmm.data.frame_folders import folder_clip, folder_frames
+
+        return folder_frames(ref.path, frame_indices(_MIDDLE, folder_clip(ref.path, ref.fps), ref.part))[0]
     if not ref.path.is_file():
-        raise DataError(f"image {ref.path} does not exist. Put the benchmark's images there.")
+        what = "video" if ref.video else "image"
+        raise DataError(f"{what} {ref.path} does not exist. Put the benchmark's {what}s there.")
+    if ref.video:
+        from tinylmm.data.video import sample_frames
+
+        return sample_frames(ref.path, _MIDDLE, ref.part)[0]
     if ref.row is None or ref.column is None:
         return open_image(ref.path, upright=ref.upright)
     data = _cell_bytes(ref.path, ref.row, ref.column)

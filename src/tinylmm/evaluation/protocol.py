@@ -29,6 +29,7 @@ class Protocol:
         asked, total: questions that were asked, and that there are.
         questions: digest of what was asked: prompts, right answers, names of images.
         template, max_new_tokens, precision: of asking.
+        frames: which frames of videos were shown, in words; None where there were none.
         judge, judge_runs: model that took part in scoring, and how often it judged each answer.
         code: version of the code that asks and scores (`planning/kinds.py`).
         top: best score of one question; 1 unless a judge gives ratings.
@@ -48,6 +49,7 @@ class Protocol:
     template: str | None = None
     max_new_tokens: int | None = None
     precision: str | None = None
+    frames: str | None = None
     judge: str | None = None
     judge_runs: int = 1
     code: int | None = None
@@ -66,7 +68,8 @@ class Protocol:
 
     def as_json(self) -> dict[str, Any]:
         """For scores.json and results.json."""
-        return {"name": self.name, **asdict(self), "departs": list(self.departs), "limited": self.limited}
+        fields = {"name": self.name, **asdict(self), "departs": list(self.departs), "limited": self.limited}
+        return fields if self.frames is not None else {key: value for key, value in fields.items() if key != "frames"}
 
     @classmethod
     def of_json(cls, record: Mapping[str, Any] | str | None, benchmark: str) -> Protocol:
@@ -90,6 +93,7 @@ class Protocol:
             "template": self.template,
             "new tokens": self.max_new_tokens,
             "precision": self.precision,
+            "frames": self.frames,
             "judge": judge,
             "code": self.code,
         }
@@ -161,6 +165,6 @@ def protocol_of(
 def _questions(benchmark: Benchmark, items: Sequence[Item]) -> str:
     state = hashlib.sha256()
     for item in items:
-        images = [[ref.path.name, ref.row, ref.column] for ref in item.images]
+        images = [[ref.path.name, ref.row, ref.column, *(ref.part or ())] for ref in item.images]
         state.update(json.dumps([item.prompt, benchmark.truth(item), images]).encode() + b"\n")
     return state.hexdigest()[:16]

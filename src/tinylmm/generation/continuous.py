@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.constants import IMAGE_TOKEN_ID, Extent
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.choose import TIE, Chooser, Sampling, log_probs
 from tinylmm.generation.decode import Continued, decode_alone
@@ -267,7 +267,7 @@ class ContinuousEngine:
         rests: Sequence[Sequence[int]],
         keys: Sequence[str],
         loads: dict[str, Callable[[str], Tensor]],
-        sizes: dict[str, tuple[int, int]],
+        sizes: dict[str, Extent],
     ) -> Tensor:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of images at their placeholders."""
         width = max(len(rest) for rest in rests)
@@ -275,8 +275,8 @@ class ContinuousEngine:
         self.images.announce(keys)
         try:
             self.images.encode(keys, lambda key: loads[key](key), lambda: None)
-            tiles = (torch.tensor([sizes[key] for key in keys]),) if keys and self.model.tiled else ()
-            return self.model.embed(ids, None, self.images.features(keys), *tiles)[0]
+            extents = self.model.extents([sizes[key] for key in keys])
+            return self.model.embed(ids, None, self.images.features(keys), **extents)[0]
         finally:
             self.images.release(keys)
 

@@ -1,10 +1,12 @@
-"""What people hand to a model in Python: images in any of their forms, and what was said before."""
+"""What people hand to a model in Python: images and videos in any of their forms, and what was said before."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +14,53 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.constants import IMAGE_SLOT
+from tinylmm.data.frame_sampling import Clip as FrameClip
+from tinylmm.data.frame_sampling import frame_indices
 from tinylmm.data.images import as_rgb, open_image
 from tinylmm.data.slots import question
+from tinylmm.data.video import sample_frames
+from tinylmm.data.video_records import VIDEO_SLOT
 from tinylmm.errors import DataError, UserError
 
-ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
-"""A file's path, a file's content, an open file, a PIL image, pixels as uint8: numpy (H, W, 3) or (H, W), torch (3, H, W)."""
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video that are shown, decoded."""
+
+    frames: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video among what a question comes with.
+
+    Attributes:
+        source: a file's path or content; or frames, each what `ImageInput` names, alone or as (frame, seconds from the start).
+        sampling: which frames of it are shown; by default those that the model was trained with. Frames without times are
+            all shown.
+    """
+
+    source: Any
+    sampling: SamplingSpec | Mapping[str, Any] | None = None
+
+
+ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor | Video | Clip
+"""A file's path, a file's content, an open file, a PIL image, pixels as uint8: numpy (H, W, 3) or (H, W), torch (3, H, W); or a
+`Video`."""
 Images = ImageInput | Sequence[ImageInput] | None
 
 ALLOWED = (
     "a file's path, its content (bytes), an open file, a PIL image, a uint8 numpy array (H, W, 3) or (H, W), "
     "or a uint8 tensor (3, H, W)"
 )
-_ONE_IMAGE = (str, Path, bytes, io.IOBase, Image.Image, np.ndarray, Tensor)
+_ONE_IMAGE = (str, Path, bytes, io.IOBase, Image.Image, np.ndarray, Tensor, Video, Clip)
+_SLOTS = re.compile(f"{IMAGE_SLOT}|{VIDEO_SLOT}")
+VIDEO_PARTS = ("video", "video_url")
 _ROLES = ("system", "user", "assistant")
 
 
@@ -52,13 +85,132 @@ def as_list(images: Images) -> list[ImageInput]:
     return list(cast("Sequence[ImageInput]", images))
 
 
-def decode(image: ImageInput) -> Image.Image:
-    """Decode an image completely, as RGB; one that is still encoded is turned as its camera says.
+def in_order(prompt: str, image: Images, video: Any) -> tuple[str, list[ImageInput]]:
+    """Return a question with its videos' slots written as images', and what it comes with in the order of its slots.
+
+    Args:
+        video: None; a video, as `Video.source` or a `Video`; or a list of `Video`s. Without `<video>` in the prompt, videos
+            stand behind the images.
+
+    Raises:
+        UserError: the prompt has more or fewer `<video>` than there are videos.
+    """
+    several = isinstance(video, list | tuple) and len(video) > 0 and all(isinstance(one, Video) for one in video)
+    more = [] if video is None else list(video) if several else [video]
+    shown = [*as_list(image), *(one if isinstance(one, Video) else Video(one) for one in more)]
+    slots = _SLOTS.findall(prompt)
+    if VIDEO_SLOT not in slots:
+        return prompt, shown
+    videos = [one for one in shown if isinstance(one, Video | Clip)]
+    images = [one for one in shown if not isinstance(one, Video | Clip)]
+    if (slots.count(VIDEO_SLOT), len(slots)) != (len(videos), len(shown)):
+        raise UserError(
+            f"the prompt has {slots.count(VIDEO_SLOT)} `{VIDEO_SLOT}` and {slots.count(IMAGE_SLOT)} `{IMAGE_SLOT}`, but "
+            f"{len(videos)} videos and {len(images)} images came with it. Give one for each."
+        )
+    waiting = {VIDEO_SLOT: iter(videos), IMAGE_SLOT: iter(images)}
+    return prompt.replace(VIDEO_SLOT, IMAGE_SLOT), [next(waiting[slot]) for slot in slots]
+
+
+def open_clip(video: Video, trained: SamplingSpec | None) -> Clip:
+    """Decode a video's frames that are shown.
+
+    Args:
+        trained: the frames that the model was trained with.
+
+    Raises:
+        DataError: it cannot be read.
+        UserError: nothing says which frames to show, or the frames or their times are of another form.
+    """
+    source, sampling = video.source, video.sampling or trained
+    if isinstance(sampling, Mapping):
+        sampling = _sampling(sampling)
+    if isinstance(source, list | tuple):
+        return Clip(tuple(_given_frames(source, sampling)))
+    if sampling is None:
+        raise UserError(
+            "the model was trained on no videos, so nothing says which frames to show: give "
+            "Video(source, sampling={'uniform': 16}), or the frames themselves."
+        )
+    if isinstance(source, bytes | bytearray | memoryview):
+        with tempfile.NamedTemporaryFile(suffix=".video") as file:
+            file.write(source)
+            file.flush()
+            return Clip(tuple(_named(sample_frames, Path(file.name), sampling)))
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.is_file():
+            raise DataError(f"{source}: no such video file. Give the path of a local file; nothing is downloaded.")
+        return Clip(tuple(sample_frames(path, sampling)))
+    raise UserError(
+        f"a video is given as {type(source).__name__}; allowed: a file's path or content, or a list of frames."
+    )
+
+
+def _named(read: Any, path: Path, sampling: SamplingSpec) -> list[Image.Image]:
+    """Read a video that has no name of its own: a fault does not tell the temporary one."""
+    try:
+        return list(read(path, sampling))
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), "the video")) from None
+
+
+def _sampling(given: Mapping[str, Any]) -> SamplingSpec:
+    try:
+        return SamplingSpec.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"sampling{'.' if where else ''}{where}: {first['msg']}; got {dict(given)}.") from error
+
+
+def _given_frames(source: Sequence[Any], sampling: SamplingSpec | None) -> list[Image.Image]:
+    """Frames that came as images; of those with times the sampling's, as of a video of that length."""
+    if not source:
+        raise UserError("a video is given as an empty list of frames; give at least one.")
+    timed = [isinstance(one, list | tuple) and len(one) == 2 and _is_time(one[1]) for one in source]
+    if any(timed) != all(timed):
+        raise UserError(
+            "of a video's frames some have a time and some have none; give (frame, seconds) of all or of none."
+        )
+    if not all(timed):
+        return [_frame(one) for one in source]
+    times = [float(one[1]) for one in source]
+    if times != sorted(times) or times[0] < 0:
+        raise UserError(f"a video's frames must come in the order of their times, from 0 on; got {times[:5]}.")
+    if sampling is None:
+        return [_frame(one[0]) for one in source]
+    span = times[-1] - times[0]
+    seconds = span * len(times) / (len(times) - 1) if span else 1.0
+    chosen = frame_indices(sampling, FrameClip(len(times), len(times) / seconds, seconds))
+    return [_frame(source[index][0]) for index in chosen]
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _frame(image: Any) -> Image.Image:
+    frame = decode(image)
+    if isinstance(frame, Clip):
+        raise UserError("a frame of a video is given as a video; give images.")
+    return frame
+
+
+def decode(image: ImageInput, trained: SamplingSpec | None = None) -> Image.Image | Clip:
+    """Decode an image completely, as RGB; one that is still encoded is turned as its camera says. Of a video, its frames.
+
+    Args:
+        trained: the frames of videos that the model was trained with.
 
     Raises:
         DataError: there is no such file, or it is no image that can be read.
         UserError: it is of another type or shape than `ImageInput` names.
     """
+    if isinstance(image, Clip):
+        return image
+    if isinstance(image, Video):
+        return open_clip(image, trained)
     if isinstance(image, Image.Image):
         return as_rgb(image)
     if isinstance(image, bytes | bytearray | memoryview):
@@ -161,10 +313,13 @@ def _message(number: int, message: Mapping[str, Any]) -> tuple[str, str, list[Im
         elif kind in ("image", "image_url") and role == "user" and (image := _image_of(fields)) is not None:
             parts.append(None)
             images.append(image)
+        elif kind in VIDEO_PARTS and role == "user" and (video := _image_of(fields)) is not None:
+            parts.append(None)
+            images.append(Video(video))
         else:
             raise UserError(
                 f"history[{number}] has the content {str(part)[:60]!r}; allowed: a text, or a list of parts of type text "
-                "and, in a user's message, image or image_url."
+                "and, in a user's message, image, image_url, video or video_url."
             )
     return role, placed(parts), images
 
@@ -184,6 +339,7 @@ def placed(parts: Sequence[str | None]) -> str:
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    """What an image part holds: under `image`, `image_url` (OpenAI: a dict with `url`), `url` or `path`."""
-    value = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None), None)
+    """What an image or video part holds: under its kind (OpenAI: a dict with `url`), `url` or `path`."""
+    keys = ("image", "image_url", *VIDEO_PARTS, "url", "path")
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
     return value.get("url") if isinstance(value, Mapping) else value

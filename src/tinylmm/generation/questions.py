@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from tinylmm.constants import Extent
 from tinylmm.generation.choose import Chooser, LogProbs, Sampling
 from tinylmm.generation.decode import Continued
 from tinylmm.generation.prefixes import Symbol
@@ -40,8 +41,8 @@ class Question:
     """One answer that somebody waits for.
 
     Args:
-        load: key of one of the prompt's images -> (3, H, W), normalised for the tower; in tiles (T, 3, H, W).
-        sizes: key -> width and height in pixels.
+        load: key of one of the prompt's images -> (3, H, W), normalised for the tower; of tiles or frames (T, 3, H, W).
+        sizes: key -> width and height in pixels, of a clip how many frames it has too.
         emit: called from the engine's thread with every event; the last is an End or an Exception.
         alternatives: log-probabilities of so many likeliest tokens are told with each; None for none at all.
 
@@ -53,7 +54,7 @@ class Question:
     prompt: Prompt
     sampling: Sampling
     load: Callable[[str], Tensor]
-    sizes: dict[str, tuple[int, int]]
+    sizes: dict[str, Extent]
     emit: Callable[[Event], None]
     alternatives: int | None = None
     cancelled: bool = False

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylmm.constants import IMAGE_SLOT
+from tinylmm.constants import IMAGE_SLOT, Extent
 from tinylmm.data.chat import Turn, get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
@@ -19,7 +19,17 @@ from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.images import EncodedImages
-from tinylmm.generation.inputs import Exchange, History, ImageInput, Images, as_list, conversation, decode
+from tinylmm.generation.inputs import (
+    Clip,
+    Exchange,
+    History,
+    ImageInput,
+    Images,
+    as_list,
+    conversation,
+    decode,
+    in_order,
+)
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.generation.text import Pieces
 from tinylmm.models.attention import choose_attention
@@ -70,10 +80,10 @@ def load(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Images that prompts come with, by key: pixels as the tower takes them, and width and height."""
+    """Images and videos that prompts come with, by key: pixels as the tower takes them, and what `tokens_of` asks."""
 
     pixels: dict[str, Tensor] = field(default_factory=dict)
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    sizes: dict[str, Extent] = field(default_factory=dict)
 
 
 class ChatModel:
@@ -91,12 +101,17 @@ class ChatModel:
         self.transform = ImageTransform.of(loaded.description.image)
         self._features = EncodedImages(self.model, keep=KEPT_FEATURES)
 
-    def chat(self, prompt: str | Sequence[str], image: Any = None, history: Any = (), **options: Any) -> Any:
-        """Answer one prompt, or a list of prompts (then see `chat_batch`, whose lists `image` and `history` are).
+    def chat(
+        self, prompt: str | Sequence[str], image: Any = None, history: Any = (), video: Any = None, **options: Any
+    ) -> Any:
+        """Answer one prompt, or a list of prompts (then see `chat_batch`, whose lists `image`, `history` and `video` are).
 
         Args:
             prompt: the question. Images come in front of it, or where it says `<image>`, once for each.
             image: None, an image, or a list of images: what `inputs.ImageInput` names.
+            video: None, or a video: a file's path or content, or a list of frames, alone or as (frame, seconds); several as
+                a list of `inputs.Video`, which also says which frames are shown. It stands behind the images, or where the
+                prompt says `<video>`.
             history: what was said before, oldest first: `Exchange`s, (question, answer) pairs, or OpenAI's messages.
             options: see the class.
 
@@ -109,8 +124,8 @@ class ChatModel:
             DataError: an image cannot be read.
         """
         if not isinstance(prompt, str):
-            return self.chat_batch(prompt, image, history or None, **options)
-        return self.chat_batch([prompt], [image], [history], **options)[0]
+            return self.chat_batch(prompt, image, history or None, videos=video, **options)
+        return self.chat_batch([prompt], [image], [history], videos=[video], **options)[0]
 
     def chat_batch(
         self,
@@ -118,6 +133,7 @@ class ChatModel:
         images: Sequence[Images] | None = None,
         histories: Sequence[History] | None = None,
         batch_size: int = 8,
+        videos: Sequence[Any] | None = None,
         **options: Any,
     ) -> list[str]:
         """Answer many prompts, `batch_size` at once; in fp32 the answers are those of single calls.
@@ -127,6 +143,7 @@ class ChatModel:
             images: for each prompt what `chat` takes; None for no images at all.
             histories: for each prompt what `chat` takes; None for none.
             batch_size: prompts that are generated together.
+            videos: for each prompt what `chat` takes; None for none.
             options: see the class.
 
         Raises:
@@ -134,35 +151,41 @@ class ChatModel:
         """
         images = [None] * len(prompts) if images is None else images
         histories = [()] * len(prompts) if histories is None else histories
+        videos = [None] * len(prompts) if videos is None else videos
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of 1 or more.")
-        if not isinstance(images, list | tuple) or not len(prompts) == len(images) == len(histories):
+        if not isinstance(images, list | tuple) or not len(prompts) == len(images) == len(histories) == len(videos):
             raise UserError(
-                f"{len(prompts)} prompts need as many entries in images and in histories (one list each; None for no image)."
+                f"{len(prompts)} prompts need as many entries in images, videos and histories (one list each; None for none)."
             )
         sampling = Sampling.of(options)
         texts: list[str] = []
         for first in range(0, len(prompts), batch_size):  # no more images in memory than are asked about at once
             loaded = _Loaded()
             rows = range(first, min(first + batch_size, len(prompts)))
-            asked = [self._prepare(str(i), prompts[i], images[i], histories[i], loaded) for i in rows]
+            shown = [in_order(prompts[i], images[i], videos[i]) for i in rows]
+            asked = [
+                self._prepare(str(i), *with_it, histories[i], loaded) for i, with_it in zip(rows, shown, strict=True)
+            ]
             replies = self._engine(loaded, sampling, batch_size).replies(asked)
             answers = {reply.item_id: reply.ids for batch in replies for reply in batch}
             texts += [self.prompts.text(answers[prompt.item_id]).strip() for prompt in asked]
         return texts
 
-    def stream(self, prompt: str, image: Images = None, history: History = (), **options: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str, image: Images = None, history: History = (), video: Any = None, **options: Any
+    ) -> Iterator[str]:
         """Yield the answer of `chat` in pieces as it is written; joined, they are that answer.
 
         Args, Raises: as `chat`, and errors come before the first piece.
         """
         loaded = _Loaded()
-        asked = self._prepare("", prompt, image, history, loaded)
+        asked = self._prepare("", *in_order(prompt, image, video), history, loaded)
         return self._pieces(self._engine(loaded, Sampling.of(options)).stream(asked))
 
-    def conversation(self, image: Images = None) -> Conversation:
-        """Begin a conversation; its first question comes with the image."""
-        return Conversation(self, image)
+    def conversation(self, image: Images = None, video: Any = None) -> Conversation:
+        """Begin a conversation; its first question comes with the image, or the video, or both."""
+        return Conversation(self, in_order("", image, video)[1])
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         pieces = Pieces(self.prompts.text)
@@ -173,8 +196,7 @@ class ChatModel:
             yield piece
 
     def _engine(self, loaded: _Loaded, sampling: Sampling, rows: int = 1) -> Engine:
-        sizes = loaded.sizes if self.model.tiled else None
-        load = loaded.pixels.__getitem__
+        load, sizes = loaded.pixels.__getitem__, loaded.sizes
         return Engine(self.model, load, self.prompts.ends, sampling, rows=rows, sizes=sizes, images=self._features)
 
     def _prepare(self, name: str, prompt: str, image: Images, history: History, loaded: _Loaded) -> Prompt:
@@ -190,7 +212,7 @@ class ChatModel:
         questions: Sequence[tuple[str, Sequence[str]]],
         answers: Sequence[str],
         system: str | None,
-        sizes: Mapping[str, tuple[int, int]],
+        sizes: Mapping[str, Extent],
     ) -> Prompt:
         """Make a prompt of a conversation, and see that it leaves room for an answer.
 
@@ -198,7 +220,7 @@ class ChatModel:
             questions: each with the keys of its images; the last one is to be answered.
             answers: to all questions but the last.
             system: the conversation's own system message; None takes the template's.
-            sizes: width and height of each image, by key.
+            sizes: width and height of each image, by key; of a video how many frames it has too.
 
         Raises:
             UserError: images and `<image>` slots differ in number, or the prompt does not fit the model's context.
@@ -223,10 +245,15 @@ class ChatModel:
 
     def _load(self, image: ImageInput, loaded: _Loaded) -> str:
         """Open an image, and return its key: of its size and pixels, so that the same image is encoded once."""
-        opened = decode(image)
-        pixels = self.transform(opened)
-        key = hashlib.sha256(repr(opened.size).encode() + pixels.numpy().tobytes()).hexdigest()
-        loaded.pixels[key], loaded.sizes[key] = pixels, opened.size
+        opened = decode(image, self.loaded.description.sampling)
+        extent: Extent
+        if isinstance(opened, Clip):
+            pixels = torch.stack([self.transform.one_view(frame) for frame in opened.frames])
+            extent = (0, 0, len(opened.frames))
+        else:
+            pixels, extent = self.transform(opened), opened.size
+        key = hashlib.sha256(repr(extent).encode() + pixels.numpy().tobytes()).hexdigest()
+        loaded.pixels[key], loaded.sizes[key] = pixels, extent
         return key
 
 
@@ -247,12 +274,13 @@ class Conversation:
         self.show(image)
 
     def show(self, image: Images) -> None:
-        """Put an image, or several, in front of the next question, in place of those that wait for it.
+        """Put an image or a `Video`, or several, in front of the next question, in place of those that wait for it.
 
         Raises:
             UserError, DataError: an image cannot be read; those that wait are kept.
         """
-        self._images = tuple(decode(item) for item in as_list(image))
+        trained = self.model.loaded.description.sampling
+        self._images = tuple(decode(item, trained) for item in as_list(image))
 
     def ask(self, question: str, **options: Any) -> str:
         """Return the answer and remember it."""

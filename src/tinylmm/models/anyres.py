@@ -52,11 +52,12 @@ class TiledConnector(Connector):
         """Tokens of an image of this size in pixels."""
         return self.tiling.num_tokens(width, height, self.side)
 
-    def forward(self, features: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, sizes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
         """Tiles of several images, (T, P, Dv), to the images' tokens one behind the other, (sum of `tokens_of`, Dl).
 
         Args:
-            features: the tower's, of each image the whole view and then its tiles, row by row.
+            features: the tower's, of each image the whole view and then its tiles, row by row; of a clip its frames, whole.
+            frames: (N,) int64, how many frames each clip has, 0 for an image; without them all are images.
             sizes: (N, 2) int64, width and height of each image in pixels. Without them the features are those of images of
                 one tile, (N, P, Dv), and give (N, side² + 1, Dl), each with its newline.
 
@@ -67,11 +68,12 @@ class TiledConnector(Connector):
             tokens = self.inner(features)
             return torch.cat([tokens, self.image_newline.to(tokens.dtype).expand(len(tokens), 1, -1)], dim=1)
         shapes = [(int(width), int(height)) for width, height in sizes.tolist()]
-        counts = [self.tiling.num_tiles(*shape) for shape in shapes]
+        clips = [0] * len(shapes) if frames is None else frames.tolist()
+        counts = [clip or self.tiling.num_tiles(*shape) for clip, shape in zip(clips, shapes, strict=True)]
         if sum(counts) != len(features):
             raise ValueError(f"{len(shapes)} images of these sizes have {sum(counts)} tiles, but {len(features)} came")
-        images = self.inner(features).split(counts)
-        return torch.cat([self._lay_out(tiles, *shape) for tiles, shape in zip(images, shapes, strict=True)])
+        images = zip(self.inner(features).split(counts), clips, shapes, strict=True)
+        return torch.cat([seen.flatten(0, 1) if clip else self._lay_out(seen, *shape) for seen, clip, shape in images])
 
     def _lay_out(self, tiles: Tensor, width: int, height: int) -> Tensor:
         """One image's tiles (1 + tiles, side², Dl) to (tokens, Dl)."""
@@ -96,3 +98,12 @@ def with_tiles(connector: Connector, image: ImageSpec, tower_tokens: int) -> Con
         return TiledConnector(connector, Tiling(image.size, image.tiles), tower_tokens)
     except ValueError as error:
         raise ConfigError([Fault("vision_tower.image.mode", f"{error}.")]) from error
+
+
+def clip_tokens(connector: Connector, tower_tokens: int, frames: int) -> int:
+    """Tokens of a clip: its frames' one behind the other, each whole, or those of all frames together."""
+    if isinstance(connector, TiledConnector):
+        return frames * connector.side**2
+    if connector.takes_clips:
+        return connector.num_tokens(frames * tower_tokens)
+    return frames * connector.num_tokens(tower_tokens)

@@ -31,6 +31,9 @@ class Connector(nn.Module):
 
     streams = 1
     """Towers whose features lie interleaved in P: 2 for a connector made for a mixture of features."""
+    takes_clips = False
+    """Whether it takes the tokens of all frames of a clip together, (B, T * P, Dv), as `forward(features, lengths)`; any other
+    one is given each frame as an image, and its tokens lie one frame behind the other."""
 
     def __init__(self, vision_dim: int, llm_dim: int, init: str = "normal") -> None:
         super().__init__()

@@ -112,12 +112,16 @@ class PerceiverConnector(_QueryConnector):
         """(B, P, Dv) to (B, Q, Dl)."""
         return self.resample(self.linear(features))
 
-    def resample(self, media: Tensor) -> Tensor:
-        """Features in the LLM's width (B, P, Dl) to as many tokens as there are latents."""
+    def resample(self, media: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Features in the LLM's width (B, P, Dl) to as many tokens as there are latents.
+
+        Args:
+            shown: (B, P) bool, which features are there; by default all.
+        """
         latents = self.latents.to(media.dtype).expand(media.shape[0], -1, -1)
         for block in self.layers:
             attention, feed_forward = cast(nn.ModuleList, block)
-            latents = latents + attention(media, latents)
+            latents = latents + attention(media, latents, shown)
             latents = latents + feed_forward(latents)
         return self.norm(latents)
 
@@ -169,11 +173,13 @@ class _PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def forward(self, image: Tensor, latents: Tensor) -> Tensor:
-        """Image (B, P, D) and latents (B, Q, D) to (B, Q, D)."""
+    def forward(self, image: Tensor, latents: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Image (B, P, D), of which `shown` (B, P) is there, and latents (B, Q, D) to (B, Q, D)."""
+        if shown is not None:
+            shown = functional.pad(shown, (0, latents.shape[1]), value=True)[:, None, None]  # (B, 1, 1, P + Q)
         latents = self.norm_latents(latents)
         keys, values = self.to_kv(torch.cat([self.norm_media(image), latents], dim=1)).chunk(2, dim=-1)
-        return self.to_out(_attend(self.to_q(latents), keys, values, self.heads))
+        return self.to_out(_attend(self.to_q(latents), keys, values, self.heads, shown))
 
 
 class _BenchBlock(nn.Module):
@@ -202,10 +208,13 @@ def _feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
     )
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Attention over `heads`: (B, Q, D), (B, K, D), (B, K, D) to (B, Q, D), scaled by the square root of D / heads."""
-    split = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (queries, keys, values)]
-    return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Attention over `heads`: (B, Q, D), (B, K, D), (B, K, D) to (B, Q, D), scaled by the square root of D / heads.
+
+    `mask` is (B, 1, 1, K) bool: which keys are there.
+    """
+    q, k, v = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (queries, keys, values))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def _check_heads(hidden_size: int, heads: int) -> None:

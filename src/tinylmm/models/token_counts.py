@@ -1,8 +1,9 @@
-"""How many tokens an image takes in a model that is not built yet: asked of its own classes, without memory for a weight."""
+"""How many tokens an image or a clip takes in a model that is not built yet: asked of its classes, without memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,17 +16,38 @@ from tinylmm.config.identities import TowerOutput
 from tinylmm.config.spec import ConnectorSpec, ImageSpec, TowerSpec
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import ConfigError, Fault
-from tinylmm.models.anyres import TiledConnector, with_tiles
+from tinylmm.models.anyres import TiledConnector, clip_tokens, with_tiles
 from tinylmm.models.build import check_fit
 from tinylmm.models.connectors import Connector
 from tinylmm.models.encoders import KINDS, HubEncoder
 from tinylmm.models.vision import make_tower
 
 
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of images and clips.
+
+    Attributes:
+        connector: of the model; its weights are not needed.
+        tower_tokens: P.
+    """
+
+    connector: Connector
+    tower_tokens: int
+
+    def __call__(self, width: int, height: int, frames: int = 0) -> int:
+        """Tokens of an image of this size in pixels, or of a clip of so many frames of whatever size."""
+        if frames:
+            return clip_tokens(self.connector, self.tower_tokens, frames)
+        if isinstance(self.connector, TiledConnector):
+            return self.connector.tokens_of(width, height)
+        return self.connector.num_tokens(self.tower_tokens)
+
+
 def tokens_by_size(
     tower: TowerSpec, connector: ConnectorSpec, image: ImageSpec, trust: Sequence[str]
-) -> Callable[[int, int], int] | None:
-    """Return what gives the tokens of an image from its width and height, in a model that sees images as `image` says.
+) -> TokenCounts | None:
+    """Return what gives the tokens of images and clips, in a model that sees images as `image` says.
 
     None where nothing on this machine says what the tower looks like: of `vt=hf` before it is downloaded.
 
@@ -47,10 +69,7 @@ def tokens_by_size(
             raise ConfigError([Fault("connector", str(error))]) from error
         check_fit(seen, joined)
         joined = with_tiles(joined, image, seen.num_tokens)
-    if isinstance(joined, TiledConnector):
-        return joined.tokens_of
-    each = joined.num_tokens(seen.num_tokens)
-    return lambda width, height: each
+    return TokenCounts(joined, seen.num_tokens)
 
 
 def _encoder(named: type[PreTrainedModel], tower: TowerSpec) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:

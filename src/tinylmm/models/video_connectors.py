@@ -6,9 +6,11 @@ Both are TinyLLaVA-Video's (arXiv 2501.15513), and name their parameters as its 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tinylmm.models.query_connectors import PerceiverConnector
 
@@ -22,6 +24,8 @@ class NaiveResamplerConnector(PerceiverConnector):
         heads, head_dim: of the attention; its inner width is their product.
     """
 
+    takes_clips = True
+
     def __init__(
         self,
         vision_dim: int,
@@ -34,10 +38,11 @@ class NaiveResamplerConnector(PerceiverConnector):
     ) -> None:
         super().__init__(vision_dim, llm_dim, num_queries, depth, heads, head_dim, init)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, T * P, Dv) to (B, Q, Dl)."""
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, T * P, Dv) to (B, Q, Dl); `lengths` (B,) are those of clips that are padded to the longest one."""
         media = self.linear(features)
-        return self.resample(media + positions(media))
+        shown = None if lengths is None else torch.arange(media.shape[1], device=media.device) < lengths[:, None]
+        return self.resample(media + positions(media), shown)
 
 
 class GroupResamplerConnector(PerceiverConnector):
@@ -54,6 +59,8 @@ class GroupResamplerConnector(PerceiverConnector):
     Raises:
         ValueError: `groups` does not divide `num_queries`.
     """
+
+    takes_clips = True
 
     def __init__(
         self,
@@ -74,21 +81,42 @@ class GroupResamplerConnector(PerceiverConnector):
         self.num_queries = num_queries
         self.groups = groups
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, T * P, Dv) to (B, Q, Dl)."""
-        media = self.linear(features)
-        length, longer = divmod(media.shape[1], self.groups)
-        parts = media.split([longer * (length + 1), (self.groups - longer) * length], dim=1)
-        counts = (longer, self.groups - longer)
-        # Groups of one length go through the attention as one batch.
-        answers = [self._grouped(part, count) for part, count in zip(parts, counts, strict=True) if count]
-        output = torch.cat(answers, dim=1)
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, T * P, Dv) to (B, Q, Dl); `lengths` (B,) are those of clips that are padded to the longest one."""
+        grouped, shown = self._grouped(self.linear(features), lengths)
+        output = self.resample(grouped, shown).unflatten(0, (len(features), self.groups)).flatten(1, 2)
         return output + positions(output)
 
-    def _grouped(self, media: Tensor, groups: int) -> Tensor:
-        """Equal groups (B, G * P, Dl) to (B, G * Q, Dl)."""
-        grouped = media.unflatten(1, (groups, media.shape[1] // groups)).flatten(0, 1)
-        return self.resample(grouped).unflatten(0, (media.shape[0], groups)).flatten(1, 2)
+    def _grouped(self, media: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, L, Dl) in their groups, (B * G, C, Dl), and which of these are there where groups differ in length.
+
+        All groups go through the attention as one batch, so that ranks with other clips run the same modules.
+        """
+        count, length = media.shape[:2]
+        if lengths is None and length % self.groups == 0:
+            return media.unflatten(1, (self.groups, -1)).flatten(0, 1), None
+        if lengths is None:
+            lengths = torch.full((count,), length, device=media.device)
+        number = torch.arange(self.groups, device=media.device)
+        sizes = lengths[:, None] // self.groups + (number < lengths[:, None] % self.groups)  # (B, G)
+        places = torch.arange(-(-length // self.groups), device=media.device)
+        index = ((sizes.cumsum(1) - sizes)[..., None] + places).clamp(max=length - 1)  # (B, G, C)
+        shown = places < sizes[..., None]
+        clips = torch.arange(count, device=media.device)[:, None, None]
+        return media[clips, index].flatten(0, 1), shown.flatten(0, 1)
+
+
+def joined(features: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Frames of several clips (V, P, Dv) as clips (B, T * P, Dv), padded where they differ, and then their lengths (B,).
+
+    Args:
+        frames: how many each clip has; V in all.
+    """
+    if len(set(frames)) == 1:
+        return features.unflatten(0, (len(frames), frames[0])).flatten(1, 2), None
+    clips = [clip.flatten(0, 1) for clip in features.split(list(frames))]
+    lengths = torch.tensor([len(clip) for clip in clips], device=features.device)
+    return pad_sequence(clips, batch_first=True), lengths
 
 
 def positions(tokens: Tensor) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from tinylmm.config.cores import usable_cores
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeStage
 from tinylmm.config.spec import RunSpec
-from tinylmm.planning.lengths import Lengths, Prepared, assumed_lengths, read_lengths
+from tinylmm.planning.lengths import ClipTokens, Lengths, Prepared, assumed_lengths, read_lengths
 from tinylmm.planning.shapes import Shapes, shapes_of
 from tinylmm.sizing.cards import Card, cards, gpu_names, this_machine
 from tinylmm.sizing.duration import StepCost
@@ -74,11 +73,14 @@ class Training:
             UnknownShapeError: what a part looks like is not known.
         """
         stage, shapes = run.recipe.stages[name], shapes_of(run, name)
+        counted = (shapes.image_tokens, stage.max_length, ClipTokens(shapes.clip_tokens(0), shapes.frame_tokens))
         if prepared:
-            lengths = read_lengths(prepared, shapes.image_tokens, stage.max_length)
+            lengths = read_lengths(prepared, *counted)
         else:
-            captions = stage.template == "pretrain"
-            lengths = assumed_lengths(run.data.name, stage.mixture, captions, shapes.image_tokens, stage.max_length)
+            captions, sampling = stage.template == "pretrain", run.video.sampling
+            lengths = assumed_lengths(run.data.name, stage.mixture, captions, *counted, sampling)
+        if lengths.clips > lengths.images:
+            shapes = shapes.with_clips(run, max(1, round(lengths.frames / lengths.clips)))
         device = Device.of(run.launch, stage.precision)
         tune = stage.tune.model_dump(mode="json", exclude_none=True)
         return cls(name, stage, shapes, tune, lengths, run.launch, device, run.trainer.optim)
@@ -94,8 +96,18 @@ class Training:
         if self.lengths.samples is None:
             return None
         tower = self.parts["vision_tower"]
-        views = self.lengths.samples * self.lengths.images * self.shapes.views
-        return views * tower.tokens * tower.width * self.compute_bytes
+        return self.lengths.samples * self.views * tower.tokens * tower.width * self.compute_bytes
+
+    @property
+    def views(self) -> float:
+        """How often the tower looks for a mean sample: at each image, tile and frame."""
+        return self.lengths.images * self.shapes.views + self.lengths.frames
+
+    @property
+    def connected(self) -> float:
+        """What the connector is given for a mean sample: as many, or the frames of a clip as one."""
+        found = self.lengths
+        return found.images + found.clips if self.shapes.together else self.views
 
     @property
     def cached(self) -> bool:
@@ -121,7 +133,16 @@ class Training:
     def sample(self) -> Sample:
         """A mean sample."""
         found = self.lengths
-        return Sample(found.tokens, found.squared, found.supervised, found.images * self.shapes.views)
+        return Sample(found.tokens, found.squared, found.supervised, self.views, features=self.connected)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that a rank takes at once; mean ones, where their positions are counted."""
+        positions = self.launch.positions(self.device.on_gpu)
+        if positions is None:
+            assert self.launch.micro_batch != "auto"
+            return self.launch.micro_batch
+        return min(self.stage.global_batch, max(1, round(positions / self.lengths.tokens)))
 
     def placement(self) -> Placement:
         """How the launch of the run puts it on devices."""
@@ -133,7 +154,7 @@ class Training:
             self.compute_bytes,
             self.device.on_gpu,
             launch.gradient_checkpointing,
-            self._accumulation(launch.ranks, launch.micro_batch) > 1,
+            self._accumulation(launch.ranks, self.micro_batch) > 1,
             optimizer_bytes(self.optimizer),
         )
 
@@ -175,13 +196,15 @@ class Training:
         rate = None if self.device.card is None else self.device.card.images_per_s
         if rate is None or self.cached:
             return 0.0
-        return self.stage.global_batch * self.lengths.images / (rate * max(usable_cores(), ranks))
+        return (
+            self.stage.global_batch * (self.lengths.images + self.lengths.frames) / (rate * max(usable_cores(), ranks))
+        )
 
     def first_pass_seconds(self) -> float:
         """Of computing the features that are kept, on all ranks together."""
         if not self.cached or self.device.card is None or self.lengths.samples is None:
             return 0.0
-        images = self.lengths.samples * self.lengths.images * self.shapes.views
+        images = self.lengths.samples * self.views
         return (
             first_pass_flops(self.parts, images)
             / self.device.card.product_flops(self.compute_bytes)
@@ -195,7 +218,7 @@ class Training:
         images = 0.0 if self.cached else samples * self.sample.images
         tokens = samples * self.lengths.tokens * PADDING
         return MicroBatch(
-            tokens, self._row(tokens), samples * self.lengths.supervised, images, samples * self.sample.images
+            tokens, self._row(tokens), samples * self.lengths.supervised, images, samples * self.connected
         )
 
     def _batch(self, placed: Placement, micro_batch: int) -> MicroBatch:
@@ -209,16 +232,16 @@ class Training:
         images = share * self.sample.images
         pixels = image.pixels
         seen = 0.0 if self.cached else images
-        return MicroBatch(tokens, row, share * found.supervised, seen, images, pixels, self._masked())
+        connected = share * self.connected
+        return MicroBatch(tokens, row, share * found.supervised, seen, connected, pixels, self._masked())
 
     def _row(self, tokens: float) -> float:
-        return min(float(self.launch.row_tokens or self.stage.max_length), tokens)
+        row = self.launch.positions(self.device.on_gpu) or self.launch.row_tokens
+        return min(float(self.stage.max_length if row == "auto" else row), tokens)
 
     def _masked(self) -> bool:
-        """Whether attention takes a mask: with flash-attn it takes bounds."""
-        wanted = self.launch.attention
-        possible = self.device.on_gpu and self.compute_bytes < 4
-        return not (possible and (wanted == "flash_attention_2" or (wanted == "auto" and find_spec("flash_attn"))))
+        """Whether attention takes a mask: with varlen and flash-attn it takes bounds."""
+        return self.launch.attention in ("sdpa", "eager")
 
 
 def optimizer_bytes(name: str | None) -> float:

@@ -13,14 +13,14 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from tinylmm.config.spec import EvalSpec, SourceSpec
-from tinylmm.data.image_names import is_embedded
+from tinylmm.data.image_names import VIDEO, is_embedded, video_path
 from tinylmm.data.records import read_records
 from tinylmm.data.sample import Sample, read_samples
 from tinylmm.errors import DataError
@@ -44,12 +44,13 @@ _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp4", ".avi", ".webm", ".
 
 
 def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> dict[str, Any]:
-    """Return {"annotations", "images", "num_images", "missing", "num_missing"} of one source.
+    """Return {"annotations", "images", "num_images", "missing", "num_missing", "videos"} of one source.
 
     `annotations` and `images` are SHA-256 digests. `missing` holds the first MISSING_SHOWN image paths that name no
     file, `num_missing` is how many there are; both are for the check before a run (a missing image counts as size -1 in
-    the digest, so that adding it changes the identity). The hash and the image list are cached in `cache_folder` under
-    the annotation file's state, what was read of each image under the image's; images are looked up on disk every time.
+    the digest, so that adding it changes the identity). Videos count as images; `videos` is whether there are any. The
+    hash and the image list are cached in `cache_folder` under the annotation file's state, what was read of each image
+    under the image's; images are looked up on disk every time.
 
     Raises:
         DataError: the annotation file is missing or unreadable; the message says how to get it.
@@ -57,13 +58,15 @@ def source_fingerprint(root: Path, source: SourceSpec, cache_folder: Path) -> di
     annotations = root / source.annotations
     cache = _source_cache(annotations, source, cache_folder)
     known = cache.read()
-    if known is None:
-        content, names = _content(annotations), Names.of(_image_paths(annotations, source))
-        cache.write({"annotations": content}, text=names.text, ends=names.ends)
+    if known is None or "videos" not in known.value:  # older versions knew of none
+        paths = _Paths(_image_paths(annotations, source))
+        names = Names.of(paths)
+        value = {"annotations": _content(annotations), "videos": paths.videos}
+        cache.write(value, text=names.text, ends=names.ends)
     else:
-        content, names = known.value["annotations"], Names(known.arrays["text"], known.arrays["ends"])
+        value, names = known.value, Names(known.arrays["text"], known.arrays["ends"])
     images = Path(os.path.abspath(root / source.images))  # noqa: PTH100 (links are not followed: the path names the cache)
-    return {"annotations": content, **image_listing(images, names, cache_folder)}
+    return {**value, **image_listing(images, names, cache_folder)}
 
 
 def benchmark_fingerprint(benchmark: Benchmark, spec: EvalSpec, cache_folder: Path) -> dict[str, Any]:
@@ -172,14 +175,31 @@ def _content(annotations: Path) -> str:
     return digest([hash_file(path) for path in _files(annotations)])
 
 
+class _Paths:
+    """Paths of named images and videos, one by one; notes on the way whether there were videos."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = names
+        self.videos = False
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._names:
+            path = video_path(name)
+            self.videos = self.videos or path is not None
+            yield name if path is None else path
+
+
 def _image_paths(annotations: Path, source: SourceSpec) -> Iterator[str]:
-    """Image paths that the first `limit` records name, as often as they do. Faults are `prepare`'s to report."""
+    """Names of the images and videos of the first `limit` records, as often as they occur. Faults are `prepare`'s to report."""
     if source.format in ("llava", "questions"):
         for record in islice(read_records(annotations), source.limit):
-            named = record.get("image") if isinstance(record, dict) else None
-            yield from filter(_is_path, named if isinstance(named, list) else [named])
+            if not isinstance(record, dict):
+                continue
+            for key, mark in (("image", ""), ("video", VIDEO), ("videos", VIDEO)):
+                named = record.get(key)
+                yield from (mark + path for path in (named if isinstance(named, list) else [named]) if _is_path(path))
     else:
-        for sample in islice(read_samples(annotations, source.format), source.limit):
+        for sample in islice(read_samples(annotations, source.format, videos=True), source.limit):
             yield from filter(_is_path, sample.images) if isinstance(sample, Sample) else ()
 
 
@@ -205,6 +225,8 @@ def _items_digest(items: Sequence[Item], root: Path) -> str:
                 "row": ref.row,
                 "column": ref.column,
                 "data": None if ref.data is None else hashlib.sha256(ref.data).hexdigest(),
+                **({"part": ref.part} if ref.part is not None else {}),
+                **({"sampling": ref.sampling.given()} if ref.sampling is not None else {}),
             }
             for ref in item.images
         ]

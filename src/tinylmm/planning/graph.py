@@ -27,6 +27,8 @@ TOWER_OUTPUT = {"select_layer", "select", "drop_first_token", "options"}
 
 MISSING = "missing"
 """Key in the content of files that are not there."""
+VIDEOS = "videos"
+"""Key in the content of a source whose records name videos."""
 LOCAL_FOLDER = "(local folder)"
 """Stands for the path in the identity of a checkpoint folder; the path itself is in the settings' `folders`."""
 
@@ -148,7 +150,7 @@ class _Builder:
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
             spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped", "image_mode"})
-            spec |= self._image_mode(name, stage)
+            spec |= self._image_mode(name, stage) | self._sampling(*stage.mixture)
             spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
             located = self._mix(name, stage, tokenizer, spec, parents) | {"max_dropped": stage.max_dropped}
             trained[name] = self._add("train", name, spec, parents | self._data_parent(self.run.data), located)
@@ -184,6 +186,17 @@ class _Builder:
         mode = self.run.image_of(name).mode
         return {} if mode == before.mode else {"image_mode": mode}
 
+    def _sampling(self, *sources: str) -> Fields:
+        """Only where a source has videos, or may have some since it is not built or not there yet: so in no other digest."""
+        sampling = self.run.video.sampling
+        if sampling is None or not any(self._may_have_videos(source) for source in sources):
+            return {}
+        return {"sampling": _dump(sampling)}
+
+    def _may_have_videos(self, source: str) -> bool:
+        data = self.run.data
+        return data.build is not None or bool({VIDEOS, MISSING} & self.fingerprints.source(data, source).keys())
+
     def _from_model(self) -> Fields:
         folder = self.run.recipe.from_model
         assert folder is not None  # RecipeSpec's validator holds this
@@ -198,7 +211,7 @@ class _Builder:
     def _evaluation(self, benchmark: str, spec: EvalSpec, model: _Evaluated) -> None:
         template = self.run.llm.template if spec.template == "auto" else spec.template
         # what is later than the first digests is in them only where it is set
-        optional = set() if spec.limit_seed else {"limit_seed"}
+        optional = {name for name in ("limit_seed", "sampling", "frames") if not getattr(spec, name)}
         fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", "optional", *optional})
         fields |= {"template": template, "judge": None} | model.fields
         parents = dict(model.parents)
@@ -260,7 +273,8 @@ class _Builder:
         read, located = self._source(self.run.data, source), {"location": _location(self.run.data, source)}
         parents = self._data_parent(self.run.data)
         named = {field: value for field, value in read.items() if field not in NOT_OF_IMAGES}
-        images = self._add("images", f"images[{source}]", {"source": named}, parents, located)
+        named = {"source": named} | self._sampling(source)
+        images = self._add("images", f"images[{source}]", named, parents, located)
         spec: Fields = {"template": template, "source": read}
         parents = parents | {"images": images.digest}
         _attach(spec, parents, "tokenizer", tokenizer)

@@ -49,7 +49,9 @@ KINDS = {
         curve="loss",
         length=20.0,
     ),
-    "eval": Kind(EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers",), length=4.0),
+    "eval": Kind(
+        EvalStage, 3, "tinylmm.stages.evaluate", uses_ranks=True, scratch=("answers", "features.part"), length=4.0
+    ),
     "judge": Kind(JudgeStage, 1, "tinylmm.stages.judging", length=2.0),
 }
 """Kind -> what it is; the names stand in digests and folder names."""

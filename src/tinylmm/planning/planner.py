@@ -16,13 +16,14 @@ from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.config.weight_files import check_weights
 from tinylmm.errors import ConfigError, DataError, TinyLMMError
 from tinylmm.evaluation.benchmarks.registry import check_evaluation, get_benchmark
+from tinylmm.planning.clips import clip_faults
 from tinylmm.planning.fingerprints import (
     benchmark_fingerprint,
     checkpoint_fingerprint,
     model_fingerprint,
     source_fingerprint,
 )
-from tinylmm.planning.graph import MISSING, StageGraph, build_graph
+from tinylmm.planning.graph import MISSING, VIDEOS, StageGraph, build_graph
 from tinylmm.planning.specs import Content, JudgeStage, StageSettings
 from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import model_folder
@@ -100,6 +101,8 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = (), known: Know
     graph = build_graph(run, files)
     _refuse_attention(run, graph)
     _refuse_left_out(run, graph)
+    if faults := clip_faults(run, graph):
+        raise ConfigError(faults)
     if fault := pad_token_fault(run.llm):
         raise ConfigError([fault])
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
@@ -338,4 +341,5 @@ class _Files:
             counts = f"{found['num_missing']:,} of {found['num_images']:,}"
             what = f"{counts} images of {data.name}/{name} ({shown}{more})"
             self.missing.append(Missing(what, str(root / source.images), how))
-        return {"annotations": found["annotations"], "images": found["images"]}
+        content = {"annotations": found["annotations"], "images": found["images"]}
+        return content | ({VIDEOS: True} if found["videos"] else {})  # only where there are any: in no older digest

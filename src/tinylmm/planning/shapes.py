@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinylmm.config.hub import known_architecture
 from tinylmm.config.spec import ImageSpec, PretrainedPart, RunSpec
-from tinylmm.sizing.connectors import connector_part
+from tinylmm.sizing.connectors import connector_part, takes_clips
 from tinylmm.sizing.layers import Part, UnknownShapeError
 from tinylmm.sizing.llms import llm_part
 from tinylmm.sizing.tiling import Tiling
@@ -24,11 +24,31 @@ class Shapes:
         parts: by name.
         views: times that the tower sees an image: its tiles.
         image_tokens: positions that an image takes.
+        together: whether the connector takes all frames of a clip together, into as many positions as an image has.
     """
 
     parts: dict[str, Part]
     views: int
     image_tokens: int
+    together: bool = False
+
+    @property
+    def frame_tokens(self) -> int:
+        """Positions that each frame of a clip adds to it."""
+        return 0 if self.together else self.parts["connector"].tokens
+
+    def clip_tokens(self, frames: int) -> int:
+        """Positions that a clip of so many frames takes."""
+        return self.image_tokens if self.together else frames * self.frame_tokens
+
+    def with_clips(self, run: RunSpec, frames: int) -> Shapes:
+        """The parts where the connector is given clips of so many frames, if it takes them together."""
+        if not self.together:
+            return self
+        tower, llm = self.parts["vision_tower"], self.parts["llm"]
+        widths = (tower.width, frames * tower.tokens, llm.width)
+        connector = connector_part(run.connector.target, run.connector.options, *widths, tiled=False)
+        return replace(self, parts={**self.parts, "connector": connector})
 
 
 def shapes_of(run: RunSpec, stage: str) -> Shapes:
@@ -49,7 +69,7 @@ def shapes_of(run: RunSpec, stage: str) -> Shapes:
         raise UnknownShapeError(f"connector: {error}") from error
     parts = {"vision_tower": tower, "connector": connector, "llm": llm}
     if not tiled:
-        return Shapes(parts, 1, connector.tokens)
+        return Shapes(parts, 1, connector.tokens, takes_clips(run.connector.target))
     tiling = Tiling(image.size, image.tiles)
     tokens = tiling.num_tokens(*TYPICAL_IMAGE, round(connector.tokens**0.5))
     return Shapes(parts, tiling.num_tiles(*TYPICAL_IMAGE), tokens)

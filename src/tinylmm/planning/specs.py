@@ -23,6 +23,7 @@ from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneSpec
 from tinylmm.config.spec import ImageSpec, TextTowerSpec, TrackingSpec
 from tinylmm.config.trainer import TrainerSpec
+from tinylmm.config.video import Baseline, SamplingSpec
 
 Content = dict[str, Any]
 """Identity by content of files outside the store, from `planning/fingerprints.py`; compared, never read."""
@@ -90,9 +91,11 @@ class PartsStage(Recorded):
 
 
 class ImagesStage(Recorded):
-    """Checks every image of a source, whoever reads the source later."""
+    """Checks every image of a source, whoever reads the source later, and the frames of its videos that are shown."""
 
     source: SourceIdentity
+    sampling: SamplingSpec | None = None
+    """Of videos; without one, records that have any are refused. In a digest only where the source may have some."""
 
 
 class PrepareStage(Recorded):
@@ -143,6 +146,8 @@ class TrainStage(Recorded):
     """Weights of the prepared sources, in the order of the parents `prepared.0`, `prepared.1`; None for a single one."""
     image_mode: str | None = None
     """How images are seen, where the model that the stage starts from sees them otherwise."""
+    sampling: SamplingSpec | None = None
+    """Of the videos among the samples; the model keeps it for whoever uses it."""
 
 
 class AskedStage(Recorded):
@@ -159,6 +164,10 @@ class AskedStage(Recorded):
     blind: bool = False
     max_new_tokens: int
     template: str
+    sampling: SamplingSpec | None = None
+    """Of videos; in a digest only where it is set, else it is the model's."""
+    frames: Baseline | None = None
+    """What is shown in place of a clip's frames; in a digest only where it is set."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     source: SourceIdentity | None = None
     content: Content | None = None

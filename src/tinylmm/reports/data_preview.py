@@ -16,8 +16,10 @@ from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.data.chat import ChatTemplate, get_template
 from tinylmm.data.check import Renderer, SourceFiles, TokensBySize
+from tinylmm.data.image_names import video_path
 from tinylmm.data.images import ImageTransform, open_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
+from tinylmm.data.video import find_video, sample_frames
 from tinylmm.errors import ConfigError, DataError, Fault, UserError, suggestion
 from tinylmm.models.build import load_tokenizer
 from tinylmm.models.token_counts import tokens_by_size
@@ -40,11 +42,12 @@ class Token:
 
 @dataclass(frozen=True)
 class SeenImage:
-    """An image as it is and as the vision tower gets it: one tile, or several where it is cut up."""
+    """An image as it is and as the vision tower gets it: one tile, or several where it is cut up; of a video its frames."""
 
     name: str
     size: tuple[int, int]
     tiles: tuple[Image.Image, ...]
+    video: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class RunData:
                 source.limit,
                 source.follow_links,
                 source.orientation == "apply",
+                self.run.video.sampling,
             )
             for name in dict.fromkeys(names or trained)
             for source in [sources[name]]
@@ -160,10 +164,16 @@ class RunData:
         return SeenSample(files, number, sample, stage_name, template.name, stage.max_length, tuple(tokens), seen)
 
     def _see_image(self, files: SourceFiles, sample: Sample, name: str, stage_name: str) -> SeenImage:
+        spec = self.run.image_of(stage_name)
+        if (video := video_path(name)) is not None:
+            assert files.sampling is not None, "records with videos are refused without one"
+            frames = sample_frames(find_video(files.images, video, files.follow_links), files.sampling)
+            shown = map(ImageTransform.of(spec).one_view, frames)
+            pictures = tuple(_picture(frame, spec.mean, spec.std) for frame in shown)
+            return SeenImage(video, frames[0].size, pictures, video=True)
         data = sample.embedded.get(name)
         place = safe_path(files.images, name, files.follow_links) if data is None else io.BytesIO(data)
         image = open_image(place, upright=files.upright)
-        spec = self.run.image_of(stage_name)
         pixels = ImageTransform.of(spec)(image)
         tiles = pixels if pixels.ndim == 4 else pixels[None]  # (T, 3, H, W)
         return SeenImage(name, image.size, tuple(_picture(tile, spec.mean, spec.std) for tile in tiles))
@@ -228,7 +238,8 @@ class _Decoder:
 
 def _find(files: SourceFiles, index: int | None, sample_id: str | None) -> tuple[int, Sample]:
     number = -1
-    for number, record in enumerate(islice(read_samples(files.annotations, files.layout), files.limit)):
+    records = read_samples(files.annotations, files.layout, videos=files.sampling is not None)
+    for number, record in enumerate(islice(records, files.limit)):
         if (record.sample_id != sample_id) if sample_id is not None else (number != index):
             continue
         if isinstance(record, BadRecord):

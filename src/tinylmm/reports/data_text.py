@@ -86,8 +86,11 @@ def verdict(check: SourceCheck) -> str:
             f"{least}{check.too_long:,} of {check.samples:,} samples would be left out: max_length={check.max_length} leaves "
             f"them no token to learn{counted} ({allowed}{check.max_dropped:.1%} may be left out: max_dropped)."
         )
-    if check.with_videos:
-        return f"all {check.records:,} records can be read, but {check.with_videos:,} have videos, which no training takes yet."
+    if check.with_videos and check.files.sampling is None:
+        return (
+            f"all {check.records:,} records can be read, but {check.with_videos:,} have videos, and nothing says which frames "
+            "of them to show: set video.sampling={uniform: 16}, or another."
+        )
     return f"all {check.records:,} records can be used."
 
 
@@ -143,8 +146,9 @@ def render_sample(seen: SeenSample, colour: bool) -> RenderableType:
 def image_caption(number: int, image: SeenImage) -> str:
     """What an image is and becomes, in words."""
     width, height = image.tiles[0].size
-    tiles = "" if len(image.tiles) == 1 else f"{len(image.tiles)} tiles of "
-    return f"image {number + 1}: {image.name}, {image.size[0]} × {image.size[1]} → {tiles}{width} × {height}"
+    kind, pieces = ("video", "frames") if image.video else ("image", "tiles")
+    tiles = "" if len(image.tiles) == 1 else f"{len(image.tiles)} {pieces} of "
+    return f"{kind} {number + 1}: {image.name}, {image.size[0]} × {image.size[1]} → {tiles}{width} × {height}"
 
 
 def visible(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappush, heapreplace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Generation:
         named = self.images[number]
         path = (folder / named.path).resolve()
         shown = source.follow_links or path.is_relative_to(folder.resolve())
-        return ImageRef(path, named.row, named.column, upright=source.upright) if shown else None
+        return replace(named, path=path, upright=source.upright) if shown else None
 
 
 def read_generations(path: Path) -> Iterator[Generation]:
@@ -96,11 +96,17 @@ def _generation(row: dict[str, Any]) -> Generation:
         correct=None if correct is None else bool(correct),
         blind_text=row.get("blind_text"),
         blind_correct=None if row.get("blind_correct") is None else bool(row["blind_correct"]),
-        images=tuple(ImageRef(Path(one["path"]), one.get("row"), one.get("column")) for one in images),
+        images=tuple(map(_image_ref, images)),
         image_name=name,
         named_cluster=str(row.get("cluster") or ""),
         group=str(row.get("group") or ""),
     )
+
+
+def _image_ref(one: dict[str, Any]) -> ImageRef:
+    part = one.get("part")
+    video = {"video": bool(one.get("video")), "part": None if part is None else (float(part[0]), float(part[1]))}
+    return ImageRef(Path(one["path"]), one.get("row"), one.get("column"), **video)  # type: ignore[arg-type]
 
 
 def choose_generations(generations: Iterable[Generation], limit: int) -> list[Generation]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tinylmm.constants import Extent
 from tinylmm.generation.choose import LogProbs, Sampling
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.generation.questions import End, Event, Question, Token
@@ -32,7 +33,7 @@ class Asked:
 
     prompt: Prompt
     pixels: dict[str, Tensor]
-    sizes: dict[str, tuple[int, int]]
+    sizes: dict[str, Extent]
     image_tokens: int
 
 

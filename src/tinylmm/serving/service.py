@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from tinylmm.constants import Extent
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.continuous import ContinuousEngine
@@ -97,7 +98,7 @@ class Service:
     def _prepare(self, conversation: Conversation, files: Sequence[Sequence[bytes]]) -> Asked:
         """Args: files: of each question, its images' contents."""
         images = self.shelf.prepare([file for some in files for file in some])
-        sizes = {key: image.size for key, image in images.items()}
+        sizes: dict[str, Extent] = {key: image.size for key, image in images.items()}
         texts = [said.text for said in conversation.questions]
         questions = [(text, [key_of(file) for file in some]) for text, some in zip(texts, files, strict=True)]
         try:

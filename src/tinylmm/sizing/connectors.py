@@ -20,6 +20,12 @@ from tinylmm.sizing.layers import (
 )
 
 PACKAGE = "tinylmm.models."
+_OF_CLIPS = ("NaiveResamplerConnector", "GroupResamplerConnector")
+
+
+def takes_clips(target: str) -> bool:
+    """Whether a connector takes the tokens of all frames of a clip together (`Connector.takes_clips`)."""
+    return target.startswith(PACKAGE) and target.rpartition(".")[2] in _OF_CLIPS
 
 
 def connector_part(

@@ -24,7 +24,8 @@ class Sample:
         tokens: positions it takes, its images counted in.
         squared: mean of the squares of that, which attention goes by.
         supervised: positions whose logits are computed.
-        images: images, or tiles of them.
+        images: images, or tiles of them, or frames of clips.
+        features: what the connector is given at a time, where that is not as many: clips.
         dense: count every pair of positions, as a kernel does that computes what a mask then hides.
     """
 
@@ -33,6 +34,7 @@ class Sample:
     supervised: float
     images: float
     dense: bool = False
+    features: float | None = None
 
     @classmethod
     def of_length(cls, tokens: float, supervised: float, images: float = 1.0) -> Sample:
@@ -94,6 +96,7 @@ def sample_flops(
     found, flows = {}, False
     for name in PARTS:
         part, rows = parts[name], sample.tokens if parts[name].head is not None else sample.images
+        rows = sample.features if name == "connector" and sample.features is not None else rows
         flops, flows = _part_flops(part, tune[name], sample, rows, flows)
         found[name] = Flops() if name == "vision_tower" and cached else flops
     return found

@@ -13,17 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from tinylmm.config.video import SamplingSpec
 from tinylmm.data.chat import get_template
-from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
 from tinylmm.errors import IntegrityError
 from tinylmm.evaluation.answers import AnswerFile, read_answers, shard
-from tinylmm.evaluation.benchmarks.records import ImageRef, Item
-from tinylmm.evaluation.images import cluster_of, content_keys, first_refs, open_image_ref
+from tinylmm.evaluation.benchmarks.records import Item
+from tinylmm.evaluation.images import cluster_of, content_keys, first_refs
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
+from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
@@ -31,7 +30,7 @@ from tinylmm.models.devices import DTYPES, choose_device, to_precision
 from tinylmm.planning.specs import EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.scoring import MODES, Asked, read_items, write_scores, write_upload
-from tinylmm.store.layout import MODEL_FOLDER
+from tinylmm.stages.shown import Shown, model_folder, sampling_of
 from tinylmm.training.ranks import barrier, from_rank_zero, gather, rank, set_timeout, world_size
 
 ANSWERS = "answers"
@@ -49,7 +48,8 @@ def run(job: StageJob[EvalStage]) -> dict[str, Any]:
     benchmark, items, total = read_items(job)
     set_timeout(RANKS_WAIT_S)
     keys = content_keys(items)
-    how = _ask(job, items, keys)
+    sampling = sampling_of(job, items)
+    how = _ask(job, items, keys, sampling)
     barrier()
     if rank() != 0:
         return {}
@@ -78,7 +78,9 @@ def _refuse_unanswered(job: StageJob[EvalStage], items: Sequence[Item], answers:
 # ---------------------------------------------------------------------------------------------------- asking
 
 
-def _ask(job: StageJob[EvalStage], items: Sequence[Item], keys: Mapping[str, str]) -> dict[str, Any]:
+def _ask(
+    job: StageJob[EvalStage], items: Sequence[Item], keys: Mapping[str, str], sampling: SamplingSpec | None
+) -> dict[str, Any]:
     """Answer what is not answered yet; returns how, for the summary (on every rank)."""
     folder = job.folder / ANSWERS
     # One rank reads what is answered: another may be writing already when the last one reads.
@@ -87,13 +89,15 @@ def _ask(job: StageJob[EvalStage], items: Sequence[Item], keys: Mapping[str, str
     modes = MODES if job.spec.blind else MODES[:1]
     open_items = {mode: [item for item in items if (mode, item.item_id) not in known] for mode in modes}
     counts = {"asked": 0, "near_ties": 0, "images_encoded": 0}
-    exact, seconds = True, 0.0
+    exact, seconds, encoded = True, 0.0, 0
     if any(open_items.values()):
         loaded = _load(job)
+        shown = Shown(job, loaded, first_refs(open_items[MODES[0]], keys), sampling)
+        encoded = shown.computed
         for mode in modes:
             left = open_items[mode]
             mine = [left[i] for i in shard([cluster_of(item, keys) for item in left], rank(), world_size())]
-            engine, spent = _answer(job, loaded, mine, mode, folder, keys)
+            engine, spent = _answer(job, loaded, mine, mode, folder, keys, shown)
             exact, seconds = exact and engine.exact, seconds + spent
             counts["asked"] += len(mine)
             counts["near_ties"] += engine.near_ties
@@ -105,6 +109,7 @@ def _ask(job: StageJob[EvalStage], items: Sequence[Item], keys: Mapping[str, str
         "batch_independent": all(other for _, other, _ in totals),
         "generation_s": round(max(other for _, _, other in totals), 3),
         "world_size": world_size(),
+        **({} if sampling is None else {"frames": sampling.in_words, "clips_encoded": encoded}),
     }
 
 
@@ -112,9 +117,7 @@ def _load(job: StageJob[EvalStage]) -> LoadedModel:
     launch, precision = job.settings.launch, job.spec.precision
     device = choose_device(launch.device, precision)
     attention = choose_attention(launch.attention, precision, device)
-    made_here = job.parents.get("model")
-    folder = Path(job.settings.folders["model"]) if made_here is None else made_here / MODEL_FOLDER
-    loaded = load_model(folder, job.settings.trust, launch.attention)
+    loaded = load_model(model_folder(job), job.settings.trust, launch.attention)
     to_precision(loaded.model, device, DTYPES[precision])
     loaded.model.set_attention(attention)
     loaded.model.eval()
@@ -128,28 +131,25 @@ def _answer(
     mode: str,
     folder: Path,
     keys: Mapping[str, str],
+    shown: Shown,
 ) -> tuple[Engine, float]:
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
     launch, maker = job.settings.launch, PromptMaker(get_template(job.spec.template), loaded.tokenizer)
-    refs = first_refs(items, keys)
     model = loaded.model
-    sizes = {key: open_image_ref(ref).size for key, ref in refs.items()} if model.tiled else None
-    counts = dict.fromkeys(refs, model.image_tokens)
-    if sizes is not None:
-        counts = {key: model.tokens_of(*size) for key, size in sizes.items()}
     engine = Engine(
         model,
-        _Pixels(refs, ImageTransform.of(loaded.description.image)),
+        shown.pixels,
         maker.ends,
         Sampling(max_new_tokens=job.spec.max_new_tokens),
         rows=launch.eval_batch,
         tokens=launch.eval_tokens,
-        sizes=sizes,
+        sizes=shown.extents,
+        images=EncodedImages(model, stored=shown.stored),
     )
     prompts: list[Prompt] = []
     for item in items:
         images = [keys[ref.key] for ref in item.images] if mode == "image" else []
-        tokens = [counts[key] for key in images]
+        tokens = [model.tokens_of(*shown.extents[key]) for key in images]
         prompts.append(maker.prompt(item.item_id, [question(item.prompt, len(images))], images, tokens))
     done, began = 0, time.perf_counter()
     with AnswerFile(folder / f"rank{rank()}.jsonl") as file:
@@ -160,17 +160,6 @@ def _answer(
                 speed = done / (time.perf_counter() - began)
                 job.metrics.append(step=done, steps=len(prompts), mode=mode, samples_per_s=speed)
     return engine, time.perf_counter() - began
-
-
-class _Pixels:
-    """Content key of an image -> pixels as the tower takes them."""
-
-    def __init__(self, refs: Mapping[str, ImageRef], transform: ImageTransform) -> None:
-        self.refs = refs
-        self.transform = transform
-
-    def __call__(self, key: str) -> Tensor:
-        return self.transform(open_image_ref(self.refs[key]))
 
 
 def _row(mode: str, reply: Reply, maker: PromptMaker) -> dict[str, Any]:

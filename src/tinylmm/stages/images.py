@@ -1,5 +1,7 @@
 """The `images` stage: every image that a source names is decoded once, whatever tokenizers and templates read the source later.
 
+Of a video the frames that the run shows are, and noted: which they are is known from then on without opening it.
+
 Images that records carry in themselves (parquet cells, data URLs) become files here, each content once.
 """
 
@@ -9,17 +11,20 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinylmm.data.image_names import embedded_path, is_embedded
+from tinylmm.config.video import SamplingSpec
+from tinylmm.data.clip_list import write_clips
+from tinylmm.data.image_names import VIDEO, embedded_path, is_embedded, video_path
 from tinylmm.data.images import check_image, relative_name, safe_path
 from tinylmm.data.records import Place
 from tinylmm.data.sample import Sample, parse_record
+from tinylmm.data.video import choose_frames, find_video
 from tinylmm.errors import DataError
 from tinylmm.planning.specs import ImagesStage
 from tinylmm.stages.job import StageJob
@@ -44,7 +49,7 @@ CHECKED_FILE = "checked.jsonl"
 
 
 def run(job: StageJob[ImagesStage]) -> dict[str, Any]:
-    """Write `output/faults.jsonl` and `output/embedded`; return counts for the manifest.
+    """Write `output/faults.jsonl`, `output/clips.jsonl` and `output/embedded`; return counts for the manifest.
 
     A faulty image is no error here: which records that concerns, and whether the run goes on without them, is for
     `prepare`. Batches that an earlier try has finished are not checked again.
@@ -54,23 +59,29 @@ def run(job: StageJob[ImagesStage]) -> dict[str, Any]:
         StoppedError: a stop was asked for.
     """
     source, place = Source.of(job), Place()
-    check = ImageCheck(source.images, source.follow_links, job.output / EMBEDDED_FOLDER)
+    check = ImageCheck(source.images, source.follow_links, job.output / EMBEDDED_FOLDER, job.spec.sampling)
     progress = Progress(job, "images", DOING, place, source.limit)
-    names = _new_names(_samples(source, place, progress), check)
+    names = _new_names(_samples(source, place, progress, videos=job.spec.sampling is not None), check)
     scratch = job.folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     count = 0
     faults: dict[str, str] = {}
-    for size, found in _checked(names, check, scratch / CHECKED_FILE, processes(job)):
-        count += size
-        faults |= found
-        progress(size)
+    clips: dict[str, list[int]] = {}
+    for found in _checked(names, check, scratch / CHECKED_FILE, processes(job)):
+        count += found.size
+        faults |= found.faults
+        clips |= found.clips
+        progress(found.size)
     for name in filter(is_embedded, faults):
         embedded_path(check.embedded, name).unlink(missing_ok=True)
     lines = [json.dumps({"image": name, "fault": fault}) + "\n" for name, fault in sorted(faults.items())]
     (job.output / FAULTS_FILE).write_text("".join(lines), encoding="utf-8")
     log.info("checked %d images; %d cannot be used", count, len(faults))
-    return {"images": count - len(faults), "faulty": len(faults)}
+    summary = {"images": count - len(faults) - len(clips), "faulty": len(faults)}
+    if job.spec.sampling is None:
+        return summary
+    write_clips(job.output, clips)
+    return summary | {"videos": len(clips)}
 
 
 def read_faults(output: Path) -> dict[str, str]:
@@ -80,23 +91,52 @@ def read_faults(output: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What was found of some images.
+
+    Attributes:
+        size: how many there are.
+        faults: what is wrong with those that cannot be used.
+        clips: frames of the videos among them that are shown.
+    """
+
+    size: int
+    faults: dict[str, str]
+    clips: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ImageCheck:
-    """Looks at images; travels to other processes.
+    """Looks at images and videos; travels to other processes.
 
     Attributes:
         images: the source's image folder.
         follow_links: links may lead out of it.
         embedded: where images lie that records carried.
+        sampling: of videos; records with videos are not asked about without it.
     """
 
     images: Path
     follow_links: bool
     embedded: Path
+    sampling: SamplingSpec | None = None
 
-    def __call__(self, names: list[str]) -> tuple[int, dict[str, str]]:
-        """Return how many images that is, and what is wrong with those that cannot be used."""
-        found = {name: self._fault(name) for name in names}
-        return len(names), {name: fault for name, fault in found.items() if fault is not None}
+    def __call__(self, names: list[str]) -> Checked:
+        """Look at some."""
+        found = Checked(len(names), {})
+        for name in names:
+            try:
+                if (video := video_path(name)) is not None:
+                    found.clips[name] = self._frames(video)
+                elif (fault := self._fault(name)) is not None:
+                    found.faults[name] = fault
+            except DataError as error:
+                found.faults[name] = str(error)
+        return found
+
+    def _frames(self, video: str) -> list[int]:
+        assert self.sampling is not None, "records with videos are refused without a sampling"
+        return choose_frames(find_video(self.images, video, self.follow_links), self.sampling)
 
     def keep(self, name: str, data: bytes) -> None:
         """Write an image that a record carried to its file."""
@@ -121,12 +161,18 @@ def names_of(sample: Sample, images: Path) -> tuple[str, ...]:
 
     The folder may lie elsewhere when it is trained on.
     """
-    return tuple(relative_name(images, name) if name.startswith("/") else name for name in sample.images)
+
+    def below(name: str) -> str:
+        if (video := video_path(name)) is not None:
+            return VIDEO + below(video)
+        return relative_name(images, name) if name.startswith("/") else name
+
+    return tuple(map(below, sample.images))
 
 
-def _samples(source: Source, place: Place, progress: Progress) -> Iterator[Sample]:
+def _samples(source: Source, place: Place, progress: Progress, videos: bool) -> Iterator[Sample]:
     for index, record in enumerate(progress.read(source.records(place))):
-        sample = parse_record(index, record, source.format)
+        sample = parse_record(index, record, source.format, videos)
         if isinstance(sample, Sample):
             yield sample
 
@@ -176,23 +222,24 @@ def _holds(keys: np.ndarray, key: int) -> bool:
     return place < len(keys) and int(keys[place]) == key
 
 
-def _checked(names: Iterator[str], check: ImageCheck, kept: Path, workers: int) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield each batch's size and faults, in order; those that `kept` has from an earlier try first."""
+def _checked(names: Iterator[str], check: ImageCheck, kept: Path, workers: int) -> Iterator[Checked]:
+    """Yield what was found of each batch, in order; those that `kept` has from an earlier try first."""
     earlier = list(_earlier(kept))
     for row in earlier:
-        yield len(list(islice(names, AT_ONCE))), row
+        yield Checked(len(list(islice(names, AT_ONCE))), row["faults"], row.get("clips", {}))
     first = list(islice(names, SERIAL_BELOW))
     batches = _batches(chain(first, names))
     several = workers if len(first) == SERIAL_BELOW else 1
     with kept.open("ab", buffering=0) as file:
-        for number, (size, faults) in enumerate(in_order(check, batches, several, DOING), len(earlier)):
+        for number, found in enumerate(in_order(check, batches, several, DOING), len(earlier)):
             require_claim()
-            file.write(frame({"batch": number, "faults": faults}))
-            yield size, faults
+            clips = {"clips": found.clips} if found.clips else {}
+            file.write(frame({"batch": number, "faults": found.faults, **clips}))
+            yield found
 
 
-def _earlier(kept: Path) -> Iterator[dict[str, str]]:
-    """Faults of the batches that are finished, up to the first damaged row; what stands behind is cut off."""
+def _earlier(kept: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the batches that are finished, up to the first damaged row; what stands behind is cut off."""
     rows = list(read_rows(kept)) if kept.exists() else []
     good: list[dict[str, Any]] = []
     for number, (_, row) in enumerate(rows):
@@ -200,8 +247,7 @@ def _earlier(kept: Path) -> Iterator[dict[str, str]]:
             break
         good.append(row)
     kept.write_bytes(b"".join(map(frame, good)))
-    for row in good:
-        yield row["faults"]
+    yield from good
 
 
 def _batches(names: Iterator[str]) -> Iterator[list[str]]:

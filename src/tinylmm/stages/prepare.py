@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from tinylmm.data.chat import get_template
+from tinylmm.data.clip_list import takes_videos
 from tinylmm.data.records import Place
 from tinylmm.data.sample import BadRecord
 from tinylmm.errors import DataError
@@ -95,7 +96,8 @@ def run(job: StageJob[PrepareStage]) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.spec.tokenizer, job.parents.get("tokenizer"), job.settings.folders.get("tokenizer"))
     template = get_template(job.spec.template).fitted(tokenizer)
     kept = ChunkFolder(scratch / f"chunks-of-{rendering.CHUNK}", SCHEMA)
-    renderer = Renderer(template, tokenizer, source, read_faults(job.parents["images"]), kept)
+    checked = job.parents["images"]
+    renderer = Renderer(template, tokenizer, source, read_faults(checked), kept, takes_videos(checked))
     progress = Progress(job, "records", DOING, place, source.limit)
     tally = _Tally()
     pieces = pieces_of(progress.read(source.records(place)))

@@ -75,6 +75,7 @@ class Renderer:
         template: fitted to the tokenizer.
         faults: image -> what is wrong with it, of those that cannot be used.
         kept: where chunks are written.
+        videos: records with videos are samples.
     """
 
     template: ChatTemplate
@@ -82,6 +83,7 @@ class Renderer:
     source: Source
     faults: Mapping[str, str]
     kept: ChunkFolder
+    videos: bool = False
 
     def __call__(self, piece: Piece) -> Chunk:
         """Return a piece's chunk: the one that is kept already, or a new one, which is kept from now on."""
@@ -91,7 +93,7 @@ class Renderer:
         bad: list[BadRecord] = []
         rows: list[tuple[str, Rendered, tuple[str, ...]]] = []
         for index, pickled in enumerate(piece.records, piece.first):
-            sample = parse_record(index, pickle.loads(pickled), self.source.format)
+            sample = parse_record(index, pickle.loads(pickled), self.source.format, self.videos)
             if isinstance(sample, BadRecord):
                 bad.append(sample)
                 continue

@@ -145,6 +145,7 @@ def _protocol(job: StageJob[AskedStage], asked: Asked, scores: Scores) -> Protoc
         template=spec.template,
         max_new_tokens=spec.max_new_tokens,
         precision=spec.precision,
+        frames=" of ".join(filter(None, (spec.frames, asked.how.get("frames")))) or None,
         judge=judged.judge if judged else None,
         judge_runs=judged.judge_runs if judged else 1,
         code=KINDS["eval"].version,
@@ -211,4 +212,5 @@ def _image_name(ref: ImageRef, folder: Path) -> str:
 
 def _image_record(ref: ImageRef, folder: Path) -> dict[str, Any]:
     cell = {} if ref.row is None else {"row": ref.row, "column": ref.column}
-    return {"path": _image_name(replace(ref, data=None), folder), **cell}
+    clip = {"video": True} | ({} if ref.part is None else {"part": list(ref.part)}) if ref.video else {}
+    return {"path": _image_name(replace(ref, data=None), folder), **cell, **clip}

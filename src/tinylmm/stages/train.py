@@ -17,27 +17,31 @@ from transformers.training_args import ParallelMode
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneHow
-from tinylmm.data.collate import Collator, ImageTokens
-from tinylmm.data.image_folders import ImageFolder, ImageFolders
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.collate import Collator
 from tinylmm.errors import DataError, StoppedError
-from tinylmm.models.attention import choose_attention
+from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
 from tinylmm.models.devices import choose_device
+from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
-from tinylmm.stages.images import EMBEDDED_FOLDER
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.seen import Features, SeenImages, WithFeatures, open_cache, outputs_of
 from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
+from tinylmm.training.clip_features import MixedFeatures
+from tinylmm.training.cost import Cost, Peak, parts_of
 from tinylmm.training.dataset import PreparedSamples
-from tinylmm.training.features import FeatureCache, estimate_gib, open_features
+from tinylmm.training.figures import Counted, Figures, MeasuredTrainer
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
+from tinylmm.training.machine import prepare_machine
+from tinylmm.training.observe import GradientRecord, without_dropout, write_weights
 from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
@@ -46,26 +50,38 @@ from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
 
+END_TO_END = 2**30
+"""Positions of a row that all samples of a micro-batch share."""
+
 
 def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
     spec, launch = job.spec, job.settings.launch
     device = choose_device(launch.device, spec.precision)
-    attention = choose_attention(launch.attention, spec.precision, device)
+    attention = choose_training_attention(launch.attention, spec.precision, device)
+    prepare_machine(device)
     configure_tensorboard(job.folder)
     start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
     with in_turn(device.type != "cpu"):
         loaded = _start_model(job, start, llm_weights=not (_spreads_llm(job) and rank() > 0))
         if spec.image_mode is not None:
             set_image_mode(loaded, spec.image_mode, spec.seed)
+        if spec.sampling is not None:
+            loaded.description = loaded.description.with_sampling(spec.sampling)
         kept, tuning, frozen = _to_device(job, loaded, device)
     barrier()
     model = loaded.model
     model.set_attention(attention)
-    images = _Images(job, loaded)
-    samples = PreparedSamples(_sources(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
-    cache = _open_cache(job, loaded, samples, images)
+    if not _spreads_llm(job):
+        speed_up(model, device)
+    if job.observed is not None:
+        without_dropout(model)
+    images = SeenImages(job, loaded)
+    samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
+    cache = open_cache(job, loaded, samples.images(), images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
+    if job.observed is not None:
+        trainer.add_callback(GradientRecord(job.folder, job.observed.cut))
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
         trainer._checkpoints.forget_after(checkpoint)
@@ -84,6 +100,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     set_timeout(launch.save_timeout_s)
     with uninterrupted(), waiting("the trained model to be written"):
         state = trainer.full_state(frozen)
+        if rank() == 0 and job.observed is not None:
+            write_weights(job.folder, model, state)
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
             save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
@@ -97,6 +115,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "world_size": world_size(),
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
+        **({"clips_encoded": cache.clips.computed} if isinstance(cache, MixedFeatures) else {}),
         **({"remarks": [samples.report.left_out(spec.max_length)]} if samples.report.dropped else {}),
         **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
@@ -108,6 +127,22 @@ def _commits(loaded: LoadedModel) -> dict[str, str]:
     configs = {"llm": model.config, "vision_tower": cast(PreTrainedModel, model.vision_tower.encoder).config}
     found = {part: getattr(config, "_commit_hash", None) for part, config in configs.items()}
     return {part: commit for part, commit in found.items() if commit}
+
+
+def begin_plainly(
+    job: StageJob[TrainStage], device: torch.device
+) -> tuple[LoadedModel, PreparedSamples, SeenImages, dict[str, PartTuning]]:
+    """What a training starts from, for whoever computes its steps in another way: model, samples and images; on one rank."""
+    start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if job.spec.model else None
+    loaded = _start_model(job, start, llm_weights=True)
+    if job.spec.image_mode is not None:
+        set_image_mode(loaded, job.spec.image_mode, job.spec.seed)
+    if job.spec.sampling is not None:
+        loaded.description = loaded.description.with_sampling(job.spec.sampling)
+    _, tuning, _ = _to_device(job, loaded, device)
+    images = SeenImages(job, loaded)
+    samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, job.spec.max_length, job.settings.max_dropped)
+    return loaded, samples, images, tuning
 
 
 @contextmanager
@@ -126,8 +161,8 @@ def build_trainer(
     job: StageJob[TrainStage],
     loaded: LoadedModel,
     samples: PreparedSamples,
-    images: _Images,
-    cache: FeatureCache | None,
+    images: SeenImages,
+    cache: Features | None,
     device: torch.device,
 ) -> LMMTrainer:
     """Wire model, data and launch settings to the Trainer."""
@@ -136,8 +171,11 @@ def build_trainer(
     if not len(mixture):
         raise DataError("the mixture's weights leave no sample to train on; raise them")
     steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
-    per_step = (spec.global_batch, spec.epochs, spec.seed, launch.micro_batch)
-    sampler = StepSampler(len(mixture), steps, *per_step, rank(), world_size(), mixture.epoch)
+    positions = launch.positions(on_gpu=device.type != "cpu")
+    micro_batch = None if launch.micro_batch == "auto" else launch.micro_batch
+    per_step = (spec.global_batch, spec.epochs, spec.seed, micro_batch)
+    ranks_of = (rank(), world_size(), mixture.epoch)
+    sampler = StepSampler(len(mixture), steps, *per_step, *ranks_of, samples.lengths, positions)
     arguments = training_arguments(
         spec,
         launch,
@@ -156,12 +194,15 @@ def build_trainer(
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
     ranks = Ranks(world_size(), launch.deepspeed_stage)
-    trainer = LMMTrainer(
+    tune = spec.tune.model_dump(mode="json", exclude_none=True)
+    cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
+    trainer = MeasuredTrainer(
+        figures=Figures(cost, job.after_s),
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=_collate(job, loaded, images, cache),
+        collate=Counted(_collate(job, loaded, images, cache), images.tokens, spec.max_length),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -171,7 +212,7 @@ def build_trainer(
         save_timeout_s=launch.save_timeout_s,
         same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
         spreads=_spreads_llm(job),
-        callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
+        callbacks=[MetricsRow(job.metrics.append, cost.peak.title)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
@@ -181,14 +222,14 @@ def build_trainer(
     return trainer
 
 
-def _blank_image(deepspeed_stage: int | None, cache: FeatureCache | None) -> Literal["connector", "tower"]:
+def _blank_image(deepspeed_stage: int | None, cache: Features | None) -> Literal["connector", "tower"]:
     """Through what a blank image goes where a rank has none: ZeRO-3 gathers weights in each module run, frozen ones too."""
     return "tower" if cache is None and deepspeed_stage == 3 else "connector"
 
 
 def _collate(
-    job: StageJob[TrainStage], loaded: LoadedModel, images: _Images, cache: FeatureCache | None
-) -> Collator | _WithFeatures:
+    job: StageJob[TrainStage], loaded: LoadedModel, images: SeenImages, cache: Features | None
+) -> Collator | WithFeatures:
     """Return what makes batches of samples: with their images, or with the features that a frozen tower gave them."""
     spec, launch, packs = job.spec, job.settings.launch, loaded.model.packs
     if launch.packing and not packs:
@@ -196,70 +237,21 @@ def _collate(
     collator = Collator(
         image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
-        row_tokens=launch.row_tokens or spec.max_length,
+        row_tokens=_row_length(launch, spec, loaded),
         packing=launch.packing and packs,
         image=images.pixels if cache is None else None,
         max_length=spec.max_length,
         size=images.size if loaded.model.tiled else None,
+        frames=images.frames_if_any,
     )
-    return collator if cache is None else _WithFeatures(collator, cache)
+    return collator if cache is None else WithFeatures(collator, cache)
 
 
-def _sources(job: StageJob[TrainStage], role: Literal["prepared", "images"]) -> list[Path]:
-    """Outputs of the stages that prepared the training's sources, or checked their images; a mixture's in its order."""
-    if role in job.parents:
-        return [job.parents[role]]
-    return [job.parents[f"{role}.{number}"] for number in range(len(job.spec.mixture or ()))]
-
-
-class _Images:
-    """Opens the stage's images, inside its image folders only."""
-
-    def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
-        folders = []
-        for location, checked in zip(job.locations, _sources(job, "images"), strict=True):
-            source = location.source
-            paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
-            folders.append(ImageFolder(paths, checked / EMBEDDED_FOLDER, source.follow_links, upright))
-        self.folders = ImageFolders(folders)
-        self.transform = ImageTransform.of(loaded.description.image)
-        self._sizes: dict[str, tuple[int, int]] = {}
-        model = loaded.model
-        self.tokens: ImageTokens = (
-            (lambda name: model.tokens_of(*self.size(name))) if model.tiled else model.image_tokens
-        )
-
-    def pixels(self, name: str) -> torch.Tensor:
-        """(3, H, W) of one image, or (T, 3, H, W) where images are tiled."""
-        return self.transform(self.folders.open(name))
-
-    def size(self, name: str) -> tuple[int, int]:
-        """Width and height of one image in pixels."""
-        if name not in self._sizes:
-            self._sizes[name] = self.folders.size(name)
-        return self._sizes[name]
-
-    def stamp(self, name: str) -> list[Any]:
-        """What tells this image from any other: resolved path, size, modification time, and whether it is turned."""
-        path = self.folders.find(name)
-        status = path.stat()
-        turned = ["upright"] if self.folders.upright(name) else []
-        return [str(path), status.st_size, status.st_mtime_ns, *turned]
-
-
-class _WithFeatures:
-    """A collator whose images come out as cached tower features."""
-
-    def __init__(self, collator: Collator, cache: FeatureCache) -> None:
-        self.collator = collator
-        self.cache = cache
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(samples)
-        batch.pop("pixel_values", None)
-        names = batch.pop("image_paths")
-        batch["image_features"] = self.cache(names) if names else None
-        return batch
+def _row_length(launch: LaunchSpec, spec: TrainStage, loaded: LoadedModel) -> int:
+    """Positions of a packed row at most: all of a micro-batch, where each sample is attended to by itself."""
+    if launch.row_tokens != "auto":
+        return launch.row_tokens
+    return END_TO_END if loaded.model.by_samples else spec.max_length
 
 
 def _to_device(
@@ -312,26 +304,3 @@ def _start_model(job: StageJob[TrainStage], start: Path | None, llm_weights: boo
     parts = (llm.identity, tower.identity, spec.tower_output, spec.connector)
     description = ModelDescription.of(*parts, template, scaled)
     return LoadedModel(model, tokenizer, description, None)
-
-
-def _open_cache(
-    job: StageJob[TrainStage], loaded: LoadedModel, samples: PreparedSamples, images: _Images
-) -> FeatureCache | None:
-    launch, tower = job.settings.launch, loaded.model.vision_tower
-    names = samples.images()
-    if not launch.cache_features or not names or any(p.requires_grad for p in tower.parameters()):
-        return None
-    tiling = images.transform.tiling
-    views = (lambda name: tiling.num_tiles(*images.size(name))) if tiling is not None else None
-    size = estimate_gib(tower, len(names) if views is None else sum(map(views, names)))
-    if size > launch.cache_features_gib:
-        log.info(
-            "tower features of %d images would take %.1f GiB, more than launch.cache_features_gib: computed at every step",
-            len(names),
-            size,
-        )
-        return None
-    described = loaded.description.as_json()
-    description = {"image": described["image"], "tower": described["vision_tower"]}
-    root = StoreLayout(job.store).features
-    return open_features(tower, names, images.pixels, images.stamp, root, job.folder, description, views)

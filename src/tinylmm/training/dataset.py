@@ -60,6 +60,7 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
     Attributes:
         sizes: samples of each source, which lie one behind the other.
+        lengths: positions of each sample, (len(self),) int64, cut at `max_length`.
 
     Raises:
         DataError: more samples would be left out, or none would be left to train on.
@@ -80,10 +81,11 @@ class PreparedSamples(Dataset[dict[str, Any]]):
         kept = np.setdiff1d(np.arange(len(text)), dropped)
         cut = sorted(set(too_long) - set(dropped))
         self.index = kept
+        self.lengths = np.minimum(lengths[kept], max_length)
         self.sizes = np.diff(np.searchsorted(kept, self.starts)).tolist()
         self.report = LengthReport(
             samples=len(kept),
-            tokens=int(np.minimum(lengths[kept], max_length).sum()),
+            tokens=int(self.lengths.sum()),
             cut=len(cut),
             cut_ids=[self.rows[i]["sample_id"] for i in cut[:LISTED]],
             dropped=len(dropped),
@@ -97,7 +99,8 @@ class PreparedSamples(Dataset[dict[str, Any]]):
             raise DataError(
                 f"{self.report.left_out(max_length)}, and {max_dropped:.1%} may be (max_dropped). "
                 f"The first of them: {', '.join(self.report.dropped_ids[:5])}. Raise the stage's max_length, choose a "
-                "connector or an image mode with fewer tokens an image, or raise the stage's max_dropped to train without them."
+                "connector or an image mode with fewer tokens an image, show fewer frames of videos, or raise the "
+                "stage's max_dropped to train without them."
             )
 
     def _image_lengths(self, images: Any, image_tokens: ImageTokens) -> Any:

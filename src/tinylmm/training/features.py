@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ COMPUTED_BY = ("torch", "transformers", "pillow")
 """Libraries whose release may change a feature's last bits."""
 CHUNK_IMAGES = 64
 FEATURES_FILE = "features.bin"
+PART = "features.part"
+"""In the work folder: features on their way."""
 GIB = 1024**3
 
 
@@ -94,19 +97,26 @@ def open_features(
     key = _key(tower, images, stamp, description)
     folder = cache_root / key
     if rank() == 0:  # before they are computed: from now on they are in use
-        scratch.mkdir(parents=True, exist_ok=True)
-        write_atomic(scratch / FEATURES_USED_FILE, json.dumps([key]))
+        note_used(scratch, [key])
     if rank() == 0 and folder.exists() and (problems := integrity.check_folder(folder)):
         log.warning("feature cache %s is damaged and computed again: %s", folder, "; ".join(problems))
         shutil.rmtree(folder)
     barrier()
     if not folder.exists():
-        _compute(tower, index, load, scratch / "features.part", folder)
+        _compute(tower, index, load, scratch / PART, folder)
     barrier()
     shape = (_num_views(index), tower.num_tokens, tower.hidden_size)
     dtype = next(tower.parameters()).dtype
     flat = torch.from_file(str(folder / FEATURES_FILE), shared=False, size=shape[0] * shape[1] * shape[2], dtype=dtype)
     return FeatureCache(flat.view(shape), index)
+
+
+def note_used(scratch: Path, keys: Sequence[str]) -> None:
+    """Write into a stage's folder that it reads features of these keys too."""
+    path = scratch / FEATURES_USED_FILE
+    scratch.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_atomic(path, json.dumps(list(dict.fromkeys([*known, *keys]))))
 
 
 def _rows(images: Sequence[str], views: Callable[[str], int] | None) -> dict[str, range]:
@@ -155,7 +165,7 @@ def _compute(
             at = f"stopped after the features of about {number * CHUNK_IMAGES:,} of {len(images):,} images"
             raise StoppedError(f"{at}; the same command continues from there")
         if number in left:
-            here[number].copy_(_encode(tower, next(pixels)))
+            here[number].copy_(encode_views(tower, next(pixels)))
             done.note(number, _checksum(here[number]))
     tower.train(was_training)
     del rows, here, shared
@@ -188,8 +198,8 @@ def _loaded(load: Callable[[str], Tensor], chunks: Sequence[list[str]]) -> Itera
             readers.shutdown(cancel_futures=True)
 
 
-def _encode(tower: HFVisionTower, pixels: list[Tensor]) -> Tensor:
-    """(V, P, Dv) of all views of some images."""
+def encode_views(tower: HFVisionTower, pixels: list[Tensor]) -> Tensor:
+    """(V, P, Dv) of all views of some images, or of all frames of clips, on the CPU."""
     views = torch.cat([one if one.dim() == 4 else one[None] for one in pixels])
     return torch.cat([encode_images(tower, some).cpu() for some in views.split(CHUNK_IMAGES)])
 
@@ -241,12 +251,18 @@ class _Done:
 def _key(
     tower: HFVisionTower, images: Sequence[str], stamp: Callable[[str], object], description: dict[str, object]
 ) -> str:
+    digest = tower_digest(tower, description)
+    for name in images:
+        digest.update(json.dumps([name, stamp(name)]).encode())
+    return digest.hexdigest()[:32]
+
+
+def tower_digest(tower: HFVisionTower, description: dict[str, object]) -> Any:
+    """SHA-256, to be gone on with, of what decides what a tower makes of pixels: its weights, the preprocessing, the code."""
     code = {"version": FEATURES_VERSION, **{name: version(name) for name in COMPUTED_BY}}
     digest = hashlib.sha256(json.dumps({**description, "code": code}, sort_keys=True).encode())
     digest.update(str(next(tower.parameters()).dtype).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for name in images:
-        digest.update(json.dumps([name, stamp(name)]).encode())
-    return digest.hexdigest()[:32]
+    return digest

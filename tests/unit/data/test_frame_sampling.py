@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from tinylmm.config.video import SamplingSpec
-from tinylmm.data.frame_sampling import Clip, frame_count, frame_indices
+from tinylmm.data.frame_sampling import Clip, baseline_indices, frame_count, frame_indices
 
 SIXTEENTHS = [0, 19, 39, 59, 79, 99, 119, 139, 159, 179, 199, 219, 239, 259, 279, 299]
 MIDDLES = [9, 28, 46, 65, 84, 102, 121, 140, 159, 177, 196, 215, 233, 252, 271, 289]
@@ -160,3 +161,32 @@ def test_a_clip_of_nothing_is_refused() -> None:
 
 def test_a_sampling_dumps_what_it_says_and_no_more() -> None:
     assert SamplingSpec(fps=1, max=64).model_dump() == {"fps": 1, "max": 64}
+
+
+@pytest.mark.parametrize("frames", [2, 7, 16, 400])
+@pytest.mark.parametrize("wanted", [1, 2, 8, 16])
+def test_shuffled_frames_are_the_same_ones_in_an_order_of_chance(frames: int, wanted: int) -> None:
+    clip = Clip(frames, 4.0)
+    chosen = frame_indices(SamplingSpec(uniform=wanted), clip)
+    shuffled = baseline_indices("shuffled", chosen, clip)
+    assert sorted(shuffled) == chosen
+    assert shuffled == baseline_indices("shuffled", chosen, clip)
+    assert (shuffled == chosen) == (len(set(chosen)) == 1)
+
+
+def test_shuffled_frames_keep_nothing_of_their_order() -> None:
+    rising = [
+        later > earlier
+        for frames in range(8, 200)
+        for chosen in [frame_indices(SamplingSpec(uniform=8), Clip(frames, 4.0))]
+        for shuffled in [baseline_indices("shuffled", chosen, Clip(frames, 4.0))]
+        for earlier, later in pairwise(shuffled)
+    ]
+    assert 0.45 < sum(rising) / len(rising) < 0.55
+
+
+def test_the_middle_frame_is_that_of_the_clip_or_of_its_part() -> None:
+    clip = Clip(100, 10.0)
+    assert baseline_indices("middle", [0, 99], clip) == [49]
+    assert baseline_indices("middle", [20, 40], clip, (2.0, 4.0)) == [30]
+    assert baseline_indices("middle", [0, 0], Clip(1, 10.0)) == [0]

@@ -103,7 +103,7 @@ BAD = {
     "slot-without-image": ({"conversations": GOOD["conversations"]}, "1 <image> but the record names 0"),
     "image-is-number": (changed(image=5), "`image` must be a path or a list of paths, but holds 5"),
     "image-is-empty": (changed(image=""), "`image` must be a path"),
-    "video": (changed(image=None, video="a.mp4"), "`video`, which this version cannot train on yet"),
+    "video": (changed(image=None, video="a.mp4"), "nothing says which frames of it to show: set video.sampling"),
     "image-and-video-in-one-slot": (changed(video="a.mp4"), "images and videos, but no <video> in its questions"),
     "reserved-name": (changed(image="video:a.mp4"), "begin with 'embedded:' or 'video:' are reserved"),
 }

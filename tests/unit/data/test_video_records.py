@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.builders import tiny_tokenizer
 from tests.videos import moved_to_front, write_sound, write_video
+from tinylmm.config.video import SamplingSpec
+from tinylmm.data.chat import get_template
 from tinylmm.data.check import SourceCheck, SourceFiles, check_source
 from tinylmm.data.sample import BadRecord, Sample, parse_record
 from tinylmm.reports.data_text import source_counts, verdict
@@ -66,7 +70,7 @@ def test_videos_stand_among_the_images_in_the_order_of_their_slots(name: str) ->
     if name == "no video":
         assert trained == sample
     else:
-        assert isinstance(trained, BadRecord) and "which this version cannot train on yet" in trained.reason
+        assert isinstance(trained, BadRecord) and "nothing says which frames of it to show" in trained.reason
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -119,8 +123,17 @@ def test_a_check_of_images_videos_and_text_counts_each(root: Path) -> None:
     assert found.images == {0: 4, 1: 2} and dict(found.sizes) == {(8, 8): 1}
     rows = dict(source_counts(found))
     assert (rows["with a video"], rows["different videos"], rows["length of the videos"]) == ("4", "2", "0.1 minutes")
-    assert not found.clean, "no training takes videos yet"
-    assert verdict(found) == "all 6 records can be read, but 4 have videos, which no training takes yet."
+    assert not found.clean and "4 have videos, and nothing says which frames of them to show" in verdict(found)
+    sampling = SamplingSpec(fps=2)
+    files, tokenizer = replace(found.files, sampling=sampling), tiny_tokenizer()
+    template = get_template("llama").fitted(tokenizer)
+    counted = check_source(
+        files,
+        render=lambda sample: template.render(sample.turns, tokenizer, sample.system),
+        image_tokens=lambda width, height, frames: 1000 * frames if frames else 1,
+    )
+    assert counted.clean and verdict(counted) == "all 6 records can be used."
+    assert [tokens // 1000 for tokens in counted.tokens] == [8, 4, 8, 0, 0, 4], "4 and 2 seconds at 2 frames a second"
 
 
 def test_a_check_names_every_broken_video_with_its_reason(root: Path) -> None:

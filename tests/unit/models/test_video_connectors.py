@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from tinylmm.config.groups import conf_folder
-from tinylmm.models.connectors import Connector
-from tinylmm.models.video_connectors import GroupResamplerConnector, NaiveResamplerConnector, positions
-from tinylmm.sizing.connectors import connector_part
+from tinylmm.models.connectors import Connector, MLPConnector
+from tinylmm.models.query_connectors import PerceiverConnector
+from tinylmm.models.video_connectors import GroupResamplerConnector, NaiveResamplerConnector, joined, positions
+from tinylmm.sizing.connectors import connector_part, takes_clips
 from tinylmm.sizing.parameters import total_parameters
 
 DV, DL, HEADS, HEAD = 12, 20, 2, 4
@@ -150,3 +151,23 @@ def test_parameters_have_the_names_of_the_published_checkpoints() -> None:
         expected = {"latents", "linear.weight", "linear.bias", "norm.weight", "norm.bias"}
         expected |= {f"layers.{n}.{name}" for n in range(3) for name in block}
         assert connector.state_dict().keys() == expected
+
+
+@pytest.mark.parametrize("frames", [(3, 3), (1, 4, 2), (5, 1), (1, 1, 7)])
+@pytest.mark.parametrize("kind", ["naive", "group"])
+def test_clips_of_different_lengths_in_one_batch_are_as_each_alone(kind: str, frames: tuple[int, ...]) -> None:
+    """Frames of 5 tokens, which 4 groups do not divide."""
+    connector = (
+        made(NaiveResamplerConnector, num_queries=5, depth=2)
+        if kind == "naive"
+        else made(GroupResamplerConnector, num_queries=12, groups=4, depth=2)
+    )
+    seen = torch.randn(sum(frames), 5, DV, generator=torch.Generator().manual_seed(3))
+    together = connector(*joined(seen, frames))
+    alone = torch.cat([connector(clip.flatten(0, 1)[None]) for clip in seen.split(list(frames))])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_what_takes_clips_together_is_known_without_torch_too() -> None:
+    for kind in (NaiveResamplerConnector, GroupResamplerConnector, PerceiverConnector, MLPConnector):
+        assert takes_clips(f"{kind.__module__}.{kind.__name__}") == kind.takes_clips

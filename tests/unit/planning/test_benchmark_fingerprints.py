@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.project import write_images
+from tests.unit.evaluation.benchmarks.disk import write_json
 from tinylmm.config.compose import compose_run
 from tinylmm.config.spec import EvalSpec
 from tinylmm.errors import ConfigError, DataError
@@ -170,8 +171,17 @@ def test_what_eval_auto_asks_waits_for_no_judge(tmp_path: Path) -> None:
     assert kinds == ["eval", "judge"]
 
 
-@pytest.mark.parametrize("benchmark", ["mvbench", "videomme"])
-def test_questions_about_videos_are_refused_before_anything_is_asked(tmp_path: Path, benchmark: str) -> None:
-    words = ["eval=gqa", f"eval.gqa.benchmark={benchmark}", f"eval.gqa.root={tmp_path}", f"store={tmp_path / 'store'}"]
-    with pytest.raises(ConfigError, match=r"eval\.gqa\.benchmark: is .*about videos.*tinylmm score"):
-        plan_run(compose_run(words), "run")
+def test_videos_that_are_missing_stop_a_run_before_it_starts_and_frames_decide_its_digest(tmp_path: Path) -> None:
+    record = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
+    write_json(tmp_path / "MVBench/json/moving_count.json", [record])
+    words = ["eval=mvbench", f"eval.mvbench.root={tmp_path}/MVBench", f"store={tmp_path / 'store'}"]
+    missing = plan_record([plan_run(compose_run(words), "run")])["missing"]
+    assert any("clevrer/video_validation/a.mp4" in item["what"] for item in missing)
+    video = tmp_path / "MVBench/video/clevrer/video_validation/a.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_bytes(b"not looked into by a plan")
+    plain = plan_run(compose_run(words), "run")
+    assert not plan_record([plain])["missing"]
+    changes = ("frames=middle", "frames=shuffled", "sampling={uniform: 4}")
+    others = {digest(plan_run(compose_run([*words, f"eval.mvbench.{change}"]), "run")) for change in changes}
+    assert len({digest(plain), *others}) == 4

@@ -15,6 +15,7 @@ from tinylmm.config.compose import compose_run
 from tinylmm.config.launch import LaunchSpec, SlurmSpec
 from tinylmm.config.spec import DataBuildSpec, DataSpec, RunSpec, SourceSpec
 from tinylmm.config.trainer import DECIDING, SchedulerArguments, TrainerSpec
+from tinylmm.config.video import SamplingSpec, VideoSpec
 from tinylmm.planning.graph import build_graph
 
 NOTHING: frozenset[str] = frozenset()
@@ -160,6 +161,15 @@ def with_part(part: str) -> Callable[..., RunSpec]:
     return change
 
 
+def with_video(run: RunSpec, **changes: Any) -> RunSpec:
+    return run.model_copy(update={"video": VideoSpec(**changes)})
+
+
+SEEN = frozenset({"images", "prepare", "train", "eval"})
+VIDEO = {"sampling": Row(SamplingSpec(uniform=4), SEEN, "other frames of the same clips; only where there may be any")}
+VIDEO_OF_IMAGES = {"sampling": speed(SamplingSpec(uniform=4), "there are no clips among these files")}
+
+
 TABLES: dict[str, tuple[type[BaseModel], Mapping[str, Row], Callable[..., RunSpec], bool]] = {
     "launch": (LaunchSpec, LAUNCH, with_part("launch"), True),
     "trainer": (TrainerSpec, TRAINER, with_part("trainer"), True),
@@ -167,6 +177,8 @@ TABLES: dict[str, tuple[type[BaseModel], Mapping[str, Row], Callable[..., RunSpe
     "source of built data": (SourceSpec, BUILT, with_source, True),
     "data of files": (DataSpec, DATA, with_data_field, False),
     "built data": (DataSpec, DATA_BUILT, with_data_field, True),
+    "videos that built data may have": (VideoSpec, VIDEO, with_video, True),
+    "videos of files without any": (VideoSpec, VIDEO_OF_IMAGES, with_video, False),
 }
 CASES = [(table, field) for table, (_, rows, _, _) in TABLES.items() for field in rows]
 

@@ -47,6 +47,7 @@ def test_source_is_the_hash_of_its_file_and_the_listing_of_its_images(root: Path
         "num_images": 3,
         "missing": [],
         "num_missing": 0,
+        "videos": False,
     }
 
 

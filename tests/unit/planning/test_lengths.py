@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from tests.builders import record
+from tinylmm.config.video import SamplingSpec
 from tinylmm.constants import IMAGE_TOKEN_ID as SLOT
-from tinylmm.planning.lengths import Prepared, assumed_lengths, read_lengths
+from tinylmm.data.clip_list import write_clips
+from tinylmm.planning.lengths import ClipTokens, Prepared, assumed_lengths, read_lengths
 from tinylmm.sizing.layers import UnknownShapeError
 from tinylmm.training.dataset import PreparedSamples
 
@@ -64,3 +66,36 @@ def test_what_nobody_has_prepared_is_assumed_and_cut_like_it() -> None:
     assert (mine.samples, mine.images) == (None, 1.0)
     mixed = assumed_lengths("llava_v1_5", {"pretrain": 1.0, "finetune": 0.5}, False, 729, 2048)
     assert mixed.samples == round(558128 + 665298 / 2)
+
+
+@pytest.mark.parametrize("tokens", [ClipTokens(fixed=7), ClipTokens(a_frame=3)])
+def test_clips_are_counted_by_the_frames_that_are_shown(tmp_path: Path, tokens: ClipTokens) -> None:
+    folder = tmp_path / "prepared"
+    shown = {"video:a.mp4": (0, 1), "video:b.mp4": (0, 2, 4, 6)}
+    rows = [
+        record("one", [1, SLOT, 5], 1, ("video:a.mp4",)),
+        record("both", [1, SLOT, 5, SLOT], 1, ("a.png", "video:b.mp4")),
+        record("text", [1, 5], 1),
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder / "samples"))
+    (tmp_path / "checked").mkdir()
+    write_clips(tmp_path / "checked", shown)
+
+    def positions(name: str) -> int:
+        frames = len(shown.get(name, ()))
+        return tokens.fixed + frames * tokens.a_frame if frames else Q
+
+    found = read_lengths([Prepared(folder, 1.0, 1.0, tmp_path / "checked")], Q, MAX, tokens)
+    assert found.tokens * 3 == PreparedSamples([folder], positions, MAX).report.tokens
+    assert (found.images * 3, found.clips * 3, found.frames * 3) == (1, 2, 6)
+
+
+def test_the_published_clips_are_assumed_to_be_of_half_a_minute() -> None:
+    found = [
+        assumed_lengths(
+            "tinyllava_video", {"finetune": 1.0}, False, 729, 3072, ClipTokens(512), SamplingSpec(**sampling)
+        )
+        for sampling in ({"uniform": 16}, {"fps": 1}, {"fps": 2, "max": 40})
+    ]
+    assert [row.frames for row in found] == [16, 30, 40] and {row.clips for row in found} == {1.0}
+    assert {(row.samples, row.tokens) for row in found} == {(491000, 80 + 512)}

@@ -59,7 +59,9 @@ def test_every_figure_is_whole() -> None:
     # Table 3, row by row, dashes left out: IDEFICS, InstructBLIP, LLaVA-1.5, Qwen-VL, MoE-LLaVA twice, LLaVA-Phi, ...
     table_3 = 4 + 6 + 9 + 5 + 8 + 8 + 7 + 6 + 9 + 9
     cards = 3 * 8 + 7
-    assert len(figures) == 12 * 7 + table_3 + cards + 10 * 8 + 4 * 8  # Table A1; Factory: table, rows of its README
+    assert (
+        len(figures) == 12 * 7 + table_3 + cards + 10 * 8 + 4 * 8 + 4 * 4
+    )  # Table A1; Factory: table, README's rows; Video
     assert {f.benchmark for f in figures} <= set(benchmark_names())
     assert all(f.unit and f.source and f.model for f in figures)
     assert all((f.llm is None) == (not f.recipes) for f in figures)

@@ -89,7 +89,7 @@ BAD = {
     "absolute-path": (record("bad", "/etc/hostname"), "leads out of the image folder"),
     "link-outside": (record("bad", "link.png"), "leads out of the image folder"),
     "bomb": (record("bad", "bomb.png"), "too large"),
-    "video": (record("bad", None, video="a.mp4"), "`video`, which this version cannot train on yet"),
+    "video": (record("bad", None, video="a.mp4"), "nothing says which frames of it to show: set video.sampling"),
 }
 
 

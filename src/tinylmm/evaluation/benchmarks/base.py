@@ -36,7 +36,6 @@ class Benchmark(ABC):
         may_be_judged: whether a judge that is named reads what rules cannot; else a judge has no part in the scores.
         averages_runs: whether every answer is judged as often as `Judge.runs` says.
         top: best score of one item; above 1 a score is a judge's rating, by which no answer is right or wrong.
-        needs_frames: whether its questions are about frames of videos, which no model can be shown yet.
         upload: ending of the file that its server takes (`json`); empty where there is no server.
         splits: the splits to choose from, where there are several; `load` takes the first whose files are there if none is
             chosen.
@@ -51,7 +50,6 @@ class Benchmark(ABC):
     may_be_judged: ClassVar[bool] = False
     averages_runs: ClassVar[bool] = False
     top: ClassVar[float] = 1.0
-    needs_frames: ClassVar[bool] = False
     upload: ClassVar[str] = ""
     splits: ClassVar[tuple[str, ...]] = ()
 

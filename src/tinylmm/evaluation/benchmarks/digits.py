@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
 
 QUESTIONS, IMAGES = "test.jsonl", "images"
-FIELDS = ("question_id", "image", "text", "category", "answer", "options")
-"""Of a line of the question file; `options` is how many answers a uniform guesser chooses from."""
+FIELDS = ("question_id", "text", "category", "answer", "options")
+"""Of a line of the question file, beside `image` or `video`; `options` is how many answers a uniform guesser chooses from."""
 
 
 def normalise(text: str) -> str:
@@ -41,7 +42,7 @@ class Digits(Benchmark):
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `test.jsonl`, and images below `images`."""
-        return _read_items(root / QUESTIONS, lambda name: image_file(root / IMAGES, name, QUESTIONS))
+        return _read_items(root / QUESTIONS, lambda name, _: image_file(root / IMAGES, name, QUESTIONS))
 
     def load_source(
         self, questions: Path, images: Path, limit: int | None = None, follow_links: bool = False
@@ -49,7 +50,7 @@ class Digits(Benchmark):
         """As `Benchmark.load_source`; loads torch with `data/images.py`."""
         from tinylmm.data.images import safe_path
 
-        return _read_items(questions, lambda name: ImageRef(safe_path(images, name, follow_links)), limit)
+        return _read_items(questions, lambda name, what: ImageRef(safe_path(images, name, follow_links, what)), limit)
 
     def score(
         self,
@@ -73,7 +74,8 @@ class Digits(Benchmark):
         return Scores(self.name, variant, metrics.aggregate, tuple(per_item), counts, metrics.bases)
 
 
-def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None = None) -> list[Item]:
+def _read_items(path: Path, image: Callable[[str, str], ImageRef], limit: int | None = None) -> list[Item]:
+    """Items of a question file; `image` finds what a record names, an image or a video."""
     if not path.is_file():
         raise DataError(f"question file {path} does not exist")
     records = read_jsonl(path, FIELDS)[:limit]
@@ -82,10 +84,20 @@ def _read_items(path: Path, image: Callable[[str], ImageRef], limit: int | None 
             item_id=name,
             question_id=record["question_id"],
             prompt=record["text"],
-            images=(image(record["image"]),),
+            images=(_shown(path, record, image),),
             category=record["category"],
             reference=record["answer"],
             options=record["options"],
         )
         for name, record in zip(unique_ids(record["question_id"] for record in records), records, strict=True)
     ]
+
+
+def _shown(path: Path, record: Mapping[str, Any], image: Callable[[str, str], ImageRef]) -> ImageRef:
+    named = [key for key in ("image", "video") if record.get(key) is not None]
+    if len(named) != 1 or not isinstance(record[named[0]], str):
+        found = (
+            f"both {' and '.join(named)}" if len(named) > 1 else "neither" if not named else f"no text as {named[0]}"
+        )
+        raise DataError(f"{path}: question {record['question_id']!r} must name an image or a video, but has {found}.")
+    return replace(image(record[named[0]], named[0]), video=named[0] == "video")

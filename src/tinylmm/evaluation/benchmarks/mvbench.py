@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered, listing, parse_leading
@@ -44,8 +45,13 @@ TASKS = {
     "counterfactual_inference": ("clevrer/video_validation", False),
 }
 """Task -> folder of its videos under video/, and whether its questions are about a part (start, end), in the official order.
-TinyLLaVA-Video shows all of an mp4 file, whatever the part: only its readers of frames and of other formats cut it out."""
+TinyLLaVA-Video shows all of an mp4 file, whatever the part: only its readers of frames and of other formats cut it out. That
+fault is not copied."""
 
+SPREAD, SEGMENTS = SamplingSpec(uniform=16), SamplingSpec(segments=16)
+"""TinyLLaVA-Video's frames: of most files, and of AVI and WebM files and folders of frames. A part that a question is about is
+kept to in both, which its reader of most files does not do."""
+_SEGMENTED = (".avi", ".webm")
 _FRAMES = "episodic_reasoning"
 """TVQA comes as folders of frames, three a second."""
 
@@ -64,7 +70,6 @@ class MVBench(Benchmark):
     variants = ("tinyllava_video", "official", "lmms")
     headline = "average"
     max_new_tokens = 1024
-    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `json/<task>.json` of every task that is there, in the official order; `<task>/*.parquet` too for `hf`.
@@ -209,11 +214,13 @@ def _item(files: BenchmarkFiles, task: str, number: int, record: dict[str, Any],
         start=record.get("start") if bounded else None,
         end=record.get("end") if bounded else None,
         fps=3.0 if task == _FRAMES else None,
+        sampling=SPREAD if task != _FRAMES and Path(record["video"]).suffix.lower() not in _SEGMENTED else SEGMENTS,
     )
     return Item(
         item_id=f"{task}/{number}",
         question_id=f"{task}/{number}",
         prompt=f"{record['question']}\n{listing(options, '({}) {}').rstrip()}\n{LETTER_SUFFIX}",
+        images=(video.shown,),
         category=task,
         reference={"options": options, "answer": gold[-1], "question": str(record["question"]), "video": video},
         options=len(options),

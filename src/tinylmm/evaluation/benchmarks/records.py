@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tinylmm.config.video import SamplingSpec
+
 Format = Literal["llava", "hf"]
 """`llava`: question files of LLaVA's eval.zip beside the official annotations; `hf`: Hugging Face parquet columns."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image of an item is: a file, or a cell of a parquet file. `evaluation/images.py` opens it.
+    """Where an image or a video of an item is: a file, or a cell of a parquet file. `evaluation/images.py` opens it.
 
     Attributes:
         path: image file, or parquet file.
@@ -21,6 +23,10 @@ class ImageRef:
             list of such, of which the first is meant.
         data: the encoded bytes themselves, where the benchmark's file carries them (MMBench's base64).
         upright: it is turned as its camera says before it is shown.
+        video: the file is a video, of which frames are shown.
+        part: seconds from the start of the video between which the frames must lie; None for all of it.
+        sampling: which frames, where the benchmark's protocol says it; None leaves it to the evaluation and the model.
+        fps: frames a second of a video that is a folder of its frames, `00001.jpg`, `00002.jpg`, ...; None for a video file.
     """
 
     path: Path
@@ -28,10 +34,16 @@ class ImageRef:
     column: str | None = None
     data: bytes | None = field(default=None, repr=False)
     upright: bool = False
+    video: bool = False
+    part: tuple[float, float] | None = None
+    sampling: SamplingSpec | None = None
+    fps: float | None = None
 
     @property
     def key(self) -> str:
         """Equal for equal images of one benchmark; the tower runs once a key."""
+        if self.video and (self.part is not None or self.sampling is not None):
+            return f"{self.path}#{self.part}{self.sampling.given() if self.sampling is not None else ''}"
         return str(self.path) if self.row is None else f"{self.path}#{self.row}.{self.column}"
 
 

@@ -51,7 +51,7 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
 
     Raises:
         ConfigError: the benchmark, its options or its variant is unknown, its judge's address is none or it needs no judge,
-            it needs frames of videos, or it cannot be asked from a source of a data set; each fault names its key.
+            or it cannot be asked from a source of a data set; each fault names its key.
     """
     try:
         benchmark = get_benchmark(spec.benchmark, trust, **spec.options)
@@ -64,10 +64,6 @@ def check_evaluation(key: str, spec: EvalSpec, trust: Sequence[str]) -> None:
         keys = {"_target_": "benchmark", "split": "options.split"}
         faults = [Fault(f"eval.{key}.{keys.get(f.where, f.where)}", f.what, f.fix) for f in error.faults]
         raise ConfigError(faults) from error
-    if benchmark.needs_frames:
-        what = f"is {benchmark.name}, whose questions are about videos, and no model can be shown frames of videos yet."
-        fix = f"Score the answers of another program with `tinylmm score {benchmark.name}`."
-        raise ConfigError([Fault(f"eval.{key}.benchmark", what, fix)])
     if spec.source is not None and type(benchmark).load_source is Benchmark.load_source:
         what = f"is {benchmark.name}, which reads its own files, not a source of a data set."
         raise ConfigError([Fault(f"eval.{key}.benchmark", what, "Set `root`, and neither `data` nor `source`.")])

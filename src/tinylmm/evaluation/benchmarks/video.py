@@ -1,6 +1,7 @@
 """What the video benchmarks share: where a question's video is, and subtitles.
 
-Frames are cut out by whoever asks the questions; an item's `images` stay empty and its `reference["video"]` is a `VideoRef`.
+An item's image is the video with the part and the frames that its protocol asks for; `reference["video"]`, a `VideoRef`, says
+the same and where subtitles are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
+from tinylmm.evaluation.benchmarks.records import ImageRef
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class VideoRef:
         start, end: the part that is meant, in seconds; None for all of it.
         fps: frames a second of a folder of frames; None for a video file, which says so itself.
         subtitles: SRT file; None where the benchmark has none.
+        sampling: the frames that the benchmark's protocol asks for; None where it asks for none, and the model's own are shown.
     """
 
     path: Path
@@ -30,6 +34,13 @@ class VideoRef:
     end: float | None = None
     fps: float | None = None
     subtitles: Path | None = None
+    sampling: SamplingSpec | None = None
+
+    @property
+    def shown(self) -> ImageRef:
+        """It as an item's image."""
+        part = None if self.start is None or self.end is None else (float(self.start), float(self.end))
+        return ImageRef(self.path, video=True, part=part, sampling=self.sampling, fps=self.fps)
 
 
 @dataclass(frozen=True)

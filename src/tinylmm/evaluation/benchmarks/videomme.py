@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, extract_lmms, guess, parse_leading
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
 
 GET = "videomme/test-00000-of-00001.parquet, videos and subtitles are in https://huggingface.co/datasets/lmms-lab/Video-MME."
+SAMPLING = SamplingSpec(uniform=16, distinct=True)
+"""TinyLLaVA-Video's: of a clip that is shorter than 16 frames each frame once."""
 DURATIONS = ("short", "medium", "long")
 _FIELDS = ("videoID", "question_id", "question", "options", "answer", "duration")
 _OPTIONAL = ("video_id", "domain", "sub_category", "task_type")
@@ -69,7 +72,6 @@ class VideoMME(Benchmark):
     variants = ("tinyllava_video", "official", "lmms", "lmms_regex")
     headline = "overall"
     max_new_tokens = 1024
-    needs_frames = True
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `videomme/test-*.parquet`, in either layout. Videos are data/<videoID>.mp4, subtitles subtitle/<videoID>.srt."""
@@ -84,6 +86,7 @@ class VideoMME(Benchmark):
             video = VideoRef(
                 video_path(videos, f"{values['videoID']}.mp4", row.where),
                 subtitles=video_path(subtitles, f"{values['videoID']}.srt", row.where),
+                sampling=SAMPLING,
             )
             lines = "\n".join(values["options"])
             items.append(
@@ -91,6 +94,7 @@ class VideoMME(Benchmark):
                     item_id=str(values["question_id"]),
                     question_id=values["question_id"],
                     prompt=f"{values['question']}\n{lines}\n{LETTER_SUFFIX}",
+                    images=(video.shown,),
                     category=values["duration"],
                     reference={
                         "options": options,

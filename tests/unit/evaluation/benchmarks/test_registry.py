@@ -19,7 +19,8 @@ from tinylmm.evaluation.benchmarks.registry import benchmark_names, check_evalua
 
 def test_every_module_that_defines_a_benchmark_is_one() -> None:
     expected = (
-        "digits gqa llava_bench mmbench mme mmmu mmvet mvbench pope qbench seed sqa textvqa videomme vizwiz vqav2"
+        "digits gqa llava_bench mlvu mmbench mme mmmu mmvet mmvu mvbench pope qbench seed sqa textvqa videomme vizwiz "
+        "vqav2"
     )
     assert benchmark_names() == tuple(expected.split())
     for name in benchmark_names():
@@ -90,7 +91,6 @@ def spec(**fields: Any) -> EvalSpec:
         ({"benchmark": "gqa", "variant": "oficial"}, r"eval\.mine\.variant: 'oficial' is unknown\. Did you mean 'official'\?"),
         ({"benchmark": "gqa", "options": {"ocr": True}}, r"eval\.mine\.options: do not fit benchmark gqa.*ocr"),
         ({"benchmark": "vqav2", "options": {"split": "dev"}}, r"eval\.mine\.options\.split: vqav2 has no split 'dev'"),
-        ({"benchmark": "mvbench"}, r"eval\.mine\.benchmark: is mvbench, whose questions are about videos.*tinylmm score"),
         (
             {"benchmark": "gqa", "judge": {"base_url": "http://localhost/v1", "model": "m"}},
             r"eval\.mine\.judge: is set, but gqa is scored by rules alone: nobody would be asked\. Leave it out",
@@ -98,7 +98,6 @@ def spec(**fields: Any) -> EvalSpec:
         ({"benchmark": "pope", "judge": {"runs": 3}}, r"eval\.mine\.judge: is set, but pope is scored by rules alone"),
         ({"benchmark": "llava_bench", "judge": {"runs": 3}}, r"eval\.mine\.judge\.runs: is 3, but llava_bench lets"),
         ({"benchmark": "mmbench", "judge": {**JUDGE, "runs": 2}}, r"eval\.mine\.judge\.runs: is 2, but mmbench lets"),
-        ({"benchmark": "videomme"}, r"eval\.mine\.benchmark: is videomme, whose questions are about videos"),
     ],
 )  # fmt: skip
 def test_what_would_fail_after_training_is_refused_before(fields: dict[str, Any], message: str) -> None:
@@ -109,9 +108,7 @@ def test_what_would_fail_after_training_is_refused_before(fields: dict[str, Any]
 @pytest.mark.parametrize("name", benchmark_names())
 def test_a_judge_is_refused_by_a_benchmark_that_asks_none_and_by_no_other(name: str) -> None:
     asks = "judge.ask(" in Path(inspect.getfile(type(get_benchmark(name)))).read_text()
-    if get_benchmark(name).needs_frames:
-        assert not asks
-    elif asks:
+    if asks:
         check_evaluation("mine", spec(benchmark=name, judge=JUDGE), [])
     else:
         with pytest.raises(ConfigError, match="by rules alone"):

@@ -43,8 +43,10 @@ def test_mvbench_items_come_in_the_official_order_with_their_videos(mv_root: Pat
     items = MVBench().load(mv_root)
     assert [item.item_id for item in items] == IDS
     assert items[0].prompt == f"What first?\n(A) Sat.\n(B) Ran.\n{SUFFIX}"
-    assert items[0].images == ()
     video = items[0].reference["video"]
+    (shown,) = items[0].images
+    assert (shown.path, shown.video, shown.part, shown.fps) == (video.path, True, (1.5, 4.0), None)
+    assert items[1].images[0].part is None
     assert (video.path.name, video.start, video.end, video.fps) == ("v3.mp4", 1.5, 4.0, None)
     assert items[1].reference["video"].start is None
     assert MVBench().load(mv_root / "MVBench") == items
@@ -56,6 +58,22 @@ def test_mvbench_frames_of_tvqa_are_three_a_second(mv_root: Path) -> None:
     write_json(mv_root / "MVBench/json/episodic_reasoning.json", episode)
     video = next(i for i in MVBench().load(mv_root) if i.category == "episodic_reasoning").reference["video"]
     assert (video.fps, video.end, video.path.parent.name) == (3.0, 9, "frames_fps3_hq")
+    assert (video.shown.fps, video.shown.part) == (3.0, (0.0, 9.0))
+
+
+def test_mvbench_and_videomme_ask_for_the_frames_of_their_readers(mv_root: Path, mme_root: Path) -> None:
+    folder = mv_root / "MVBench/json"
+    write_json(folder / "fine_grained_pose.json", [mv("S001.avi", "?", ["a"], "a"), mv("S002.WEBM", "?", ["a"], "a")])
+    write_json(folder / "episodic_reasoning.json", [mv("friends", "?", ["a"], "a", start=0, end=9)])
+    asked = {item.item_id: item.reference["video"].sampling.given() for item in MVBench().load(mv_root)}
+    assert asked.pop("action_sequence/0") == {"uniform": 16}
+    assert {name: said for name, said in asked.items() if said != {"segments": 16}} == {
+        "moving_count/0": {"uniform": 16},
+        "moving_count/1": {"uniform": 16},
+    }
+    assert len(asked) == 5
+    for item in VideoMME().load(mme_root):
+        assert item.reference["video"].sampling.given() == {"uniform": 16, "distinct": True}
 
 
 def test_mvbench_average_is_over_all_questions(mv_root: Path) -> None:
