@@ -11,3 +11,6 @@ IGNORE_INDEX = -100
 """Label of a position without loss (the default of PyTorch's cross-entropy)."""
 MAX_PIXELS = 50_000_000
 """Largest image that is decoded, read from its header: a small file can unpack into all memory."""
+
+Extent = tuple[int, int] | tuple[int, int, int]
+"""Width and height of an image in pixels; of a clip also how many frames of it are shown."""

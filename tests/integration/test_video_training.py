@@ -119,6 +119,7 @@ def test_a_resampler_takes_a_clips_frames_together(project: Project, first: dict
     assert opened == [], "the connectors share the tower and its features"
 
 
+@pytest.mark.slow
 def test_another_sampling_shows_other_frames(project: Project, first: dict[str, Any], opened: list[str]) -> None:
     found = trained(project, "name=rate", "video.sampling={uniform: null, fps: 10, distinct: true}")
     # 25 frames a second: clips of 1, 3, 9 and 20 frames have 1, 1, 3 and 8
@@ -126,6 +127,7 @@ def test_another_sampling_shows_other_frames(project: Project, first: dict[str, 
     assert found["pretrain"]["clips_encoded"] == 4 and sorted(opened) == sorted(f"{n}.mp4" for n in LENGTHS * 3)
 
 
+@pytest.mark.slow
 def test_features_that_are_not_kept_are_computed_at_every_step(project: Project, first: dict[str, Any]) -> None:
     """The same loss, as the tower sees the same frames."""
     found = trained(project, "name=uncached", "store=store2", "launch.cache_features=false")
@@ -200,6 +202,7 @@ def test_questions_about_clips_are_asked_and_each_clip_is_encoded_once_for_all_m
     assert (more["frames"], more["clips_encoded"]) == ("uniform 2", 4)
 
 
+@pytest.mark.slow
 def test_answers_about_clips_are_the_same_without_kept_features(project: Project, first: dict[str, Any]) -> None:
     words = questions(project)
     trained(project, "name=kept", *words)
@@ -209,3 +212,21 @@ def test_answers_about_clips_are_the_same_without_kept_features(project: Project
         (path,) = (project.root / store).glob("stages/eval-*/output/generations.jsonl")
         texts.append([json.loads(line)["text"] for line in path.read_text().splitlines()])
     assert texts[0] == texts[1] and len(texts[0]) == 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torchrun", "zero3"])
+def test_two_ranks_share_clips_of_different_lengths(project: Project, launch: str) -> None:
+    """Some micro-batches have clips of several lengths, some only images or text: ranks run the same modules all the same."""
+    words = ["video.sampling={fps: 10, distinct: true}", *RESAMPLER, "recipe.stages.finetune.max_length=256"]
+    epochs = ("recipe.stages.pretrain.epochs=1", "recipe.stages.finetune.epochs=1")
+    losses = []
+    for ranks, name in ((1, "one"), (2, "two")):
+        store = f"store-{launch}-{ranks}"
+        how = [f"launch={launch}", f"launch.nproc={ranks}", "launch.micro_batch=2", f"store={store}", f"name={name}"]
+        done = project.train(*epochs, *words, *how, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        record = json.loads((project.root / store / "runs" / name / "run.json").read_text())
+        folder = project.root / store / "stages" / record["stages"][-1]["key"]
+        losses.append(json.loads((folder / "manifest.json").read_text())["summary"]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

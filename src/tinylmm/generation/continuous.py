@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.constants import IMAGE_TOKEN_ID, Extent
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.choose import TIE, Chooser, Sampling, log_probs
 from tinylmm.generation.decode import Continued, decode_alone
@@ -26,7 +26,7 @@ from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prefixes import Prefixes, Symbol, common
 from tinylmm.generation.questions import End, Question, Token
 from tinylmm.generation.row_cache import RowCache
-from tinylmm.models.lmm import LMM, Extent
+from tinylmm.models.lmm import LMM
 
 log = logging.getLogger(__name__)
 

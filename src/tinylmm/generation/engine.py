@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.constants import IMAGE_TOKEN_ID, Extent
 from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prompts import Prompt
-from tinylmm.models.lmm import LMM, Extent
+from tinylmm.models.lmm import LMM
 from tinylmm.stop import stop_requested
 
 log = logging.getLogger(__name__)

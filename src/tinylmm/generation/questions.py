@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from tinylmm.constants import Extent
 from tinylmm.generation.choose import Chooser, LogProbs, Sampling
 from tinylmm.generation.decode import Continued
 from tinylmm.generation.prefixes import Symbol
 from tinylmm.generation.prompts import Prompt
-from tinylmm.models.lmm import Extent as Extent  # serving names it too
 
 AHEAD = 256
 """Tokens of an answer that room is kept for when it is taken in; few answers are as long as their limit."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylmm.constants import IMAGE_SLOT
+from tinylmm.constants import IMAGE_SLOT, Extent
 from tinylmm.data.chat import Turn, get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
@@ -35,7 +35,6 @@ from tinylmm.generation.text import Pieces
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.devices import DTYPES, named_device, to_precision
-from tinylmm.models.lmm import Extent
 from tinylmm.store.find_model import find_model
 
 KEPT_FEATURES = 32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID, Extent
 from tinylmm.models.anyres import TiledConnector, clip_tokens
 from tinylmm.models.attention import decode_rows, set_attention
 from tinylmm.models.connectors import Connector
@@ -22,9 +22,6 @@ from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
 from tinylmm.models.video_connectors import joined
 from tinylmm.models.vision import HFVisionTower
-
-Extent = tuple[int, int] | tuple[int, int, int]
-"""Width and height of an image in pixels; of a clip also how many frames of it are shown."""
 
 
 @dataclass

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tinylmm.constants import Extent
 from tinylmm.generation.choose import LogProbs, Sampling
 from tinylmm.generation.prompts import Prompt, PromptMaker
-from tinylmm.generation.questions import End, Event, Extent, Question, Token
+from tinylmm.generation.questions import End, Event, Question, Token
 from tinylmm.generation.text import Pieces
 from tinylmm.serving.worker import EngineWorker
 

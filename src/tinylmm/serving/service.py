@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from tinylmm.constants import Extent
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.continuous import ContinuousEngine
-from tinylmm.generation.questions import Extent
 from tinylmm.generation.session import ChatModel, TooLongError
 from tinylmm.serving.answers import Answers, Asked
 from tinylmm.serving.errors import ApiError, wrong

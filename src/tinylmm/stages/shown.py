@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.video import Baseline, SamplingSpec
+from tinylmm.constants import Extent
 from tinylmm.data.frame_folders import folder_clip, folder_frames
 from tinylmm.data.frame_sampling import Clip, baseline_indices, frame_indices
 from tinylmm.data.images import ImageTransform
@@ -18,7 +19,6 @@ from tinylmm.errors import DataError, UserError
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item
 from tinylmm.evaluation.images import open_image_ref
 from tinylmm.models.checkpoint import LoadedModel
-from tinylmm.models.lmm import Extent
 from tinylmm.planning.specs import AskedStage, EvalStage
 from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER, StoreLayout
