@@ -20,6 +20,7 @@ PICTURE = ROOT / "docs/architecture.svg"
 WIDTH, BOX, GAP, MARGIN = 1120, 88, 46, 24
 ROWS = (
     ("", "", "cli"),
+    ("verification", "demo", ""),
     ("launch", "reports", ""),
     ("stages", "", "serving"),
     ("training", "planning", "evaluation", "generation", "convert"),

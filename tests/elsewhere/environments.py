@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,33 +16,44 @@ HERE = Path(__file__).parent
 PLACE = Path(sys.prefix) / "environments"
 
 
-def python_with(name: str) -> str:
+def python_with(name: str, finish: Callable[[str, Path], None] = lambda python, packages: None) -> str:
     """The Python of an environment with the packages of `<name>.txt`, in front of those that these tests run with.
 
     Skips the test where pip cannot install them: without a package registry there is no other program to ask.
+
+    Args:
+        name: of the file and of the environment.
+        finish: does what pip cannot, given the Python and the folder of its packages.
     """
     folder, wanted = PLACE / name, (HERE / f"{name}.txt").read_text(encoding="utf-8")
-    stamp = folder / "installed.txt"
+    stamp, python = folder / "installed.txt", str(folder / "bin/python")
     PLACE.mkdir(exist_ok=True)
     with FileLock(PLACE / f"{name}.lock"):
         if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-            pip = [
-                str(folder / "bin/python"),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--requirement",
-                str(HERE / f"{name}.txt"),
-            ]
-            done = subprocess.run(pip, capture_output=True, text=True, timeout=500)
+            packages = next((folder / "lib").glob("python*/site-packages"))
+            # before pip runs, which takes what is there and fits
+            (packages / "zz_borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
+            pip = [python, "-m", "pip", "install", "--quiet", "--requirement", str(HERE / f"{name}.txt")]
+            done = subprocess.run(pip, capture_output=True, text=True, timeout=1800)
             if done.returncode:
                 pytest.skip(f"pip cannot install {name}: {done.stderr.strip().splitlines()[-1:]}")
-            packages = next((folder / "lib").glob("python*/site-packages"))
-            (packages / "zz_borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
+            finish(python, packages)
             stamp.write_text(wanted, encoding="utf-8")
-    return str(folder / "bin/python")
+    return python
+
+
+def vllm_python() -> str:
+    """The Python of an environment with vLLM for CPUs."""
+
+    def finish(python: str, packages: Path) -> None:
+        """Take out of the environment what is on PyPI for GPUs alone: here it cannot be loaded."""
+        pip = [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec", "triton"]
+        subprocess.run(pip, check=True, capture_output=True)
+        # of torchvision vLLM imports what is Python; this module alone wants the compiled operators
+        (packages / "torchvision/_meta_registrations.py").write_text("", encoding="utf-8")
+
+    return python_with("vllm", finish)
 
 
 def node_with(name: str) -> dict[str, str]:

@@ -13,5 +13,6 @@ from tests.frozen import product
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     product.freeze_versions(monkeypatch.setitem)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # rows of a measured machine have a field more
     for name in ("TINYLMM_STORE", "TINYLMM_DATA"):
         monkeypatch.delenv(name, raising=False)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+import tinylmm
 from tests.integration.project import Project
+from tinylmm.demo.questions import Question, question_sets
+from tinylmm.demo.talk import Talk, Turn
+from tinylmm.evaluation.images import open_image_ref
+from tinylmm.generation.choose import Sampling
+from tinylmm.serving.options import ServeOptions
+from tinylmm.serving.service import Service
 
 SMALL = [
     f"{where}.options.{name}={count}"
@@ -86,3 +94,47 @@ def test_the_model_folder_is_self_contained(finished: Project) -> None:
     description = json.loads((model / "config.json").read_text())
     assert description["template"] == "llama" and description["image"]["size"] == 32
     assert str(Path.cwd()) not in (model / "config.json").read_text()
+
+
+@pytest.mark.slow  # CI gives them on the quickstart itself (.ci/run)
+def test_the_serving_pages_commands_lead_from_the_run_to_every_way_of_asking_it(finished: Project) -> None:
+    pytest.importorskip("gradio", reason="the page shows the demo")
+    from tests.serving_page import follow
+
+    said = follow(finished.root, finished.words)
+    beginnings = ("tinylmm-train name=first", "tinylmm chat", "tinylmm demo", "tinylmm serve", "tinylmm export", "curl")
+    assert all(any(command.startswith(words) for command in said) for words in beginnings)
+    assert "first" in said["tinylmm runs"]
+    assert "image_tokens=" in said["ask.py"]
+    assert all("image tokens" in line for command, line in said.items() if command.startswith("tinylmm demo"))
+    [curled] = [text for command, text in said.items() if command.startswith("curl")]
+    assert curled.rstrip().endswith("data: [DONE]")
+    assert {path.name for path in (finished.root / "first-gguf").iterdir()} >= {
+        "model.gguf",
+        "mmproj.gguf",
+        "Modelfile",
+    }
+
+
+def test_the_demo_answers_held_out_questions_as_the_evaluation_did(finished: Project, tmp_path: Path) -> None:
+    models = [finished.model(name) for name in ("finetune", "pretrain")]
+    [found] = question_sets(models, 6)
+    assert found.name == "digits" and len(found.questions) == 6
+    services = [Service(tinylmm.load(model, device="cpu"), model.parents[1].name, ServeOptions()) for model in models]
+    for service in services:
+        service.start()
+
+    async def asked(question: Question) -> Turn:
+        talk = Talk()
+        open_image_ref(question.images[0]).save(tmp_path / "asked.png")
+        async for _ in talk.ask(services, question.text, [tmp_path / "asked.png"], Sampling(max_new_tokens=8)):
+            pass
+        return talk.turns[0]
+
+    try:
+        for question in found.questions:
+            replies = asyncio.run(asked(question)).replies
+            assert tuple(reply.text.strip() for reply in replies) == question.said
+    finally:
+        for service in services:
+            service.close()

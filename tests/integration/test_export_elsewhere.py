@@ -17,6 +17,8 @@ from torch import nn
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -48,8 +50,11 @@ def llm(kind: Callable[..., nn.Module], config: Callable[..., Any], **more: Any)
     torch.manual_seed(3)
     made = kind(config(**LLAMA | more))
     with torch.no_grad():
-        for parameter in made.parameters():  # at their own scale random weights answer alike whatever they see
+        for name, parameter in made.named_parameters():
+            # at their own scale random weights answer alike whatever they see
             parameter.mul_(3 if parameter.dim() > 1 else 1)
+            if name == "lm_head.bias":
+                parameter.normal_()
     return made
 
 
@@ -64,6 +69,7 @@ MODELS: dict[str, Callable[[], LoadedModel]] = {
     "stablelm-clip": lambda: loaded_with(
         llm(StableLmForCausalLM, StableLmConfig), "clip", "center_crop", select_layer=1
     ),
+    "phi2-siglip": lambda: loaded_with(llm(PhiForCausalLM, PhiConfig, num_key_value_heads=4)),
 }
 
 

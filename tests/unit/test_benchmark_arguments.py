@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cpu, scale, serving, significance
 from benchmarks import eval as engine
-from benchmarks import scale, serving, significance
 
 Main = Callable[[list[str]], int]
 COUNTS: list[tuple[Main, str, str]] = [
@@ -26,6 +26,8 @@ COUNTS: list[tuple[Main, str, str]] = [
     (engine.main, "--layers", "0"),
     (engine.main, "--size", "13"),
     (engine.main, "--width", "96"),
+    (cpu.main, "--rounds", "0"),
+    (cpu.main, "--steps", "none"),
     (serving.main, "--clients", "0"),
     (serving.main, "--baseline", "1"),
 ]
@@ -43,7 +45,13 @@ def test_a_number_that_measures_nothing_is_refused(
 
 @pytest.mark.parametrize(
     ("main", "name"),
-    [(significance.main, "--out"), (scale.main, "--output"), (engine.main, "--out"), (serving.main, "--out")],
+    [
+        (significance.main, "--out"),
+        (scale.main, "--output"),
+        (engine.main, "--out"),
+        (serving.main, "--out"),
+        (cpu.main, "--output"),
+    ],
 )
 def test_a_result_that_could_not_be_written_is_refused_before_hours_of_measuring(
     main: Main, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

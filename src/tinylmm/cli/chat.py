@@ -24,7 +24,7 @@ HELP = (
 
 
 def chat(
-    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, the name of a run, or RUN@STAGE.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image for the first question; may be repeated.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video for the first question; may be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer, leave.")] = None,

@@ -8,6 +8,7 @@ import typer
 
 from tinylmm.cli import convert, data, store
 from tinylmm.cli.chat import chat
+from tinylmm.cli.demo import demo
 from tinylmm.cli.doctor import doctor
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.evaluate import evaluate
@@ -15,6 +16,7 @@ from tinylmm.cli.plan import plan
 from tinylmm.cli.report import report
 from tinylmm.cli.score import score
 from tinylmm.cli.serve import serve
+from tinylmm.cli.verify import verify
 from tinylmm.version import __version__
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("plan")(plan)
+app.command("verify")(verify)
 app.command("doctor")(doctor)
 app.command("runs")(store.runs)
 app.command("eval")(evaluate)
@@ -31,6 +34,7 @@ app.command("report")(report)
 app.command("score")(score)
 app.command("chat")(chat)
 app.command("serve")(serve)
+app.command("demo")(demo)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
 app.add_typer(store.app, name="store")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +10,9 @@ import typer
 from tinylmm.cli.terminal import echo
 from tinylmm.errors import UserError
 
-KEY = "TINYLMM_API_KEY"
-
 
 def serve(
-    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, or the name of a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="A model, stage or run folder, the name of a run, or RUN@STAGE.")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default its run or folder.")] = None,
@@ -33,6 +28,10 @@ def serve(
     body_mb: Annotated[float, typer.Option(help="Most megabytes of a request.")] = 32,
     read_s: Annotated[float, typer.Option(help="Seconds for a request to arrive, a piece to be taken.")] = 60,
     drain_s: Annotated[float, typer.Option(help="Seconds that answers may still take after SIGTERM.")] = 30,
+    allow_images_from: Annotated[
+        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="A host that http images are fetched from.")
+    ] = None,
+    image_s: Annotated[float, typer.Option(help="Seconds that fetching an image may take.")] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",
     store: Annotated[Path | None, typer.Option(envvar="TINYLMM_STORE", help="Where runs are found by name.")] = None,
@@ -42,35 +41,25 @@ def serve(
 
     Greedy unless a request names a temperature. The environment's TINYLMM_API_KEY is asked of every client, if set.
     """
-    given = locals()
+    given = locals() | {"allow_images_from": tuple(allow_images_from or ())}
     # imported here, as torch would slow down every other command's start
     try:
+        from tinylmm.cli.served import address, key_and_hosts, limits, loaded
         from tinylmm.serving.app import make_app
-        from tinylmm.serving.http import LOOPBACK
-        from tinylmm.serving.options import ServeOptions
         from tinylmm.serving.server import bind, run
         from tinylmm.serving.service import Service
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "tinylmm":
-            raise
-        raise UserError(f"`tinylmm serve` needs {error.name}: pip install 'tinylmm[serve]'") from None
-    options = ServeOptions(**{field.name: given[field.name] for field in fields(ServeOptions) if field.name in given})
+        raise missing(error, "serve") from None
+    options = limits(given)
     taken = bind(host, port)
-    from transformers.utils import logging as transformers_logging
+    key, hosts = key_and_hosts(taken, host, allow_host)
+    service = Service(loaded(checkpoint, device, dtype, trust, store), name or Path(checkpoint).resolve().name, options)
+    app = make_app(service, key, hosts if key is None else None)
+    run(app, taken, options, lambda: echo(f"serving {service.name} at {address(taken, host)}/v1 (Ctrl-C stops)"))
 
-    from tinylmm.generation.session import load
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    key = os.environ.get(KEY) or None
-    local = taken.getsockname()[0] in LOOPBACK
-    if not local and key is None:
-        logging.getLogger(__name__).warning("anybody who reaches %s may ask: set %s to ask for a key", host, KEY)
-    # Rows of different lengths need a mask, which flash-attn does not take.
-    chat = load(checkpoint, device=device, dtype=dtype, trust=trust or [], store=store, attention="sdpa")
-    service = Service(chat, name or Path(checkpoint).resolve().name, options)
-    hosts = (*LOOPBACK, host.lower(), *(allow_host or [])) if local and key is None else None
-    at = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
-    run(
-        make_app(service, key, hosts), taken, options, lambda: echo(f"serving {service.name} at {at}/v1 (Ctrl-C stops)")
-    )
+def missing(error: ModuleNotFoundError, command: str) -> Exception:
+    """What to tell where a package of an extra, called as its command, is not installed."""
+    if error.name is None or error.name.partition(".")[0] == "tinylmm":
+        return error
+    return UserError(f"`tinylmm {command}` needs {error.name}: pip install 'tinylmm[{command}]'")

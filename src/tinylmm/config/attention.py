@@ -5,6 +5,8 @@ from __future__ import annotations
 from tinylmm.errors import ConfigError, Fault
 
 FLASH = "flash_attention_2"
+VARLEN = "varlen"
+"""Of samples end to end, each by itself, with PyTorch's own kernels; what a training chooses by itself."""
 
 
 def no_flash(reason: str) -> ConfigError:

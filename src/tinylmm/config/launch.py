@@ -10,6 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from tinylmm.config.fields import Frozen, Positive
 from tinylmm.config.gpus import ranks_here
 
+ROW_TOKENS = {"cpu": 1024, "gpu": 12288}
+"""Positions that a rank takes at once, where nothing else is said."""
+
 
 class SlurmSpec(Frozen):
     """What is asked of SLURM for each stage's job. The launch's `nodes` and `nproc` (GPUs of a node) are asked for with it."""
@@ -55,17 +58,22 @@ class LaunchSpec(Frozen):
     deepspeed_stage: Literal[2, 3] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is the GPU where there is one; a bf16 or fp16 stage then refuses to run on a CPU."""
-    micro_batch: Positive = 16
-    """Samples a rank takes through the model at once; gradient accumulation makes up the rest of `global_batch`."""
+    micro_batch: Literal["auto"] | Positive = "auto"
+    """Samples a rank takes through the model at once; gradient accumulation makes up the rest of `global_batch`. `auto` takes
+    as many as have `row_tokens` positions in all."""
     packing: bool = True
     """Put several samples into one row (attention never crosses them)."""
-    row_tokens: Positive | None = None
-    """Length of a packed row; by default the stage's `max_length`."""
+    row_tokens: Literal["auto"] | Positive = "auto"
+    """Positions that a rank takes at once, samples end to end, image tokens counted in; with a number for `micro_batch` the
+    length of a packed row, by default the stage's `max_length`. `auto` is 1,024 on a CPU, whose caches hold a layer of them,
+    and 12,288 on a GPU."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Processes that prepare data, and processes a rank that read images for it; 0 does both in the process itself. `auto` is
     all cores to prepare, and for a training on a GPU a rank's share of them."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """`auto` is flash-attn for a bf16 or fp16 stage on a GPU where it is installed, else SDPA (eager where SDPA cannot)."""
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Of a training, `auto` is `varlen`: each sample of a row by itself, by PyTorch's own kernels and without a mask. Of an
+    evaluation it is flash-attn for bf16 or fp16 on a GPU where it is installed, else SDPA. Where scores are capped (Gemma 2) it
+    is eager."""
     gradient_checkpointing: bool = False
     cache_features: bool = True
     """Compute a frozen tower's features once and keep them on disk."""
@@ -100,9 +108,14 @@ class LaunchSpec(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _one_rank_a_gpu(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and fields.get("nproc") == "auto":
-            return fields | {"nproc": ranks_here(str(fields.get("device", "auto")))}
-        return fields
+        if not isinstance(fields, dict):
+            return fields
+        counted: dict[str, Any] = {
+            name: "auto" for name in ("micro_batch", "row_tokens") if fields.get(name, "") is None
+        }
+        if fields.get("nproc") == "auto":
+            counted["nproc"] = ranks_here(str(fields.get("device", "auto")))
+        return fields | counted
 
     @model_validator(mode="after")
     def _ranks_need_torchrun(self) -> LaunchSpec:
@@ -113,6 +126,12 @@ class LaunchSpec(Frozen):
                 "slots are places on one machine; with nodes above 1 a stage takes them all: leave slots out"
             )
         return self
+
+    def positions(self, on_gpu: bool) -> int | None:
+        """Positions that a rank takes at once; None where micro-batches are counted in samples."""
+        if self.micro_batch != "auto":
+            return None
+        return self.row_tokens if self.row_tokens != "auto" else ROW_TOKENS["gpu" if on_gpu else "cpu"]
 
     @property
     def ranks(self) -> int:

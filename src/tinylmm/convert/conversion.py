@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS
-from tinylmm.convert.format import Export, all_formats, detect_layout
+from tinylmm.convert.asking import Program, Questions
+from tinylmm.convert.certificate import Certificate, OtherAnswersError
+from tinylmm.convert.certify import certify, content_of
+from tinylmm.convert.format import Export, Format, all_formats, detect_layout
+from tinylmm.convert.model_card import About, Exported, write_card
 from tinylmm.convert.parts import assemble
+from tinylmm.convert.questions import completed, drawn_questions
 from tinylmm.convert.source import open_source
 from tinylmm.errors import UserError, suggestion
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model
@@ -56,12 +63,29 @@ class ExportReport:
         difference: largest absolute difference of logits between our model and the folder as the other tool loads it; None
             where nothing here can load it.
         notes: what the user should know.
+        certificate: what asking the other program has found; None where it was not asked for.
     """
 
     format: str
     tensors: int
     difference: float | None
     notes: list[str]
+    certificate: Certificate | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a folder is compared with the model it is made of.
+
+    Attributes:
+        count: of questions.
+        questions: makes them in a folder that is given to it; None draws pictures.
+        tolerance: the user's own, in nats; None takes the program's.
+    """
+
+    count: int = 32
+    questions: Callable[[Path, int], Questions | None] = lambda folder, count: None
+    tolerance: float | None = None
 
 
 def import_model(
@@ -108,6 +132,8 @@ def export_model(
     tower: str | None = None,
     store: Path | None = None,
     trust: Sequence[str] = (),
+    about: About | None = None,
+    check: Check | None = None,
 ) -> ExportReport:
     """Load one of our models and write it for another tool, whole or not at all.
 
@@ -119,10 +145,14 @@ def export_model(
         llm, tower: what a tool that loads tokenizer and image processor by name (TinyLLaVA Factory) loads them from.
         store: where runs are found by name.
         trust: packages besides tinylmm and transformers whose classes the model may be made of.
+        about: what the model card says of where it comes from.
+        check: ask the program that the format is for, and compare its answers with ours; None does not.
 
     Raises:
-        UserError: there is no such model, format or dtype, or the format cannot hold this model.
+        UserError: there is no such model, format or dtype, the format cannot hold this model, or the program that is to be
+            asked is not installed.
         IntegrityError: the model is damaged, or the written folder gives other logits.
+        OtherAnswersError: the program that was asked answers otherwise.
     """
     writers = {name: known for known in all_formats() for name in known.writers}
     if format_ not in writers:
@@ -134,8 +164,11 @@ def export_model(
         raise UserError(f"--dtype: {dtype} is not written by --to {format_}. Allowed: {', '.join(allowed)}.")
     quantization = dtype if dtype in writers[format_].quantizations else None
     plain = DTYPES[_SHORT.get(dtype, dtype) if quantization is None else "fp32"]
-    loaded = load_model(find_model(where, store), list(trust))
-    return write_model(loaded, destination, format_, plain, llm, tower, quantization)
+    if check is not None:
+        _program_of(writers[format_], format_).require()
+    _refuse_existing(destination)
+    loaded = load_model(find_model(where, store), list(trust), merge=not writers[format_].keeps_adapters)
+    return write_model(loaded, destination, format_, plain, llm, tower, quantization, about, check)
 
 
 def write_model(
@@ -146,6 +179,8 @@ def write_model(
     llm: str | None = None,
     tower: str | None = None,
     quantization: str | None = None,
+    about: About | None = None,
+    check: Check | None = None,
 ) -> ExportReport:
     """Write a model that is loaded, in fp32 on the CPU; its weights are rounded to `dtype` in place. See `export_model`."""
     chosen = next(known for known in all_formats() if format_ in known.writers)
@@ -155,9 +190,51 @@ def write_model(
     if reasons := chosen.obstacles(export):
         listed = "\n".join(f"  - {reason}" for reason in reasons)
         raise UserError(f"this model cannot be {chosen.holds}:\n{listed}\nNothing was written.")
+    about = about or About(destination.name)
+    word = quantization or next(name for name, known in DTYPES.items() if known == dtype)
     with _draft_of(destination) as draft:
         written = chosen.writers[format_](export, draft)
-    return ExportReport(format_, written.tensors, written.difference, export.notes)
+        certificate = None if check is None else _certified(chosen, export, format_, draft, word, about, check)
+        if outlet := chosen.outlets.get(format_):
+            exported = Exported(destination.name, format_, word, outlet, export.notes, certificate)
+            write_card(draft, about, loaded, exported)
+        if certificate is not None and not certificate.passed:
+            raise OtherAnswersError(certificate, _set_aside(draft, destination))
+    return ExportReport(format_, written.tensors, written.difference, export.notes, certificate)
+
+
+def _program_of(chosen: Format, format_: str) -> Program:
+    if format_ not in chosen.programs:
+        raise UserError(
+            f"--verify: the format {format_} names no program that could be asked (`programs` of its module). "
+            "Export without --verify. Nothing was written."
+        )
+    return chosen.programs[format_]
+
+
+def _certified(
+    chosen: Format, export: Export, format_: str, folder: Path, dtype: str, about: About, check: Check
+) -> Certificate:
+    program = _program_of(chosen, format_)
+    with tempfile.TemporaryDirectory() as place:
+        pictures = Path(place)
+        questions = check.questions(pictures, check.count) or drawn_questions(export.loaded, pictures, check.count)
+        questions = completed(questions, export.loaded, pictures, program.squared)
+        model = dict(about.model)
+        if not model.get("digest") and export.loaded.folder is not None:
+            model["content"] = content_of(export.loaded.folder)
+        certificate = certify(program, format_, folder, export.loaded, dtype, questions, model, check.tolerance)
+    certificate.write(folder)
+    return certificate
+
+
+def _set_aside(draft: Path, destination: Path) -> Path:
+    """Keep what was written where nobody takes it for the export: `DEST.failed`, with a number if there is such a folder."""
+    names = (f"{destination.name}.failed{f'-{number}' if number > 1 else ''}" for number in count(1))
+    kept = next(path for path in map(destination.with_name, names) if not path.exists())
+    follow_umask(draft)
+    draft.rename(kept)
+    return kept
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tinylmm.convert import formats
+from tinylmm.convert.asking import Program
 from tinylmm.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +66,40 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """How one program loads a written folder.
+
+    Attributes:
+        program: its name.
+        code: what to type; FOLDER stands for the folder, NAME for its name.
+        language: of the code.
+        remark: what holds there; one sentence, or empty.
+    """
+
+    program: str
+    code: str
+    language: str = "bash"
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """What a model card says of a written folder besides where its model comes from.
+
+    Attributes:
+        library: the hub's word for what loads it first.
+        tags: the hub's words.
+        usage: how programs load it.
+        limits: one sentence each.
+    """
+
+    library: str | None
+    tags: Sequence[str]
+    usage: Sequence[Usage]
+    limits: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Format:
     """The checkpoints of one tool, of one layout or of several.
 
@@ -77,7 +112,10 @@ class Format:
         detect: says which of `readers` a folder is for, from file names and config.json alone; None: it is none of them.
         writers: name for `tinylmm export --to` -> writes into a new, empty folder.
         obstacles: every reason why a model cannot be written, with what to do about it.
-        quantizations: what `tinylmm export --dtype` may say besides torch's dtypes.
+            quantizations: what `tinylmm export --dtype` may say besides torch's dtypes.
+        programs: writer's name -> who `tinylmm export --verify` asks about what it wrote.
+        outlets: writer's name -> what the model card says of what it wrote.
+        keeps_adapters: adapters of the model are handed to the writer beside their bases; else they are merged before.
     """
 
     holds: str
@@ -86,6 +124,9 @@ class Format:
     writers: Mapping[str, Callable[[Export, Path], Written]] = field(default_factory=dict)
     obstacles: Callable[[Export], list[str]] = lambda export: []
     quantizations: Sequence[str] = ()
+    programs: Mapping[str, Program] = field(default_factory=dict)
+    outlets: Mapping[str, Outlet] = field(default_factory=dict)
+    keeps_adapters: bool = False
 
 
 def find_names(kind: Literal["readers", "writers"]) -> list[str]:

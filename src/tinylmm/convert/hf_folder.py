@@ -24,8 +24,9 @@ from tinylmm.constants import IMAGE_SLOT
 from tinylmm.convert.chat_template import jinja_template
 from tinylmm.convert.connectors import from_ours
 from tinylmm.convert.format import Export, Written
+from tinylmm.convert.head_bias import fold, has_bias
 from tinylmm.convert.images import image_processor
-from tinylmm.convert.proof import logit_difference, token_notes
+from tinylmm.convert.proof import TOLERANCE, logit_difference, token_notes
 from tinylmm.convert.source import read_json, write_json
 from tinylmm.convert.tensors import Tensors, listed
 from tinylmm.convert.tower import layer_read, selection_of
@@ -74,6 +75,7 @@ def write_folder(export: Export, folder: Path) -> Written:
         export.notes.append(
             f"the vocabulary has no free row for the image token: {rows - old_rows} rows of zeros are added to {old_rows}"
         )
+    moved = _without_head_bias(export) if has_bias(model.llm) else 0.0
     config, state = _config(model, image_id, rows), _state(loaded, rows)
     _check_names(config, state)
     template = jinja_template(get_template(model.template).fitted(loaded.tokenizer))
@@ -95,15 +97,31 @@ def write_folder(export: Export, folder: Path) -> Written:
         )
     if template is not None:
         export.notes += token_notes(processor, loaded)
-    return Written(len(state), difference)
+    return Written(len(state), difference + moved)
+
+
+def _without_head_bias(export: Export) -> float:
+    """Say the output layer's bias by its weights, in place; how far that moves logits."""
+    moved, largest = fold(export.loaded.model.llm, export.dtype)
+    if export.dtype == torch.float32 and not moved <= TOLERANCE * max(1.0, largest):
+        raise IntegrityError(
+            f"without its output layer's bias the LLM's logits differ by {moved:.1e}. Nothing was written."
+        )
+    export.notes.append(
+        "the class's output layer has no bias: that of the LLM is said by the weights of its last norm and output layer, which "
+        f"moves logits by {moved:.1e} of {largest:.1f} at most"
+    )
+    return moved
 
 
 def _config(model: LMM, image_id: int, rows: int) -> LlavaConfig:
     tower, llm = model.vision_tower, copy.deepcopy(model.config)
     llm.vocab_size = rows
+    llm.architectures = [type(model.llm).__name__]  # what vLLM and llama.cpp choose their own class by
     connector = model.connector
     assert isinstance(connector, MLPConnector), "obstacles() lets nothing else through"
     return LlavaConfig(
+        architectures=[LlavaForConditionalGeneration.__name__],
         text_config=_without_path(llm.to_dict()),
         vision_config=_without_path(tower.config.to_dict()),
         image_token_index=image_id,

@@ -104,15 +104,21 @@ def mode_of(image: dict[str, Any]) -> str:
 
 
 def image_processor(image: dict[str, Any]) -> Any:
-    """Return the image processor of transformers that prepares images as our `image` settings say."""
+    """Return the image processor of transformers that prepares images as our `image` settings say.
+
+    `crop_size` stands in all of them: LlavaProcessor, and vLLM with it, count an image's tokens by it, cropped or not.
+    """
     size = image["size"]
     square = {"height": size, "width": size}
     mode = mode_of(image)
-    common = {"image_mean": image["mean"], "image_std": image["std"], "resample": RESAMPLE[image["resample"]]}
+    common = {
+        "image_mean": image["mean"],
+        "image_std": image["std"],
+        "resample": RESAMPLE[image["resample"]],
+        "crop_size": square,
+    }
     if mode == "center_crop":
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": image.get("short_edge") or size}, crop_size=square, **common
-        )
+        return CLIPImageProcessorPil(size={"shortest_edge": image.get("short_edge") or size}, **common)
     if mode == "pad":
         return LlavaImageProcessorPil(size=square, do_pad=True, do_center_crop=False, **common)
-    return SiglipImageProcessorPil(size=square, **common)
+    return SiglipImageProcessorPil(size=square, do_center_crop=False, **common)

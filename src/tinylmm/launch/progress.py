@@ -27,6 +27,16 @@ from tinylmm.store.stage import Stage
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 15.0
 TAIL_BYTES = 4096
+FIGURES: dict[str, Callable[[Any], str]] = {
+    "tokens_per_s": lambda value: f"{value:,.0f} tokens/s",
+    "mfu": lambda value: f"MFU {value:.0%}",
+    "peak_share": lambda value: f"{value:.0%} of the measured peak",
+    "device": lambda value: f"({value})",
+    "data_wait": lambda value: f"waits for data {value:.0%}",
+    "padding": lambda value: f"padding {value:.0%}",
+    "peak_memory_gib": lambda value: f"{value:.1f} GiB",
+}
+"""Fields of a training's row, and how they are said."""
 
 
 @dataclass
@@ -41,6 +51,8 @@ class _Shown:
     first: dict[str, Any] | None = None
     """The first row of this try: a pace that is reckoned from an earlier one's counts the time in which nothing ran."""
     said: str = ""
+    done_at: float | None = None
+    """When it says that it will be done, on the monotonic clock."""
 
 
 class Progress:
@@ -50,13 +62,19 @@ class Progress:
         slots: stages that run side by side.
         left: returns the stages that are not done.
         every: called twice a second, for what is to be written down meanwhile.
+        estimate: of how long stages take.
     """
 
     def __init__(
-        self, console: Console, slots: int, left: Callable[[], list[Stage]], every: Callable[[], None]
+        self,
+        console: Console,
+        slots: int,
+        left: Callable[[], list[Stage]],
+        every: Callable[[], None],
+        estimate: Estimate,
     ) -> None:
         self.console = console
-        self.estimate = Estimate()
+        self.estimate = estimate
         self._slots, self._left, self._every = slots, left, every
         self._total = len(left())
         self._mark = "✓" if console.encoding.lower().startswith("utf") else "ok"
@@ -146,11 +164,13 @@ class Progress:
     def _end(self) -> str:
         """`12 of 24 stages done, 2 running, ETA of all 1:02:03`."""
         left = self._left()
-        elapsed = {digest: time.monotonic() - shown.began for digest, shown in self._running.items()}
+        now = time.monotonic()
+        elapsed = {digest: now - shown.began for digest, shown in self._running.items()}
+        known = {d: max(0.0, shown.done_at - now) for d, shown in self._running.items() if shown.done_at is not None}
         parts = [f"{self._total - len(left)} of {self._total} stages done", f"{len(self._running)} running"]
         if self._elsewhere:
             parts.append(f"{len(self._elsewhere)} running in another process")
-        seconds = self.estimate.left(left, elapsed, self._slots)
+        seconds = self.estimate.left(left, elapsed, self._slots, known)
         return ", ".join(parts + ([] if seconds is None else [f"ETA of all {clock(seconds)}"]))
 
 
@@ -160,6 +180,8 @@ def _look(shown: _Shown) -> None:
     if row is not None and {"step", "share"} & row.keys():
         if shown.first is None and row["time"] >= shown.began_at:
             shown.first = row
+        if "eta_s" in row and row["time"] >= shown.began_at:
+            shown.done_at = time.monotonic() + row["eta_s"] - (time.time() - row["time"])
         shown.said = describe(row, shown.first or row)
 
 
@@ -183,8 +205,8 @@ def last_row(path: Path) -> dict[str, Any] | None:
 def describe(row: dict[str, Any], first: dict[str, Any]) -> str:
     """Return how far a stage is, from its newest row and the first one seen.
 
-    `step 120/600  loss 1.23  412 samples/s  ETA 1:20` of a training, `81,920 images  38 %  4,210/s  ETA 0:32` of a pass over
-    a source, of which a share is done.
+    `step 120/600  loss 1.23  412 samples/s  51,200 tokens/s  MFU 41%  ...  ETA 1:20` of a training,
+    `81,920 images  38 %  4,210/s  ETA 0:32` of a pass over a source, of which a share is done.
     """
     return _pass(row, first) if "share" in row else _training(row, first)
 
@@ -204,6 +226,7 @@ def _training(row: dict[str, Any], first: dict[str, Any]) -> str:
         parts.append(f"loss {row['loss']:.3f}")
     if "samples_per_s" in row:
         parts.append(f"{row['samples_per_s']:,.0f} samples/s")
+    parts += [form(row[name]) for name, form in FIGURES.items() if name in row]
     if steps:
         parts += _eta(row["time"] - first["time"], step - first["step"], steps - step)
     return "  ".join(parts)

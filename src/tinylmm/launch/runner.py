@@ -26,6 +26,7 @@ from tinylmm.errors import (
     WaitingError,
 )
 from tinylmm.launch.backends import LaunchBackend, make_backend
+from tinylmm.launch.estimate import Estimate, expected_seconds
 from tinylmm.launch.ledger import Ledger, Run, RunOutcome
 from tinylmm.launch.memory import with_advice
 from tinylmm.launch.nodes import MEETING_FILE, Joined
@@ -115,7 +116,8 @@ class _Grid:
         self.stages = stages = {stage.digest: stage for plan in plans for stage in plan.graph}
         self.schedule = Schedule(stage for digest, stage in stages.items() if only is None or digest in only)
         self.console = console
-        self.progress = Progress(console, self.slots.number, self.schedule.open_stages, self.ledger.flush)
+        estimate = Estimate(lambda stage: expected_seconds(self.ledger.maker(stage).plan, stage))
+        self.progress = Progress(console, self.slots.number, self.schedule.open_stages, self.ledger.flush, estimate)
         self._titles = {
             digest: f"stage {number} of {len(stages)}: {stage.kind} {stage.name}"
             for number, (digest, stage) in enumerate(stages.items(), 1)
@@ -256,7 +258,9 @@ class _Grid:
             role: self.store.open_output(self.stages[digest]).resolve() for role, digest in stage.parents.items()
         }
         names = (stage.kind, stage.name, stage.digest)
-        job = make_job(*names, stage.spec, parents, stage.settings, work, root, claim.token, share)
+        others = [one for one in self.schedule.open_stages() if one is not stage]
+        after = self.progress.estimate.left(others, {}, self.slots.number)
+        job = make_job(*names, stage.spec, parents, stage.settings, work, root, claim.token, share, after_s=after)
         job.write()
         launch, uses_ranks = run.plan.run.launch, KINDS[stage.kind].uses_ranks
         backend = make_backend(launch, uses_ranks, run.plan.run.trust, self.slots.side_by_side)

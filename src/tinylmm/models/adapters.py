@@ -138,9 +138,9 @@ def merge_adapter(model: LMM, part: str, folder: Path, quantization: Quantizatio
         UserError: the base was quantised and bitsandbytes is missing.
     """
     _, root = adapter_root(model, part)
-    linears = adaptable_linears(model, part)
     if quantization is not None:
-        round_trip(root, linears, quantization)
+        restore_base(model, part, quantization)
+    linears = adaptable_linears(model, part)
     config = _peft().LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False  # or peft freezes what it makes, and there is no telling what belongs to the adapter
     _inject(root, config, _targets(part, linears, config.target_modules))
@@ -161,6 +161,15 @@ def merge_adapter(model: LMM, part: str, folder: Path, quantization: Quantizatio
         setattr(root.get_submodule(parent), leaf, layer.get_base_layer())
     del root.peft_config
     root.requires_grad_(True)
+
+
+def restore_base(model: LMM, part: str, quantization: QuantizationEntry) -> None:
+    """Give a part's weights the values that an adapter was trained on: what their quantised forms stood for.
+
+    Raises:
+        UserError: bitsandbytes is missing.
+    """
+    round_trip(adapter_root(model, part)[1], adaptable_linears(model, part), quantization)
 
 
 def _peft() -> Any:

@@ -4,7 +4,8 @@ Models are loaded in fp32 on the CPU, where flash-attn's kernels cannot run: the
 `set_attention` turns to what was asked for once they are where and in what they compute.
 
 SDPA and eager attention take a mask, which transformers makes of restarting positions, however many rows there are.
-flash-attn takes no mask but the bounds of its sequences, and transformers guesses them in a batch of one row alone.
+flash-attn takes no mask but the bounds of its sequences, and transformers guesses them in a batch of one row alone. `varlen`
+is given the same bounds, runs everywhere and in any precision (`models/varlen.py`), and is what training chooses by itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from tinylmm.config.attention import FLASH, no_flash
+from tinylmm.config.attention import FLASH, VARLEN, no_flash
+from tinylmm.models.layout import Layout, sample_bounds
+from tinylmm.models.varlen import attend_samples
 
 REHEARSAL = "tinylmm_rehearsal"
 """Name under which transformers knows `_rehearse`."""
 
-BY_BOUNDS = (FLASH, REHEARSAL)
+BY_SAMPLES = "tinylmm_varlen"
+"""Name under which transformers knows `_attend`, which is `launch.attention=varlen`."""
+
+BY_BOUNDS = (FLASH, REHEARSAL, BY_SAMPLES)
 """Attention implementations that take the bounds of sequences and no mask."""
 
 KERNELS_FROM = (8, 0)
@@ -44,6 +50,8 @@ def choose_attention(wanted: str, precision: str, device: torch.device) -> str:
     Raises:
         ConfigError: flash-attn is asked for by name where it cannot compute.
     """
+    if wanted == VARLEN:  # of samples that share rows, as only training lays them
+        wanted = "auto"
     if wanted not in ("auto", FLASH):
         return wanted
     reason = why_no_flash(precision, device)
@@ -52,6 +60,17 @@ def choose_attention(wanted: str, precision: str, device: torch.device) -> str:
     if wanted == FLASH:
         raise no_flash(reason)
     return "sdpa"
+
+
+def choose_training_attention(wanted: str, precision: str, device: torch.device) -> str:
+    """Return the attention implementation for a training, where samples share rows and nothing is cached.
+
+    "auto" is varlen: on a CPU, and in fp32, no other is as fast, and on a GPU PyTorch's own kernels need nothing installed.
+
+    Raises:
+        ConfigError: flash-attn is asked for by name where it cannot compute.
+    """
+    return VARLEN if wanted in ("auto", VARLEN) else choose_attention(wanted, precision, device)
 
 
 def why_no_flash(precision: str, device: torch.device) -> str | None:
@@ -102,7 +121,15 @@ def set_attention(part: PreTrainedModel, chosen: str) -> None:
         part.set_attn_implementation(FLASH)
 
 
-def decode_rows(decoder: nn.Module, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+def attend_by_samples(llm: PreTrainedModel) -> None:
+    """Turn an LLM to varlen attention, unless it caps or drops attention scores, or its layers are not told bounds."""
+    text = llm.config.get_text_config()
+    rates = (getattr(text, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    if llm._supports_sdpa and llm._supports_flash_attn and not caps_scores(llm.config) and not any(rates):
+        llm.set_attn_implementation(BY_SAMPLES)
+
+
+def decode_rows(decoder: nn.Module, embeddings: Tensor, position_ids: Tensor, layout: Layout | None = None) -> Tensor:
     """Last hidden states (R, L, D) of rows (R, L, D) that samples share; attention never crosses from one to the next.
 
     Args:
@@ -110,11 +137,14 @@ def decode_rows(decoder: nn.Module, embeddings: Tensor, position_ids: Tensor) ->
         embeddings: (R, L, D).
         position_ids: (R, L) int64; a sample begins with each row and wherever they do not count on by one, and so does the
             padding at a row's end.
+        layout: of the rows, where it is known already.
     """
     inputs: dict[str, Any] = {"inputs_embeds": embeddings, "position_ids": position_ids}
     if decoder.config.get_text_config()._attn_implementation in BY_BOUNDS:  # type: ignore[operator, union-attr]
         # As one row, since some classes (StableLM) hand positions to their attention, but no bounds.
-        inputs = {name: tensor.flatten(0, 1).unsqueeze(0) for name, tensor in inputs.items()} | bounds_of(position_ids)
+        inputs = {name: tensor.flatten(0, 1).unsqueeze(0) for name, tensor in inputs.items()}
+        known = None if layout is None else as_arguments(layout["bounds"], layout["longest"])
+        inputs |= known or bounds_of(position_ids)
     # No attention mask: transformers makes it of the positions.
     hidden = cast(Tensor, decoder(**inputs, use_cache=False).last_hidden_state)
     return hidden.reshape(*position_ids.shape, -1)
@@ -122,11 +152,15 @@ def decode_rows(decoder: nn.Module, embeddings: Tensor, position_ids: Tensor) ->
 
 def bounds_of(position_ids: Tensor) -> dict[str, Any]:
     """Where samples begin and end in rows laid end to end, as transformers' arguments for flash-attn."""
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=-1) != 1
-    starts = begins.flatten().nonzero().flatten()
-    bounds = F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-    longest = int(bounds.diff().max())  # the kernels want a number: asked for once here, not in every layer
+    bounds = sample_bounds(position_ids)
+    return as_arguments(bounds, int(bounds.diff().max()))
+
+
+def as_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
+    """Bounds (samples + 1,) and the longest sample as transformers' arguments, for queries and keys.
+
+    The length is a number, for the kernels want one: asked for once here, not in every layer.
+    """
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -159,5 +193,33 @@ def _rehearse(
     return mixed.transpose(1, 2), None
 
 
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`attend_samples` as transformers calls it: heads (1, H, N, E), the result (1, N, H, E)."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        if position_ids is None:
+            raise ValueError(
+                f"{type(module).__name__} is told neither bounds nor positions of samples; use attention=sdpa"
+            )
+        found = bounds_of(position_ids)
+        cu_seq_lens_q, max_length_q = found["cu_seq_lens_q"], found["max_length_q"]
+    # squeezed, not indexed: the gradient of an index is written into a row of zeros
+    q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
+    return attend_samples(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window).unsqueeze(0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(BY_SAMPLES, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(BY_SAMPLES, ALL_MASK_ATTENTION_FUNCTIONS[FLASH])
 ALL_ATTENTION_FUNCTIONS.register(REHEARSAL, _rehearse)
 ALL_MASK_ATTENTION_FUNCTIONS.register(REHEARSAL, ALL_MASK_ATTENTION_FUNCTIONS[FLASH])

@@ -33,7 +33,7 @@ from tinylmm.config.description import CONFIG_FILE, AdapterEntry, ModelDescripti
 from tinylmm.config.fields import PARTS
 from tinylmm.config.targets import resolve_target
 from tinylmm.errors import IntegrityError
-from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, save_adapter
+from tinylmm.models.adapters import Adapter, adapter_state, merge_adapter, restore_base, save_adapter
 from tinylmm.models.anyres import TiledConnector, with_tiles
 from tinylmm.models.attention import loading_attention
 from tinylmm.models.build import build_connector
@@ -55,6 +55,7 @@ class LoadedModel:
         folder: where it was loaded from (source of hard links for parts that stay unchanged).
         adapters: part -> its adapter, for parts whose folder there lacks what is merged in memory.
         rebuilt: parts whose tensors are others than those in the folder.
+        merged: whether `adapters` are in the weights in memory; else those are their bases, as they were trained on.
     """
 
     model: LMM
@@ -63,6 +64,7 @@ class LoadedModel:
     folder: Path | None
     adapters: dict[str, AdapterEntry] = field(default_factory=dict)
     rebuilt: set[str] = field(default_factory=set)
+    merged: bool = True
 
 
 def save_model(
@@ -127,11 +129,15 @@ def write_merged(source: Path, target: Path, trust: Sequence[str]) -> None:
     save_model(load_model(source, trust), target, None, {})
 
 
-def load_model(folder: Path, trust: Sequence[str], attention: str = "auto", llm_weights: bool = True) -> LoadedModel:
+def load_model(
+    folder: Path, trust: Sequence[str], attention: str = "auto", llm_weights: bool = True, merge: bool = True
+) -> LoadedModel:
     """Load what `save_model` wrote, in fp32 on the CPU, adapters merged.
 
     Args:
         llm_weights: without them the LLM's parameters are on the meta device, unless adapters are merged into them.
+        merge: False leaves adapters out: what is in memory are the bases that they were trained on, and `merge_adapters`
+            brings them in.
 
     Raises:
         IntegrityError: a file is missing, or the tensors of connector or adapter are not those of its class.
@@ -163,8 +169,19 @@ def load_model(folder: Path, trust: Sequence[str], attention: str = "auto", llm_
     model = LMM(llm, tower, connector, description.template, description.scale_image_features)
     adapters = description.adapters or {}
     for part, adapter in adapters.items():
-        merge_adapter(model, part, folder / ADAPTERS / part, adapter.quantization)
-    return LoadedModel(model, tokenizer, description.without_adapters(), folder, adapters)
+        if merge:
+            merge_adapter(model, part, folder / ADAPTERS / part, adapter.quantization)
+        elif adapter.quantization is not None:
+            restore_base(model, part, adapter.quantization)
+    return LoadedModel(model, tokenizer, description.without_adapters(), folder, adapters, merged=merge)
+
+
+def merge_adapters(loaded: LoadedModel) -> None:
+    """Bring the adapters into a model that was loaded without them, in place, in fp32."""
+    assert loaded.folder is not None and not loaded.merged
+    for part in loaded.adapters:
+        merge_adapter(loaded.model, part, loaded.folder / ADAPTERS / part, None)
+    loaded.merged = True
 
 
 def set_image_mode(loaded: LoadedModel, mode: str, seed: int) -> None:

@@ -28,6 +28,7 @@ from tinylmm.config.attention import FLASH
 from tinylmm.errors import ConfigError, Fault, UserError
 from tinylmm.models import openelm  # noqa: F401  registers its classes with transformers
 from tinylmm.models.attention import REHEARSAL, caps_scores, decode_rows, exact_attention, without_flash
+from tinylmm.models.fused_loss import Shaping
 
 PACKS = "tinylmm_packs"
 """Attribute of an examined LLM: the attention implementations under which samples that share a row stay apart."""
@@ -181,14 +182,15 @@ def head_logits(llm: nn.Module, hidden: Tensor) -> Tensor:
 
     A head's bias (Phi) is the head's own; a factor (Cohere, Granite) or soft cap (Gemma 2) is named by the config.
     """
-    logits = cast(Tensor, llm.get_output_embeddings()(hidden).float())  # type: ignore[operator]
+    return shaping_of(llm)(cast(Tensor, llm.get_output_embeddings()(hidden).float()))  # type: ignore[operator]
+
+
+def shaping_of(llm: nn.Module) -> Shaping:
+    """What a causal LM's config says is done to its logits."""
     config = llm.config.get_text_config()  # type: ignore[operator, union-attr]
-    if getattr(config, "logit_scale", None) is not None:
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None) is not None:
-        logits = logits / config.logits_scaling
-    soft_cap = getattr(config, "final_logit_softcapping", None)
-    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    factor = (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+    return Shaping(factor, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()

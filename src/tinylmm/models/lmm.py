@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinylmm.config.attention import FLASH, VARLEN
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID, Extent
 from tinylmm.models.anyres import TiledConnector, clip_tokens
-from tinylmm.models.attention import decode_rows, set_attention
+from tinylmm.models.attention import BY_SAMPLES, attend_by_samples, decode_rows, set_attention
 from tinylmm.models.connectors import Connector
+from tinylmm.models.fused import NeededOnly
+from tinylmm.models.layout import Layout, layout_of
 from tinylmm.models.llm import PACKS, decoder_of
 from tinylmm.models.loss import supervised_cross_entropy
 from tinylmm.models.video_connectors import joined
@@ -66,6 +69,7 @@ class LMM(nn.Module):
         # padding carries no loss and attends to itself alone, so its row needs no such protection.
         table.padding_idx = None
         self.image_scale = table.weight.shape[1] ** 0.5 if scale_image_features else 1.0
+        self.needed = NeededOnly()
         self.blank_image: Literal["none", "connector", "tower"] = "none"
         """Set where ranks must run the same modules: a micro-batch without images then sends a blank one through the
         connector, or through the tower and the connector."""
@@ -78,11 +82,24 @@ class LMM(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether samples that share a row stay apart in this LLM; only `llm=hf` can bring one in which they do not."""
+        used = self.config.get_text_config()._attn_implementation
+        return self._packs_under(FLASH if used == BY_SAMPLES else used)
+
+    @property
+    def by_samples(self) -> bool:
+        """Whether the LLM attends to each sample of a row by itself, so that a row costs no more than its samples do."""
+        return self.config.get_text_config()._attn_implementation == BY_SAMPLES
+
+    def _packs_under(self, attention: str) -> bool:
         examined = getattr(self.llm, PACKS, None)
-        return examined is None or self.config.get_text_config()._attn_implementation in examined
+        return examined is None or attention in examined
 
     def set_attention(self, chosen: str) -> None:
-        """Turn LLM and tower to flash-attn if `choose_attention` chose it, once they compute in bf16 or fp16 on a GPU."""
+        """Turn to the attention that was chosen: LLM and tower to flash-attn, once they compute in bf16 or fp16 on a GPU, or
+        the LLM to varlen, where both leave alone what has no such attention."""
+        if chosen == VARLEN and self._packs_under(FLASH):
+            attend_by_samples(cast(PreTrainedModel, self.llm))
+            return
         for part in (self.llm, self.vision_tower.encoder):
             set_attention(cast(PreTrainedModel, part), chosen)
 
@@ -124,6 +141,7 @@ class LMM(nn.Module):
         image_sizes: Tensor | None = None,
         frames: Tensor | None = None,
         loss_chunks: int | None = None,
+        layout: Layout | None = None,
     ) -> LMMOutput:
         """Return the summed loss of packed rows.
 
@@ -138,19 +156,23 @@ class LMM(nn.Module):
             frames: (N,) int64, how many frames each clip has, 0 for an image; where there are clips, N in the two above is
                 all their frames too.
             loss_chunks: how often the output head is run, where ranks must agree on it (`models/loss.py`).
+            layout: of the rows, where it is known already: asking a GPU for it makes the process wait.
 
         Raises:
             ValueError: placeholders and features disagree in number.
         """
-        embeddings, blank = self.embed(input_ids, pixel_values, image_features, image_sizes, frames)
-        hidden = decode_rows(decoder_of(self.llm), embeddings, position_ids)
-        supervised = targets != IGNORE_INDEX
-        loss_sum = supervised_cross_entropy(self.llm, hidden[supervised], targets[supervised], loss_chunks)
+        layout = layout_of(input_ids, position_ids, targets) if layout is None else layout
+        embeddings, blank = self.embed(input_ids, pixel_values, image_features, image_sizes, frames, layout["images"])
+        learnt = layout["supervised"]
+        self.needed.positions = learnt
+        hidden = decode_rows(decoder_of(self.llm), embeddings, position_ids, layout)
+        hidden, words = hidden.flatten(0, 1).index_select(0, learnt), targets.flatten().index_select(0, learnt)
+        loss_sum = supervised_cross_entropy(self.llm, hidden, words, loss_chunks)
         if blank is None and self.training and torch.is_grad_enabled() and not loss_sum.requires_grad:
             blank = self._blank_features(embeddings)  # text alone through a frozen LLM: backward still needs a graph
         if blank is not None:
             loss_sum = loss_sum + 0.0 * blank.float().sum()
-        return LMMOutput(loss_sum=loss_sum, num_supervised=supervised.sum())
+        return LMMOutput(loss_sum=loss_sum, num_supervised=(targets != IGNORE_INDEX).sum())
 
     def embed(
         self,
@@ -159,15 +181,18 @@ class LMM(nn.Module):
         image_features: Tensor | None,
         image_sizes: Tensor | None = None,
         frames: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embed tokens and put image features at their placeholders: (R, L) ids to (R, L, Dl).
 
-        The second value is a blank image's features (or None): it takes no part in the result, only in the graph.
+        `places`, (I,) int64, says where those are, end to end, where it is known already. The second value is a blank image's
+        features (or None): it takes no part in the result, only in the graph.
         """
         is_image = input_ids == IMAGE_TOKEN_ID
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # type: ignore[operator]
         features = self.image_embeddings(pixel_values, image_features, image_sizes, frames)
-        placeholders = int(is_image.sum())
+        places = is_image.flatten().nonzero().flatten() if places is None else places
+        placeholders = len(places)
         available = 0 if features is None else features.shape[:-1].numel()
         if placeholders != available:
             listed = image_sizes if frames is None else frames
@@ -181,7 +206,7 @@ class LMM(nn.Module):
             needed = self.blank_image != "none" and self.training
             return embeddings, self._blank_features(embeddings) if needed else None
         flat = (features.reshape(-1, features.shape[-1]) * self.image_scale).to(embeddings.dtype)
-        return embeddings.masked_scatter(is_image.unsqueeze(-1), flat), None
+        return embeddings.flatten(0, 1).index_copy(0, places, flat).view_as(embeddings), None
 
     def image_embeddings(
         self,

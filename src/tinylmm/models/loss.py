@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinylmm.models.llm import head_logits
+from tinylmm.models.fused_loss import can_fuse, fused_cross_entropy
+from tinylmm.models.llm import head_logits, shaping_of
 
 CHUNK_TOKENS = 4096
-"""Positions whose logits exist at once: 4096 x 51,200 fp32 values are 0.8 GiB for Phi-2."""
+"""Positions whose logits exist at once where head and loss cannot be one: 0.8 GiB for Phi-2's 51,200 words in fp32."""
 
 
 _RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
@@ -31,9 +32,13 @@ def supervised_cross_entropy(llm: nn.Module, hidden: Tensor, targets: Tensor, ch
         llm: causal LM whose output head is applied, with all that its own forward does to logits.
         hidden: (S, Dl) last hidden states at the supervised positions.
         targets: (S,) int64 token ids.
-        chunks: how often the head is run, where all ranks must agree on it; at least `num_chunks(S)`, which is the default.
-            Chunks without a position keep head and hidden in the graph.
+        chunks: how often the head is run, where all ranks must agree on it; at least `num_chunks(S)`. Chunks without a
+            position keep head and hidden in the graph. By default head and loss are one, where the head lets them
+            (`models/fused_loss.py`).
     """
+    head = llm.get_output_embeddings()  # type: ignore[operator]
+    if chunks is None and can_fuse(head):
+        return fused_cross_entropy(head, shaping_of(llm), hidden, targets)
     chunks = num_chunks(len(targets)) if chunks is None else chunks
     total = hidden.new_zeros((), dtype=torch.float32)
     for number in range(chunks):

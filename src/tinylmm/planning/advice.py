@@ -37,7 +37,7 @@ def launches(training: Training) -> list[Fit]:
     ranks = max(launch.nproc, 2)
     asked = [("local", 1), ("ddp", ranks), ("zero2", ranks), *([] if _quantized(training) else [("zero3", ranks)])]
     return [
-        _fit(training, training.placed(name, count, launch.micro_batch, launch.gradient_checkpointing))
+        _fit(training, training.placed(name, count, training.micro_batch, launch.gradient_checkpointing))
         for name, count in asked
     ]
 
@@ -84,7 +84,7 @@ def amount(size: float) -> str:
 
 
 def _fit(training: Training, placed: Placement, micro_batch: int | None = None) -> Fit:
-    memory = training.memory(placed, micro_batch or training.launch.micro_batch)
+    memory = training.memory(placed, micro_batch or training.micro_batch)
     card = training.device.card
     return Fit(placed, memory, None if card is None else memory.total <= card.memory_bytes)
 
@@ -96,7 +96,7 @@ def _quantized(training: Training) -> bool:
 def _changes(training: Training) -> Iterator[tuple[str, Fit]]:
     """Changes of the launch in words, cheapest first."""
     launch, own = training.launch, training.placement()
-    micro = [launch.micro_batch]
+    micro = [training.micro_batch]
     while micro[-1] > 1:
         micro.append(micro[-1] // 2)
     shardings = [(own.sharding, own.ranks)]
@@ -110,7 +110,7 @@ def _changes(training: Training) -> Iterator[tuple[str, Fit]]:
                 words = []
                 if (sharding, ranks) != (own.sharding, own.ranks):
                     words += [f"launch={sharding}", f"launch.nproc={ranks}"]
-                if size != launch.micro_batch:
+                if size != training.micro_batch:
                     words.append(f"launch.micro_batch={size}")
                 if checkpointing != launch.gradient_checkpointing:
                     words.append("launch.gradient_checkpointing=true")

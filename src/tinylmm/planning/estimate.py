@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from tinylmm.config.cores import usable_cores
@@ -136,6 +135,15 @@ class Training:
         found = self.lengths
         return Sample(found.tokens, found.squared, found.supervised, self.views, features=self.connected)
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples that a rank takes at once; mean ones, where their positions are counted."""
+        positions = self.launch.positions(self.device.on_gpu)
+        if positions is None:
+            assert self.launch.micro_batch != "auto"
+            return self.launch.micro_batch
+        return min(self.stage.global_batch, max(1, round(positions / self.lengths.tokens)))
+
     def placement(self) -> Placement:
         """How the launch of the run puts it on devices."""
         launch = self.launch
@@ -146,7 +154,7 @@ class Training:
             self.compute_bytes,
             self.device.on_gpu,
             launch.gradient_checkpointing,
-            self._accumulation(launch.ranks, launch.micro_batch) > 1,
+            self._accumulation(launch.ranks, self.micro_batch) > 1,
             optimizer_bytes(self.optimizer),
         )
 
@@ -228,13 +236,12 @@ class Training:
         return MicroBatch(tokens, row, share * found.supervised, seen, connected, pixels, self._masked())
 
     def _row(self, tokens: float) -> float:
-        return min(float(self.launch.row_tokens or self.stage.max_length), tokens)
+        row = self.launch.positions(self.device.on_gpu) or self.launch.row_tokens
+        return min(float(self.stage.max_length if row == "auto" else row), tokens)
 
     def _masked(self) -> bool:
-        """Whether attention takes a mask: with flash-attn it takes bounds."""
-        wanted = self.launch.attention
-        possible = self.device.on_gpu and self.compute_bytes < 4
-        return not (possible and (wanted == "flash_attention_2" or (wanted == "auto" and find_spec("flash_attn"))))
+        """Whether attention takes a mask: with varlen and flash-attn it takes bounds."""
+        return self.launch.attention in ("sdpa", "eager")
 
 
 def optimizer_bytes(name: str | None) -> float:

@@ -55,6 +55,20 @@ def training_of(plan: RunPlan, stage: Stage) -> Training:
     return Training.of(plan.run, stage.name, _prepared(plan, stage))
 
 
+def training_seconds(plan: RunPlan, stage: Stage) -> float | None:
+    """How long a training will take; None where a part, the number of samples or the device is not known."""
+    try:
+        training = training_of(plan, stage)
+    except UnknownShapeError:
+        return None
+    return _seconds(training, training.seconds_a_step(chosen(training).placed))
+
+
+def _seconds(training: Training, a_step: float | None) -> float | None:
+    steps = training.steps
+    return None if a_step is None or steps is None else a_step * steps + training.first_pass_seconds()
+
+
 def _prepared(plan: RunPlan, stage: Stage) -> list[Prepared]:
     """The prepared sources of a training; empty where one is not done."""
     store, weights = Store(plan.run.store), TrainStage.model_validate(stage.spec).mixture or [1.0]
@@ -74,8 +88,8 @@ def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
     training = training_of(plan, stage)
     flops, own, launch = training.flops(), chosen(training), training.launch
     seconds, steps = training.seconds_a_step(own.placed), training.steps
-    known = seconds is not None and steps is not None
-    hours = (seconds * steps + training.first_pass_seconds()) / 3600 if known else None  # type: ignore[operator]
+    whole = _seconds(training, seconds)
+    hours = None if whole is None else whole / 3600
     gpu_hours = None if hours is None else hours * launch.ranks
     lengths, card = training.lengths, training.device.card
     return {
@@ -153,7 +167,8 @@ def memory_words(plan: RunPlan, stage: Stage) -> str:
     try:
         training = training_of(plan, stage)
     except UnknownShapeError as error:
-        smaller = max(1, plan.run.launch.micro_batch // 2)
+        asked = plan.run.launch.micro_batch
+        smaller = 8 if asked == "auto" else max(1, asked // 2)
         return f"tinylmm plan has no estimate of it ({error}). Set launch.micro_batch={smaller}."
     own, card = chosen(training), training.device.card
     terms = ", ".join(f"{name} {amount(size)}" for name, size in asdict(own.memory).items() if size)
@@ -162,7 +177,7 @@ def memory_words(plan: RunPlan, stage: Stage) -> str:
     words = advice(training)
     if words:
         return f"{said} {words}"
-    micro = training.launch.micro_batch
+    micro = training.micro_batch
     changes = [f"launch.micro_batch={micro // 2}"] if micro > 1 else []
     changes += [] if training.launch.gradient_checkpointing else ["launch.gradient_checkpointing=true"]
     fix = " or ".join(changes) or "launch=zero3 with more ranks"

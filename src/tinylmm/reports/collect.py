@@ -22,6 +22,7 @@ from tinylmm.reports.stored import (
     read_jsonl,
     read_stored_spec,
 )
+from tinylmm.store.certificates import find_certificate
 from tinylmm.store.layout import (
     ERROR_FILE,
     MANIFEST_FILE,
@@ -146,6 +147,9 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
         metrics=tuple(read_jsonl(folder / METRICS_FILE)) if folder else (),
         peak_rss_mib=manifest.get("peak_rss_mib"),
         error=error.strip()[-MAX_ERROR_CHARS:] if error and row.status == "failed" else None,
+        certificate=find_certificate(layout.root, row.digest, manifest.get("versions", {}))
+        if row.kind == TRAIN
+        else None,
     )
 
 

@@ -20,10 +20,20 @@ from tinylmm.reports.pages import page_environment
 from tinylmm.reports.plots import loss_svg
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Example, Report, RunReport, Score, ScoreRow, StageReport
+from tinylmm.reports.speed import speed_words, verified_words
 from tinylmm.reports.study_tables import study_sections
-from tinylmm.reports.tables import compare_grid, compare_notes, protocol_grid, protocol_line, row_label
+from tinylmm.reports.tables import (
+    compare_grid,
+    compare_notes,
+    protocol_grid,
+    protocol_line,
+    row_label,
+    served_cells,
+    use_commands,
+)
 from tinylmm.reports.thumbnails import ThumbnailError, thumbnail
 from tinylmm.reports.wording import duration, facts, moment, number, points, recipe_rows, span, verdict, words
+from tinylmm.store.runs import TRAIN
 from tinylmm.version import __version__
 
 CURVE_KINDS = ("parts", "train")
@@ -60,6 +70,7 @@ def _study(findings: Findings) -> dict[str, Any]:
     pictures = {one.name: {"record": one, "svg": Markup(picture_svg(one, f"study-{one.name}"))} for one in drawn}
     return {
         "sections": study_sections(findings),
+        "served": [(study.label(place), command) for place, command in served_cells(study)],
         "links": [[(seed, run) for seed, run in zip(cell.seeds, cell.runs, strict=True)] for cell in study.cells],
         "cost": [pictures[name] for name in pictures if name == "cost"],
         "pictures": [pictures[name] for name in pictures if name != "cost"],
@@ -131,6 +142,7 @@ def _run(run: RunReport, identifier: str) -> dict[str, Any]:
             if examples
         ],
         "locations": _locations(run),
+        "use": use_commands(run),
         "failures": [stage for stage in run.stages if stage.error],
         "versions": _versions(run),
     }
@@ -150,7 +162,6 @@ def _timeline(run: RunReport) -> dict[str, Any]:
 
 def _curve(stage: StageReport, identifier: str) -> dict[str, Any]:
     steps, losses = stage.curve()
-    _, speeds = stage.curve("samples_per_s")
     logged = {row["step"] for row in stage.metrics if "step" in row and row.get("loss") is not None}
     return {
         "stage": stage,
@@ -158,7 +169,9 @@ def _curve(stage: StageReport, identifier: str) -> dict[str, Any]:
         "first": losses[0],
         "last": losses[-1],
         "steps": steps[-1],
-        "speed": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "speed": speed_words(stage),
+        "verified": verified_words(stage) if stage.kind == TRAIN else "",
+        "certificate": None if stage.certificate is None else stage.certificate.path.resolve().as_uri(),
         "non_finite": len(logged) - len(steps),
     }
 

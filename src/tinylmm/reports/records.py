@@ -14,6 +14,7 @@ from typing import Any
 from tinylmm.evaluation.benchmarks.records import ImageRef
 from tinylmm.evaluation.protocol import Protocol
 from tinylmm.evaluation.statistics import SURE, wilson
+from tinylmm.store.certificates import Found
 from tinylmm.store.layout import GENERATIONS_FILE, OUTPUT_FOLDER, model_folder
 from tinylmm.store.runs import TRAIN, RunRecord, StageRow
 
@@ -171,12 +172,14 @@ class StageReport(StageRow):
         metrics: rows of metrics.jsonl.
         peak_rss_mib: largest resident memory of the run that made it.
         error: last traceback of a failed stage.
+        certificate: of a training, what `tinylmm verify` found of it.
     """
 
     folder: Path | None = None
     metrics: tuple[dict[str, Any], ...] = ()
     peak_rss_mib: float | None = None
     error: str | None = None
+    certificate: Found | None = None
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
         """Steps and finite values of one logged quantity; of a step logged twice (resumed) the later counts."""
@@ -225,6 +228,19 @@ class RunReport:
     def command(self) -> str:
         """What to type to get this run again."""
         return shlex.join(["tinylmm-train", *self.record.overrides])
+
+    @property
+    def served_by(self) -> str | None:
+        """What to type to serve the model that the run stands for; None as long as its last training is not finished."""
+        return self.command_for("serve")
+
+    def command_for(self, command: str, *more: str) -> str | None:
+        """What to type to give the run's model to a command that takes a run's name; None as `served_by`."""
+        trained = self.record.trainings
+        if not trained or not trained[-1].finished or trained[-1].name not in self.models:
+            return None
+        store = str(self.record.folder.parent.parent.absolute())
+        return shlex.join(["tinylmm", command, self.name, *more, "--store", store])
 
     @property
     def scored_stages(self) -> list[str]:

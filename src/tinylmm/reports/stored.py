@@ -54,13 +54,17 @@ class Generation:
         return self.named_cluster or "\n".join(ref.key for ref in self.images) or f"item {self.item_id}"
 
     def first_image(self, folder: Path | None, source: StoredSpec) -> ImageRef | None:
-        """The first image as it was asked about; None if there is none, or it would lie outside `folder` against the rules."""
-        if folder is None or not self.images:
+        """The first image as it was asked about; None if there is none, or as `image`."""
+        return self.image(0, folder, source) if self.images else None
+
+    def image(self, number: int, folder: Path | None, source: StoredSpec) -> ImageRef | None:
+        """An image as it was asked about; None if it would lie outside `folder` against the rules."""
+        if folder is None:
             return None
-        first = self.images[0]
-        path = (folder / first.path).resolve()
+        named = self.images[number]
+        path = (folder / named.path).resolve()
         shown = source.follow_links or path.is_relative_to(folder.resolve())
-        return replace(first, path=path, upright=source.upright) if shown else None
+        return replace(named, path=path, upright=source.upright) if shown else None
 
 
 def read_generations(path: Path) -> Iterator[Generation]:

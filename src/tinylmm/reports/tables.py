@@ -20,9 +20,11 @@ from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.effects import Findings
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
+from tinylmm.reports.speed import speed_words, verified_words
 from tinylmm.reports.study import Study
 from tinylmm.reports.study_tables import study_sections
 from tinylmm.reports.wording import ABSENT, duration, facts, number, span, verdict, words
+from tinylmm.store.runs import TRAIN
 
 MAX_COMPARED_CATEGORIES = 8
 """With more, a comparison shows scores over all questions only: the table would not fit a terminal."""
@@ -216,7 +218,26 @@ def _study_markdown(findings: Findings) -> list[str]:
             table = markdown_table(list(section.header), [*map(list, section.rows)], section.text_columns)
             blocks.append(_linked(table, findings.study) if section.title == "Cells" else table)
         blocks.append("\n".join(f"- {escape_markdown(line)}" for line in section.after))
+    if served := served_cells(findings.study):
+        blocks.append("## Serve a cell\n\nOf several seeds the first; chat, export and eval take the same names.")
+        for place, command in served:
+            blocks += [escape_markdown(findings.study.label(place)), _fenced(command)]
     return blocks
+
+
+def served_cells(study: Study) -> list[tuple[int, str]]:
+    """Place of each cell that has a finished model, and what serves it: of several seeds the first one's."""
+    found = []
+    for place, cell in enumerate(study.cells):
+        commands = [study.report.runs[run].served_by for run in cell.runs]
+        found += [(place, command) for command in commands if command is not None][:1]
+    return found
+
+
+def use_commands(run: RunReport) -> list[str]:
+    """What to type to serve a run's model, to talk to it, and to write it for other programs; nothing if it has none."""
+    wanted = (("serve",), ("chat",), ("export", f"{run.name}-hf", "--to", "hf", "--verify"))
+    return [command for words_ in wanted if (command := run.command_for(*words_)) is not None]
 
 
 def _linked(table: str, study: Study) -> str:
@@ -254,7 +275,9 @@ def render_markdown(report: Report, findings: Findings | None = None) -> str:
         )
         stages = [[s.name, s.kind, s.digest[:12], s.status, duration(s.seconds)] for s in run.stages]
         blocks.append(markdown_table(["stage", "kind", "digest", "status", "time"], stages, text_columns=4))
-        blocks.append(_fenced(run.command))
+        trained = [[s.name, *speed_words(s), verified_words(s)] for s in run.stages if s.kind == TRAIN]
+        blocks.append("\n".join(f"- {escape_markdown('; '.join(said))}" for said in trained))
+        blocks.append(_fenced("\n".join([run.command, *use_commands(run)])))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 

@@ -155,9 +155,17 @@ def _part(key: str) -> str:
 def _tuned(tune: dict[str, Any]) -> Iterable[str]:
     for part, how in tune.items():
         if isinstance(how, dict):
-            yield f"{_part(part)} from layer {how.get('from_layer')}"
+            yield f"{_part(part)} {_how(how)}"
         elif how != "frozen":
             yield _part(part) if how == "full" else f"{_part(part)} ({how})"
+
+
+def _how(how: dict[str, Any]) -> str:
+    """A part that is trained neither whole nor not at all: from a layer on, or through an adapter."""
+    if how.get("from_layer") is not None:
+        return f"from layer {how['from_layer']}"
+    kind = next((kind for kind in ("lora", "qlora") if how.get(kind)), None)
+    return f"({kind}, rank {how[kind].get('r')})" if kind else "in part"
 
 
 def _rates(rate: Any) -> str:

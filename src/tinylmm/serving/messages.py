@@ -21,16 +21,24 @@ ALLOWED = (
 
 
 @dataclass(frozen=True)
+class RemoteImage:
+    """An image that a request names by its address; `param` is the field that does."""
+
+    url: str
+    param: str
+
+
+@dataclass(frozen=True)
 class Said:
     """One message.
 
     Attributes:
         text: with a slot for each image.
-        images: their files' contents, in the order of the slots.
+        images: their files' contents, or where they are, in the order of the slots.
     """
 
     text: str
-    images: tuple[bytes, ...] = ()
+    images: tuple[bytes | RemoteImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]], name: str = "messages")
         name: the field they are in.
 
     Raises:
-        ApiError: a message is of another form, an image is no data URI, or the roles do not alternate.
+        ApiError: a message is of another form, an image is neither a data URI nor an http address, or the roles do not
+            alternate.
     """
     system: list[str] = []
     turns: list[tuple[str, Said]] = []
@@ -83,21 +92,21 @@ def _content(message: Mapping[str, Any], param: str, images: bool) -> Said:
     if not isinstance(content, list) or not content:
         raise wrong(f"{param} is {str(content)[:60]!r}; allowed: {ALLOWED}.", param)
     parts: list[str | None] = []
-    files = []
+    files: list[bytes | RemoteImage] = []
     for number, part in enumerate(content):
         place = f"{param}[{number}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in TEXTS and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif kind in IMAGES and images:
-            files.append(data_uri(part.get("image_url"), f"{place}.image_url"))
+            files.append(image_of(part.get("image_url"), f"{place}.image_url"))
             parts.append(None)
         else:
             raise wrong(f"{place} is {str(part)[:60]!r}; allowed: {ALLOWED}.", place)
     return _checked(placed(parts), files, param) if images else Said(placed(parts))
 
 
-def _checked(text: str, files: list[bytes], param: str) -> Said:
+def _checked(text: str, files: list[bytes | RemoteImage], param: str) -> Said:
     slots = text.count(IMAGE_SLOT)
     if slots != len(files):
         raise wrong(
@@ -108,21 +117,23 @@ def _checked(text: str, files: list[bytes], param: str) -> Said:
     return Said(text, tuple(files))
 
 
-def data_uri(value: Any, param: str) -> bytes:
-    """The file in a data URI, given as a text or as `{"url": ...}`.
+def image_of(value: Any, param: str) -> bytes | RemoteImage:
+    """The file in a data URI, or an http address, given as a text or as `{"url": ...}`.
 
     Raises:
-        ApiError: it is none. Nothing is fetched, and no file of this machine is read.
+        ApiError: it is neither. Nothing is fetched here, and no file of this machine is read.
     """
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str):
         raise wrong(f'{param} must be a data URI, or {{"url": a data URI}}.', param, "invalid_image_url")
+    if url.lower().startswith(("http://", "https://")):
+        return RemoteImage(url, param)
     head, comma, encoded = url.partition(",")
     words = head.lower().split(";")
     if words[0][:5] != "data:" or not comma:
         raise wrong(
-            f"{param} is {url[:60]!r}; this server takes images as data URIs alone (data:image/png;base64,...) and fetches "
-            "nothing. Send the file's content.",
+            f"{param} is {url[:60]!r}; images come as data URIs (data:image/png;base64,...) or from http addresses that the "
+            "server allows. Send the file's content.",
             param,
             "invalid_image_url",
         )

@@ -27,6 +27,9 @@ class ServeOptions:
         body_mb: most megabytes of a request.
         read_s: seconds in which a request's body must arrive, and each piece of a stream be taken.
         drain_s: seconds that answers may still take once the server was told to stop.
+        allow_images_from: hosts that images named by http address are fetched from (`fetch.ImageHosts`); none means that
+            nothing is fetched.
+        image_s: seconds that such an image may take. All of a request's together have at most `body_mb`.
 
     Raises:
         UserError: one is out of range.
@@ -44,6 +47,8 @@ class ServeOptions:
     body_mb: float = 32
     read_s: float = 60
     drain_s: float = 30
+    allow_images_from: tuple[str, ...] = ()
+    image_s: float = 10
 
     def __post_init__(self) -> None:
         may_be_none = {"queue", "kept_tokens", "kept_images", "max_images"}

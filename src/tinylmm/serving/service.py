@@ -17,10 +17,11 @@ from tinylmm.generation.continuous import ContinuousEngine
 from tinylmm.generation.session import ChatModel, TooLongError
 from tinylmm.serving.answers import Answers, Asked
 from tinylmm.serving.errors import ApiError, wrong
+from tinylmm.serving.fetch import Fetcher
 from tinylmm.serving.images import ImageShelf, key_of
 from tinylmm.serving.messages import Conversation
 from tinylmm.serving.metrics import Metrics
-from tinylmm.serving.options import ServeOptions
+from tinylmm.serving.options import MB, ServeOptions
 from tinylmm.serving.worker import EngineWorker
 
 READERS = 2
@@ -41,6 +42,7 @@ class Service:
         )
         self.worker = EngineWorker(engine)
         self.readers = ThreadPoolExecutor(READERS, "reader")
+        self.fetcher = Fetcher(options.allow_images_from, options.image_s, int(options.body_mb * MB))
         self.shelf = ImageShelf(chat.transform, options.kept_images, options.max_pixels)
         self.metrics = Metrics(engine, lambda: max(0, self._taken - engine.answering))
         self.began = int(time.time())
@@ -80,22 +82,25 @@ class Service:
             self._taken -= count
 
     async def prepare(self, conversation: Conversation) -> Asked:
-        """Decode a conversation's images and make its prompt, beside the event loop.
+        """Have a conversation's images at hand, decode them and make its prompt, beside the event loop.
 
         Raises:
-            ApiError: an image cannot be read, or the prompt does not fit the model's context.
+            ApiError: an image is not to be had or cannot be read, or the prompt does not fit the model's context.
         """
-        return await asyncio.get_running_loop().run_in_executor(self.readers, self._prepare, conversation)
-
-    def _prepare(self, conversation: Conversation) -> Asked:
-        files = [file for said in conversation.questions for file in said.images]
-        if len(files) > self.options.max_images:
+        count = sum(len(said.images) for said in conversation.questions)
+        if count > self.options.max_images:
             raise wrong(
-                f"the request has {len(files)} images; this server takes {self.options.max_images} at most.", "messages"
+                f"the request has {count} images; this server takes {self.options.max_images} at most.", "messages"
             )
-        images = self.shelf.prepare(files)
+        files = await self.fetcher.files(conversation)
+        return await asyncio.get_running_loop().run_in_executor(self.readers, self._prepare, conversation, files)
+
+    def _prepare(self, conversation: Conversation, files: Sequence[Sequence[bytes]]) -> Asked:
+        """Args: files: of each question, its images' contents."""
+        images = self.shelf.prepare([file for some in files for file in some])
         sizes: dict[str, Extent] = {key: image.size for key, image in images.items()}
-        questions = [(said.text, [key_of(file) for file in said.images]) for said in conversation.questions]
+        texts = [said.text for said in conversation.questions]
+        questions = [(text, [key_of(file) for file in some]) for text, some in zip(texts, files, strict=True)]
         try:
             with self._rendering:  # a tokenizer serves one thread at a time
                 prompt = self.chat.prompt("", questions, conversation.answers, conversation.system, sizes)

@@ -84,6 +84,11 @@ def cards() -> dict[str, Card]:
     }
 
 
+def sheet_flops(card: Card, compute_bytes: int) -> float:
+    """FLOP/s that the data sheet of a card of cards.yaml says of products in numbers of so many bytes."""
+    return card.product_flops(compute_bytes) / REACHED
+
+
 @cache
 def _names() -> dict[str, tuple[str, ...]]:
     text = resources.files("tinylmm.sizing").joinpath("cards.yaml").read_text(encoding="utf-8")

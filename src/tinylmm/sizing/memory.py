@@ -32,8 +32,8 @@ CAPPED = 8.0
 """Bytes of a score that is capped: behind its cap and, twice in bf16, behind the softmax."""
 LOSS = 12
 """Bytes of a logit at the peak of the loss: its log-probability, and two gradients, all in fp32."""
-CHUNK = 4096
-"""Positions whose logits exist at once (`models/loss.py`)."""
+CHUNK = 128 * 2**20
+"""Bytes of the fp32 logits that exist at once (`models/fused_loss.py`)."""
 WORKING = 3.0
 """Tensors of a block's widest layer that its backward pass has at once, beside what was kept."""
 CONTEXT = 1.0 * GIB
@@ -136,7 +136,7 @@ def step_memory(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: Micr
     caches += batch.images * batch.pixels * 4.0
     kept, working = _kept(parts, tune, batch, placed)
     activations = kept + working
-    logits = min(batch.supervised, CHUNK) * _logit_bytes(parts["llm"], placed)
+    logits = min(batch.supervised, _chunk_positions(parts["llm"])) * _logit_bytes(parts["llm"], placed)
     if not placed.accumulates and not placed.sharding.startswith("zero"):
         if activations + logits > gradients + working:  # the last gradient comes when the last activation is gone
             gradients = 0.0
@@ -161,6 +161,10 @@ def _held(part: Part, tune: Tune, placed: Placement) -> float:
         held = sum(t.layer.parameters - t.layer.biases for t in tuned_layers(part, tune) if t.rank)
         quantized, total = held * QUANTIZED[bits, double], total - held
     return quantized + total * narrow + own * trained
+
+
+def _chunk_positions(llm: Part) -> float:
+    return max(1.0, CHUNK / (4.0 * llm.head.outputs)) if llm.head is not None else 0.0
 
 
 def _logit_bytes(llm: Part, placed: Placement) -> float:

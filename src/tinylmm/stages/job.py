@@ -23,6 +23,17 @@ Spec = TypeVar("Spec", bound=Recorded, covariant=True)
 
 
 @dataclass(frozen=True)
+class Observed:
+    """How a training is looked at.
+
+    Attributes:
+        cut: the step behind which it is broken off; None where it runs to its end.
+    """
+
+    cut: int | None = None
+
+
+@dataclass(frozen=True)
 class StageJob(Generic[Spec]):
     """One stage about to run.
 
@@ -37,6 +48,8 @@ class StageJob(Generic[Spec]):
         store: root of the store, for features that stages share.
         claim: token of the claim under which this is done; empty outside a run.
         share: of this machine, where other stages run beside it.
+        after_s: seconds that the run takes behind this stage, as far as that is known; said while it runs.
+        observed: of a training that `tinylmm verify` looks at (`training/observe.py`).
     """
 
     kind: str
@@ -49,6 +62,8 @@ class StageJob(Generic[Spec]):
     store: Path
     claim: str = ""
     share: Share = WHOLE
+    after_s: float | None = None
+    observed: Observed | None = None
 
     @property
     def output(self) -> Path:
@@ -93,6 +108,8 @@ class StageJob(Generic[Spec]):
             "store": str(self.store),
             "claim": self.claim,
             "share": asdict(self.share),
+            **({} if self.after_s is None else {"after_s": self.after_s}),
+            **({} if self.observed is None else {"observed": asdict(self.observed)}),
         }
         (self.folder / JOB_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -108,6 +125,8 @@ def make_job(
     store: Path,
     claim: str = "",
     share: Share = WHOLE,
+    after_s: float | None = None,
+    observed: Observed | None = None,
 ) -> StageJob[Any]:
     """Return the job of a stage whose spec and settings are JSON.
 
@@ -116,13 +135,14 @@ def make_job(
     """
     typed = KINDS[kind].spec.model_validate(spec)
     typed_settings = StageSettings.model_validate(settings)
-    return StageJob(kind, name, digest, typed, parents, typed_settings, folder, store, claim, share)
+    return StageJob(kind, name, digest, typed, parents, typed_settings, folder, store, claim, share, after_s, observed)
 
 
 def read_job(folder: Path) -> StageJob[Any]:
     """Read the job that `StageJob.write` left in `folder`."""
     record = cast(dict[str, Any], json.loads((folder / JOB_FILE).read_text(encoding="utf-8")))
     parents = {role: Path(path) for role, path in record.pop("parents").items()}
-    share = record.pop("share")
+    share, observed = record.pop("share"), record.pop("observed", None)
     share = Share(tuple(share["gpus"]), share["cores"])
-    return make_job(**record | {"parents": parents, "folder": folder, "store": Path(record["store"]), "share": share})
+    located = {"parents": parents, "folder": folder, "store": Path(record["store"])}
+    return make_job(**record | located, share=share, observed=None if observed is None else Observed(**observed))

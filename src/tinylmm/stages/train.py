@@ -17,13 +17,15 @@ from transformers.training_args import ParallelMode
 
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.identities import PartIdentity, TowerIdentity
+from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneHow
 from tinylmm.data.collate import Collator
 from tinylmm.errors import DataError, StoppedError
-from tinylmm.models.attention import choose_attention
+from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
 from tinylmm.models.devices import choose_device
+from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
@@ -34,8 +36,12 @@ from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
 from tinylmm.training.clip_features import MixedFeatures
+from tinylmm.training.cost import Cost, Peak, parts_of
 from tinylmm.training.dataset import PreparedSamples
+from tinylmm.training.figures import Counted, Figures, MeasuredTrainer
 from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, kept_parts, own_copy
+from tinylmm.training.machine import prepare_machine
+from tinylmm.training.observe import GradientRecord, without_dropout, write_weights
 from tinylmm.training.pipes import num_readers
 from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
@@ -44,12 +50,16 @@ from tinylmm.training.trainer import LMMTrainer, SaveSchedule
 
 log = logging.getLogger(__name__)
 
+END_TO_END = 2**30
+"""Positions of a row that all samples of a micro-batch share."""
+
 
 def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     """Train, write the model to output/model, and return the summary for the manifest. Runs on every rank."""
     spec, launch = job.spec, job.settings.launch
     device = choose_device(launch.device, spec.precision)
-    attention = choose_attention(launch.attention, spec.precision, device)
+    attention = choose_training_attention(launch.attention, spec.precision, device)
+    prepare_machine(device)
     configure_tensorboard(job.folder)
     start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
     with in_turn(device.type != "cpu"):
@@ -62,10 +72,16 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     barrier()
     model = loaded.model
     model.set_attention(attention)
+    if not _spreads_llm(job):
+        speed_up(model, device)
+    if job.observed is not None:
+        without_dropout(model)
     images = SeenImages(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
     cache = open_cache(job, loaded, samples.images(), images)
     trainer = build_trainer(job, loaded, samples, images, cache, device)
+    if job.observed is not None:
+        trainer.add_callback(GradientRecord(job.folder, job.observed.cut))
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
     if rank() == 0:
         trainer._checkpoints.forget_after(checkpoint)
@@ -84,6 +100,8 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     set_timeout(launch.save_timeout_s)
     with uninterrupted(), waiting("the trained model to be written"):
         state = trainer.full_state(frozen)
+        if rank() == 0 and job.observed is not None:
+            write_weights(job.folder, model, state)
         if rank() == 0:
             adapters = {part: decision.adapter for part, decision in tuning.items() if decision.adapter is not None}
             save_model(loaded, job.output / MODEL_FOLDER, state, kept, adapters)
@@ -109,6 +127,22 @@ def _commits(loaded: LoadedModel) -> dict[str, str]:
     configs = {"llm": model.config, "vision_tower": cast(PreTrainedModel, model.vision_tower.encoder).config}
     found = {part: getattr(config, "_commit_hash", None) for part, config in configs.items()}
     return {part: commit for part, commit in found.items() if commit}
+
+
+def begin_plainly(
+    job: StageJob[TrainStage], device: torch.device
+) -> tuple[LoadedModel, PreparedSamples, SeenImages, dict[str, PartTuning]]:
+    """What a training starts from, for whoever computes its steps in another way: model, samples and images; on one rank."""
+    start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if job.spec.model else None
+    loaded = _start_model(job, start, llm_weights=True)
+    if job.spec.image_mode is not None:
+        set_image_mode(loaded, job.spec.image_mode, job.spec.seed)
+    if job.spec.sampling is not None:
+        loaded.description = loaded.description.with_sampling(job.spec.sampling)
+    _, tuning, _ = _to_device(job, loaded, device)
+    images = SeenImages(job, loaded)
+    samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, job.spec.max_length, job.settings.max_dropped)
+    return loaded, samples, images, tuning
 
 
 @contextmanager
@@ -137,8 +171,11 @@ def build_trainer(
     if not len(mixture):
         raise DataError("the mixture's weights leave no sample to train on; raise them")
     steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
-    per_step = (spec.global_batch, spec.epochs, spec.seed, launch.micro_batch)
-    sampler = StepSampler(len(mixture), steps, *per_step, rank(), world_size(), mixture.epoch)
+    positions = launch.positions(on_gpu=device.type != "cpu")
+    micro_batch = None if launch.micro_batch == "auto" else launch.micro_batch
+    per_step = (spec.global_batch, spec.epochs, spec.seed, micro_batch)
+    ranks_of = (rank(), world_size(), mixture.epoch)
+    sampler = StepSampler(len(mixture), steps, *per_step, *ranks_of, samples.lengths, positions)
     arguments = training_arguments(
         spec,
         launch,
@@ -157,12 +194,15 @@ def build_trainer(
     if launch.gradient_checkpointing:
         enable_checkpointing(loaded.model)
     ranks = Ranks(world_size(), launch.deepspeed_stage)
-    trainer = LMMTrainer(
+    tune = spec.tune.model_dump(mode="json", exclude_none=True)
+    cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
+    trainer = MeasuredTrainer(
+        figures=Figures(cost, job.after_s),
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=_collate(job, loaded, images, cache),
+        collate=Counted(_collate(job, loaded, images, cache), images.tokens, spec.max_length),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -172,7 +212,7 @@ def build_trainer(
         save_timeout_s=launch.save_timeout_s,
         same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
         spreads=_spreads_llm(job),
-        callbacks=[MetricsRow(job.metrics.append, spec.global_batch)],
+        callbacks=[MetricsRow(job.metrics.append, cost.peak.title)],
     )
     if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
@@ -197,7 +237,7 @@ def _collate(
     collator = Collator(
         image_tokens=images.tokens,
         pad_id=int(loaded.tokenizer.pad_token_id),
-        row_tokens=launch.row_tokens or spec.max_length,
+        row_tokens=_row_length(launch, spec, loaded),
         packing=launch.packing and packs,
         image=images.pixels if cache is None else None,
         max_length=spec.max_length,
@@ -205,6 +245,13 @@ def _collate(
         frames=images.frames_if_any,
     )
     return collator if cache is None else WithFeatures(collator, cache)
+
+
+def _row_length(launch: LaunchSpec, spec: TrainStage, loaded: LoadedModel) -> int:
+    """Positions of a packed row at most: all of a micro-batch, where each sample is attended to by itself."""
+    if launch.row_tokens != "auto":
+        return launch.row_tokens
+    return END_TO_END if loaded.model.by_samples else spec.max_length
 
 
 def _to_device(

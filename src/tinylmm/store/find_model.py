@@ -1,4 +1,4 @@
-"""Which model is meant: by a model's folder, a stage's, a run's, or a run's name. No torch here.
+"""Which model is meant: by a model's folder, a stage's, a run's, a run's name, or RUN@STAGE. No torch here.
 
 This is the one rule: chat, export, evaluation and a recipe's `from_model` all ask `find_model`.
 """
@@ -26,6 +26,8 @@ CONFIG_FILE = "config.json"
 MODEL_TYPE = "tinylmm"
 DEFAULT_STORE = "store"
 RUNS_SHOWN = 5
+STAGE_SIGN = "@"
+"""Stands between the name of a run and that of one of its trainings; no run's name has one."""
 
 
 class ForeignModelError(UserError):
@@ -44,10 +46,11 @@ def find_model(where: str | Path, store: Path | None = None) -> Path:
 
     A folder that is a model, a stage or a run comes before a run of that name. A run stands for the model that its last
     training made. As long as that is not finished the run stands for none: an earlier training's model answers too, but
-    it is not what the run was to make, and nobody would notice.
+    it is not what the run was to make, and nobody would notice. Who means an earlier one says so: RUN@STAGE.
 
     Args:
-        where: a model folder; a train stage's folder, or its `output`; a run's folder; or the name of a run.
+        where: a model folder; a train stage's folder, or its `output`; a run's folder; the name of a run; or the name of a run
+            and of one of its trainings, joined by `@`.
         store: where runs are looked for by name; default: TINYLMM_STORE, else ./store.
 
     Raises:
@@ -68,10 +71,29 @@ def find_model(where: str | Path, store: Path | None = None) -> Path:
         return _model_of_run(read_run(layout.run(path.name)), layout)
     if path.exists():
         raise UserError(f"{where} holds no model: there is no {CONFIG_FILE} that can be read.")
+    name, _, stage = str(where).partition(STAGE_SIGN)
+    if stage and Path(name).name == name and (layout.run(name) / RUN_FILE).is_file():
+        return _model_of_stage(read_run(layout.run(name)), stage, layout)
     raise UserError(
         f"{where} is neither a folder nor the name of a run in {layout.root}. "
-        f"Give a model folder, a stage or run folder, or a run's name. {_runs_there(layout)}"
+        "Give a model folder, a stage or run folder, a run's name, or a run's and a training's as RUN@STAGE. "
+        f"{_runs_there(layout)}"
     )
+
+
+def _model_of_stage(run: RunRecord, name: str, layout: StoreLayout) -> Path:
+    """The model that one of a run's trainings made."""
+    found = [stage for stage in run.trainings if stage.name == name]
+    if not found:
+        there = ", ".join(stage.name for stage in run.trainings) or "none"
+        raise UserError(f"the run {run.name} has no training '{name}'. Its trainings: {there}.")
+    folder = layout.stage(found[-1].key)
+    if not folder.is_dir():
+        raise UserError(
+            f"the run {run.name} ({run.status}) has not finished its training {name}. "
+            "Give the run's command again to finish it."
+        )
+    return _checked(model_folder(folder))
 
 
 def _model_of_run(run: RunRecord, layout: StoreLayout) -> Path:

@@ -6,6 +6,7 @@ claims/         who works on which stage
 features/       features of frozen towers, cache/ fingerprints of files outside the store: made again when deleted
 published/      weights from outside the store that trainings leave as they are, each once; models hold hard links to them
 imported/       models made of other tools' checkpoints, to be asked: made again when deleted
+certificates/   what `tinylmm verify` found of trainings
 reports/        pages and tables
 slurm/          what SLURM's jobs were given and have said, and which job makes which stage
 tracking/       files of Weights & Biases, for `wandb sync`
@@ -27,6 +28,7 @@ FEATURES_FOLDER = "features"
 PUBLISHED_FOLDER = "published"
 CACHE_FOLDER = "cache"
 IMPORTED_FOLDER = "imported"
+CERTIFICATES_FOLDER = "certificates"
 REPORTS_FOLDER = "reports"
 TRACKING_FOLDER = "tracking"
 TRASH_FOLDER = "trash"
@@ -113,6 +115,11 @@ class StoreLayout:
     def fingerprints(self) -> Path:
         """Folder of what is known of files outside the store."""
         return self.cache / "fingerprints"
+
+    @property
+    def certificates(self) -> Path:
+        """Folder of what `tinylmm verify` found."""
+        return self.root / CERTIFICATES_FOLDER
 
     @property
     def reports(self) -> Path:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 KEPT = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
+FIGURES = (
+    "samples_per_s",
+    "tokens_per_s",
+    "text_tokens_per_s",
+    "image_tokens_per_s",
+    "supervised_tokens_per_s",
+    "mfu",
+    "peak_share",
+    "data_wait",
+    "padding",
+    "samples_per_row",
+    "peak_memory_gib",
+    "eta_s",
+    "run_eta_s",
+)
+"""What `training/figures.py` adds to what Trainer logs."""
 
 
 class MetricsRow(TrainerCallback):
-    """Writes a row to metrics.jsonl whenever Trainer logs: loss, learning rate, gradient norm, samples a second.
+    """Writes a row to metrics.jsonl whenever Trainer logs: loss, learning rate, gradient norm, and the figures.
 
     Args:
         write: takes the row's fields; called on rank 0 only.
-        global_batch: samples an optimiser step.
+        device: what `mfu` and `peak_share` are shares of, in words.
     """
 
-    def __init__(self, write: Callable[..., None], global_batch: int) -> None:
+    def __init__(self, write: Callable[..., None], device: str) -> None:
         self.write = write
-        self.global_batch = global_batch
-        self._last = (0, time.monotonic())
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock at the step that training starts or resumes from."""
-        self._last = (state.global_step, time.monotonic())
+        self.device = device
 
     def on_log(
         self,
@@ -41,9 +49,8 @@ class MetricsRow(TrainerCallback):
         """Write one row."""
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
-        step, now = state.global_step, time.monotonic()
         row: dict[str, Any] = {ours: float(logs[theirs]) for theirs, ours in KEPT.items() if theirs in logs}
-        if step > self._last[0]:
-            row["samples_per_s"] = round((step - self._last[0]) * self.global_batch / max(now - self._last[1], 1e-9), 2)
-        self._last = (step, now)
-        self.write(step=step, steps=state.max_steps, **row)
+        row |= {name: logs[name] for name in FIGURES if name in logs}
+        if {"mfu", "peak_share"} & row.keys():
+            row["device"] = self.device
+        self.write(step=state.global_step, steps=state.max_steps, **row)

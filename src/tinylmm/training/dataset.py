@@ -60,6 +60,7 @@ class PreparedSamples(Dataset[dict[str, Any]]):
 
     Attributes:
         sizes: samples of each source, which lie one behind the other.
+        lengths: positions of each sample, (len(self),) int64, cut at `max_length`.
 
     Raises:
         DataError: more samples would be left out, or none would be left to train on.
@@ -80,10 +81,11 @@ class PreparedSamples(Dataset[dict[str, Any]]):
         kept = np.setdiff1d(np.arange(len(text)), dropped)
         cut = sorted(set(too_long) - set(dropped))
         self.index = kept
+        self.lengths = np.minimum(lengths[kept], max_length)
         self.sizes = np.diff(np.searchsorted(kept, self.starts)).tolist()
         self.report = LengthReport(
             samples=len(kept),
-            tokens=int(np.minimum(lengths[kept], max_length).sum()),
+            tokens=int(self.lengths.sum()),
             cut=len(cut),
             cut_ids=[self.rows[i]["sample_id"] for i in cut[:LISTED]],
             dropped=len(dropped),

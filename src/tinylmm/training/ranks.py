@@ -95,6 +95,19 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in tensor.tolist()]
 
 
+def over_ranks(sums: list[float], most: float) -> tuple[list[float], float]:
+    """Sums of numbers over the ranks, and the largest of another; through the CPU, so that no GPU is waited for.
+
+    Every rank must call it.
+    """
+    if not active():
+        return sums, most
+    added, largest = torch.tensor(sums, dtype=torch.float64), torch.tensor(most, dtype=torch.float64)
+    distributed.all_reduce(added)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return added.tolist(), float(largest)
+
+
 def from_rank_zero(value: Any) -> Any:
     """Return rank 0's value on every rank."""
     if not active():

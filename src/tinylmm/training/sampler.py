@@ -2,6 +2,8 @@
 
 A step is defined by samples alone: step s takes samples [s*G, (s+1)*G) of the seeded order, G = `global_batch`. Ranks and
 accumulation only share them out, so another world size or micro-batch trains the same model.
+
+A micro-batch is so many samples, or as many as have `row_tokens` positions in all (`training/rows.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from tinylmm.training.rows import balanced_rows, rows_needed
 
 
 def num_steps(num_samples: int, global_batch: int, epochs: float, max_steps: int | None) -> int:
@@ -60,9 +64,14 @@ class StepSampler(Sampler[list[int]]):
         num_samples: samples in an epoch.
         steps: optimiser steps in all.
         global_batch: samples a step, over all ranks.
-        micro_batch: samples that a rank takes at once, at most.
+        micro_batch: samples that a rank takes at once, at most; None counts their positions alone.
         rank, world_size: which share is this rank's.
         pool: (seed, epoch) -> indices of the epoch's samples, `num_samples` of them; by default all of the data set.
+        lengths: positions of each sample of the data set, where they are counted.
+        row_tokens: positions that a rank takes at once, at most; a longer sample is taken alone.
+
+    Attributes:
+        accumulation: micro-batches a rank takes in each step: as many as the step that needs most.
     """
 
     def __init__(
@@ -72,10 +81,12 @@ class StepSampler(Sampler[list[int]]):
         global_batch: int,
         epochs: float,
         seed: int,
-        micro_batch: int,
+        micro_batch: int | None,
         rank: int = 0,
         world_size: int = 1,
         pool: Callable[[int, int], np.ndarray] | None = None,
+        lengths: np.ndarray | None = None,
+        row_tokens: int | None = None,
     ) -> None:
         self.num_samples = num_samples
         self.steps = steps
@@ -85,12 +96,28 @@ class StepSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.pool = pool
-        self.accumulation = math.ceil(global_batch / (micro_batch * world_size))
+        self.lengths = lengths
+        self.row_tokens = row_tokens
+        if micro_batch is not None:
+            self.accumulation = math.ceil(global_batch / (micro_batch * world_size))
+        elif lengths is None or row_tokens is None:
+            raise ValueError(
+                "micro-batches are counted in samples, or in positions of which lengths and row_tokens are given"
+            )
+        else:
+            most = max((rows_needed(lengths[step], row_tokens) for step in self._step_indices()), default=1)
+            self.accumulation = math.ceil(most / world_size)
+        self._by_samples = micro_batch is not None
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
+        for indices in self._step_indices():
+            yield from self._shares(indices)
+
+    def _step_indices(self) -> Iterator[list[int]]:
+        """Indices of the samples of each step."""
         order_epoch, order = -1, np.empty(0, dtype=np.int64)
         end = math.ceil(self.num_samples * self.epochs)
         for step in range(self.steps):
@@ -104,11 +131,17 @@ class StepSampler(Sampler[list[int]]):
                 count = min(last - first, self.num_samples - offset)
                 indices += order[offset : offset + count].tolist()
                 first += count
-            yield from self._shares(indices)
+            yield indices
 
     def _shares(self, indices: list[int]) -> Iterator[list[int]]:
         """Deal a step's samples to all ranks' micro-batches in near-equal shares; yield this rank's."""
         shares = self.accumulation * self.world_size
+        if not self._by_samples:
+            assert self.lengths is not None and self.row_tokens is not None
+            rows = balanced_rows(self.lengths[indices], self.row_tokens, shares)
+            for row in rows[self.rank :: self.world_size]:
+                yield [indices[position] for position in row]
+            return
         bounds = [round(i * len(indices) / shares) for i in range(shares + 1)]
         for index in range(self.rank, shares, self.world_size):
             yield indices[bounds[index] : bounds[index + 1]]

@@ -28,6 +28,7 @@ from transformers import (
 
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.errors import NonFiniteError
+from tinylmm.models.layout import layout_of
 from tinylmm.models.lmm import LMM
 from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
@@ -138,6 +139,7 @@ class LMMTrainer(Trainer):
         for batch in batches:
             for extra in ("segment_ids", "num_samples", "image_paths"):
                 batch.pop(extra, None)
+            batch["layout"] = layout_of(batch["input_ids"], batch["position_ids"], batch["targets"])
         each = torch.stack([(batch["targets"] != IGNORE_INDEX).sum() for batch in batches]).to(device)
         tokens = each.sum()
         if world_size() > 1:

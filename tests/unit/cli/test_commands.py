@@ -26,7 +26,7 @@ def test_train_help_lists_groups_and_exit_codes(tmp_path: Path) -> None:
 def test_tinylmm_help_lists_the_commands(tmp_path: Path) -> None:
     done = run("tinylmm.cli.main", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("plan", "doctor", "runs", "report", "score", "store"):
+    for word in ("plan", "verify", "doctor", "runs", "report", "score", "store"):
         assert word in done.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -178,17 +179,28 @@ def test_settings_that_cannot_be_kept_are_refused_by_name(
         import_model(tmp_path / "hf", tmp_path / "model")
 
 
+def phi(**more: Any) -> PhiForCausalLM:
+    """With biases and norms that are not zeros and ones."""
+    torch.manual_seed(3)
+    made = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4, **more))
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return made
+
+
 def test_what_the_class_cannot_hold_is_refused_with_every_reason(tmp_path: Path) -> None:
-    phi = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4))
-    nn.init.ones_(phi.lm_head.bias)
-    loaded = loaded_with(phi, "clip", connector=LinearConnector(24, WIDTH), drop_first_token=True)
+    llama = tiny_loaded().model.llm
+    llama.lm_head.bias = nn.Parameter(torch.ones(VOCAB))  # an RMS norm does not centre: no weights can say it
+    loaded = loaded_with(llama, "clip", connector=LinearConnector(24, WIDTH), drop_first_token=True)
     with pytest.raises(UserError) as raised:
         export_hf(loaded, tmp_path / "hf")
     text = str(raised.value)
     assert "this connector is LinearConnector" in text and "drops two" in text
-    assert "output layer has no bias, and that of PhiForCausalLM has one" in text
+    assert "output layer has no bias, that of LlamaForCausalLM has one" in text
     assert not list(tmp_path.iterdir())
-    three = loaded_with(phi, connector=MLPConnector(24, WIDTH, depth=3))
+    tied = phi(tie_word_embeddings=True)
+    assert any("output layer has no bias" in reason for reason in obstacles(Export(loaded_with(tied), torch.float32)))
+    three = loaded_with(phi(), connector=MLPConnector(24, WIDTH, depth=3))
     assert any("MLPConnector of 3 linear layers" in reason for reason in obstacles(Export(three, torch.float32)))
     gemma = Gemma2ForCausalLM(Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.5)).eval()
     assert any(
@@ -196,11 +208,56 @@ def test_what_the_class_cannot_hold_is_refused_with_every_reason(tmp_path: Path)
     )
 
 
-def test_a_phi_whose_bias_is_zero_fits(tmp_path: Path) -> None:
-    phi = PhiForCausalLM(PhiConfig(**PHI, num_attention_heads=4))
-    nn.init.zeros_(phi.lm_head.bias)
-    report = export_hf(loaded_with(phi), tmp_path / "hf")
-    assert report.difference is not None and report.difference < 1e-5
+def test_a_phi_whose_bias_is_zero_fits_as_it_is(tmp_path: Path) -> None:
+    llm = phi()
+    nn.init.zeros_(llm.lm_head.bias)
+    report = export_hf(loaded_with(llm), tmp_path / "hf")
+    assert report.difference is not None and report.difference < 1e-5 and report.notes == []
+    written = load_file(tmp_path / "hf/model.safetensors")
+    assert torch.equal(written["language_model.lm_head.weight"], llm.lm_head.weight)
+
+
+def test_the_bias_of_phis_output_layer_is_said_by_other_weights(tmp_path: Path) -> None:
+    """Phi-2 has one, and LlavaForConditionalGeneration none."""
+    loaded = loaded_with(phi())
+    with torch.no_grad():
+        loaded.model.llm.model.final_layernorm.weight[0] = 0  # a channel that says nothing must not be divided by
+    before = copy.deepcopy(loaded)
+    report = export_hf(loaded, tmp_path / "hf")
+    assert any("output layer has no bias: that of the LLM is said by the weights" in note for note in report.notes)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    ours, theirs = ours_and_theirs(before, tmp_path / "hf", [Turn("<image>\nWhat?", None)], Image.fromarray(pixels))
+    largest = float(ours.abs().max())
+    assert report.difference is not None and report.difference < 1e-5 * largest
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * largest, rtol=0)
+    assert float(before.model.llm.lm_head.bias.abs().max()) > 0.1 * largest, "too small to be missed"
+    again = import_model(tmp_path / "hf", tmp_path / "again")
+    assert any("filled with zeros" in note for note in again.notes)
+    row = torch.randint(0, VOCAB, (1, 9))
+    with torch.no_grad():
+        imported = load_model(tmp_path / "again", []).model.llm.eval()(row).logits
+        torch.testing.assert_close(before.model.llm(row).logits, imported, atol=1e-5 * largest, rtol=0)
+
+
+def test_narrow_weights_say_how_far_they_are_from_the_bias(tmp_path: Path) -> None:
+    loaded = loaded_with(phi())
+    report = export_hf(loaded, tmp_path / "hf", torch.bfloat16)
+    assert report.difference is not None and 1e-5 < report.difference < 0.1
+    assert any(f"moves logits by {report.difference:.1e}" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("mode", ["squash", "pad", "center_crop"])
+def test_a_folder_names_its_classes_and_counts_an_images_tokens_as_vllm_asks_for_them(
+    tmp_path: Path, mode: str
+) -> None:
+    loaded = loaded_with(qwen(), mode=mode)
+    export_hf(loaded, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == ["Qwen2ForCausalLM"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(20, 30)])
+    assert counted["num_image_tokens"] == [loaded.model.image_tokens]
 
 
 def test_jinja_renders_what_the_template_renders_and_captions_have_none() -> None:

@@ -34,7 +34,7 @@ def test_an_error_of_memory_ends_with_the_prediction_and_what_fits(tmp_path: Pat
     assert isinstance(failure, StageFailedError)
     first, last = str(failure).rsplit("\n", 1)
     assert first == said
-    assert "tinylmm plan predicts 88.1 GiB of 22.4 GiB for local x1" in last
+    assert "tinylmm plan predicts 86.3 GiB of 22.4 GiB for local x1" in last
     assert "(weights 6.0 GiB, gradients 36.3 MiB, optimizer" in last
     assert "launch.micro_batch=2 fits" in last
 

@@ -117,3 +117,21 @@ def test_a_stage_is_expected_to_take_as_long_as_those_of_its_name() -> None:
     estimate.learn(stage("finetune", kind="train"), 30.0)
     assert estimate.seconds(stage("finetune", stage("x"), kind="train")) == 30.0
     assert estimate.seconds(stage("share", kind="train")) == 20.0
+
+
+def test_what_the_planner_reckons_counts_until_such_a_stage_was_seen_and_a_running_one_knows_best() -> None:
+    asked = []
+
+    def expected(one: Stage) -> float | None:
+        asked.append(one.digest)
+        return 100.0 if one.name == "finetune" else None
+
+    estimate, tune = Estimate(expected), stage("finetune", kind="train")
+    other = stage("share", tune, kind="train")
+    assert estimate.seconds(tune) == estimate.seconds(tune) == 100.0 and asked == [tune.digest], "asked once"
+    assert estimate.left([tune, other], {}, 1) is None
+    estimate.learn(stage("pretrain", kind="train"), 10.0)
+    assert estimate.left([tune, other], {tune.digest: 90.0}, 1) == 10.0 + 10.0
+    assert estimate.left([tune, other], {tune.digest: 90.0}, 1, {tune.digest: 42.0}) == 42.0 + 10.0
+    estimate.learn(tune, 30.0)
+    assert estimate.seconds(tune) == 30.0

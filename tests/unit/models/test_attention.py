@@ -22,7 +22,7 @@ from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models import attention
-from tinylmm.models.attention import bounds_of, choose_attention
+from tinylmm.models.attention import BY_SAMPLES, bounds_of, choose_attention, choose_training_attention
 from tinylmm.models.checkpoint import load_model, save_model
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.llm import PACKS, HubCausalLM, examine, llm_attention, random_llm
@@ -30,7 +30,7 @@ from tinylmm.models.lmm import LMM
 from tinylmm.models.tuning import apply_tuning, enable_checkpointing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-IMPLEMENTATIONS = ["auto", "sdpa", "eager", "flash_attention_2"]
+IMPLEMENTATIONS = ["auto", "varlen", "sdpa", "eager", "flash_attention_2"]
 LENGTHS = (40, 7, 22, 11, 31, 9, 17, 13)
 
 
@@ -91,6 +91,9 @@ def test_samples_in_shared_rows_learn_as_they_do_apart(name: str, wanted: str, m
     without_dropout(model)
     enable_checkpointing(model)
     loss, gradients = step(model, batch(samples(), 60, packing=False))
+    if wanted == "varlen":  # what comes before it has no bounds: eager or SDPA, with its masks
+        model.set_attention(wanted)
+        assert (model.config._attn_implementation == BY_SAMPLES) != attention.caps_scores(model.config)
     assert loss > sum(LENGTHS), "more than a nat a token is at stake"
     for row_tokens, rows in ((60, 3), (400, 1)):
         packed = batch(samples(), row_tokens, packing=True)
@@ -166,6 +169,28 @@ def test_flash_attention_is_chosen_where_it_can_compute(monkeypatch: pytest.Monk
     assert choose_attention("eager", "bf16", GPU) == "eager"
 
 
+def test_training_lays_samples_end_to_end_where_nothing_else_is_asked_for() -> None:
+    for precision, device in (("fp32", CPU), ("bf16", GPU), ("fp32", GPU)):
+        assert choose_training_attention("auto", precision, device) == "varlen"
+        assert choose_training_attention("sdpa", precision, device) == "sdpa"
+    with pytest.raises(ConfigError, match="fp32"):
+        choose_training_attention(flash.FLASH, "fp32", CPU)
+    assert choose_attention("varlen", "fp32", CPU) == "sdpa", "an evaluation has caches, which it knows nothing of"
+
+
+def test_what_varlen_cannot_compute_stays_with_its_masks() -> None:
+    dropping = LMM(tiny("tinyllama").llm, tiny_tower(), MLPConnector(24, 64), "llama")
+    dropping.config.attention_dropout = 0.1
+    for model in (dropping, tiny("gemma2_2b")):
+        own = model.config._attn_implementation
+        model.set_attention("varlen")
+        assert model.config._attn_implementation == own != BY_SAMPLES
+    deaf = examine(Deaf(transformers.LlamaConfig(**SMALL)))
+    model = LMM(deaf, tiny_tower(), MLPConnector(24, 32), "llama")
+    model.set_attention("varlen")
+    assert model.config._attn_implementation == "sdpa" and model.packs
+
+
 @pytest.mark.parametrize("wanted", IMPLEMENTATIONS)
 def test_whatever_is_asked_for_a_model_is_loaded_with_what_the_cpu_has(
     wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +247,15 @@ def test_a_class_without_flash_attention_says_so_before_it_is_loaded() -> None:
         llm_attention(Plain, config, flash.FLASH)
 
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+}
+
+
 class Deaf(transformers.LlamaForCausalLM):  # type: ignore[misc]
     """A class whose attention is told neither positions nor bounds, so that flash-attn cannot keep samples apart."""
 
@@ -238,15 +272,8 @@ class Deaf(transformers.LlamaForCausalLM):  # type: ignore[misc]
 
 def test_a_class_that_flash_attention_cannot_keep_apart_does_not_share_rows_under_it() -> None:
     torch.manual_seed(0)
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 40,
-    }
     for kind, packs in ((Deaf, {"sdpa"}), (transformers.LlamaForCausalLM, {"sdpa", flash.FLASH})):
-        llm = examine(kind(transformers.LlamaConfig(**small)))
+        llm = examine(kind(transformers.LlamaConfig(**SMALL)))
         assert getattr(llm, PACKS) == packs and llm.config._attn_implementation == "sdpa"
         tower = tiny_tower()
         model = LMM(llm, tower, MLPConnector(tower.hidden_size, 32), "llama")

@@ -299,3 +299,13 @@ def test_names_of_users_are_no_markup(store: StoreBuilder) -> None:
     console = Console(file=StringIO(), width=80, record=True)
     console.print(render_scores(findings.study.report, findings))
     assert "[red]" in console.export_text()
+
+
+def test_each_cell_says_how_to_serve_its_first_seed(store: StoreBuilder) -> None:
+    names = sweep(store)
+    paths = write_report(store.root, names)
+    page, text = paths.html.read_text(), paths.markdown.read_text()
+    findings = found(store, names)
+    for cell in findings.study.cells:
+        command = f"tinylmm serve {findings.study.report.runs[cell.runs[0]].name} --store {store.root.absolute()}"
+        assert f'<pre class="command">{command}</pre>' in page and f"```bash\n{command}\n```" in text

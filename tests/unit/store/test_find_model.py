@@ -74,6 +74,8 @@ def by_recipe(where: str, store: Path) -> Path | None:
 NAMED: dict[str, str | None] = {
     "whole": "store/stages/train-2/output/model",
     "{0}/store/runs/whole": "store/stages/train-2/output/model",
+    "whole@name of train-1": "store/stages/train-1/output/model",
+    "stopped@name of train-1": "store/stages/train-1/output/model",
     "{0}/store/stages/train-1": "store/stages/train-1/output/model",
     "{0}/store/stages/train-1/output": "store/stages/train-1/output/model",
     "{0}/store/stages/train-1/output/model": "store/stages/train-1/output/model",
@@ -85,6 +87,10 @@ NAMED: dict[str, str | None] = {
     "data-only": None,
     "garbled": None,
     "nowhere": None,
+    "whole@nowhere": None,
+    "stopped@name of train-3": None,
+    "../runs/whole@name of train-1": None,
+    "nowhere@name of train-1": None,
     "{0}/store/runs/nowhere": None,
     "{0}/store/work/train-3": None,
     "{0}/store/work/train-3/output/model": None,
@@ -136,6 +142,8 @@ def test_a_folder_of_that_name_that_is_no_model_does_not_hide_the_run(
     [
         ("nowhere", UserError, r"neither a folder nor the name of a run .* Runs there: .*whole"),
         ("young", UserError, "has not finished its last training"),
+        ("whole@pretrain", UserError, r"no training 'pretrain'\. Its trainings: name of train-1, name of train-2\."),
+        ("stopped@name of train-3", UserError, r"\(stopped\) has not finished its training name of train-3"),
         ("data-only", UserError, "trains no model"),
         ("garbled", IntegrityError, r"garbled/run\.json cannot be read"),
         ("{0}/empty", UserError, "holds no model"),

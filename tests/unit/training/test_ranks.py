@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import distributed, multiprocessing
 
-from tinylmm.training.ranks import in_turn
+from tinylmm.training.ranks import in_turn, over_ranks
 
 
 def go_through(rank: int, folder: Path) -> None:
@@ -36,3 +36,15 @@ def test_ranks_of_a_machine_go_through_a_block_one_after_the_other(tmp_path: Pat
 def test_one_process_has_nobody_to_wait_for() -> None:
     with in_turn():
         assert not distributed.is_initialized()
+
+
+def add_up(rank: int, folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    (folder / f"rank-{rank}").write_text(str(over_ranks([1.0 + rank, 10.5], 5.0 - rank)))
+    distributed.destroy_process_group()
+
+
+def test_numbers_of_all_ranks_are_added_and_the_largest_found(tmp_path: Path) -> None:
+    multiprocessing.spawn(add_up, (tmp_path,), nprocs=2)
+    assert {path.read_text() for path in tmp_path.glob("rank-*")} == {"([3.0, 21.0], 5.0)"}
+    assert over_ranks([1.0], 2.0) == ([1.0], 2.0)

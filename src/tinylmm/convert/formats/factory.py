@@ -5,17 +5,22 @@ The published models (`trust_remote_code`) are the merged layout beside Python f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from tinylmm.convert.ask_importer import ask_importer, importer_tolerance
+from tinylmm.convert.asking import Program
 from tinylmm.convert.configs import known_tower_config, make_config, vision_config
 from tinylmm.convert.connectors import QFORMER, QUERY_NORM, fields_of_spec, from_ours, spec_of_type
 from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.images import USUAL_IMAGES, mode_of
 from tinylmm.convert.lora import merge_run, plain_name, read_adapter
+from tinylmm.convert.outlets import FACTORY
 from tinylmm.convert.parts import Parts
 from tinylmm.convert.source import CONFIG, Source, read_json, write_json
 from tinylmm.convert.tensors import PICKLE, SAFETENSORS, Ledger, Tensors, has_weights, read_weights
@@ -269,10 +274,23 @@ def _config(loaded: LoadedModel, llm_name: str, tower_name: str) -> dict[str, An
     }
 
 
+def _program(read: Callable[[Source], Parts]) -> Program:
+    return Program(
+        "tinylmm's importer",
+        "tinylmm's own importer reads the folder back, and its engine is asked what came in",
+        lambda: None,
+        partial(ask_importer, read=read),
+        importer_tolerance,
+        ("TinyLLaVA Factory itself was not run.",),
+    )
+
+
 FORMAT = Format(
     holds="a checkpoint of TinyLLaVA Factory",
     readers={"factory-folders": read_folders, "factory": read_merged, "factory-lora": read_lora},
     detect=detect,
     writers={"factory": write_merged, "factory-folders": write_folders},
     obstacles=obstacles,
+    programs={"factory": _program(read_merged), "factory-folders": _program(read_folders)},
+    outlets={"factory": FACTORY, "factory-folders": FACTORY},
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
+from tinylmm.convert.ask_elsewhere import ask_llama_cpp, llama_cpp_tolerance, require_llama_cpp
+from tinylmm.convert.asking import Program
 from tinylmm.convert.format import Export, Format, Written
 from tinylmm.convert.gguf_files import Q8_0, GGUFFile, gguf_package, type_name
 from tinylmm.convert.gguf_text import architecture_of, text_obstacles, text_tensors, write_text_keys
@@ -15,6 +18,7 @@ from tinylmm.convert.gguf_vision import (
     write_vision_tensors,
 )
 from tinylmm.convert.gguf_vocab import vocabulary_of, write_vocabulary
+from tinylmm.convert.outlets import GGUF
 from tinylmm.data.chat import get_template
 
 TEXT, VISION, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
@@ -87,4 +91,22 @@ FORMAT = Format(
     writers={"gguf": write},
     obstacles=obstacles,
     quantizations=(Q8_0,),
+    programs={
+        "gguf": Program(
+            "llama.cpp",
+            "llama.cpp, through its npm binding in fresh processes, reads both files; of its log-probabilities those of each "
+            "answer's first token are compared",
+            require_llama_cpp,
+            partial(ask_llama_cpp, text=TEXT, vision=VISION),
+            llama_cpp_tolerance,
+            (
+                "Pictures were brought to the tower's size first: llama.cpp prepares others in a way of its own.",
+                "Prompts were given as text; the file's chat template was proven to give the same text when it was written.",
+                "Ollama was not run; it runs llama.cpp on such files.",
+                "Everything ran on the CPU, one question at a time.",
+            ),
+            squared=True,
+        )
+    },
+    outlets={"gguf": GGUF},
 )

@@ -1,7 +1,8 @@
 """transformers' own `LlavaForConditionalGeneration`, in the old key scheme (`language_model.model...`) and in the new one.
 
 What it can hold: an encoder that transformers' AutoModel knows, read at one layer with at most its first token dropped; two
-linear layers with an activation between them; a causal LM that is AutoModel's decoder and an output layer without bias.
+linear layers with an activation between them; a causal LM that is AutoModel's decoder and an output layer, without bias or
+behind a layer norm (`head_bias`).
 What is written gives the logits that our model gives, or is not written.
 """
 
@@ -18,9 +19,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from tinylmm.convert.ask_elsewhere import ask_transformers, transformers_tolerance
+from tinylmm.convert.asking import Program
 from tinylmm.convert.configs import make_config
 from tinylmm.convert.connectors import MLP, connector_of
 from tinylmm.convert.format import Export, Format
+from tinylmm.convert.head_bias import NOTE, can_fold, has_bias, missing_bias
 from tinylmm.convert.hf_folder import (
     ACTIVATIONS,
     HEAD,
@@ -36,6 +40,7 @@ from tinylmm.convert.hf_folder import (
     write_folder,
 )
 from tinylmm.convert.lora import merge_run, read_adapter
+from tinylmm.convert.outlets import HF
 from tinylmm.convert.parts import Parts, causal_class
 from tinylmm.convert.proof import TOLERANCE
 from tinylmm.convert.source import CONFIG, Source, read_json, read_json_if_any
@@ -106,6 +111,9 @@ def _parts(source: Source, tensors: Tensors) -> Parts:
     llm_config.vocab_size = rows
     llm_config.tie_word_embeddings = whole.tie_word_embeddings
     source.template = source.template or ours.get("template")
+    if head_bias := missing_bias(llm_config, llm):
+        llm |= head_bias
+        source.notes.append(NOTE)
     return Parts(
         llm_config=llm_config,
         tower_config=tower_config,
@@ -191,8 +199,11 @@ def _llm_obstacles(model: LMM) -> list[str]:
         return [f"its language model is one that transformers' AutoModel builds from its config, and {name} is none"]
     head = llm.get_output_embeddings()
     reasons = []
-    if getattr(head, "bias", None) is not None and bool(head.bias.any()):
-        reasons.append(f"its output layer has no bias, and that of {name} has one that is not zero")
+    if has_bias(llm) and not can_fold(llm):
+        reasons.append(
+            f"its output layer has no bias, that of {name} has one that is not zero, and no layer norm before it whose weights "
+            "could say it"
+        )
     ids = torch.arange(3)[None]
     plain, whole = head(llm.get_decoder()(ids).last_hidden_state), llm(ids).logits
     if not torch.allclose(plain, whole, atol=TOLERANCE, rtol=0):
@@ -208,4 +219,15 @@ FORMAT = Format(
     detect=detect,
     writers={"hf": write_folder},
     obstacles=obstacles,
+    programs={
+        "hf": Program(
+            "transformers",
+            "transformers, in a fresh process without network, reads the folder and its chat template",
+            lambda: None,
+            ask_transformers,
+            transformers_tolerance,
+            ("vLLM was not run.", "Everything ran on the CPU, one question at a time."),
+        )
+    },
+    outlets={"hf": HF},
 )

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from tinylmm.convert.configs import flat_llm_config, known_tower_config, make_config, vision_config
 from tinylmm.convert.connectors import spec_of_type
 from tinylmm.convert.format import Format
+from tinylmm.convert.head_bias import NOTE, missing_bias
 from tinylmm.convert.lora import merge_run, plain_name, read_adapter
 from tinylmm.convert.parts import Parts
 from tinylmm.convert.source import Source
@@ -127,12 +128,9 @@ def _llm(source: Source, tensors: Tensors, config: PreTrainedConfig | None) -> t
         if kind not in LLM_KINDS:
             raise UserError(f"{source.folder}: model_type is '{kind}'; importable are {', '.join(LLM_KINDS)}.")
         config = flat_llm_config(source.config, LLM_KINDS[kind])
-    if config.model_type == "phi" and "lm_head.weight" in tensors and "lm_head.bias" not in tensors:
-        tensors = tensors | {"lm_head.bias": tensors["lm_head.weight"].new_zeros(len(tensors["lm_head.weight"]))}
-        source.notes.append(
-            "Phi's output layer has a bias in transformers, but none in this checkpoint; it is filled with zeros"
-        )
-    return config, tensors
+    if head_bias := missing_bias(config, tensors):
+        source.notes.append(NOTE)
+    return config, tensors | head_bias
 
 
 def _tower(source: Source, tensors: Tensors, name: str) -> tuple[PreTrainedConfig, Tensors]:

@@ -1,0 +1,119 @@
+"""Attention over samples laid end to end, each by itself: no mask, whatever the kernel.
+
+On a GPU in bf16 or fp16 that is PyTorch's `torch.nn.attention.varlen`, whose arguments have moved from release to release;
+everywhere else it is one causal `scaled_dot_product_attention` a sample, which costs the sum of the samples' squares where a
+mask over the whole row costs the square of their sum.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+HALF = (torch.bfloat16, torch.float16)
+"""What the varlen kernels compute in."""
+
+
+@cache
+def varlen_kernel() -> Callable[..., Any] | None:
+    """`varlen_attn` of the installed PyTorch (2.10 and later); None where it has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    found: Callable[..., Any] = varlen_attn
+    return found
+
+
+def attend_samples(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within each sample.
+
+    Args:
+        query: (N, H, E), N positions of all samples.
+        key, value: (N, K, E), where K divides H.
+        bounds: (samples + 1,) int32, where samples begin, and N.
+        longest: positions of the longest sample.
+        scale: of the scores; None is 1 / sqrt(E).
+        window: how many positions, its own counted in, a position sees at most; None is all before it.
+
+    Returns:
+        (N, H, E).
+    """
+    kernel = varlen_kernel() if query.is_cuda and query.dtype in HALF else None
+    if kernel is None:
+        return _sample_by_sample(query, key, value, bounds, scale, window)
+    return call_varlen(kernel, (query, key, value), bounds, longest, scale, window)
+
+
+def call_varlen(
+    kernel: Callable[..., Any],
+    heads: tuple[Tensor, Tensor, Tensor],
+    bounds: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Call `varlen_attn` with the arguments that this release of PyTorch has for the same thing.
+
+    Up to 2.10 it knows `is_causal` and no window; from 2.11 causal is the window (-1, 0), and there is `scale`; from 2.13 it
+    takes fewer key heads (`enable_gqa`), which until then are repeated.
+
+    Raises:
+        NotImplementedError: a window, or another scale than 1 / sqrt(E), is asked of a release that has none.
+    """
+    query, key, value = heads
+    known = _arguments(kernel)
+    options: dict[str, Any] = {}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if "window_size" in known:
+        options["window_size"] = (-1, 0) if window is None or window >= longest else (window - 1, 0)
+    elif window is None or window >= longest:
+        options["is_causal"] = True
+    else:
+        raise NotImplementedError("varlen_attn of this PyTorch has no window; use PyTorch 2.11 or later")
+    own = query.shape[-1] ** -0.5
+    if scale is not None and abs(scale - own) > 1e-6 * own:
+        if "scale" not in known:
+            query = query * (scale / own)
+        else:
+            options["scale"] = scale
+    mixed: Tensor = kernel(query, key, value, bounds, bounds, longest, longest, **options)
+    return mixed
+
+
+@cache
+def _arguments(kernel: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kernel).parameters
+
+
+def _sample_by_sample(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    lengths = bounds.diff().tolist()
+    grouped = query.shape[1] != key.shape[1]
+    mixed = []
+    # split, whose backward pass puts all gradients together at once, where slices would each write one of the whole row
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        if not len(q):
+            continue
+        seen: dict[str, Any] = {"is_causal": True}
+        if window is not None and len(q) > window:
+            band = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
+            seen = {"attn_mask": band}
+        heads = [part.transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale, enable_gqa=grouped, **seen)
+        mixed.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(mixed)

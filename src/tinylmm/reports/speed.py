@@ -1,0 +1,53 @@
+"""How fast a stage was, from the rows of its metrics.jsonl (medians, as single rows waver), and whether that was verified.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from tinylmm.reports.records import StageReport
+
+TOKENS = {
+    "text_tokens_per_s": "text",
+    "image_tokens_per_s": "image",
+    "supervised_tokens_per_s": "supervised",
+}
+SHARES = {"data_wait": "of the time waited for data", "padding": "padding"}
+
+
+def speed_words(stage: StageReport) -> list[str]:
+    """`412 samples/s`, `51,200 tokens/s (12,000 text, ...)`, `MFU 41 % (NVIDIA H200 SXM, bf16)` and so on; what rows have."""
+    found = {name: _median(stage, name) for name in ("samples_per_s", "tokens_per_s", "mfu", "peak_share")}
+    said = []
+    if (speed := found["samples_per_s"]) is not None:
+        said.append(f"{speed:,.0f} samples/s")
+    if (tokens := found["tokens_per_s"]) is not None:
+        parts = {word: _median(stage, name) for name, word in TOKENS.items()}
+        each = ", ".join(f"{value:,.0f} {word}" for word, value in parts.items() if value is not None)
+        said.append(f"{tokens:,.0f} tokens/s ({each})")
+    device = next((str(row["device"]) for row in reversed(stage.metrics) if "device" in row), "")
+    if (mfu := found["mfu"]) is not None:
+        said.append(f"MFU {mfu:.1%} of the data sheet ({device})")
+    if (share := found["peak_share"]) is not None:
+        said.append(f"{share:.1%} of the measured peak" + (f" ({device})" if mfu is None else ""))
+    said += [f"{share:.1%} {what}" for name, what in SHARES.items() if (share := _median(stage, name)) is not None]
+    _, peaks = stage.curve("peak_memory_gib")
+    return [*said, f"{max(peaks):.2f} GiB peak memory"] if peaks else said
+
+
+def _median(stage: StageReport, name: str) -> float | None:
+    """Without the first row, which has the start-up in it, where there are others."""
+    _, values = stage.curve(name)
+    return median(values[1:] or values) if values else None
+
+
+def verified_words(stage: StageReport) -> str:
+    """Whether the training's fast paths were compared with a plain one, and how that ended."""
+    found = stage.certificate
+    if found is None:
+        return "not verified (tinylmm verify)"
+    one = found.certificate
+    other = "" if found.same_versions else ", with other versions than it was trained with"
+    return f"{one.verdict} ({one.created[:10]}, {one.device}, {one.precision}{other})"

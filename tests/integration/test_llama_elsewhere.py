@@ -1,0 +1,97 @@
+"""Exported GGUF files in llama.cpp's own server: asked over HTTP as OpenAI's clients do, with the files' chat template."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tinylmm
+from tests.elsewhere.environments import python_with
+from tests.integration.project import environment
+from tests.integration.test_gguf_elsewhere import (
+    MARKER,
+    MODELS,
+    QUESTIONS,
+    TOKENS,
+    TOLERANCE,
+    first_chances,
+    images,
+    row_of,
+)
+from tinylmm.constants import IMAGE_SLOT
+from tinylmm.convert.conversion import write_model
+from tinylmm.data.chat import Turn, get_template
+from tinylmm.models.checkpoint import LoadedModel, save_model
+
+__all__ = ["images"]  # a fixture
+BROKEN = "\ufffd"
+"""A part of a character; the server holds back those that an answer ends with."""
+SCRIPT = Path(__file__).parents[1] / "elsewhere/ask_llama_server.py"
+
+
+def asked(loaded: LoadedModel, image: Path | None, question: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A question as a talk, and as the whole prompt."""
+    turns = [Turn(f"{IMAGE_SLOT}\n{question}" if image else question, None)]
+    prompt = get_template(loaded.model.template).fitted(loaded.tokenizer).text(turns).replace(IMAGE_SLOT, MARKER)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    pictures = [] if image is None else [base64.b64encode(image.read_bytes()).decode()]
+    for picture in pictures:
+        parts.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}})
+    talk = {"messages": [{"role": "user", "content": parts}], "tokens": TOKENS}
+    return talk, {"prompt": prompt, "images": pictures}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, images: list[Path]) -> dict[str, dict[str, Any]]:
+    """Every model in a server of its own, in fp32."""
+    root, jobs = tmp_path_factory.mktemp("gguf"), []
+    for name, make in MODELS.items():
+        loaded = make()
+        write_model(loaded, root / name, "gguf", torch.float32)
+        files = {"model": str(root / name / "model.gguf"), "mmproj": str(root / name / "mmproj.gguf")}
+        pairs = [asked(loaded, image, question) for image, question in zip([*images[:2], None], QUESTIONS, strict=True)]
+        talks, prompts = [talk for talk, _ in pairs], [prompt for _, prompt in pairs]
+        jobs.append(files | {"talks": talks, "prompts": prompts, "vocabulary": len(loaded.tokenizer)})
+    done = subprocess.run(
+        [python_with("llama-server"), str(SCRIPT)],
+        input=json.dumps(jobs),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(MODELS, json.loads(done.stdout.splitlines()[-1])["models"], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MODELS))
+def test_llama_cpps_server_answers_as_our_engine_does(
+    served: dict[str, dict[str, Any]], images: list[Path], tmp_path: Path, name: str
+) -> None:
+    loaded, found = MODELS[name](), served[name]
+    save_model(loaded, tmp_path / "ours", None, {})
+    model = tinylmm.load(tmp_path / "ours")
+    compared = 0
+    for number, image in enumerate([*images[:2], None]):
+        question, chat, first = QUESTIONS[number], found["chat"][number], found["first"][number]
+        turns = [Turn(f"{IMAGE_SLOT}\n{question}" if image else question, None)]
+        length = len(row_of(loaded, turns))
+        assert (chat["usage"]["prompt_tokens"], first["length"]) == (length, length)
+        said = chat["choices"][0]["message"]["content"].strip()
+        expected = model.chat(question, image=image, max_new_tokens=TOKENS)
+        assert said.rstrip(BROKEN) == expected.rstrip(BROKEN)
+        if not first["log_probs"]:
+            continue
+        ours = first_chances(loaded, turns, image).log()
+        theirs = {int(token): chance for token, chance in first["log_probs"].items()}
+        assert len(theirs) >= len(loaded.tokenizer) - 4  # it lists as many as there are texts
+        assert max(abs(float(ours[token]) - chance) for token, chance in theirs.items()) < TOLERANCE
+        compared += 1
+    assert compared, "the answers are parts of characters: draw another model"

@@ -1,0 +1,91 @@
+"""A model that is made faster learns what it learns without: every LLM, samples end to end."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.models.llms import NAMES, tiny
+from tests.unit.models.test_attention import CPU, batch, samples, step, without_dropout
+from tinylmm.models.fused import _AtPositions
+from tinylmm.models.layout import layout_of
+from tinylmm.models.lmm import LMM
+from tinylmm.models.speed import speed_up
+from tinylmm.models.tuning import enable_checkpointing
+
+
+def learnt_in_part() -> dict[str, Tensor]:
+    """Samples of which the last third is learnt, end to end."""
+    made = batch(samples(), 400, packing=True)
+    made["targets"][:, ::3] = -100
+    made["targets"][:, : made["targets"].shape[1] // 3] = -100
+    return made
+
+
+def taken_over(model: LMM) -> int:
+    return sum(isinstance(module.forward, _AtPositions) for module in model.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_faster_model_learns_what_the_plain_one_learns(name: str, checkpointing: bool) -> None:
+    plain = tiny(name).train()
+    without_dropout(plain)
+    fast = copy.deepcopy(plain)
+    fast.set_attention("varlen")
+    speed_up(fast, CPU)
+    assert taken_over(fast) >= 2 and list(fast.state_dict()) == list(plain.state_dict())
+    if checkpointing:
+        enable_checkpointing(fast)
+    inputs = learnt_in_part()
+    loss, gradients = step(plain, inputs)
+    layout = layout_of(inputs["input_ids"], inputs["position_ids"], inputs["targets"])
+    for found, slopes in (step(fast, inputs), step(fast, inputs | {"layout": layout})):
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(slopes, gradients, rtol=0, atol=1e-5 * float(gradients.abs().max()))
+
+
+def test_where_something_is_dropped_at_random_the_last_block_stays_whole() -> None:
+    model = tiny("phi2").train()
+    model.llm.get_decoder().layers[-1].mlp.fc2 = torch.nn.Sequential(
+        model.llm.get_decoder().layers[-1].mlp.fc2, torch.nn.Dropout(0.5)
+    )
+    speed_up(model, CPU)
+    kept = [name for name, module in model.named_modules() if isinstance(module.forward, _AtPositions)]
+    assert not any(name.endswith("mlp") for name in kept) and any(name.endswith("dense") for name in kept)
+
+
+def test_a_block_that_mixes_positions_behind_its_attention_stays_whole() -> None:
+    model = tiny("tinyllama").train()
+    mlp = model.llm.get_decoder().layers[-1].mlp
+
+    class Mixing(type(mlp)):  # type: ignore[misc]
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) + hidden.mean(-2, keepdim=True)
+
+    mlp.__class__ = Mixing
+    speed_up(model, CPU)
+    assert taken_over(model) == 0
+
+
+def test_with_nothing_to_learn_there_is_still_a_graph() -> None:
+    model = tiny("tinyllama").train()
+    model.set_attention("varlen")
+    speed_up(model, CPU)
+    inputs = learnt_in_part()
+    inputs["targets"].fill_(-100)
+    loss, gradients = step(model, inputs)
+    assert float(loss) == 0.0 and not gradients.any()
+
+
+def test_evaluation_computes_every_position() -> None:
+    model = tiny("tinyllama")
+    speed_up(model, CPU)
+    model.needed.positions = torch.tensor([1])
+    ids = torch.arange(12).view(1, 12) + 5
+    found = model.llm(input_ids=ids, use_cache=False).logits
+    model.needed.positions = None
+    torch.testing.assert_close(model.llm(input_ids=ids, use_cache=False).logits, found)
