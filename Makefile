@@ -59,10 +59,11 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 	$(BIN)/python -m benchmarks.significance
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.grid
+	$(BIN)/python -m benchmarks.scaling
 
-gpu-check: $(STAMP)  ## Run the tests that need a GPU, and train a few steps at Phi-2 + SigLIP shapes (skipped without one)
+gpu-check: $(STAMP)  ## Run the tests that need a GPU, and measure it in eight minutes (benchmarks/gpu.py; skipped without one)
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu
 
 nano-paper: $(STAMP)  ## Run the paper's questions at nano size: 39 models on two CPU cores, half an hour (experiments/nano_paper)
 	$(BIN)/tinylmm-train experiment=nano_paper launch.slots=2 store=$(STORE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -15,6 +15,19 @@ def whole(least: int, multiple_of: int = 1) -> Callable[[str], int]:
             kind = "whole number" if multiple_of == 1 else f"multiple of {multiple_of}"
             raise argparse.ArgumentTypeError(f"is '{word}'; use a {kind}, {least} or more")
         return int(word)
+
+    return read
+
+
+def choices(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Words with commas between them, all of them allowed, in the order in which they are allowed."""
+
+    def read(words: str) -> list[str]:
+        asked = words.split(",")
+        for word in asked:
+            if word not in allowed:
+                raise argparse.ArgumentTypeError(f"has '{word}'; allowed, with commas between: {', '.join(allowed)}")
+        return [name for name in allowed if name in asked]
 
     return read
 

@@ -77,9 +77,10 @@ class _RoomyLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, spare: int = GROW) -> None:
         super().__init__()
         self._length = 0
+        self._spare = spare
         self._rooms: tuple[Tensor, Tensor] | None = None
         if keys is not None and values is not None:
             self.update(keys, values)
@@ -97,7 +98,7 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _larger(self, held: Tensor, states: Tensor, end: int) -> Tensor:
-        room = states.new_empty((*states.shape[:-2], end + GROW, states.shape[-1]))
+        room = states.new_empty((*states.shape[:-2], end + max(self._spare, GROW), states.shape[-1]))
         if self._length:
             room[..., : self._length, :] = held
         return room
@@ -110,20 +111,51 @@ def new_cache(llm: nn.Module) -> DynamicCache:
     return cache
 
 
-def select_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A new cache whose row i is row `rows[i]` of `cache`, which stays as it is. Only for `CacheKind.shareable` ones."""
+def select_rows(cache: DynamicCache, rows: Tensor, spare: int = GROW) -> DynamicCache:
+    """A new cache whose row i is row `rows[i]` of `cache`, which stays as it is. Only for `CacheKind.shareable` ones.
+
+    Args:
+        spare: so many tokens to come find room at once.
+    """
     chosen = copy.copy(cache)
     chosen.layers = []
     for layer in cache.layers:
         if layer.get_seq_length() == 0:
             chosen.layers.append(copy.copy(layer))
         elif isinstance(layer, _RoomyLayer):
-            chosen.layers.append(_RoomyLayer(layer.keys.index_select(0, rows), layer.values.index_select(0, rows)))
+            keys, values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+            chosen.layers.append(_RoomyLayer(keys, values, spare))
         else:
             twin = copy.copy(layer)  # tensors are replaced below, never written in place
             twin.keys, twin.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
             chosen.layers.append(twin)
     return chosen
+
+
+def pick_columns(cache: DynamicCache, rows: Tensor, columns: Tensor) -> DynamicCache:
+    """A new cache whose row i holds the `columns[i]` of row `rows[i]`. Only for `CacheKind.shareable` ones.
+
+    Args:
+        rows: (G,).
+        columns: (G, C), of layers that have forgotten none.
+    """
+    picked = copy.copy(cache)
+    picked.layers = []
+    for layer in cache.layers:
+        if layer.get_seq_length() == 0:
+            picked.layers.append(layer)
+            continue
+        keys, values = (
+            states.transpose(1, 2)[rows[:, None], columns].transpose(1, 2).contiguous()
+            for states in (layer.keys, layer.values)
+        )
+        if isinstance(layer, _RoomyLayer):
+            picked.layers.append(_RoomyLayer(keys, values))
+        else:
+            twin = copy.copy(layer)
+            twin.keys, twin.values, twin.cumulative_length = keys, values, columns.shape[1]
+            picked.layers.append(twin)
+    return picked
 
 
 def join_rows(caches: Sequence[DynamicCache]) -> DynamicCache:

@@ -141,19 +141,24 @@ class Chooser:
         if self._processors:
             scores = self._processors(self._answers(rows, said, logits.device), scores)
         best = scores.topk(2, dim=-1)
-        if not bool(torch.isfinite(best.values[:, 0]).all()):
+        tokens, values = best.indices[:, 0], best.values
+        # Exact ties are common in narrow types: the first of them is chosen, as transformers' greedy search does.
+        same = values[:, 0] == values[:, 1]
+        finite, tied = torch.stack([torch.isfinite(values[:, 0]).all(), same.any()]).tolist()
+        if tied:
+            tokens = torch.where(same, scores.argmax(dim=-1), tokens)
+        if not finite:
             raise FloatingPointError(
                 "the model gives logits that are not finite: its weights are damaged, or overflow in this precision"
             )
-        values = best.values
         if self._generators:
             best = self._races(scores, rows).topk(2, dim=-1)
-            values = best.values.log()
+            tokens, values = best.indices[:, 0], best.values.log()
         share = TIE.get(logits.dtype) if self._doubts else None
         if share is None:
-            return best.indices[:, 0], [False] * len(logits)
+            return tokens, [False] * len(logits)
         largest = logits.abs().clamp(max=1e4).amax(dim=-1)  # a forbidden token's -inf is no scale
-        return best.indices[:, 0], (values[:, 0] - values[:, 1] <= share * self._stretch * largest).tolist()
+        return tokens, (values[:, 0] - values[:, 1] <= share * self._stretch * largest).tolist()
 
     def _answers(self, rows: Sequence[int], said: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """(B, T) ids said so far: all rows that go on have said equally many."""

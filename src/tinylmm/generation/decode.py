@@ -149,11 +149,18 @@ def next_logits(
     llm: nn.Module, inputs: dict[str, Any], mask: Tensor | None, positions: Tensor, cache: DynamicCache
 ) -> Tensor:
     """(B, V) logits behind the last token of each row."""
+    return last_logits(llm, inputs, mask, positions, cache, 1)[:, -1]
+
+
+def last_logits(
+    llm: nn.Module, inputs: dict[str, Any], mask: Tensor | None, positions: Tensor, cache: DynamicCache, count: int
+) -> Tensor:
+    """(B, `count`, V) logits behind the last tokens of each row."""
     options: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
     if _keeps_logits(type(llm).forward):
-        options["logits_to_keep"] = 1
+        options["logits_to_keep"] = count
     logits: Tensor = llm(**inputs, **options, position_ids=positions, past_key_values=cache, use_cache=True).logits
-    return logits[:, -1]
+    return logits[:, -count:]
 
 
 @lru_cache(maxsize=8)

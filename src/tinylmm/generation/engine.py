@@ -2,10 +2,10 @@
 
 Evaluation, chat, streams and lmms-eval all ask here. Prompts about the same images share everything up to the last image
 token, and the words behind it that all prompts have in common. `Engine.replies` walks over windows of such groups: their
-prefixes are computed together and kept for as long as the window lasts, then all that follows them is answered in batches
-sorted by length, each at most `rows` rows and about `tokens` tokens. A row is followed in its batch only while no choice is in
-doubt (`choose.py`); otherwise it is answered again by `decode_alone`, whose answer is the definition. Then every answer is that
-of `decode_alone`, in whatever batch it was asked.
+prefixes are computed together and kept for as long as the window lasts, then all that follows them is answered in batches,
+each of at most `rows` prompts and about `tokens` tokens; prompts that share a prefix lie side by side behind it (`packed.py`).
+A row is followed in its batch only while no choice is in doubt (`choose.py`); otherwise it is answered again by `decode_alone`,
+whose answer is the definition. Then every answer is that of `decode_alone`, in whatever batch it was asked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -25,14 +26,21 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
-from tinylmm.generation.images import EncodedImages
+from tinylmm.generation.groups import Group, groups_of, images_of
+from tinylmm.generation.images import EncodedImages, ReadAhead
+from tinylmm.generation.invariant import IN_DOUBLE, invariant_rows
+from tinylmm.generation.packed import PackedRows, decode_packed
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.lmm import LMM
 from tinylmm.stop import stop_requested
 
 log = logging.getLogger(__name__)
 
-MASKING = ("sdpa", "eager")
+OWN_COLUMNS = 256
+"""Prompts of one row may bring so many columns of their own, or as many as what they share has."""
+SPARE = 16
+"""New tokens of each prompt that a row has room for at once; few answers about an image with many questions are longer."""
+MASKING = ("sdpa", "eager", IN_DOUBLE)
 """Attention implementations that take a mask with padding in the middle of a row."""
 
 
@@ -57,13 +65,16 @@ class Reply:
     alone: bool
 
 
-@dataclass
-class _Group:
-    """Prompts that begin with the same tokens over the same images."""
+@dataclass(frozen=True)
+class _Row:
+    """Prompts that lie side by side behind the prefix of the group at `place` in its window."""
 
-    prefix: tuple[int, ...]
-    images: tuple[str, ...]
-    prompts: list[Prompt] = field(default_factory=list)
+    place: int
+    prompts: list[Prompt]
+
+    def columns(self, past: int, limit: Callable[[Prompt], int]) -> int:
+        """What the row takes of a cache, `limit` new tokens of each prompt with it."""
+        return past + sum(len(prompt.ids) - past + limit(prompt) for prompt in self.prompts)
 
 
 class Engine:
@@ -78,6 +89,7 @@ class Engine:
         share: whether prompts may share the computation of what they begin with.
         sizes: image key -> width and height in pixels; needed where the model takes images in tiles, and of clips.
         images: where features are kept; shared by engines that ask about the same images.
+        invariant: compute each row as if it were alone (`invariant.py`): slower, and the promise holds in bf16 and fp16 too.
 
     Attributes:
         exact: whether an answer is promised to be the same tokens in any batch, with and without shared prefixes.
@@ -95,15 +107,19 @@ class Engine:
         share: bool = True,
         sizes: Mapping[str, Extent] | None = None,
         images: EncodedImages | None = None,
+        invariant: bool = False,
     ) -> None:
         self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
         self.sampling, self.rows, self.tokens, self.share = sampling, rows, tokens, share
         parameter = next(model.llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.kind: CacheKind = cache_kind(model.llm)
-        self.exact = self.dtype in TIE
+        self.invariant = invariant
+        self.exact = self.dtype in TIE or invariant
         self.near_ties = 0
         self._images = images or EncodedImages(model)
+        if invariant:
+            self._images.at_once = 1
 
     @property
     def images_encoded(self) -> int:
@@ -121,20 +137,22 @@ class Engine:
         if len(prompts) > 1:
             self._say_what_is_promised(longest)
         together = self.kind.shareable and (self.kind.long_from is None or longest <= self.kind.long_from)
-        groups = self._groups(prompts, self.share and together)
+        groups = groups_of(prompts, self.share and together)
         uses = Counter(key for group in groups for key in group.images)
         self._images.announce(uses.elements())
         try:
-            for window in self._windows(groups):
-                keys = [key for group in window for key in group.images]
-                self._images.encode(keys, self.load, _check_stop)
-                yield from self._replies(window, together)
-                self._images.release(keys)
-                uses.subtract(keys)
+            windows = [(window, [key for group in window for key in group.images]) for window in self._windows(groups)]
+            ahead = ReadAhead(self.load, self._images.missing(key for _, keys in windows for key in keys))
+            with self._rows_apart(), ahead as load:
+                for window, keys in windows:
+                    self._images.encode(keys, load, _check_stop)
+                    yield from self._replies(window, together)
+                    self._images.release(keys)
+                    uses.subtract(keys)
         finally:  # also where the caller leaves, or an answer fails
             self._images.release((+uses).elements())
 
-    def _replies(self, window: list[_Group], together: bool) -> Iterator[list[Reply]]:
+    def _replies(self, window: list[Group], together: bool) -> Iterator[list[Reply]]:
         if together:
             yield from self._answer_window(window)
             return
@@ -147,16 +165,21 @@ class Engine:
         The prompt's images are encoded before this returns, so that their faults come before the first id.
         """
         self._images.announce(prompt.images)
-        self._images.encode(prompt.images, self.load, _check_stop)
-        steps = self._alone(prompt)
+        with self._rows_apart():
+            self._images.encode(prompt.images, self.load, _check_stop)
+            steps = self._alone(prompt)
         self._images.release(prompt.images)
         return self._new_ids(steps)
 
     def _new_ids(self, steps: Iterator[Continued]) -> Iterator[int]:
         sent = 0
-        for answer in steps:
-            yield from answer.ids[sent:]
-            sent = len(answer.ids)
+        with self._rows_apart():
+            for answer in steps:
+                yield from answer.ids[sent:]
+                sent = len(answer.ids)
+
+    def _rows_apart(self) -> AbstractContextManager[None]:
+        return invariant_rows(self.model) if self.invariant else nullcontext()
 
     def _say_what_is_promised(self, longest: int) -> None:
         if not self.exact:
@@ -180,20 +203,10 @@ class Engine:
         if limit is not None and longest > limit:
             log.warning("prompts with answers reach %d tokens, the model was made for %d", longest, limit)
 
-    def _groups(self, prompts: Sequence[Prompt], share: bool) -> list[_Group]:
-        """Groups of prompts with equal beginnings, longest first (what does not fit shows at once), else as given."""
-        shared = _shared_lengths(prompts) if share else {}
-        groups: dict[tuple[tuple[int, ...], tuple[str, ...]], _Group] = {}
-        for prompt in prompts:
-            prefix = prompt.ids[: shared.get(_behind_images(prompt), 0)]
-            groups.setdefault((prefix, prompt.images), _Group(prefix, prompt.images)).prompts.append(prompt)
-        longest = {key: max(len(prompt.ids) for prompt in group.prompts) for key, group in groups.items()}
-        return [groups[key] for key in sorted(groups, key=lambda key: (-len(key[0]), -longest[key]))]
-
-    def _windows(self, groups: list[_Group]) -> Iterator[list[_Group]]:
+    def _windows(self, groups: list[Group]) -> Iterator[list[Group]]:
         """Groups of equal prefix length, as many as may be kept at a time."""
         for _, same in groupby(groups, key=lambda group: len(group.prefix)):
-            window: list[_Group] = []
+            window: list[Group] = []
             held = 0
             for group in same:
                 cost = max(len(group.prefix), group.prompts[0].ids.count(IMAGE_TOKEN_ID), 1)
@@ -204,12 +217,16 @@ class Engine:
                 held += cost
             yield window
 
-    def _answer_window(self, window: list[_Group]) -> Iterator[list[Reply]]:
+    def _answer_window(self, window: list[Group]) -> Iterator[list[Reply]]:
         past = len(window[0].prefix)
         prefixes = self._prefixes(window) if past else None
+        longest = max(self._cost(prompt) for group in window for prompt in group.prompts)
+        if prefixes is not None and self._can_pad(longest):
+            yield from self._answer_packed(window, prefixes)
+            return
         rows = [(place, prompt) for place, group in enumerate(window) for prompt in group.prompts]
         rows.sort(key=lambda row: -len(row[1].ids))
-        for batch in self._batches([prompt for _, prompt in rows], past):
+        for batch in self._batches([prompt for _, prompt in rows]):
             places, rows = [place for place, _ in rows[: len(batch)]], rows[len(batch) :]
             cache = (
                 new_cache(self.model.llm)
@@ -217,12 +234,55 @@ class Engine:
                 else select_rows(prefixes, torch.tensor(places, device=self.device))
             )
             lengths = [len(prompt.ids) - past for prompt in batch]
-            embeddings = self._embed([prompt.ids[past:] for prompt in batch], [] if past else _images(batch))
+            embeddings = self._embed([prompt.ids[past:] for prompt in batch], [] if past else images_of(batch))
             limits = [self._limit(prompt) for prompt in batch]
             choose = Chooser(self.sampling, len(batch), self.device)
             start = Start(cache, past, embeddings, lengths)
             found = last(decode(self.model.llm, start, choose, self.ends, limits, _check_stop))
             yield [self._settled(prompt, answer, len(batch)) for prompt, answer in zip(batch, found, strict=True)]
+
+    def _answer_packed(self, window: list[Group], prefixes: DynamicCache) -> Iterator[list[Reply]]:
+        """Answer the prompts of a window's groups, those about the same images side by side behind what they share."""
+        past, llm = len(window[0].prefix), self.model.llm
+        for batch in self._row_batches(window):
+            prompts = [prompt for row in batch for prompt in row.prompts]
+            limits = [self._limit(prompt) for prompt in prompts]
+            places = torch.tensor([row.place for row in batch], device=self.device)
+            spare = max(row.columns(past, lambda prompt: min(self._limit(prompt), SPARE)) for row in batch) - past
+            packed = PackedRows(llm, select_rows(prefixes, places, spare), past, len(batch))
+            texts = [[prompt.ids[past:] for prompt in row.prompts] for row in batch]
+            choose = Chooser(self.sampling, len(prompts), self.device)
+            found = last(decode_packed(packed, texts, self._embed, choose, self.ends, limits, _check_stop))
+            yield [self._settled(prompt, answer, len(prompts)) for prompt, answer in zip(prompts, found, strict=True)]
+
+    def _row_batches(self, window: list[Group]) -> Iterator[list[_Row]]:
+        """Cut groups into rows, widest first, and these into batches within both bounds."""
+        past = len(window[0].prefix)
+        rows = [_Row(place, part) for place, group in enumerate(window) for part in self._parts(group.prompts, past)]
+        rows.sort(key=lambda row: -row.columns(past, self._limit))
+        batch: list[_Row] = []
+        for row in rows:
+            prompts = sum(len(other.prompts) for other in [*batch, row])
+            widest = (batch or [row])[0].columns(past, self._limit)
+            if batch and (prompts > self.rows or (len(batch) + 1) * widest > self.tokens):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _parts(self, prompts: list[Prompt], past: int) -> list[list[Prompt]]:
+        """Cut the prompts about the same images into as few rows as may be, all about equally long.
+
+        A row's questions see each other's columns only to pass over them: more of these than of the beginning are no gain.
+        """
+        prompts = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+        own, cost = len(prompts[0].ids) - past, self._cost(prompts[0]) - past
+        most = min(self.rows, max(past, OWN_COLUMNS) // own, (self.tokens - past) // cost)
+        while most > 1 and not self.kind.pads(past + most * cost):
+            most -= 1
+        parts = -(-len(prompts) // max(1, most))
+        return [prompts[number::parts] for number in range(parts)]
 
     def _settled(self, prompt: Prompt, answer: Continued, rows: int) -> Reply:
         """The row's own answer, or after a near-tie the reference's."""
@@ -233,15 +293,14 @@ class Engine:
         again.seconds += answer.seconds
         return self._reply(prompt, again, rows, alone=True)
 
-    def _batches(self, prompts: list[Prompt], past: int) -> Iterator[list[Prompt]]:
-        """Cut prompts, longest first, into batches within both bounds; of equal length where padding would change them."""
+    def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+        """Cut prompts, longest first, into batches within both bounds, of equal length: padding would change them."""
         batch: list[Prompt] = []
         largest = 0
         for prompt in prompts:
             if batch:
                 full = len(batch) == self.rows or (len(batch) + 1) * max(largest, self._cost(prompt)) > self.tokens
-                pads = past > 0 and self._can_pad(max(largest, self._cost(prompt)))
-                if full or (not pads and len(prompt.ids) != len(batch[0].ids)):
+                if full or len(prompt.ids) != len(batch[0].ids):
                     yield batch
                     batch, largest = [], 0
             batch.append(prompt)
@@ -260,7 +319,7 @@ class Engine:
         return self.kind.pads(tokens) and getattr(self.model.llm.config, "_attn_implementation", "") in MASKING
 
     @torch.no_grad()
-    def _prefixes(self, window: list[_Group]) -> DynamicCache:
+    def _prefixes(self, window: list[Group]) -> DynamicCache:
         """One cache with a row a group; computed in batches, then put together."""
         size = max(1, min(self.rows, self.tokens // len(window[0].prefix)))
         caches = []
@@ -272,7 +331,7 @@ class Engine:
         return caches[0] if len(caches) == 1 else join_rows(caches)
 
     @torch.no_grad()
-    def _embed(self, rows: Sequence[Sequence[int]], images: Sequence[str]) -> Tensor:
+    def _embed(self, rows: Sequence[Sequence[int]], images: Sequence[str] = ()) -> Tensor:
         """(B, S, Dl) of token ids, shorter rows padded on the left, with the features of `images` at the placeholders."""
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.device)
@@ -286,34 +345,6 @@ class Engine:
 
     def _reply(self, prompt: Prompt, answer: Continued, rows: int, alone: bool) -> Reply:
         return Reply(prompt.item_id, answer.ids, len(prompt.ids), answer.steps, answer.seconds, rows, alone)
-
-
-def _images(prompts: Sequence[Prompt]) -> list[str]:
-    return [key for prompt in prompts for key in prompt.images]
-
-
-def _shared_lengths(prompts: Sequence[Prompt]) -> dict[int, int]:
-    """How long the prefixes are: where the images end -> there, and on for as long as all such prompts say the same.
-
-    Prompts that end with an image have nothing left to ask behind a prefix; they share none.
-    """
-    tails: dict[int, list[tuple[int, ...]]] = {}
-    for prompt in prompts:
-        end = _behind_images(prompt)
-        tails.setdefault(end, []).append(prompt.ids[end:])
-    return {end: end + _common(rows) if all(rows) else 0 for end, rows in tails.items()}
-
-
-def _behind_images(prompt: Prompt) -> int:
-    """Index behind the last image token, 0 where there is none."""
-    return len(prompt.ids) - prompt.ids[::-1].index(IMAGE_TOKEN_ID) if prompt.images else 0
-
-
-def _common(rows: Sequence[tuple[int, ...]]) -> int:
-    """Length of what all rows begin with, less one token of the shortest: something must be left to ask."""
-    first, last = min(rows), max(rows)  # in lexical order all others lie between them
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(same, min(len(row) for row in rows) - 1)
 
 
 def _check_stop() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +13,53 @@ from torch import Tensor
 from tinylmm.models.lmm import LMM
 
 ENCODE_IMAGES = 64
-"""Images, tiles or frames that go through the tower at once."""
+"""Images, tiles or frames that go through the tower at once, where nothing speaks against it."""
+READ_AHEAD = 64
+"""Images, tiles or frames that are read before they are asked for."""
+
+
+class Stored(Protocol):
+    """Features that somebody computed before, by image key: (T, P, Dv) each."""
+
+    def __contains__(self, key: str, /) -> bool: ...
+
+    def __call__(self, key: str, /) -> Tensor: ...
+
+
+class ReadAhead:
+    """Reads images in a thread of its own while the model works on those before.
+
+    One thread: what reads a benchmark's tables keeps the part that neighbours share, and would read it once a thread.
+
+    Args:
+        load: key -> pixels.
+        keys: in the order in which they will be asked for; what is asked for besides is read there and then.
+    """
+
+    def __init__(self, load: Callable[[str], Tensor], keys: Sequence[str]) -> None:
+        self._load, self._keys = load, deque(keys if len(keys) > 1 else [])
+        self._reading: dict[str, Future[Tensor]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+        self._views = READ_AHEAD  # of the largest so far; until the first is read, any may have so many
+
+    def __enter__(self) -> Callable[[str], Tensor]:
+        if self._keys:
+            self._reader = ThreadPoolExecutor(1, "read-ahead")
+        return self._next
+
+    def __exit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self, key: str) -> Tensor:
+        while self._reader is not None and self._keys and len(self._reading) * self._views < READ_AHEAD:
+            following = self._keys.popleft()
+            self._reading[following] = self._reader.submit(self._load, following)
+        found = self._reading.pop(key, None)
+        pixels = self._load(key) if found is None else found.result()
+        views = len(pixels) if pixels.ndim == 4 else 1
+        self._views = views if self._views == READ_AHEAD else max(views, self._views)
+        return pixels
 
 
 class EncodedImages:
@@ -19,14 +67,16 @@ class EncodedImages:
 
     Args:
         keep: so many images stay although nobody has announced a use of them, those used last.
-        stored: key -> features (T, P, Dv) that somebody computed before, None where nobody did.
+        stored: features that need no tower.
 
     Attributes:
+        at_once: images that go through the tower together.
         encoded: how many images went through the tower.
     """
 
-    def __init__(self, model: LMM, keep: int = 0, stored: Callable[[str], Tensor | None] | None = None) -> None:
+    def __init__(self, model: LMM, keep: int = 0, stored: Stored | None = None) -> None:
         self.model, self.keep, self._stored = model, keep, stored
+        self.at_once = ENCODE_IMAGES
         self.encoded = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._uses: Counter[str] = Counter()
@@ -43,6 +93,11 @@ class EncodedImages:
             del self._features[key]
         self._uses = +self._uses
 
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those, each once, that have to go through the tower."""
+        stored = self._stored or ()
+        return [key for key in dict.fromkeys(keys) if key not in self._features and key not in stored]
+
     @torch.no_grad()
     def encode(self, keys: Sequence[str], load: Callable[[str], Tensor], check: Callable[[], None]) -> None:
         """Run the tower on images that are not there yet.
@@ -51,21 +106,19 @@ class EncodedImages:
             load: key -> (3, H, W), normalised for the tower; of tiles, or frames of a clip, (T, 3, H, W).
             check: called before every batch; raises to stop.
         """
-        wanted = list(dict.fromkeys(keys))
-        for key in wanted:
+        for key in dict.fromkeys(keys):
             if key in self._features:
                 self._features.move_to_end(key)
         waiting: dict[str, Tensor] = {}
-        for key in [key for key in wanted if key not in self._features]:
-            stored = None if self._stored is None else self._stored(key)
-            if stored is not None:
-                self._features[key] = stored
+        for key in [key for key in dict.fromkeys(keys) if key not in self._features]:
+            if self._stored is not None and key in self._stored:
+                self._features[key] = self._stored(key).to(next(self.model.vision_tower.parameters()).device)
                 continue
             if not waiting:
                 check()
             pixels = load(key)
             waiting[key] = pixels if pixels.ndim == 4 else pixels[None]
-            if sum(map(len, waiting.values())) >= ENCODE_IMAGES:
+            if sum(map(len, waiting.values())) >= self.at_once:
                 self._run_tower(waiting)
                 waiting = {}
         if waiting:
@@ -73,7 +126,7 @@ class EncodedImages:
 
     def _run_tower(self, views: dict[str, Tensor]) -> None:
         """Encode images by key, each as its views (T, 3, H, W)."""
-        pieces = torch.cat(list(views.values())).split(ENCODE_IMAGES)
+        pieces = torch.cat(list(views.values())).split(self.at_once)
         features = torch.cat([self.model.tower_features(some) for some in pieces])
         self._features |= dict(zip(views, features.split([len(view) for view in views.values()]), strict=True))
         self.encoded += len(views)

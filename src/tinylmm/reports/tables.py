@@ -236,7 +236,7 @@ def served_cells(study: Study) -> list[tuple[int, str]]:
 
 def use_commands(run: RunReport) -> list[str]:
     """What to type to serve a run's model, to talk to it, and to write it for other programs; nothing if it has none."""
-    wanted = (("serve",), ("chat",), ("export", f"{run.name}-hf", "--to", "hf", "--verify"))
+    wanted = (("serve",), ("demo",), ("chat",), ("export", f"{run.name}-hf", "--to", "hf", "--verify"))
     return [command for words_ in wanted if (command := run.command_for(*words_)) is not None]
 
 

@@ -144,7 +144,7 @@ def _answer(
         rows=launch.eval_batch,
         tokens=launch.eval_tokens,
         sizes=shown.extents,
-        images=EncodedImages(model, stored=shown.features),
+        images=EncodedImages(model, stored=shown.stored),
     )
     prompts: list[Prompt] = []
     for item in items:

@@ -60,6 +60,7 @@ class Shown:
 
     Attributes:
         extents: key -> width and height, where the model wants to know, and frames of a video.
+        stored: features of videos, where they are kept.
         computed: videos whose features were not in the store.
 
     Raises:
@@ -90,16 +91,15 @@ class Shown:
             else (0, 0)
             for key, ref in refs.items()
         }
-        self._device = next(loaded.model.vision_tower.parameters()).device
-        self._stored = None
+        self.stored = None
         self.computed = 0
         tower, launch, counts = loaded.model.vision_tower, job.settings.launch, self._counts
         if counts and launch.cache_features and estimate_gib(tower, sum(counts.values())) <= launch.cache_features_gib:
             described = loaded.description.as_json()
             description = {"image": described["image"], "tower": described["vision_tower"]}
             where = (StoreLayout(job.store).features, job.folder, description)
-            self._stored = open_clips(tower, counts, self.pixels, self._stamp, *where)
-            self.computed = self._stored.computed
+            self.stored = open_clips(tower, counts, self.pixels, self._stamp, *where)
+            self.computed = self.stored.computed
 
     @property
     def _counts(self) -> dict[str, int]:
@@ -113,12 +113,6 @@ class Shown:
         if ref.video:
             return torch.stack(see_frames(ref.path, self._frames[key], self.transform.one_view))
         return self.transform(open_image_ref(ref))
-
-    def features(self, key: str) -> Tensor | None:
-        """(T, P, Dv) of a video whose features are kept; None of all else."""
-        if self._stored is None or key not in self._stored:
-            return None
-        return self._stored(key).to(self._device)
 
     def _stamp(self, key: str) -> list[object]:
         path = self.refs[key].path.resolve()

@@ -61,13 +61,9 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     attention = choose_training_attention(launch.attention, spec.precision, device)
     prepare_machine(device)
     configure_tensorboard(job.folder)
-    start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if spec.model else None
+    start = _own_start(job)
     with in_turn(device.type != "cpu"):
         loaded = _start_model(job, start, llm_weights=not (_spreads_llm(job) and rank() > 0))
-        if spec.image_mode is not None:
-            set_image_mode(loaded, spec.image_mode, spec.seed)
-        if spec.sampling is not None:
-            loaded.description = loaded.description.with_sampling(spec.sampling)
         kept, tuning, frozen = _to_device(job, loaded, device)
     barrier()
     model = loaded.model
@@ -111,13 +107,20 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
+        **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
+        **_seen(samples, cache, spec.max_length),
+        **({"commits": commits} if (commits := _commits(loaded)) else {}),
+    }
+
+
+def _seen(samples: PreparedSamples, cache: Features | None, max_length: int) -> dict[str, Any]:
+    """What the summary says of the data."""
+    return {
         "data": asdict(samples.report),
         "world_size": world_size(),
-        **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "features_cached": cache is not None,
         **({"clips_encoded": cache.clips.computed} if isinstance(cache, MixedFeatures) else {}),
-        **({"remarks": [samples.report.left_out(spec.max_length)]} if samples.report.dropped else {}),
-        **({"commits": commits} if (commits := _commits(loaded)) else {}),
+        **({"remarks": [samples.report.left_out(max_length)]} if samples.report.dropped else {}),
     }
 
 
@@ -133,12 +136,7 @@ def begin_plainly(
     job: StageJob[TrainStage], device: torch.device
 ) -> tuple[LoadedModel, PreparedSamples, SeenImages, dict[str, PartTuning]]:
     """What a training starts from, for whoever computes its steps in another way: model, samples and images; on one rank."""
-    start = own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if job.spec.model else None
-    loaded = _start_model(job, start, llm_weights=True)
-    if job.spec.image_mode is not None:
-        set_image_mode(loaded, job.spec.image_mode, job.spec.seed)
-    if job.spec.sampling is not None:
-        loaded.description = loaded.description.with_sampling(job.spec.sampling)
+    loaded = _start_model(job, _own_start(job), llm_weights=True)
     _, tuning, _ = _to_device(job, loaded, device)
     images = SeenImages(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, job.spec.max_length, job.settings.max_dropped)
@@ -167,15 +165,7 @@ def build_trainer(
 ) -> LMMTrainer:
     """Wire model, data and launch settings to the Trainer."""
     spec, launch = job.spec, job.settings.launch
-    mixture = Mixture(samples.sizes, spec.mixture or [1.0] * len(samples.sizes))
-    if not len(mixture):
-        raise DataError("the mixture's weights leave no sample to train on; raise them")
-    steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
-    positions = launch.positions(on_gpu=device.type != "cpu")
-    micro_batch = None if launch.micro_batch == "auto" else launch.micro_batch
-    per_step = (spec.global_batch, spec.epochs, spec.seed, micro_batch)
-    ranks_of = (rank(), world_size(), mixture.epoch)
-    sampler = StepSampler(len(mixture), steps, *per_step, *ranks_of, samples.lengths, positions)
+    sampler, steps = _sampler(job, samples, on_gpu=device.type != "cpu")
     arguments = training_arguments(
         spec,
         launch,
@@ -220,6 +210,23 @@ def build_trainer(
             f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
+
+
+def _sampler(job: StageJob[TrainStage], samples: PreparedSamples, on_gpu: bool) -> tuple[StepSampler, int]:
+    """Which samples this rank sees when, and how many steps that is.
+
+    Raises:
+        DataError: none at all.
+    """
+    spec, launch = job.spec, job.settings.launch
+    mixture = Mixture(samples.sizes, spec.mixture or [1.0] * len(samples.sizes))
+    if not len(mixture):
+        raise DataError("the mixture's weights leave no sample to train on; raise them")
+    steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
+    micro_batch = None if launch.micro_batch == "auto" else launch.micro_batch
+    per_step = (spec.global_batch, spec.epochs, spec.seed, micro_batch)
+    ranks_of = (rank(), world_size(), mixture.epoch)
+    return StepSampler(len(mixture), steps, *per_step, *ranks_of, samples.lengths, launch.positions(on_gpu)), steps
 
 
 def _blank_image(deepspeed_stage: int | None, cache: Features | None) -> Literal["connector", "tower"]:
@@ -285,8 +292,23 @@ def _spreads_llm(job: StageJob[TrainStage]) -> bool:
     return job.settings.launch.deepspeed_stage == 3 and world_size() > 1 and not quantised
 
 
+def _own_start(job: StageJob[TrainStage]) -> Path | None:
+    """This stage's own copy of the model folder that it starts from, if it starts from one outside the store."""
+    return own_copy(Path(job.settings.folders["from"]), job.folder, StoreLayout(job.store)) if job.spec.model else None
+
+
 def _start_model(job: StageJob[TrainStage], start: Path | None, llm_weights: bool) -> LoadedModel:
-    """Return the model this stage starts from: of an earlier stage, at `start`, or put together from parts."""
+    """Return the model this stage starts from, as the stage sees images and clips."""
+    loaded = _first_model(job, start, llm_weights)
+    if job.spec.image_mode is not None:
+        set_image_mode(loaded, job.spec.image_mode, job.spec.seed)
+    if job.spec.sampling is not None:
+        loaded.description = loaded.description.with_sampling(job.spec.sampling)
+    return loaded
+
+
+def _first_model(job: StageJob[TrainStage], start: Path | None, llm_weights: bool) -> LoadedModel:
+    """Return a model of an earlier stage, the one at `start`, or one put together from parts."""
     spec, parents, folders = job.spec, job.parents, job.settings.folders
     trust, attention = job.settings.trust, job.settings.launch.attention
     if "from" in parents:

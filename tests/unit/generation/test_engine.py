@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -35,9 +35,10 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation import cache, choose, decode
 from tinylmm.generation import engine as generation
 from tinylmm.generation.cache import cache_kind
-from tinylmm.generation.choose import Chooser, Sampling
-from tinylmm.generation.decode import decode_alone
+from tinylmm.generation.choose import TIE, Chooser, Sampling
+from tinylmm.generation.decode import Continued, decode_alone
 from tinylmm.generation.engine import Engine, Reply
+from tinylmm.generation.packed import PackedRows, decode_packed
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
@@ -172,18 +173,80 @@ def test_rounding_in_a_batch_stays_far_below_what_counts_as_a_near_tie() -> None
     assert float(((together - torch.stack(alone)).abs() / largest).max()) < choose.TIE[torch.float32] / 10
 
 
+def test_rounding_side_by_side_in_a_row_stays_as_far_below() -> None:
+    torch.manual_seed(3)
+    model = model_of(FAMILIES["llama"]())
+    past, texts = torch.randn(1, 12, WIDTH), [[*range(20, 25 + n)] for n in range(6)]
+    table = model.llm.get_input_embeddings()
+
+    def embed(rows: Sequence[Sequence[int]]) -> Tensor:
+        return table(torch.tensor(rows))
+
+    with torch.no_grad():
+        alone = [model.llm(inputs_embeds=torch.cat([past, embed([text])], 1)).logits[0, -1] for text in texts]
+        two = cache.prefill(model.llm, past.repeat(2, 1, 1))
+    found: list[Tensor] = []
+
+    def choose(logits: Tensor, rows: Sequence[int], said: object) -> tuple[Tensor, list[bool]]:
+        found.extend(logits[place] for place, row in enumerate(rows) if row >= 0)
+        return logits.argmax(-1), [False] * len(rows)
+
+    list(decode_packed(PackedRows(model.llm, two, 12, 2), [texts[:4], texts[4:]], embed, choose, ENDS, [1] * 6))
+    largest = torch.stack(alone).abs().amax(-1, keepdim=True)
+    assert len(found) == 6
+    assert float(((torch.stack(found) - torch.stack(alone)).abs() / largest).max()) < TIE[torch.float32] / 10
+
+
 def test_batches_keep_to_both_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
-    sizes = decode_batch_calls(monkeypatch)
-    answers(Engine(model, pixels, ENDS, GREEDY, rows=5, tokens=10**6), prompts)
-    assert max(sizes) == 5
-    sizes.clear()
+    packed = packed_calls(monkeypatch)
+    replies = list(Engine(model, pixels, ENDS, GREEDY, rows=5, tokens=10**6).replies(prompts))
+    assert max(len(batch) for batch in replies) == 5
+    assert {len(batch) for batch in replies} == {reply.rows for batch in replies for reply in batch}
+    packed.clear()
     longest = max(len(prompt.ids) for prompt in prompts) + NEW
     replies = list(Engine(model, pixels, ENDS, GREEDY, rows=64, tokens=3 * longest).replies(prompts))
-    assert max(sizes) > 1
-    for batch in replies:
-        assert len(batch) * max(reply.prompt_tokens + NEW for reply in batch) <= 3 * longest
+    assert max(map(len, replies)) > 1
+    assert packed and max(packed) <= 3 * longest
+
+
+def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Places for tokens that each packed batch took in the cache in the end."""
+    taken: list[int] = []
+    real = generation.decode_packed
+
+    def recorded(packed: PackedRows, *more: object) -> Iterator[list[Continued]]:
+        taken.append(0)
+        for found in real(packed, *more):  # type: ignore[arg-type]
+            taken[-1] = max(taken[-1], packed.owner.numel())
+            yield found
+
+    monkeypatch.setattr(generation, "decode_packed", recorded)
+    return taken
+
+
+def test_questions_about_an_image_lie_side_by_side_and_leave_when_they_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row for all of them, whose columns are moved together when most have ended; answers are the reference's."""
+    torch.manual_seed(1)
+    model = model_of(FAMILIES["llama"]())
+    slot = (IMAGE_TOKEN_ID,) * model.image_tokens
+    prompts = [replace(prompt, images=("0",), limit=1 + 6 * (n > 10)) for n, prompt in enumerate(ask(model)[:13])]
+    assert all(prompt.ids[len(SYSTEM) : len(SYSTEM) + len(slot)] == slot for prompt in prompts)
+    widths: list[tuple[int, int]] = []
+    real = PackedRows.step
+
+    def recorded(packed: PackedRows, *more: object) -> Tensor:
+        logits: Tensor = real(packed, *more)  # type: ignore[arg-type]
+        widths.append((packed.rows, packed.owner.shape[1]))
+        return logits
+
+    monkeypatch.setattr(PackedRows, "step", recorded)
+    found = answers(Engine(model, pixels, ENDS, GREEDY), prompts)
+    assert found == {prompt.item_id: reference(model, prompt)[: prompt.limit] for prompt in prompts}
+    assert {rows for rows, _ in widths} == {1} and widths[1][1] < widths[0][1] / 2
 
 
 def test_only_models_whose_cache_can_be_shared_share_it(caplog: pytest.LogCaptureFixture) -> None:
