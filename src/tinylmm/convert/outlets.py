@@ -21,10 +21,10 @@ _PEFT = (
     .replace("parts =", 'model = PeftModel.from_pretrained(model, "FOLDER")\nparts =')
     .replace("from PIL", "from peft import PeftModel\nfrom PIL")
 )
-_VLLM = "vllm serve FOLDER --limit-mm-per-prompt '{\"image\": 4}'"
+_VLLM = """vllm serve FOLDER --limit-mm-per-prompt '{"image": 4}' --mm-processor-kwargs '{"backend": "pil"}'"""
 _VLLM_WHICH = (
     "vLLM has LLMs of the kinds Llama, Qwen2, Qwen3, Gemma and StableLM, and towers CLIP and SigLIP; for equal answers compute "
-    "in float32 on both sides (`--dtype float32`)."
+    "in float32 on both sides (`--dtype float32`), and let Pillow resize images, as training does (`backend`)."
 )
 
 HF = Outlet(
