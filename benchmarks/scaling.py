@@ -115,13 +115,13 @@ def _step(axis: str, size: int, tiny: bool) -> tuple[Callable[[], object], Calla
     import torch
 
     from tinylmm.constants import IMAGE_TOKEN_ID
-    from tinylmm.models.attention import choose_attention
+    from tinylmm.models.attention import choose_training_attention
 
     fixed = AXES[axis].fixed
     assert fixed is not None, "all axes but the data's are of a step"
     shape = Shape(**vars(fixed) | {axis: size})
     model = _model(16 if tiny else 256, 2 if tiny else 4, shape.vocabulary)
-    model.set_attention(choose_attention("auto", "fp32", torch.device("cpu")))
+    model.set_attention(choose_training_attention("auto", "fp32", torch.device("cpu")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step(length: int, batch: int, images: int) -> None:

@@ -175,7 +175,7 @@ def _handed_in(setting: Setting, run: RunSpec, first: TrainStage, clock: Clock, 
             size = run.vision_tower.image.size
             pixels = torch.randn(READY, 3, size, size, generator=torch.Generator().manual_seed(0))
             waiting = lambda self, name: pixels[int(name.partition(".")[0]) % READY]  # noqa: E731
-            changed.enter_context(patch.object(train._Images, "pixels", waiting))
+            changed.enter_context(patch.object(train.SeenImages, "pixels", waiting))
         yield
 
 

@@ -52,14 +52,19 @@ class ReadAhead:
             self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _next(self, key: str) -> Tensor:
-        while self._reader is not None and self._keys and len(self._reading) * self._views < READ_AHEAD:
-            following = self._keys.popleft()
-            self._reading[following] = self._reader.submit(self._load, following)
+        self._read_on()
         found = self._reading.pop(key, None)
         pixels = self._load(key) if found is None else found.result()
         views = len(pixels) if pixels.ndim == 4 else 1
         self._views = views if self._views == READ_AHEAD else max(views, self._views)
+        self._read_on()  # while this one is in use
         return pixels
+
+    def _read_on(self) -> None:
+        """Have as many read as may wait, by what is known of their size."""
+        while self._reader is not None and self._keys and len(self._reading) * self._views < READ_AHEAD:
+            following = self._keys.popleft()
+            self._reading[following] = self._reader.submit(self._load, following)
 
 
 class EncodedImages:
