@@ -257,6 +257,7 @@ class _Drawn:
             for number, (ids, labels, image) in enumerate(rows)
         ]
         self.sizes = [len(rows)]
+        self.frames_if_any = None  # no videos
 
     def __len__(self) -> int:
         return len(self.records)
@@ -287,38 +288,47 @@ class _Padding:
     pad_token_id = 0
 
 
+def _identity(case: Case) -> dict[str, Any]:
+    """The parts of our model, with random weights."""
+    shape = case.shape
+    return {
+        "llm": {
+            "_target_": "transformers.LlamaForCausalLM",
+            "init": "random",
+            "architecture": llm_architecture(shape, case.vocabulary),
+        },
+        "vision_tower": {
+            "_target_": "tinylmm.models.vision.HFVisionTower",
+            "encoder": "transformers.SiglipVisionModel",
+            "init": "random",
+            "architecture": tower_architecture(shape),
+            "image": {"size": shape.image, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"},
+        },
+        "tower_output": {"select_layer": -2, "select": "patch", "drop_first_token": False, "options": {}},
+        "connector": {"_target_": "tinylmm.models.connectors.MLPConnector", "options": {}},
+    }
+
+
 def _ours(case: Case, folder: Path) -> Any:
     """Our model and Trainer, wired as a stage wires them."""
     import torch
 
     from tests.builders import build, tuning
+    from tinylmm.config.description import ModelDescription
+    from tinylmm.config.identities import ConnectorIdentity, TowerOutput
+    from tinylmm.config.spec import ImageSpec
     from tinylmm.models.attention import choose_training_attention
+    from tinylmm.models.checkpoint import LoadedModel
     from tinylmm.models.speed import speed_up
     from tinylmm.stages.job import make_job
     from tinylmm.stages.train import build_trainer
     from tinylmm.training.machine import prepare_machine
 
-    shape, device = case.shape, torch.device("cpu")
+    device = torch.device("cpu")
     prepare_machine(device)
     torch.manual_seed(0)
-    model = build(
-        {
-            "llm": {
-                "_target_": "transformers.LlamaForCausalLM",
-                "init": "random",
-                "architecture": llm_architecture(shape, case.vocabulary),
-            },
-            "vision_tower": {
-                "_target_": "tinylmm.models.vision.HFVisionTower",
-                "encoder": "transformers.SiglipVisionModel",
-                "init": "random",
-                "architecture": tower_architecture(shape),
-                "image": {"size": shape.image, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "squash"},
-            },
-            "tower_output": {"select_layer": -2, "select": "patch", "drop_first_token": False, "options": {}},
-            "connector": {"_target_": "tinylmm.models.connectors.MLPConnector", "options": {}},
-        }
-    )
+    identity = _identity(case)
+    model = build(identity)
     tune = {"llm": "full" if case.stage == 2 else "frozen", "vision_tower": "frozen", "connector": "full"}
     tuning(model, tune)
     model.set_attention(choose_training_attention("auto", "fp32", device))
@@ -348,16 +358,15 @@ def _ours(case: Case, folder: Path) -> Any:
         with torch.no_grad():
             whole_set = {str(n): model.vision_tower(drawn.pixels(str(n))[None])[0] for n in range(16)}
         cache = lambda names: torch.stack([whole_set[str(int(name) % 16)] for name in names])  # noqa: E731
-    loaded: Any = _Loaded(model, drawn.tokenizer)
-    return build_trainer(job, loaded, drawn, drawn, cache, device)
-
-
-@dataclass
-class _Loaded:
-    """A model with what stands for its tokenizer."""
-
-    model: Any
-    tokenizer: _Padding
+    parts = identity["llm"]["_target_"], identity["vision_tower"]["_target_"], identity["vision_tower"]["encoder"]
+    described = ModelDescription.of_targets(
+        *parts,
+        TowerOutput.model_validate(identity["tower_output"]),
+        ConnectorIdentity.model_validate(identity["connector"]),
+        ImageSpec.model_validate(identity["vision_tower"]["image"]),
+        template="llama",
+    )
+    return build_trainer(job, LoadedModel(model, drawn.tokenizer, described, None), drawn, drawn, cache, device)
 
 
 # ------------------------------------------------------------------------------------------------ all of them

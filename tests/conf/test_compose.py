@@ -70,9 +70,9 @@ def test_every_combination_of_parts_and_recipes_has_a_plan(tmp_path: Path) -> No
         trained = [s for s in plan_run(default.model_copy(update=parts), "-".join(choices)).graph if s.kind == "train"]
         assert len(trained) == len(parts["recipe"].stages), choices
         last_stages.add(trained[-1].digest)
-    assert len(last_stages) == len(cases) * (len(llms) - 1) // len(llms), (
-        "llm=openelm is llm=openelm_450m, all else differs"
-    )
+    # llm=openelm is llm=openelm_450m; recipe=video with nano's numbers, and no videos to train on, is recipe=base
+    differ = {case for case in cases if case[0] != "openelm" and case[3] != "video"}
+    assert len(last_stages) == len(differ), "all else differs"
 
 
 def chosen(group: str) -> list[str]:
@@ -305,7 +305,7 @@ def test_every_shipped_benchmark_is_one_that_exists() -> None:
     from tinylmm.evaluation.benchmarks.registry import benchmark_names
 
     shipped = {path.stem for path in (conf_folder() / "eval").glob("*.yaml")}
-    names = sorted(shipped - {"auto", "none", "digits", "paper", "factory"})
+    names = sorted(shipped - {"auto", "none", "digits", "moving_digits", "paper", "factory", "video"})
     found = compose_run([f"eval=[{','.join(names)}]"]).eval
     assert list(found) == [spec.benchmark for spec in found.values()] == names and set(names) <= set(benchmark_names())
 

@@ -133,10 +133,10 @@ def open_clip(video: Video, trained: SamplingSpec | None) -> Clip:
             "Video(source, sampling={'uniform': 16}), or the frames themselves."
         )
     if isinstance(source, bytes | bytearray | memoryview):
-        with tempfile.NamedTemporaryFile(suffix=".video") as file:
-            file.write(source)
-            file.flush()
-            return Clip(tuple(_named(sample_frames, Path(file.name), sampling)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "video"
+            path.write_bytes(source)
+            return Clip(tuple(_named(sample_frames, path, sampling)))
     if isinstance(source, str | Path):
         path = Path(source)
         if not path.is_file():

@@ -308,11 +308,19 @@ def test_the_llm_width_is_what_the_connector_was_built_for() -> None:
         build(shrunk("clip"), MOF_MLP)
 
 
-WIDTHS = {"clip_b16": 768, "siglip": 1152, "siglip2": 1152, "siglip2_base": 768, "nano": 96, "nano_small": 48}
+WIDTHS = {
+    "clip_b16": 768,
+    "siglip": 1152,
+    "siglip2": 1152,
+    "siglip2_base": 768,
+    "nano": 96,
+    "nano_small": 48,
+    "nano_video": 96,
+}
 PUBLISHED = {  # tokens an image, millions of parameters of the image encoder as their model cards and papers give them
     "clip": (576, 304), "clip_224": (256, 304), "clip_b16": (196, 86), "siglip": (729, 428), "siglip2": (729, 428),
     "siglip2_base": (196, 93), "dinov2": (256, 304), "dinov3": (196, 300), "mof": (512, 608), "nano": (4, 0.63),
-    "nano_small": (4, 0.1785),
+    "nano_small": (4, 0.1785), "nano_video": (4, 0.63),
 }  # fmt: skip
 
 

@@ -230,14 +230,16 @@ def test_what_responses_do_not_have_is_refused(server: Server, asked: dict[str, 
 
 def test_the_documentations_own_example_runs(server: Server, model: ChatModel, tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    [command] = re.findall(r"^```\n(curl .*?)^```", page, re.M | re.S)
-    RED.save(tmp_path / "cat.jpg")
+    [example] = re.findall(r"^```python title=ask.py\n(.*?)^```", page, re.M | re.S)
+    [command] = re.findall(r"^\$ (curl .*?)$", page, re.M)
+    RED.save(tmp_path / "scene.png")
 
     def run(*words: str) -> str:
         return subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=120, check=True).stdout.decode()
 
     said = run(sys.executable, "-c", example.replace("http://127.0.0.1:8000", server.url))
-    assert said.startswith(model.chat("What is it?", tmp_path / "cat.jpg")) and "CompletionUsage(" in said
+    assert (
+        said.startswith(model.chat("How many digits are there?", tmp_path / "scene.png")) and "CompletionUsage(" in said
+    )
     lines = run("bash", "-c", command.replace("http://127.0.0.1:8000", server.url)).split("\n\n")
     assert lines[-2] == "data: [DONE]" and json.loads(lines[0].removeprefix("data: "))["model"] == "tiny"

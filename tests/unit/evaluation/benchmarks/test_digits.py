@@ -97,5 +97,5 @@ def test_a_broken_question_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test\.jsonl, line 2: not valid JSON"):
         Digits().load(tmp_path)
     path.write_text('{"question_id": "1"}\n')
-    with pytest.raises(DataError, match="line 1: field image, text, category, answer, options missing"):
+    with pytest.raises(DataError, match="line 1: field text, category, answer, options missing"):
         Digits().load(tmp_path)
