@@ -16,6 +16,8 @@ from tinylmm.evaluation.images import open_image_ref
 from tinylmm.generation.choose import Sampling
 from tinylmm.serving.options import ServeOptions
 from tinylmm.serving.service import Service
+from tinylmm.store.find_model import find_model
+from tinylmm.store.runs import read_runs
 
 SMALL = [
     f"{where}.options.{name}={count}"
@@ -117,7 +119,8 @@ def test_the_serving_pages_commands_lead_from_the_run_to_every_way_of_asking_it(
 
 
 def test_the_demo_answers_held_out_questions_as_the_evaluation_did(finished: Project, tmp_path: Path) -> None:
-    models = [finished.model(name) for name in ("finetune", "pretrain")]
+    first = min(read_runs(finished.store), key=lambda run: run.created)
+    models = [find_model(f"{first.name}@{name}", finished.store) for name in ("finetune", "pretrain")]
     [found] = question_sets(models, 6)
     assert found.name == "digits" and len(found.questions) == 6
     services = [Service(tinylmm.load(model, device="cpu"), model.parents[1].name, ServeOptions()) for model in models]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import typer
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.segment import Segment
+from rich.text import Span, Text
 
 from tinylmm.errors import printable
 
@@ -18,7 +20,7 @@ def terminal(stderr: bool = False, highlight: bool = True) -> Console:
 
     Strings are text: `[red]` in them is a name or a path, no markup. What is to have a style is a `rich.text.Text`.
     """
-    console = Console(stderr=stderr, highlight=highlight, markup=False)
+    console = _Console(stderr=stderr, highlight=highlight, markup=False)
     console.push_render_hook(_Escaping())
     return console
 
@@ -32,6 +34,28 @@ def echo_json(record: Any) -> None:
     """Write JSON with every character that a terminal would obey as JSON's own escape."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     typer.echo("".join(c if c == "\n" or printable(c, keep="") == c else json.dumps(c)[1:-1] for c in text))
+
+
+class _Console(Console):
+    """Lays text out as it is written: rich takes what a terminal would obey to have no width, and crops lines that grow later."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, str):
+            renderable = printable(renderable)
+        elif isinstance(renderable, Text):
+            renderable = _escaped(renderable)
+        return super().render(renderable, options)
+
+
+def _escaped(text: Text) -> Text:
+    """A text with everything written out, each style where it was."""
+    if printable(text.plain) == text.plain:
+        return text
+    pieces = [printable(character) for character in text.plain]
+    starts = [0, *accumulate(map(len, pieces))]
+    written = text.blank_copy("".join(pieces))
+    written.spans = [Span(starts[span.start], starts[min(span.end, len(pieces))], span.style) for span in text.spans]
+    return written
 
 
 class _Escaping(RenderHook):

@@ -36,6 +36,8 @@ def speed_up(model: LMM, device: torch.device) -> None:
 
 def _position_wise(llm: nn.Module) -> list[nn.Module]:
     """Modules behind the last attention, where they are found to be position-wise by trying them."""
+    if not all(parameter.is_floating_point() for parameter in llm.parameters()):
+        return []  # quantised layers pack their weights anew, for good, when they are tried outside training
     try:
         modules = position_wise(decoder_blocks(llm)[-1])
     except ValueError:  # blocks in no list

@@ -59,6 +59,17 @@ def test_console_keeps_its_own_styles_and_layout(
     assert "\x1b[2J" not in shown and "\u202e" not in shown and "\x9b" not in shown and "\x1b]" not in shown
 
 
+@pytest.mark.parametrize("before", range(40, 120))
+def test_a_line_that_is_broken_loses_nothing_of_what_is_written_out(
+    before: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{'t' * before}/no{HOSTILE}.png: no such image file. Give the path"
+    terminal().print(Text(words, "red"))
+    terminal().print(words)
+    shown = re.sub(r"\s", "", capsys.readouterr().out)
+    assert shown.count(printable(words.replace("\x07", "")).replace(" ", "")) == 2, "rich drops the bell"
+
+
 def test_plain_lines_json_and_errors_are_shown_alike(capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
         raise UserError(HOSTILE)
@@ -111,5 +122,5 @@ def test_words_of_rich_markup_in_names_are_names(capsys: pytest.CaptureFixture[s
 def test_only_the_terminal_module_makes_consoles() -> None:
     package = Path(tinylmm.__file__).parent
     sources = {path.relative_to(package).as_posix(): path.read_text("utf-8") for path in package.rglob("*.py")}
-    assert [name for name, text in sources.items() if re.search(r"\bConsole\(", text)] == ["cli/terminal.py"]
+    assert [name for name, text in sources.items() if re.search(r"\b_?Console\(", text)] == ["cli/terminal.py"]
     assert [name for name, text in sources.items() if "rich.markup" in text] == []

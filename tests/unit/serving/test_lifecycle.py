@@ -22,6 +22,7 @@ from PIL import Image
 
 import tinylmm
 from tests.unit.serving.process import Server, endless_model, picture, serving, user, wide_model, words
+from tinylmm.generation.session import ChatModel
 
 LONG, ENDLESS = 300, 12_000
 WAITING, RUNNING, GONE = "tinylmm_answers_waiting", "tinylmm_answers_running", "tinylmm_clients_gone_total"
@@ -177,9 +178,8 @@ def test_a_taken_port_and_a_missing_package_are_told(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "`tinylmm serve` needs fastapi: pip install 'tinylmm[serve]'\n")
 
 
-def test_a_crowd_that_comes_and_goes_gets_right_answers_under_tight_limits(tmp_path: Path) -> None:
-    folder = wide_model(tmp_path / "tiny")
-    model = tinylmm.load(folder, device="cpu")
+def mixed_cases(model: ChatModel) -> list[tuple[dict[str, Any], str]]:
+    """Requests of different lengths about different pictures, each with the answer that it has alone."""
     draw = random.Random(1)
     pictures = [Image.new("RGB", (20 + n, 30), (n * 40, 0, 255 - n * 40)) for n in range(6)]
     cases = []
@@ -189,6 +189,12 @@ def test_a_crowd_that_comes_and_goes_gets_right_answers_under_tight_limits(tmp_p
         length = draw.randint(1, 40)
         body = {"messages": [user(*map(picture, images), words(text))], "max_tokens": length}
         cases.append((body, model.chat(text, images, max_new_tokens=length)))
+    return cases
+
+
+def test_a_crowd_that_comes_and_goes_gets_right_answers_under_tight_limits(tmp_path: Path) -> None:
+    folder = wide_model(tmp_path / "tiny")
+    cases = mixed_cases(tinylmm.load(folder, device="cpu"))
     limits = ("--rows", "4", "--queue", "6", "--kept-tokens", "400", "--kept-images", "2", "--tokens", "600")
     with serving(folder, *limits) as server:
 
@@ -215,5 +221,41 @@ def test_a_crowd_that_comes_and_goes_gets_right_answers_under_tight_limits(tmp_p
             assert sum(pool.map(client, range(14))) > 14
         for name in (RUNNING, WAITING):
             server.wait_for(name, 0)
+        code, errors = server.end()
+        assert (code, "Traceback" in errors) == (0, False), errors
+
+
+@pytest.mark.slow
+def test_sixty_four_clients_at_once_for_a_minute_lose_and_mix_nothing(tmp_path: Path) -> None:
+    """Every one goes on asking the moment it is answered; whoever is refused for the full queue asks again."""
+    folder = wide_model(tmp_path / "tiny")
+    cases = mixed_cases(tinylmm.load(folder, device="cpu"))
+    with serving(folder, "--queue", "48") as server:
+        end = time.monotonic() + 60
+
+        def client(seed: int) -> tuple[int, int]:
+            own, answered, refused = random.Random(seed), 0, 0
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as asking:
+                while time.monotonic() < end:
+                    body, expected = own.choice(cases)
+                    try:
+                        reply = asking.chat.completions.create(model="tiny", **body)
+                    except openai.RateLimitError:
+                        refused += 1
+                        time.sleep(own.random() * 0.2)
+                        continue
+                    assert reply.choices[0].message.content == expected
+                    answered += 1
+            return answered, refused
+
+        with ThreadPoolExecutor(64) as pool:
+            counts = list(pool.map(client, range(64)))
+        for name in (RUNNING, WAITING):
+            server.wait_for(name, 0)
+        told = server.metrics()
+        path = 'tinylmm_requests_total{path="/v1/chat/completions",status='
+        assert told[f'{path}"200"}}'] == sum(answered for answered, _ in counts)
+        assert told.get(f'{path}"429"}}', 0) == sum(refused for _, refused in counts)
+        assert all(answered for answered, _ in counts), "somebody was never answered"
         code, errors = server.end()
         assert (code, "Traceback" in errors) == (0, False), errors
