@@ -37,7 +37,7 @@ def echo_json(record: Any) -> None:
 
 
 class _Console(Console):
-    """Lays text out as it is written: rich takes what a terminal would obey to have no width, and crops lines that grow later."""
+    """Lays text out as it is written: to rich, what a terminal would obey has no width; lines that grow later are cropped."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, str):
