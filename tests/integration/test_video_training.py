@@ -202,6 +202,22 @@ def test_questions_about_clips_are_asked_and_each_clip_is_encoded_once_for_all_m
     assert (more["frames"], more["clips_encoded"]) == ("uniform 2", 4)
 
 
+def test_a_damaged_clip_among_the_questions_is_refused_or_counted(project: Project, first: dict[str, Any]) -> None:
+    words = questions(project)
+    images, path = project.root / "data/images", project.root / "data/test.jsonl"
+    whole = (images / "clips/20.mp4").read_bytes()
+    (images / "torn.mp4").write_bytes(whole[: len(whole) // 2])
+    row = {"question_id": "torn", "video": "torn.mp4", "text": "?", "category": "clip", "answer": "yes", "options": 2}
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    refused = project.train_here(*SHORT, "name=torn", *words)
+    assert refused.returncode == 2 and "torn.mp4: cannot be read as a video" in refused.stderr
+    allowed = ["eval.digits.on_bad=skip", "eval.digits.max_bad=1"]
+    found = trained(project, "name=torn-allowed", *words, *allowed)["digits@finetune"]
+    assert (found["unreadable"], found["questions"]) == (1, 14)
+    again = project.train_here(*SHORT, "name=torn-again", *words)
+    assert again.returncode == 2 and "was asked without 1 images or videos" in again.stderr
+
+
 @pytest.mark.slow
 def test_answers_about_clips_are_the_same_without_kept_features(project: Project, first: dict[str, Any]) -> None:
     words = questions(project)

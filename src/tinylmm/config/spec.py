@@ -20,6 +20,15 @@ from tinylmm.config.video import Baseline, SamplingSpec, VideoSpec
 # ---------------------------------------------------------------------------------------------------- data
 
 
+def _check_skip(on_bad: str, max_bad: int, what: str) -> None:
+    if on_bad == "fail" and max_bad:
+        raise ValueError("has a `max_bad`, which allows nothing while on_bad=fail; set on_bad=skip too")
+    if on_bad == "skip" and max_bad == 0:
+        raise ValueError(
+            f"on_bad=skip needs max_bad, the number of {what} that may be left out; set max_bad to 1 or more"
+        )
+
+
 class SourceSpec(Frozen):
     """One annotation file with the folder its images lie in, both relative to the data set's root."""
 
@@ -42,12 +51,7 @@ class SourceSpec(Frozen):
 
     @model_validator(mode="after")
     def _skip_and_its_limit(self) -> SourceSpec:
-        if self.on_bad == "fail" and self.max_bad:
-            raise ValueError("has a `max_bad`, which allows nothing while on_bad=fail; set on_bad=skip too")
-        if self.on_bad == "skip" and self.max_bad == 0:
-            raise ValueError(
-                "on_bad=skip needs max_bad, the number of records that may be left out; set max_bad to 1 or more"
-            )
+        _check_skip(self.on_bad, self.max_bad, "records")
         return self
 
 
@@ -272,6 +276,11 @@ class EvalSpec(Frozen):
     """Ask every question without its image too: what the language model alone would score."""
     frames: Baseline | None = None
     """In place of a clip's frames: `middle` shows the middle one alone, `shuffled` shows them in an order of chance."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """What an image or a video that cannot be read does: stop the evaluation, or have the questions about it counted, and
+    scored as questions without an answer."""
+    max_bad: Annotated[int, Field(ge=0)] = 0
+    """With `on_bad: skip`, how many images and videos may be unreadable before the evaluation stops all the same."""
     max_new_tokens: Positive
     template: Literal["auto"] | TemplateName = "auto"
     sampling: SamplingSpec | None = None
@@ -289,7 +298,13 @@ class EvalSpec(Frozen):
             raise ValueError("has a `layout`, which is of the files below `root`; a source of `data` has a `format`")
         if self.limit is None and self.limit_seed:
             raise ValueError("has a `limit_seed`, which draws nothing without a `limit`; set `limit` too")
+        _check_skip(self.on_bad, self.max_bad, "images and videos")
         return self
+
+    @property
+    def allowed(self) -> int:
+        """How many images and videos may be unreadable."""
+        return self.max_bad if self.on_bad == "skip" else 0
 
 
 class WandbSpec(Frozen):

@@ -212,7 +212,8 @@ class _Builder:
         template = self.run.llm.template if spec.template == "auto" else spec.template
         # what is later than the first digests is in them only where it is set
         optional = {name for name in ("limit_seed", "sampling", "frames") if not getattr(spec, name)}
-        fields = _dump(spec, exclude={"root", "data", "source", "after", "template", "judge", "optional", *optional})
+        no_result = {"root", "after", "judge", "optional", *ANY_POLICY}
+        fields = _dump(spec, exclude={"data", "source", "template", *no_result, *optional})
         fields |= {"template": template, "judge": None} | model.fields
         parents = dict(model.parents)
         if spec.data is not None and spec.source is not None:
@@ -224,6 +225,8 @@ class _Builder:
             if spec.optional and MISSING in fields["content"]:
                 return
             location = {"root": spec.root, "source": {"images": ""}}
+        if spec.allowed or spec.source is not None:  # a source's own policy is about records to train on
+            location["source"] |= {"on_bad": spec.on_bad, "max_bad": spec.max_bad}
         self._answers_and_judging(f"{benchmark}@{model.name}", spec, fields, parents, location)
 
     def _answers_and_judging(

@@ -132,7 +132,7 @@ def _refuse_left_out(run: RunSpec, graph: StageGraph) -> None:
     """
     store = Store(run.store)
     for stage in graph:
-        if stage.kind not in ("prepare", "train") or not store.is_complete(stage):
+        if stage.kind not in ("prepare", "train", "eval") or not store.is_complete(stage):
             continue
         settings = StageSettings.model_validate(stage.settings)
         summary = read_manifest(store.folder(stage))["summary"]
@@ -143,6 +143,15 @@ def _refuse_left_out(run: RunSpec, graph: StageGraph) -> None:
                     f"{stage.name}: {store.folder(stage)} was prepared without {skipped} bad records (its report.json lists "
                     f"them), and {source.allowed} are allowed (on_bad={source.on_bad}). Set on_bad=skip and max_bad={skipped} "
                     "on the source to go on without them, or correct them."
+                )
+        elif stage.kind == "eval" and settings.location is not None:
+            source, unreadable = settings.location.source, summary.get("unreadable", 0)
+            if unreadable > source.allowed:
+                key = f"eval.{stage.name.partition('@')[0]}"
+                raise DataError(
+                    f"{stage.name}: {store.folder(stage)} was asked without {unreadable} images or videos that could not be "
+                    f"read (its faults.jsonl lists them), and {source.allowed} are allowed (on_bad={source.on_bad}). Set "
+                    f"{key}.on_bad=skip and {key}.max_bad={unreadable} to go on, or put them right."
                 )
         elif stage.kind == "train" and "data" in summary:
             samples, dropped = summary["data"]["samples"], summary["data"]["dropped"]
@@ -317,7 +326,7 @@ class _Files:
         except DataError as error:
             missing.append(Missing(f"questions of benchmark {spec.benchmark}", str(root), str(error)))
             return {MISSING: spec.benchmark}
-        if found["num_missing"]:
+        if found["num_missing"] > spec.allowed:
             shown = ", ".join(found["missing"][:3]) + (", ..." if found["num_missing"] > 3 else "")
             what = f"{found['num_missing']:,} of {found['num_images']:,} images of benchmark {spec.benchmark} ({shown})"
             how = "put them there, or set the `root` of this benchmark to the folder that has them"

@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 MODES = ("image", "blind")
 GENERATED = ("prompt_tokens", "new_tokens", "latency_s", "batch")
 """Of an answer, how it came about."""
+UNREADABLE = "unreadable"
+"""Of a row that is no answer: what is wrong with an image or video of its question."""
+PROMPT = "prompt"
+"""Of an answer, what was asked where that is not the item's prompt."""
 
 Rows = Mapping[tuple[str, str], Mapping[str, Any]]
 """(mode, item id) -> an answer as it was kept: `text`, and how it was generated."""
@@ -61,7 +65,16 @@ class Asked:
 
     def answers(self, mode: str) -> dict[str, Answer]:
         """Item id -> what was answered in one mode."""
-        return {item_id: Answer(row["text"]) for (asked, item_id), row in self.rows.items() if asked == mode}
+        return {
+            item_id: Answer(row["text"])
+            for (asked, item_id), row in self.rows.items()
+            if asked == mode and UNREADABLE not in row
+        }
+
+    @property
+    def unreadable(self) -> int:
+        """Questions about an image or video that could not be read."""
+        return sum(UNREADABLE in row for row in self.rows.values())
 
 
 def read_items(job: StageJob[AskedStage]) -> tuple[Benchmark, list[Item], int]:
@@ -90,7 +103,8 @@ def read_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     with path.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
-            rows["image", line["item_id"]] = {key: line[key] for key in ("text", *GENERATED)}
+            kept = ("text", *GENERATED, *filter(line.__contains__, (UNREADABLE, PROMPT)))
+            rows["image", line["item_id"]] = {key: line[key] for key in kept}
             if line["blind_text"] is not None:
                 rows["blind", line["item_id"]] = {"text": line["blind_text"]}
     return rows
@@ -117,9 +131,15 @@ def write_scores(job: StageJob[AskedStage], asked: Asked, judge: Judge | None = 
         **{key: value for key, value in scores.as_json().items() if key not in ("benchmark", "variant")},
         "generation": dict(asked.how),
     }
+    if asked.unreadable:
+        record["counts"] = record["counts"] | {UNREADABLE: asked.unreadable}
     (job.output / SCORES_FILE).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    images = len(set(asked.keys.values()))
-    return {"protocol": protocol.name, "metrics": metrics, "questions": len(items), "images": images, **asked.how}
+    summary = {"protocol": protocol.name, "metrics": metrics, "questions": len(items)}
+    summary |= {"images": len(set(asked.keys.values())), **asked.how}
+    if asked.unreadable:
+        what = f"images or videos of {asked.unreadable:,} of {len(items):,} questions could not be read"
+        summary["remarks"] = [f"{what}, which count as not answered (faults.jsonl names them)"]
+    return summary
 
 
 def _model_digest(job: StageJob[AskedStage]) -> str:
@@ -185,7 +205,7 @@ def _write_generations(job: StageJob[AskedStage], asked: Asked, scores: Scores, 
                 "cluster": hashlib.sha256(cluster_of(item, asked.keys).encode()).hexdigest()[:16],
                 **({"group": benchmark.group_of(item)} if grouped else {}),
                 "category": item.category,
-                "prompt": item.prompt,
+                "prompt": answer.get(PROMPT, item.prompt),
                 "truth": benchmark.truth(item),
                 "text": answer["text"],
                 "score": score,
@@ -195,6 +215,7 @@ def _write_generations(job: StageJob[AskedStage], asked: Asked, scores: Scores, 
                 "blind_correct": benchmark.correct(blind_score),
                 "options": item.options,
                 **{key: answer[key] for key in GENERATED},
+                **({UNREADABLE: answer[UNREADABLE]} if UNREADABLE in answer else {}),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

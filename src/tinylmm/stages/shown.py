@@ -1,4 +1,8 @@
-"""What an evaluation shows a model: images, and frames of videos, each decoded and encoded once for all its questions."""
+"""What an evaluation shows a model: images, and frames of videos, each decoded and encoded once for all its questions.
+
+What cannot be read stops the evaluation, or, where that is allowed (`eval.NAME.on_bad=skip`), is noted: black pixels stand for
+it, so that all else goes on as it would, and whoever asks throws the answers about it away (`fault_of`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tinylmm.config.description import ModelDescription
@@ -24,6 +29,10 @@ from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER, StoreLayout
 from tinylmm.training.clip_features import open_clips
 from tinylmm.training.features import estimate_gib
+
+FAULTS_SHOWN = 20
+_ANY_SIZE = (32, 32)
+"""Of the black image that stands for one whose size is not known."""
 
 
 def model_folder(job: StageJob[AskedStage]) -> Path:
@@ -62,9 +71,10 @@ class Shown:
         extents: key -> width and height, where the model wants to know, and frames of a video.
         stored: features of videos, where they are kept.
         computed: videos whose features were not in the store.
+        faults: key -> what is wrong with it, of images and videos that could not be read so far.
 
     Raises:
-        DataError: a video cannot be read.
+        DataError: more images and videos cannot be read than the evaluation allows; the message names them.
         StoppedError: a stop was asked for.
     """
 
@@ -75,22 +85,12 @@ class Shown:
         refs: Mapping[str, ImageRef],
         sampling: SamplingSpec | None,
     ) -> None:
-        self.refs = refs
+        self.refs, self._job, self._sampling = refs, job, sampling
         self.transform = ImageTransform.of(loaded.description.image)
-        videos = {key: ref for key, ref in refs.items() if ref.video}
-        asked, baseline = job.spec.sampling, job.spec.frames
-        self._frames = {
-            key: _frames_of(ref, asked or ref.sampling or sampling, baseline) for key, ref in videos.items()
-        }
-        tiled = loaded.model.tiled
-        self.extents: dict[str, Extent] = {
-            key: (0, 0, len(self._frames[key]))
-            if key in self._frames
-            else open_image_ref(ref).size
-            if tiled
-            else (0, 0)
-            for key, ref in refs.items()
-        }
+        self.faults: dict[str, str] = {}
+        self._clips: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        self.extents: dict[str, Extent] = {key: self._extent(key, loaded.model.tiled) for key in refs}
+        self._refuse_more_than_allowed()
         self.stored = None
         self.computed = 0
         tower, launch, counts = loaded.model.vision_tower, job.settings.launch, self._counts
@@ -98,33 +98,120 @@ class Shown:
             described = loaded.description.as_json()
             description = {"image": described["image"], "tower": described["vision_tower"]}
             where = (StoreLayout(job.store).features, job.folder, description)
-            self.stored = open_clips(tower, counts, self.pixels, self._stamp, *where)
+            self.stored = open_clips(tower, counts, self._read, self._stamp, *where, damaged=self._note)
             self.computed = self.stored.computed
+
+    def pixels(self, key: str) -> Tensor:
+        """(3, H, W) of an image, (T, 3, H, W) of its tiles or of a video's frames; black where it cannot be read.
+
+        Raises:
+            DataError: it cannot be read, and no more such are allowed.
+        """
+        try:
+            if key not in self.faults:
+                return self._read(key)
+        except DataError as error:
+            self._note(key, error)
+        width, height, *frames = self.extents[key]
+        black = Image.new("RGB", (width, height) if width and height else _ANY_SIZE)
+        if frames:
+            return torch.stack([self.transform.one_view(black)] * frames[0])
+        return self.transform(black)
+
+    def times(self, item: Item, keys: Mapping[str, str]) -> list[float]:
+        """Seconds at which the frames of an item's videos are shown, ascending; none of a video that cannot be read."""
+        found: list[float] = []
+        for ref in item.images:
+            key = keys[ref.key]
+            if ref.video and key not in self.faults:
+                found += self._clip(key, ref)[1]
+        return sorted(found)
 
     @property
     def _counts(self) -> dict[str, int]:
-        return {key: len(frames) for key, frames in self._frames.items()}
+        return {key: len(frames) for key, (frames, _) in self._clips.items()}
 
-    def pixels(self, key: str) -> Tensor:
-        """(3, H, W) of an image, (T, 3, H, W) of its tiles or of a video's frames."""
+    def _extent(self, key: str, tiled: bool) -> Extent:
+        ref = self.refs[key]
+        try:
+            if ref.video:
+                return (0, 0, len(self._clip(key, ref)[0]))
+            return open_image_ref(ref).size if tiled else (0, 0)
+        except DataError as error:
+            self.faults[key] = str(error)
+            return (0, 0, 1) if ref.video else _ANY_SIZE if tiled else (0, 0)
+
+    def _clip(self, key: str, ref: ImageRef) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Numbers of the frames that are shown, and when in the video each is."""
+        if key not in self._clips:
+            spec = self._job.spec
+            sampling = spec.sampling or ref.sampling or self._sampling
+            assert sampling is not None, "sampling_of has found one"
+            self._clips[key] = _frames_of(ref, sampling, spec.frames)
+        return self._clips[key]
+
+    def _read(self, key: str) -> Tensor:
         ref = self.refs[key]
         if ref.video and ref.fps is not None:
-            return torch.stack([self.transform.one_view(image) for image in folder_frames(ref.path, self._frames[key])])
+            images = folder_frames(ref.path, self._clips[key][0])
+            return torch.stack([self.transform.one_view(image) for image in images])
         if ref.video:
-            return torch.stack(see_frames(ref.path, self._frames[key], self.transform.one_view))
+            return torch.stack(see_frames(ref.path, self._clips[key][0], self.transform.one_view))
         return self.transform(open_image_ref(ref))
+
+    def _note(self, key: str, error: DataError) -> None:
+        self.faults[key] = str(error)
+        self._refuse_more_than_allowed()
+
+    def _refuse_more_than_allowed(self) -> None:
+        refuse_faults(self._job, self.faults)
 
     def _stamp(self, key: str) -> list[object]:
         path = self.refs[key].path.resolve()
         status = path.stat()
-        return [str(path), status.st_size, status.st_mtime_ns, list(self._frames[key])]
+        return [str(path), status.st_size, status.st_mtime_ns, list(self._clips[key][0])]
 
 
-def _frames_of(ref: ImageRef, sampling: SamplingSpec | None, baseline: Baseline | None) -> tuple[int, ...]:
-    assert sampling is not None, "sampling_of has found one"
+def fault_of(item: Item, keys: Mapping[str, str], faults: Mapping[str, str]) -> str | None:
+    """What is wrong with an item's images, where one could not be read; `faults` are by key."""
+    return next((faults[keys[ref.key]] for ref in item.images if keys[ref.key] in faults), None)
+
+
+def refuse_faults(job: StageJob[EvalStage], faults: Mapping[str, str]) -> None:
+    """Stop where more images and videos cannot be read than are allowed.
+
+    Args:
+        faults: key -> what is wrong.
+
+    Raises:
+        DataError: names them, up to FAULTS_SHOWN, and says how to go on without.
+    """
+    (location,) = job.locations
+    if len(faults) <= location.source.allowed:
+        return
+    key = f"eval.{job.name.partition('@')[0]}"
+    shown = [f"  {fault}" for fault in list(faults.values())[:FAULTS_SHOWN]]
+    shown += [f"  ... and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
+    raise DataError(
+        "\n".join(
+            [
+                f"{job.name}: {len(faults)} images or videos cannot be read, {location.source.allowed} allowed "
+                f"(on_bad={location.source.on_bad})",
+                *shown,
+                f"Put them right, or set {key}.on_bad=skip and {key}.max_bad={len(faults)} or more: questions about them are "
+                "then counted, and scored as questions without an answer.",
+            ]
+        )
+    )
+
+
+def _frames_of(
+    ref: ImageRef, sampling: SamplingSpec, baseline: Baseline | None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
     clip = _clip(ref)
     chosen = frame_indices(sampling, clip, ref.part)
-    return tuple(chosen if baseline is None else baseline_indices(baseline, chosen, clip, ref.part))
+    frames = chosen if baseline is None else baseline_indices(baseline, chosen, clip, ref.part)
+    return tuple(frames), tuple((number - clip.first) / clip.fps for number in frames)
 
 
 def _clip(ref: ImageRef) -> Clip:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinylmm.config.cores import usable_cores
-from tinylmm.errors import StoppedError
+from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.vision import HFVisionTower
 from tinylmm.stop import require_claim, stop_requested
 from tinylmm.store import integrity
@@ -84,6 +84,7 @@ def open_clips(
     cache_root: Path,
     scratch: Path,
     description: dict[str, object],
+    damaged: Callable[[str, DataError], None] | None = None,
 ) -> ClipFeatures:
     """Return the features of clips, computing those that are not on disk yet. Every rank must call it.
 
@@ -93,8 +94,10 @@ def open_clips(
         load: name -> normalised pixels (T, 3, H, W).
         stamp: name -> what identifies the file's content and the frames that are shown.
         cache_root, scratch, description: as in `open_features`.
+        damaged: told of each clip that cannot be decoded, which then has no features; it may raise the error.
 
     Raises:
+        DataError: a clip cannot be decoded, and nobody is to be told.
         StoppedError: on every rank, when some rank was asked to stop; clips that are done stay.
         DiskError: there is no room for so many features.
     """
@@ -107,11 +110,29 @@ def open_clips(
     if rank() == 0:  # before they are computed: from now on they are in use
         note_used(scratch, [folder.name for folder in folders.values()])
     missing = from_rank_zero(_missing(folders) if rank() == 0 else None)
-    _compute(tower, missing, folders, load, scratch / PART)
+    _compute(tower, missing, folders, _read(load, damaged), scratch / PART)
     barrier()
     parameter = next(tower.parameters())
     shape = (tower.num_tokens, tower.hidden_size)
-    return ClipFeatures(folders, clips, shape, parameter.dtype, len(missing))
+    there = {name: folder for name, folder in folders.items() if damaged is None or folder.exists()}
+    return ClipFeatures(there, clips, shape, parameter.dtype, sum(name in there for name in missing))
+
+
+def _read(
+    load: Callable[[str], Tensor], damaged: Callable[[str, DataError], None] | None
+) -> Callable[[str], Tensor | None]:
+    """`load`, or None of a clip that cannot be decoded, where somebody is told."""
+    if damaged is None:
+        return load
+
+    def read(name: str) -> Tensor | None:
+        try:
+            return load(name)
+        except DataError as error:
+            damaged(name, error)
+            return None
+
+    return read
 
 
 def _missing(folders: Mapping[str, Path]) -> list[str]:
@@ -127,9 +148,13 @@ def _missing(folders: Mapping[str, Path]) -> list[str]:
 
 
 def _compute(
-    tower: HFVisionTower, missing: Sequence[str], folders: Mapping[str, Path], load: Callable[[str], Tensor], part: Path
+    tower: HFVisionTower,
+    missing: Sequence[str],
+    folders: Mapping[str, Path],
+    load: Callable[[str], Tensor | None],
+    part: Path,
 ) -> None:
-    """Each rank encodes every world_size-th clip, and publishes each as soon as it is done."""
+    """Each rank encodes every world_size-th clip, and publishes each as soon as it is done; of None nothing."""
     mine = missing[rank() :: world_size()]
     device = next(tower.parameters()).device
     was_training = tower.training
@@ -141,17 +166,18 @@ def _compute(
             at = f"stopped after the features of {first:,} of {len(missing):,} clips"
             raise StoppedError(f"{at}; the same command continues from there")
         if first + rank() < len(missing):
-            name = missing[first + rank()]
-            _publish(encode_views(tower, [next(pixels)]), part / folders[name].name, folders[name])
+            name, clip = missing[first + rank()], next(pixels)
+            if clip is not None:
+                _publish(encode_views(tower, [clip]), part / folders[name].name, folders[name])
     tower.train(was_training)
 
 
-def _loaded(load: Callable[[str], Tensor], clips: Sequence[str]) -> Generator[Tensor, None, None]:
-    """Yield the pixels of each clip, (T, 3, H, W); as many are decoded ahead as there are cores for it."""
+def _loaded(load: Callable[[str], Tensor | None], clips: Sequence[str]) -> Generator[Tensor | None, None, None]:
+    """Yield the pixels of each clip, (T, 3, H, W), or None; as many are decoded ahead as there are cores for it."""
     workers = max(1, usable_cores() // world_size())
     with ThreadPoolExecutor(workers) as readers:
         try:
-            waiting: deque[Future[Tensor]] = deque()
+            waiting: deque[Future[Tensor | None]] = deque()
             for name in clips:
                 waiting.append(readers.submit(load, name))
                 if len(waiting) > workers:

@@ -8,7 +8,7 @@ No torch and no Pillow: `tinylmm score` answers on a laptop, and every plan may 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,6 +91,17 @@ class Benchmark(ABC):
             DataError: the file or an image is missing, a line is broken, or an image lies outside the folder.
         """
         raise NotImplementedError(f"{self.name} reads its own files only")
+
+    def prompt_at(self, item: Item, times: Callable[[], Sequence[float]]) -> str:
+        """What is asked, once it is known which frames are shown: the item's prompt. Those with subtitles override it.
+
+        Args:
+            times: opens the item's videos, and says at which seconds the frames that are shown are, ascending.
+
+        Raises:
+            DataError: the benchmark needs a file that is missing.
+        """
+        return item.prompt
 
     @abstractmethod
     def score(
