@@ -78,6 +78,17 @@ def _listed(padded: str, options: Mapping[str, str], loose: bool) -> str | None:
     return max(found, key=lambda letter: lowered.rfind(options[letter].lower()), default=None)
 
 
+def first_capital(text: str, phrases: Sequence[str], letters: Sequence[str]) -> str | None:
+    """Video-MME's and LongVideoBench's rule: take phrases away, then the first capital letter on offer, anywhere.
+
+    So "Based on ..., C" is B.
+    """
+    text = text.strip()
+    for phrase in phrases:
+        text = text.replace(phrase, "")
+    return next((letter for letter in text if letter in letters), None)
+
+
 _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _STATED = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 _NO_REPLY = "Failed to obtain answer via API"

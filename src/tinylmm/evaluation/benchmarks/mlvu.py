@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered, listing, parse_leading
+from tinylmm.evaluation.benchmarks.choice import lettered
 from tinylmm.evaluation.benchmarks.files import read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
-from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, percent, pick_variant
+from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, Scores
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, percent, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
+from tinylmm.evaluation.benchmarks.video_choice import (
+    by_leading_letter,
+    choices,
+    known_letter,
+    numbered_item,
+    scores_of,
+)
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -77,43 +84,28 @@ class MLVU(Benchmark):
     ) -> Scores:
         """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
-        rows, guessed = [], 0
-        for item in items:
-            answer = answers.get(item.item_id)
-            options, gold = item.reference["options"], item.reference["answer"]
-            letter = parse_leading(answer.text, options) if answer else None
-            guessed += answer is not None and letter is None
-            chosen = letter or (guess(item.item_id, list(options)) if answer else None)
-            rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
-        metrics, found = Metrics(), graded(items, rows)
-        by_task: dict[str, list[float]] = {}
-        for item, score in found:
-            by_task.setdefault(item.category, []).append(score)
-        metrics.other("average", percent(sum(scores) / len(scores) for scores in by_task.values()), items)
-        metrics.mean("accuracy", found)
-        metrics.means_by("task", found, lambda item: item.category)
-        counts = count_items(items, answers, rows, guessed=guessed, tasks=len(by_task))
-        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+        tasks = len({item.category for item in items})
+        return scores_of(self, variant, items, answers, by_leading_letter, _metrics, tasks=tasks)
+
+
+def _metrics(rows: Graded) -> Metrics:
+    metrics = Metrics()
+    by_task: dict[str, list[float]] = {}
+    for item, score in rows:
+        by_task.setdefault(item.category, []).append(score)
+    average = percent(sum(scores) / len(scores) for scores in by_task.values())
+    metrics.other("average", average, [item for item, _ in rows])
+    metrics.mean("accuracy", rows)
+    metrics.means_by("task", rows, lambda item: item.category)
+    return metrics
 
 
 def _item(files: BenchmarkFiles, task: str, number: int, record: Any, where: str) -> Item:
     require(record, ("video", "question", "candidates", "answer"), where)
-    candidates = record["candidates"]
-    if not isinstance(candidates, list):
-        raise DataError(f"{where}: candidates {candidates!r} are no list. Fetch the file again.")
-    options = lettered(str(text) for text in candidates)
-    gold = [letter for letter, text in options.items() if text == str(record["answer"])]
-    if not gold:
-        raise DataError(f"{where}: answer {record['answer']!r} is no candidate. Fetch the file again.")
+    options, gold = choices(record, where)
     folder = files.image_folder(f"video/{TASKS[task]}", f"video/{task}", TASKS[task])
-    return _made(
-        task,
-        number,
-        str(record["question"]),
-        options,
-        gold[0],
-        VideoRef(video_path(folder, record["video"], where), sampling=SAMPLING),
-    )
+    video = VideoRef(video_path(folder, record["video"], where), sampling=SAMPLING)
+    return numbered_item(task, number, str(record["question"]), options, gold[0], video)
 
 
 def _table(files: BenchmarkFiles) -> list[Item]:
@@ -124,23 +116,10 @@ def _table(files: BenchmarkFiles) -> list[Item]:
         if task not in TASKS:
             raise DataError(f"{row.where}: task_type {task!r} is none of {', '.join(TASKS)}. Fetch the file again.")
         options = lettered(str(text) for text in values["candidates"])
-        if values["answer"] not in options:
-            raise DataError(f"{row.where}: answer {values['answer']!r} is no option. Fetch the file again.")
+        gold = known_letter(values["answer"], options, row.where)
         folder = files.image_folder(f"video/{TASKS[task]}", f"video/{task}", "MLVU_dev", "video")
         question = str(values["question"]).split("\n(A)")[0]
         video = VideoRef(video_path(folder, values["video_name"], row.where), sampling=SAMPLING)
-        items.append(_made(task, counts[task], question, options, values["answer"], video))
+        items.append(numbered_item(task, counts[task], question, options, gold, video))
         counts[task] += 1
     return items
-
-
-def _made(task: str, number: int, question: str, options: Mapping[str, str], gold: str, video: VideoRef) -> Item:
-    return Item(
-        item_id=f"{task}/{number}",
-        question_id=f"{task}/{number}",
-        prompt=f"{question}\n{listing(options, '({}) {}').rstrip()}\n{LETTER_SUFFIX}",
-        images=(video.shown,),
-        category=task,
-        reference={"options": options, "answer": gold, "question": question, "video": video},
-        options=len(options),
-    )

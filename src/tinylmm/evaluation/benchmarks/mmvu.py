@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, listing, parse_leading
+from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, listing
 from tinylmm.evaluation.benchmarks.files import read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
+from tinylmm.evaluation.benchmarks.video_choice import by_leading_letter, known_letter, scores_of
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -57,28 +58,24 @@ class MMVU(Benchmark):
     ) -> Scores:
         """Score by letters, and open answers by the words they hold; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
-        rows, guessed = [], 0
-        for item in items:
-            answer = answers.get(item.item_id)
-            options, gold = item.reference["options"], item.reference["answer"]
-            if answer is None:
-                rows.append(ItemScore(item.item_id, 0.0))
-            elif not options:
-                right = contains_either(answer.text, gold) and (answer.text != "" or variant == "tinyllava_video")
-                rows.append(ItemScore(item.item_id, float(right), answer.text or None))
-            else:
-                letter = parse_leading(answer.text, options)
-                guessed += letter is None
-                chosen = letter or guess(item.item_id, list(options))
-                rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
-        metrics, found = Metrics(), graded(items, rows)
-        metrics.mean("overall", found)
-        for kind in KINDS:
-            if within := [row for row in found if row[0].reference["kind"] == kind]:
-                metrics.mean(kind, within)
-        metrics.means_by("subject", found, lambda item: item.category)
-        counts = count_items(items, answers, rows, guessed=guessed)
-        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+        def read(item: Item, text: str) -> ItemScore | None:
+            if item.reference["options"]:
+                return by_leading_letter(item, text)
+            right = contains_either(text, item.reference["answer"]) and (text != "" or variant == "tinyllava_video")
+            return ItemScore(item.item_id, float(right), text or None)
+
+        return scores_of(self, variant, items, answers, read, _metrics)
+
+
+def _metrics(rows: Graded) -> Metrics:
+    metrics = Metrics()
+    metrics.mean("overall", rows)
+    for kind in KINDS:
+        if within := [row for row in rows if row[0].reference["kind"] == kind]:
+            metrics.mean(kind, within)
+    metrics.means_by("subject", rows, lambda item: item.category)
+    return metrics
 
 
 def contains_either(text: str, truth: str) -> bool:
@@ -107,8 +104,8 @@ def _item(files: BenchmarkFiles, record: dict[str, Any], where: str) -> Item:
     choices = json.loads(choices) if isinstance(choices, str) else choices
     # every key is listed, empty ones too, as there
     options = {str(k): "" if v is None else str(v) for k, v in (choices or {}).items()} if kind == KINDS[0] else {}
-    if kind == KINDS[0] and gold not in options:
-        raise DataError(f"{where}: answer {gold!r} is no option. Fetch the file again.")
+    if kind == KINDS[0]:
+        known_letter(gold, options, where)
     name = str(record["video"]).rpartition(_AT_HOME)[2]
     metadata = record.get("metadata")
     subject = metadata.get("subject") if isinstance(metadata, Mapping) else None

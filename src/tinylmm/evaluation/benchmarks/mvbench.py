@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, guess, lettered, listing, parse_leading
 from tinylmm.evaluation.benchmarks.files import read_list, read_parquet, require
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import Metrics, count_items, graded, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
+from tinylmm.evaluation.benchmarks.video_choice import Reading, by_leading_letter, choices, numbered_item, scores_of
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -95,33 +95,16 @@ class MVBench(Benchmark):
     ) -> Scores:
         """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
-        rows, guessed = [], 0
-        for item in items:
-            answer = answers.get(item.item_id)
-            options, gold = item.reference["options"], item.reference["answer"]
-            if answer is None:
-                rows.append(ItemScore(item.item_id, 0.0))
-            elif variant == "official":
-                right = official_is_right(answer.text, f"({gold}) {options[gold]}")
-                rows.append(ItemScore(item.item_id, float(right), answer.text.strip().split("\n")[0] or None))
-            elif variant == "lmms":
-                said = read_lmms(answer.text)
-                score = None if answer.text == "" else float(said == gold)
-                rows.append(ItemScore(item.item_id, score, said if said in options else None))
-            else:
-                letter = parse_leading(answer.text, options)
-                guessed += letter is None
-                chosen = letter or guess(item.item_id, list(options))
-                rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
-        metrics, found = Metrics(), graded(items, rows)
-        metrics.mean("average", found)
-        for task in dict.fromkeys(item.category for item in items):
-            metrics.mean(f"task/{task}", [row for row in found if row[0].category == task])
-        tasks = len({item.category for item in items})
-        counts = count_items(items, answers, rows, guessed=guessed, tasks=tasks)
-        left_out = sum(row.score is None for row in rows)
-        counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
-        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+        tasks = list(dict.fromkeys(item.category for item in items))
+
+        def metrics_of(rows: Graded) -> Metrics:
+            metrics = Metrics()
+            metrics.mean("average", rows)
+            for task in tasks:
+                metrics.mean(f"task/{task}", [row for row in rows if row[0].category == task])
+            return metrics
+
+        return scores_of(self, variant, items, answers, _READINGS[variant], metrics_of, tasks=len(tasks))
 
     def pair(self, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Answer]:
         """By id (`action_count/3`, `action_count_3`, `Action Count/3`), else by what was asked, else by number.
@@ -187,6 +170,25 @@ def read_lmms(text: str) -> str:
     return letter.group(1).upper() if letter else cleaned
 
 
+def _by_first_word(item: Item, text: str) -> ItemScore:
+    gold = item.reference["answer"]
+    right = official_is_right(text, f"({gold}) {item.reference['options'][gold]}")
+    return ItemScore(item.item_id, float(right), text.strip().split("\n")[0] or None)
+
+
+def _by_lone_letter(item: Item, text: str) -> ItemScore:
+    said = read_lmms(text)
+    score = None if text == "" else float(said == item.reference["answer"])
+    return ItemScore(item.item_id, score, said if said in item.reference["options"] else None)
+
+
+_READINGS: dict[str, Reading] = {
+    "tinyllava_video": by_leading_letter,
+    "official": _by_first_word,
+    "lmms": _by_lone_letter,
+}
+
+
 def _records(files: BenchmarkFiles, task: str, layout: Format) -> list[tuple[dict[str, Any], str]]:
     path = files.find(f"json/{task}.json", f"{task}.json")
     if path is not None:
@@ -202,12 +204,7 @@ def _records(files: BenchmarkFiles, task: str, layout: Format) -> list[tuple[dic
 
 def _item(files: BenchmarkFiles, task: str, number: int, record: dict[str, Any], where: str) -> Item:
     require(record, ("video", "question", "candidates", "answer"), where)
-    if not isinstance(record["candidates"], list):
-        raise DataError(f"{where}: candidates {record['candidates']!r} are no list. Fetch the file again.")
-    options = lettered(str(text) for text in record["candidates"])
-    gold = [letter for letter, text in options.items() if text == str(record["answer"])]
-    if not gold:
-        raise DataError(f"{where}: answer {record['answer']!r} is no candidate. Fetch the file again.")
+    options, gold = choices(record, where)
     folder, bounded = TASKS[task]
     video = VideoRef(
         video_path(files.image_folder("video") / folder, record["video"], where),
@@ -216,15 +213,7 @@ def _item(files: BenchmarkFiles, task: str, number: int, record: dict[str, Any],
         fps=3.0 if task == _FRAMES else None,
         sampling=SPREAD if task != _FRAMES and Path(record["video"]).suffix.lower() not in _SEGMENTED else SEGMENTS,
     )
-    return Item(
-        item_id=f"{task}/{number}",
-        question_id=f"{task}/{number}",
-        prompt=f"{record['question']}\n{listing(options, '({}) {}').rstrip()}\n{LETTER_SUFFIX}",
-        images=(video.shown,),
-        category=task,
-        reference={"options": options, "answer": gold[-1], "question": str(record["question"]), "video": video},
-        options=len(options),
-    )
+    return numbered_item(task, number, str(record["question"]), options, gold[-1], video)
 
 
 def _plain(name: object) -> str:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import DataError
 from tinylmm.evaluation.benchmarks.base import Benchmark
-from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, extract_lmms, guess, parse_leading
+from tinylmm.evaluation.benchmarks.choice import LETTER_SUFFIX, extract_lmms, first_capital
 from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
-from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, count_items, graded, pick_variant
+from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, pick_variant
 from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
+from tinylmm.evaluation.benchmarks.video_choice import by_leading_letter, by_letter, known_letter, scores_of
 
 if TYPE_CHECKING:
     from tinylmm.evaluation.judge import Judge
@@ -42,12 +43,8 @@ _LETTERS = "ABCD"
 
 
 def parse_official(text: str, prefixes: Sequence[str] = _LATER_PREFIXES) -> str | None:
-    """The official script: take the prefixes away, then the first capital A to D anywhere ("Based on ..., C" is B)."""
-    text = text.strip()
-    for prefix in prefixes:
-        text = text.replace(prefix, "")
-    found = re.search(f"[{_LETTERS}]", text)
-    return found.group(0) if found else None
+    """The official script: take the prefixes away, then the first capital A to D anywhere."""
+    return first_capital(text, prefixes, _LETTERS)
 
 
 _READERS: dict[str, Callable[[str], str | None]] = {
@@ -81,8 +78,7 @@ class VideoMME(Benchmark):
         for row in read_parquet(files.parquet("test", "videomme"), _FIELDS, _OPTIONAL):
             values = row.values
             options = _options(values["options"], row.where)
-            if values["answer"] not in options:
-                raise DataError(f"{row.where}: answer {values['answer']!r} is no option. Fetch the file again.")
+            known_letter(values["answer"], options, row.where)
             video = VideoRef(
                 video_path(videos, f"{values['videoID']}.mp4", row.where),
                 subtitles=video_path(subtitles, f"{values['videoID']}.srt", row.where),
@@ -118,26 +114,16 @@ class VideoMME(Benchmark):
     ) -> Scores:
         """Score by letters; see the class for variants and metrics."""
         variant = pick_variant(self, variant)
-        rows, guessed = [], 0
-        for item in items:
-            answer = answers.get(item.item_id)
-            options, gold = item.reference["options"], item.reference["answer"]
-            if answer is None:
-                rows.append(ItemScore(item.item_id, 0.0))
-            elif variant == "tinyllava_video":
-                letter = parse_leading(answer.text, options)
-                guessed += letter is None
-                chosen = letter or guess(item.item_id, list(options))
-                rows.append(ItemScore(item.item_id, float(chosen == gold), letter))
-            else:
-                letter = _READERS[variant](answer.text)
-                unread = letter is None and variant == "official"
-                rows.append(ItemScore(item.item_id, None if unread else float(letter == gold), letter))
-        counts = count_items(items, answers, rows, guessed=guessed)
-        left_out = sum(row.score is None for row in rows)
-        counts |= {"unparsed": counts["unparsed"] + left_out, "left_out": left_out}
-        metrics = _metrics(graded(items, rows))
-        return Scores(self.name, variant, metrics.aggregate, tuple(rows), counts, metrics.bases)
+
+        def read(item: Item, text: str) -> ItemScore | None:
+            if variant == "tinyllava_video":
+                return by_leading_letter(item, text)
+            letter = _READERS[variant](text)
+            if letter is None and variant == "official":
+                return ItemScore(item.item_id, None)
+            return by_letter(item, letter)
+
+        return scores_of(self, variant, items, answers, read, _metrics)
 
 
 def official_prompt(item: Item) -> str:
