@@ -25,7 +25,7 @@ class VideoRef:
         path: video file, or folder of frames `00001.jpg`, `00002.jpg`, ...
         start, end: the part that is meant, in seconds; None for all of it.
         fps: frames a second of a folder of frames; None for a video file, which says so itself.
-        subtitles: SRT file; None where the benchmark has none.
+        subtitles: file with them; None where the benchmark has none.
         sampling: the frames that the benchmark's protocol asks for; None where it asks for none, and the model's own are shown.
     """
 
@@ -52,7 +52,7 @@ class Subtitle:
     text: str
 
 
-_TIMES = re.compile(r"(\d+):(\d+):(\d+)[,.](\d+)\s*-->\s*(\d+):(\d+):(\d+)[,.](\d+)")
+_TIMES = re.compile(r"(\d+:\d+:\d+[,.]\d+)\s*-->\s*(\d+:\d+:\d+[,.]\d+)")
 _TAGS = re.compile(r"<[^>]*>")
 
 
@@ -74,7 +74,7 @@ def read_srt(path: Path) -> list[Subtitle]:
             times = _TIMES.search(lines[number])
             assert times is not None
             words = _TAGS.sub("", " ".join(lines[number + 1 :])).strip()
-            found.append(Subtitle(_seconds(times.groups()[:4]), _seconds(times.groups()[4:]), words))
+            found.append(Subtitle(seconds_of(times.group(1)), seconds_of(times.group(2)), words))
     return found
 
 
@@ -83,9 +83,14 @@ def subtitles_at(subtitles: Sequence[Subtitle], times: Sequence[float]) -> list[
     return [s.text for s in subtitles if s.text and any(s.start <= time < s.end for time in times)]
 
 
-def _seconds(parts: Sequence[str]) -> float:
-    hours, minutes, seconds, fraction = parts
-    return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction}")
+def seconds_of(text: str) -> float:
+    """Seconds of `1:02:03.5` or `01:02:03,500`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    hours, minutes, seconds = text.split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
 
 
 def video_path(folder: Path, name: Any, where: str) -> Path:

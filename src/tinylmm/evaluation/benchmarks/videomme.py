@@ -15,7 +15,7 @@ from tinylmm.evaluation.benchmarks.files import read_parquet
 from tinylmm.evaluation.benchmarks.lookup import BenchmarkFiles
 from tinylmm.evaluation.benchmarks.records import Answer, Format, Item, ItemScore, Scores
 from tinylmm.evaluation.benchmarks.scoring import Graded, Metrics, pick_variant
-from tinylmm.evaluation.benchmarks.video import VideoRef, video_path
+from tinylmm.evaluation.benchmarks.video import VideoRef, read_srt, subtitles_at, video_path
 from tinylmm.evaluation.benchmarks.video_choice import by_leading_letter, by_letter, known_letter, scores_of
 
 if TYPE_CHECKING:
@@ -55,20 +55,29 @@ _READERS: dict[str, Callable[[str], str | None]] = {
 
 
 class VideoMME(Benchmark):
-    """Video-MME, without subtitles.
+    """Video-MME, without subtitles unless they are asked for.
 
     Variants: `tinyllava_video` (TinyLLaVA-Video's parser, guesses drawn from the item's id), `official` (unread answers leave
     the denominator and are counted as `left_out`), `lmms` (lmms-eval's own extractor, over all questions) and `lmms_regex`
     (lmms-eval before it: the first official script's reading, over all questions).
     Aggregate: `overall`, `short`, `medium`, `long`, then `domain/...` and `task/...`; percent, one decimal.
-    With subtitles, ask with `subtitle_prompt`; such answers are another protocol, and nothing in an answer file tells them
-    apart.
     """
 
     name = "videomme"
     variants = ("tinyllava_video", "official", "lmms", "lmms_regex")
     headline = "overall"
     max_new_tokens = 1024
+
+    def __init__(self, split: str | None = None, subtitles: bool = False) -> None:
+        """Args: subtitles: ask as the benchmark's authors do with subtitles, of which a video without a file has none."""
+        super().__init__(split)
+        self.subtitles = subtitles
+
+    def prompt_at(self, item: Item, times: Callable[[], Sequence[float]]) -> str:
+        """With subtitles `subtitle_prompt`, of those that are shown at the frames."""
+        return (
+            subtitle_prompt(item, subtitles_at(item.reference["subtitles"], times())) if self.subtitles else item.prompt
+        )
 
     def load(self, root: Path, layout: Format = "llava") -> list[Item]:
         """Read `videomme/test-*.parquet`, in either layout. Videos are data/<videoID>.mp4, subtitles subtitle/<videoID>.srt."""
@@ -99,11 +108,18 @@ class VideoMME(Benchmark):
                         "domain": values["domain"] or "",
                         "task": values["task_type"] or "",
                         "video": video,
+                        **self._subtitles(video),
                     },
                     options=len(options),
                 )
             )
         return items
+
+    def _subtitles(self, video: VideoRef) -> dict[str, Any]:
+        assert video.subtitles is not None  # `load` says where they would be
+        if not self.subtitles:
+            return {}
+        return {"subtitles": tuple(read_srt(video.subtitles)) if video.subtitles.is_file() else ()}
 
     def score(
         self,

@@ -19,8 +19,8 @@ from tinylmm.evaluation.benchmarks.registry import benchmark_names, check_evalua
 
 def test_every_module_that_defines_a_benchmark_is_one() -> None:
     expected = (
-        "digits gqa llava_bench mlvu mmbench mme mmmu mmvet mmvu mvbench pope qbench seed sqa textvqa videomme vizwiz "
-        "vqav2"
+        "digits gqa llava_bench longvideobench mlvu mmbench mme mmmu mmvet mmvu mvbench pope qbench seed sqa textvqa "
+        "videomme vizwiz vqav2"
     )
     assert benchmark_names() == tuple(expected.split())
     for name in benchmark_names():
