@@ -23,15 +23,17 @@ def serve(
     kept_tokens: Annotated[int, typer.Option(help="Most tokens of earlier turns kept in the cache.")] = 32768,
     kept_images: Annotated[int, typer.Option(help="Images that are not encoded again.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer where a request names none.")] = 512,
-    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 16,
-    max_pixels: Annotated[int, typer.Option(help="Most pixels of a request's images together.")] = 50_000_000,
+    max_images: Annotated[int, typer.Option(help="Most images and videos of a request.")] = 16,
+    max_pixels: Annotated[int, typer.Option(help="Most pixels of a request's images, and of its frames.")] = 50_000_000,
+    max_frames: Annotated[int, typer.Option(help="Most frames that a request's videos show.")] = 64,
+    video_s: Annotated[float, typer.Option(help="Seconds that decoding a request's videos may take.")] = 20,
     body_mb: Annotated[float, typer.Option(help="Most megabytes of a request.")] = 32,
     read_s: Annotated[float, typer.Option(help="Seconds for a request to arrive, a piece to be taken.")] = 60,
     drain_s: Annotated[float, typer.Option(help="Seconds that answers may still take after SIGTERM.")] = 30,
     allow_images_from: Annotated[
-        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="A host that http images are fetched from.")
+        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="A host that http images and videos come from.")
     ] = None,
-    image_s: Annotated[float, typer.Option(help="Seconds that fetching an image may take.")] = 10,
+    image_s: Annotated[float, typer.Option(help="Seconds that fetching an image or a video may take.")] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16 or fp16.")] = "auto",
     store: Annotated[Path | None, typer.Option(envvar="TINYLMM_STORE", help="Where runs are found by name.")] = None,

@@ -120,6 +120,24 @@ def see_frames(path: Path, indices: Sequence[int], see: Callable[[Image.Image], 
         return _frames(path, container, stream, video, indices, lambda frame: see(_image(frame)))
 
 
+def see_chosen(
+    path: Path, choose: Callable[[Video], Sequence[int]], see: Callable[[Image.Image], T], check: Callable[[], None]
+) -> list[T]:
+    """Return what `see` makes of the frames that `choose` names, as `see_frames`, within limits.
+
+    Args:
+        choose: may refuse the video, before a frame of it is decoded.
+        check: called for each packet that is read and each frame that is decoded; raises where it has been enough.
+
+    Raises:
+        DataError, UserError: as `read_frames`.
+    """
+    with _opened(path) as (container, stream):
+        video = _index(path, container, stream, check)
+        chosen = choose(video)
+        return _frames(path, container, stream, video, chosen, lambda frame: see(_image(frame)), check)
+
+
 def choose_frames(path: Path, sampling: SamplingSpec) -> list[int]:
     """Return the numbers of the frames that a sampling chooses, each of which was decoded to see that it can be.
 
@@ -184,13 +202,23 @@ def _check_size(path: Path, width: int, height: int) -> None:
         raise DataError(f"{path}: its frames have {width} x {height} pixels, more than {MAX_PIXELS:,}. Scale it down.")
 
 
-def _index(path: Path, container: InputContainer, stream: VideoStream) -> Video:
+def _nothing() -> None:
+    """No limit."""
+
+
+def _each(items: Iterator[T], check: Callable[[], None]) -> Iterator[T]:
+    for item in items:
+        check()
+        yield item
+
+
+def _index(path: Path, container: InputContainer, stream: VideoStream, check: Callable[[], None] = _nothing) -> Video:
     """Read all packets, or, where they do not tell the frames, all frames."""
     shown: list[int] = []
     keys: list[tuple[int, int]] = []
     last, end, stored = 0, 0.0, 0
     told = stream.codec_context.codec.name not in _UNCOUNTED and container.format.name not in _UNCOUNTED
-    for packet in container.demux():
+    for packet in _each(container.demux(), check):
         if packet.pts is not None and packet.time_base:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index != stream.index or packet.size == 0:
@@ -212,7 +240,7 @@ def _index(path: Path, container: InputContainer, stream: VideoStream) -> Video:
     told = told and len(set(times)) == len(times) and bool(keys) and min(keys)[0] <= times[0]
     if not told:
         container.seek(0, stream=stream)
-        times = [frame.pts or 0 for frame in container.decode(stream)]
+        times = [frame.pts or 0 for frame in _each(container.decode(stream), check)]
     if not times:
         raise DataError(f"{path}: has a video stream without a frame. Fetch it again, or leave its record out.")
     seconds = _seconds(times, last, stream)
@@ -241,12 +269,13 @@ def _frames(
     video: Video,
     indices: Sequence[int],
     see: Callable[[VideoFrame], T],
+    check: Callable[[], None] = _nothing,
 ) -> list[T]:
     """What `see` makes of frames, each of which is decoded once."""
     wanted = sorted(set(indices))
     if outside := [index for index in wanted if not 0 <= index < video.frames]:
         raise DataError(f"{path}: frame {outside[0]} was asked for, but it has frames 0 to {video.frames - 1}.")
-    reader = _Reader(container, stream)
+    reader = _Reader(container, stream, check)
     found: dict[int, T] = {}
     for index in wanted:
         frame = reader.at(video, index) if video.times else reader.counted(index)
@@ -260,8 +289,8 @@ def _frames(
 class _Reader:
     """Decodes forward, and seeks where that saves decoding."""
 
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self._container, self._stream = container, stream
+    def __init__(self, container: InputContainer, stream: VideoStream, check: Callable[[], None]) -> None:
+        self._container, self._stream, self._check = container, stream, check
         self._decoded: Iterator[VideoFrame] | None = None
         self._number, self._time = -1, -1
 
@@ -291,7 +320,7 @@ class _Reader:
 
     def _seek(self, time: int) -> None:
         self._container.seek(time, stream=self._stream, backward=True)
-        self._decoded = self._container.decode(self._stream)
+        self._decoded = _each(self._container.decode(self._stream), self._check)
 
     def _forward(self, time: int) -> VideoFrame | None:
         """The first frame from here that is not shown before `time`."""

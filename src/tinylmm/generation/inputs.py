@@ -178,12 +178,16 @@ def _given_frames(source: Sequence[Any], sampling: SamplingSpec | None) -> list[
     times = [float(one[1]) for one in source]
     if times != sorted(times) or times[0] < 0:
         raise UserError(f"a video's frames must come in the order of their times, from 0 on; got {times[:5]}.")
+    return [_frame(source[index][0]) for index in timed_frames(times, sampling)]
+
+
+def timed_frames(times: Sequence[float], sampling: SamplingSpec | None) -> list[int]:
+    """Numbers of the frames that a sampling chooses of those shown at ascending times; all of them without one."""
     if sampling is None:
-        return [_frame(one[0]) for one in source]
+        return list(range(len(times)))
     span = times[-1] - times[0]
     seconds = span * len(times) / (len(times) - 1) if span else 1.0
-    chosen = frame_indices(sampling, FrameClip(len(times), len(times) / seconds, seconds))
-    return [_frame(source[index][0]) for index in chosen]
+    return frame_indices(sampling, FrameClip(len(times), len(times) / seconds, seconds))
 
 
 def _is_time(value: Any) -> bool:

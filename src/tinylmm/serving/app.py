@@ -108,7 +108,7 @@ async def _answers(
     """Have a request answered; what it holds until it is over is let go with `held`."""
     began = time.monotonic()
     held.enter_context(service.places(choices))
-    prepared = await service.prepare(conversation)
+    prepared = await service.prepare(conversation, asked.frames)
     samplings = [asked.sampling(service.options.max_new_tokens, choice) for choice in range(choices)]
     answers = service.ask(prepared, samplings, stops, alternatives)
     held.callback(answers.cancel)

@@ -1,4 +1,4 @@
-"""Images by http and https, from hosts that the server was told and no others, whatever a name or a redirect leads to."""
+"""Images and videos by http, from hosts that the server was told and no others, whatever a name or a redirect leads to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from httpcore2 import AsyncNetworkBackend, AsyncNetworkStream
 
 from tinylmm.errors import UserError
 from tinylmm.serving.errors import ApiError, wrong
-from tinylmm.serving.messages import Conversation, RemoteImage
+from tinylmm.serving.media import Media, RemoteFile, VideoFile
+from tinylmm.serving.messages import Conversation
 from tinylmm.version import __version__
 
 PORTS = {"http": 80, "https": 443}
@@ -95,12 +96,12 @@ def _shown(host: str, port: int | None) -> str:
 
 
 class Fetcher:
-    """Fetches images for requests, all in one event loop.
+    """Fetches images and videos for requests, all in one event loop.
 
     Args:
         hosts: those that are asked; none means that nothing is fetched.
-        seconds: that an image may take from the first lookup to its last byte, redirects counted in.
-        most: bytes of one request's images together.
+        seconds: that a file may take from the first lookup to its last byte, redirects counted in.
+        most: bytes of one request's files together.
     """
 
     def __init__(self, hosts: Sequence[str], seconds: float, most: int) -> None:
@@ -110,32 +111,32 @@ class Fetcher:
             max_connections=CONNECTIONS, max_keepalive_connections=0, network_backend=_CheckedBackend(self.hosts)
         )
 
-    async def files(self, conversation: Conversation) -> list[list[bytes]]:
-        """The contents of each question's images, those that were named by address fetched.
+    async def files(self, conversation: Conversation) -> list[list[Media]]:
+        """The contents of each question's images and videos, those that were named by address fetched.
 
         Raises:
-            ApiError: one is not to be had, is no image, or may not be fetched.
+            ApiError: one is not to be had, is no image or no video, or may not be fetched.
         """
         asked = [image for said in conversation.questions for image in said.images]
-        remote = {image.url: image for image in asked if isinstance(image, RemoteImage)}
+        remote = {(image.url, image.what): image for image in asked if isinstance(image, RemoteFile)}
         budget = _Budget(self.most)
-        tasks = {url: asyncio.ensure_future(self._one(image, budget)) for url, image in remote.items()}
+        tasks = {name: asyncio.ensure_future(self._one(image, budget)) for name, image in remote.items()}
         try:
             await asyncio.gather(*tasks.values())
         finally:  # also where one is refused, or the client leaves
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-        found = {url: task.result() for url, task in tasks.items()}
+        found = {name: _held(task.result(), name[1]) for name, task in tasks.items()}
         return [
-            [found[image.url] if isinstance(image, RemoteImage) else image for image in said.images]
+            [found[image.url, image.what] if isinstance(image, RemoteFile) else image for image in said.images]
             for said in conversation.questions
         ]
 
-    async def _one(self, image: RemoteImage, budget: _Budget) -> bytes:
+    async def _one(self, image: RemoteFile, budget: _Budget) -> bytes:
         try:
             async with asyncio.timeout(self.seconds):
-                return await self._follow(image.url, budget)
+                return await self._follow(image, budget)
         except TimeoutError:
             raise _refusal(image, f"took more than {self.seconds:g} s to fetch. Send the file's content.") from None
         except RefusedError as error:
@@ -143,12 +144,13 @@ class Fetcher:
         except FAILED as error:
             raise _refusal(image, f"could not be fetched ({str(error) or type(error).__name__}).") from None
 
-    async def _follow(self, url: str, budget: _Budget) -> bytes:
+    async def _follow(self, image: RemoteFile, budget: _Budget) -> bytes:
+        url = image.url
         for _ in range(REDIRECTS + 1):
             parts, target = self._checked(url)
             headers = [
                 ("Host", parts.netloc),
-                ("Accept", "image/*"),
+                ("Accept", f"{image.what}/*"),
                 ("Accept-Encoding", "identity"),  # what unpacks to more than was counted never comes in
                 ("User-Agent", f"tinylmm/{__version__}"),
             ]
@@ -157,7 +159,7 @@ class Fetcher:
                 if reply.status in (301, 302, 303, 307, 308) and b"location" in fields:
                     url = urljoin(url, fields[b"location"])
                     continue
-                return await _content(reply, fields, budget)
+                return await _content(reply, fields, budget, image.what)
         raise RefusedError(f"leads on more than {REDIRECTS} times.")
 
     def _checked(self, url: str) -> tuple[SplitResult, httpcore2.URL]:
@@ -176,7 +178,7 @@ class Fetcher:
         port = given or PORTS[parts.scheme]
         if not self.hosts.named:
             raise RefusedError(
-                "is not at hand: this server takes images as data URIs alone (data:image/png;base64,...) and fetches nothing. "
+                "is not at hand: this server takes data URIs alone (data:image/png;base64,...) and fetches nothing. "
                 "Send the file's content, or start the server with --allow-images-from HOST."
             )
         if not self.hosts.allow(host, port, parts.scheme):
@@ -185,12 +187,16 @@ class Fetcher:
         return parts, httpcore2.URL(scheme=parts.scheme, host=host, port=port, target=path)
 
 
-async def _content(reply: httpcore2.Response, fields: dict[bytes, str], budget: _Budget) -> bytes:
+def _held(content: bytes, what: str) -> Media:
+    return VideoFile(content) if what == "video" else content
+
+
+async def _content(reply: httpcore2.Response, fields: dict[bytes, str], budget: _Budget, what: str) -> bytes:
     if reply.status != 200:
         raise RefusedError(f"was answered with status {reply.status}.")
     kind = fields.get(b"content-type", OPAQUE[0]).partition(";")[0].strip().lower()
-    if not kind.startswith("image/") and kind not in OPAQUE:
-        raise RefusedError(f"is {kind[:60]}, no image.")
+    if not kind.startswith(f"{what}/") and kind not in OPAQUE:
+        raise RefusedError(f"is {kind[:60]}, no {what}.")
     declared = fields.get(b"content-length", "")
     if declared.isdigit():
         budget.check(int(declared))
@@ -202,14 +208,14 @@ async def _content(reply: httpcore2.Response, fields: dict[bytes, str], budget: 
 
 
 class _Budget:
-    """What the images of one request may still take."""
+    """What the images and videos of one request may still take."""
 
     def __init__(self, most: int) -> None:
         self.most, self.left = most, most
 
     def check(self, size: int) -> None:
         if size > self.left:
-            raise RefusedError(f"is too large: the images of a request may take {self.most / 1e6:g} MB together.")
+            raise RefusedError(f"is too large: the files of a request may take {self.most / 1e6:g} MB together.")
 
     def take(self, size: int) -> None:
         self.check(size)
@@ -249,5 +255,5 @@ class _CheckedBackend(AsyncNetworkBackend):
         await self._plain.sleep(seconds)
 
 
-def _refusal(image: RemoteImage, what: str) -> ApiError:
-    return wrong(f"{image.param}: {image.url[:80]!r} {what}", image.param, "invalid_image_url")
+def _refusal(image: RemoteFile, what: str) -> ApiError:
+    return wrong(f"{image.param}: {image.url[:80]!r} {what}", image.param, f"invalid_{image.what}_url")

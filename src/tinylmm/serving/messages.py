@@ -1,31 +1,26 @@
-"""Messages of a request as a conversation: system message, questions with their images, answers."""
+"""Messages of a request as a conversation: system message, questions with their images and videos, answers."""
 
 from __future__ import annotations
 
-import base64
-import binascii
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinylmm.constants import IMAGE_SLOT
+from tinylmm.data.video_records import VIDEO_SLOT
 from tinylmm.generation.inputs import placed
 from tinylmm.serving.errors import wrong
+from tinylmm.serving.media import Media, RemoteFile, part_of
 
 SYSTEM = ("system", "developer")
 TEXTS = ("text", "input_text", "output_text")
-IMAGES = ("image_url", "input_image")
 ALLOWED = (
-    "a text, or a list of text parts and, in a user's message, image_url parts (input_text, input_image in responses)"
+    "a text, or a list of text parts and, in a user's message, image_url and video_url parts (input_text, input_image in "
+    "responses)"
 )
-
-
-@dataclass(frozen=True)
-class RemoteImage:
-    """An image that a request names by its address; `param` is the field that does."""
-
-    url: str
-    param: str
+Shown = Media | RemoteFile
+_SLOTS = re.compile(f"{IMAGE_SLOT}|{VIDEO_SLOT}")
 
 
 @dataclass(frozen=True)
@@ -33,12 +28,12 @@ class Said:
     """One message.
 
     Attributes:
-        text: with a slot for each image.
-        images: their files' contents, or where they are, in the order of the slots.
+        text: with an image's slot for each image and video.
+        images: what they hold, or where they are, in the order of the slots.
     """
 
     text: str
-    images: tuple[bytes | RemoteImage, ...] = ()
+    images: tuple[Shown, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]], name: str = "messages")
         name: the field they are in.
 
     Raises:
-        ApiError: a message is of another form, an image is neither a data URI nor an http address, or the roles do not
-            alternate.
+        ApiError: a message is of another form, an image or a video is neither a data URI nor an http address, or the roles
+            do not alternate.
     """
     system: list[str] = []
     turns: list[tuple[str, Said]] = []
@@ -84,7 +79,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], name: str = "messages")
 
 
 def _content(message: Mapping[str, Any], param: str, images: bool) -> Said:
-    """A message's text, with a slot for each image among its parts where the text brings none of its own."""
+    """A message's text, with a slot for each image and video among its parts where the text brings none of its own."""
     content = message.get("content")
     param = f"{param}.content"
     if isinstance(content, str):
@@ -92,21 +87,44 @@ def _content(message: Mapping[str, Any], param: str, images: bool) -> Said:
     if not isinstance(content, list) or not content:
         raise wrong(f"{param} is {str(content)[:60]!r}; allowed: {ALLOWED}.", param)
     parts: list[str | None] = []
-    files: list[bytes | RemoteImage] = []
+    files: list[Shown] = []
     for number, part in enumerate(content):
         place = f"{param}[{number}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in TEXTS and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind in IMAGES and images:
-            files.append(image_of(part.get("image_url"), f"{place}.image_url"))
+        fields: Mapping[str, Any] = part if isinstance(part, Mapping) else {}
+        if fields.get("type") in TEXTS and isinstance(fields.get("text"), str):
+            parts.append(fields["text"])
+        elif images and (shown := part_of(fields, place)) is not None:
+            files.append(shown)
             parts.append(None)
         else:
             raise wrong(f"{place} is {str(part)[:60]!r}; allowed: {ALLOWED}.", place)
+    if any(map(_is_video, files)):
+        parts, files = _in_order(parts, files, param)
     return _checked(placed(parts), files, param) if images else Said(placed(parts))
 
 
-def _checked(text: str, files: list[bytes | RemoteImage], param: str) -> Said:
+def _is_video(shown: Shown) -> bool:
+    return shown.what == "video" if isinstance(shown, RemoteFile) else not isinstance(shown, bytes)
+
+
+def _in_order(parts: list[str | None], files: list[Shown], param: str) -> tuple[list[str | None], list[Shown]]:
+    """The parts with `<video>` in their texts written as an image's slot, and the files in the order of such slots."""
+    slots = [slot for text in parts if text is not None for slot in _SLOTS.findall(text)]
+    if VIDEO_SLOT not in slots:
+        return parts, files
+    waiting = {True: [one for one in files if _is_video(one)], False: [one for one in files if not _is_video(one)]}
+    if slots.count(VIDEO_SLOT) != len(waiting[True]) or len(slots) != len(files):
+        raise wrong(
+            f"{param} has {slots.count(VIDEO_SLOT)} times `{VIDEO_SLOT}` and {slots.count(IMAGE_SLOT)} times `{IMAGE_SLOT}` in "
+            f"its text, but {len(waiting[True])} videos and {len(waiting[False])} images; a text that says where they stand "
+            "says so once for each.",
+            param,
+        )
+    written = [None if text is None else text.replace(VIDEO_SLOT, IMAGE_SLOT) for text in parts]
+    return written, [waiting[slot == VIDEO_SLOT].pop(0) for slot in slots]
+
+
+def _checked(text: str, files: list[Shown], param: str) -> Said:
     slots = text.count(IMAGE_SLOT)
     if slots != len(files):
         raise wrong(
@@ -115,31 +133,3 @@ def _checked(text: str, files: list[bytes | RemoteImage], param: str) -> Said:
             param,
         )
     return Said(text, tuple(files))
-
-
-def image_of(value: Any, param: str) -> bytes | RemoteImage:
-    """The file in a data URI, or an http address, given as a text or as `{"url": ...}`.
-
-    Raises:
-        ApiError: it is neither. Nothing is fetched here, and no file of this machine is read.
-    """
-    url = value.get("url") if isinstance(value, Mapping) else value
-    if not isinstance(url, str):
-        raise wrong(f'{param} must be a data URI, or {{"url": a data URI}}.', param, "invalid_image_url")
-    if url.lower().startswith(("http://", "https://")):
-        return RemoteImage(url, param)
-    head, comma, encoded = url.partition(",")
-    words = head.lower().split(";")
-    if words[0][:5] != "data:" or not comma:
-        raise wrong(
-            f"{param} is {url[:60]!r}; images come as data URIs (data:image/png;base64,...) or from http addresses that the "
-            "server allows. Send the file's content.",
-            param,
-            "invalid_image_url",
-        )
-    if words[-1].strip() != "base64" or not words[0].startswith("data:image/"):
-        raise wrong(f"{param} begins with {head[:60]!r}; it must be data:image/...;base64,", param, "invalid_image_url")
-    try:
-        return base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
-        raise wrong(f"{param} is no base64: {error}.", param, "invalid_base64_image") from None

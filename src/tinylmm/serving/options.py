@@ -22,14 +22,16 @@ class ServeOptions:
         kept_images: images that are not decoded and encoded again.
         max_new_tokens: an answer's length where the request names none.
         max_choices: most answers to one request (`n`).
-        max_images: most images of a request.
-        max_pixels: most pixels of a request's images together.
+        max_images: most images and videos of a request.
+        max_pixels: most pixels of a request's images together, and of the frames of its videos.
+        max_frames: most frames that a request's videos show together.
+        video_s: seconds that decoding a request's videos may take.
         body_mb: most megabytes of a request.
         read_s: seconds in which a request's body must arrive, and each piece of a stream be taken.
         drain_s: seconds that answers may still take once the server was told to stop.
-        allow_images_from: hosts that images named by http address are fetched from (`fetch.ImageHosts`); none means that
-            nothing is fetched.
-        image_s: seconds that such an image may take. All of a request's together have at most `body_mb`.
+        allow_images_from: hosts that images and videos named by http address are fetched from (`fetch.ImageHosts`); none
+            means that nothing is fetched.
+        image_s: seconds that such a file may take. All of a request's together have at most `body_mb`.
 
     Raises:
         UserError: one is out of range.
@@ -44,6 +46,8 @@ class ServeOptions:
     max_choices: int = 8
     max_images: int = 16
     max_pixels: int = MAX_PIXELS
+    max_frames: int = 64
+    video_s: float = 20
     body_mb: float = 32
     read_s: float = 60
     drain_s: float = 30

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.errors import suggestion
 from tinylmm.generation.choose import Sampling
 from tinylmm.serving.errors import ApiError, wrong
@@ -49,6 +50,21 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class VideoFields(BaseModel):
+    """Which frames of videos are shown, in vLLM's words."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    num_frames: int | None = Field(None, ge=1)
+    fps: float | None = Field(None, gt=0)
+
+
+class MediaFields(BaseModel):
+    """How images and videos are read, as vLLM's requests have it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    video: VideoFields | None = None
+
+
 class AnswerFields(BaseModel):
     """What all kinds of requests say of their answers; `top_k` and `repetition_penalty` are as other open servers have them."""
 
@@ -62,6 +78,17 @@ class AnswerFields(BaseModel):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, ge=-SEEDS, le=SEEDS - 1)
     stream: bool | None = None
+    media_io_kwargs: MediaFields | None = None
+
+    @property
+    def frames(self) -> SamplingSpec | None:
+        """Which frames of videos are shown; None leaves it to the model. As in vLLM, a short clip shows each frame once."""
+        asked = self.media_io_kwargs.video if self.media_io_kwargs is not None else None
+        if asked is None or (asked.num_frames is None and asked.fps is None):
+            return None
+        if asked.fps is None:
+            return SamplingSpec(uniform=asked.num_frames, distinct=True)
+        return SamplingSpec(fps=asked.fps, max=asked.num_frames, distinct=True)
 
     def limit(self, default: int) -> int:
         """Most new tokens."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.constants import Extent
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
@@ -19,9 +20,11 @@ from tinylmm.serving.answers import Answers, Asked
 from tinylmm.serving.errors import ApiError, wrong
 from tinylmm.serving.fetch import Fetcher
 from tinylmm.serving.images import ImageShelf, key_of
+from tinylmm.serving.media import Media
 from tinylmm.serving.messages import Conversation
 from tinylmm.serving.metrics import Metrics
 from tinylmm.serving.options import MB, ServeOptions
+from tinylmm.serving.videos import VideoLimits
 from tinylmm.serving.worker import EngineWorker
 
 READERS = 2
@@ -43,7 +46,8 @@ class Service:
         self.worker = EngineWorker(engine)
         self.readers = ThreadPoolExecutor(READERS, "reader")
         self.fetcher = Fetcher(options.allow_images_from, options.image_s, int(options.body_mb * MB))
-        self.shelf = ImageShelf(chat.transform, options.kept_images, options.max_pixels)
+        videos = VideoLimits(options.max_frames, options.max_pixels, options.video_s)
+        self.shelf = ImageShelf(chat.transform, options.kept_images, options.max_pixels, videos)
         self.metrics = Metrics(engine, lambda: max(0, self._taken - engine.answering))
         self.began = int(time.time())
         self._taken = 0
@@ -81,8 +85,11 @@ class Service:
         finally:
             self._taken -= count
 
-    async def prepare(self, conversation: Conversation) -> Asked:
-        """Have a conversation's images at hand, decode them and make its prompt, beside the event loop.
+    async def prepare(self, conversation: Conversation, sampling: SamplingSpec | None = None) -> Asked:
+        """Have a conversation's images and videos at hand, decode them and make its prompt, beside the event loop.
+
+        Args:
+            sampling: the frames that are shown of videos; by default those that the model was trained with.
 
         Raises:
             ApiError: an image is not to be had or cannot be read, or the prompt does not fit the model's context.
@@ -90,17 +97,23 @@ class Service:
         count = sum(len(said.images) for said in conversation.questions)
         if count > self.options.max_images:
             raise wrong(
-                f"the request has {count} images; this server takes {self.options.max_images} at most.", "messages"
+                f"the request has {count} images; this server takes {self.options.max_images} at most, videos counted in.",
+                "messages",
             )
         files = await self.fetcher.files(conversation)
-        return await asyncio.get_running_loop().run_in_executor(self.readers, self._prepare, conversation, files)
+        frames = sampling or self.chat.loaded.description.sampling
+        return await asyncio.get_running_loop().run_in_executor(
+            self.readers, self._prepare, conversation, files, frames
+        )
 
-    def _prepare(self, conversation: Conversation, files: Sequence[Sequence[bytes]]) -> Asked:
-        """Args: files: of each question, its images' contents."""
-        images = self.shelf.prepare([file for some in files for file in some])
+    def _prepare(
+        self, conversation: Conversation, files: Sequence[Sequence[Media]], frames: SamplingSpec | None
+    ) -> Asked:
+        """Args: files: of each question, its images and videos."""
+        images = self.shelf.prepare([file for some in files for file in some], frames)
         sizes: dict[str, Extent] = {key: image.size for key, image in images.items()}
         texts = [said.text for said in conversation.questions]
-        questions = [(text, [key_of(file) for file in some]) for text, some in zip(texts, files, strict=True)]
+        questions = [(text, [key_of(file, frames) for file in some]) for text, some in zip(texts, files, strict=True)]
         try:
             with self._rendering:  # a tokenizer serves one thread at a time
                 prompt = self.chat.prompt("", questions, conversation.answers, conversation.system, sizes)

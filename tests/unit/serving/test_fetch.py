@@ -36,6 +36,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(302, {"Location": LEADS[self.path]})
         elif self.path == "/red.png":
             self._head(200, {"Content-Type": "image/png", "Content-Length": str(len(FILE))}, FILE)
+        elif self.path in self.server.files:  # type: ignore[attr-defined]
+            kind, content = self.server.files[self.path]  # type: ignore[attr-defined]
+            self._head(200, {"Content-Type": kind, "Content-Length": str(len(content))}, content)
         elif self.path == "/page":
             self._head(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html></html>")
         elif self.path == "/said":
@@ -69,14 +72,15 @@ class _Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[str] = []
+        self.files: dict[str, tuple[str, bytes]] = {}
         self.over = threading.Event()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that has heard enough closes the connection
 
 
-@pytest.fixture
-def pictures() -> Iterator[_Server]:
+def serve_files() -> Iterator[_Server]:
+    """A running host, ended behind it."""
     with _Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -84,6 +88,11 @@ def pictures() -> Iterator[_Server]:
         server.over.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def pictures() -> Iterator[_Server]:
+    yield from serve_files()
 
 
 def place(server: _Server, path: str, host: str = "127.0.0.1") -> str:
@@ -129,8 +138,8 @@ def test_images_of_a_named_host_are_fetched_once_each_and_stand_in_their_order(p
         "redirect without end": ("/round", "leads on more than 3 times"),
         "page": ("/page", "is text/html, no image"),
         "missing": ("/none", "was answered with status 404"),
-        "declared too large": ("/said", "the images of a request may take 0.1 MB together"),
-        "sent without end": ("/endless", "the images of a request may take 0.1 MB together"),
+        "declared too large": ("/said", "the files of a request may take 0.1 MB together"),
+        "sent without end": ("/endless", "the files of a request may take 0.1 MB together"),
         "cut short": ("/broken", "could not be fetched"),
     }.values(),
     ids=lambda value: value if value.startswith("/") else "",
