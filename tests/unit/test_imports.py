@@ -35,7 +35,7 @@ BELOW: dict[str, set[str]] = {
     "evaluation": {"generation", "models", "data", "config", "sizing", "store"},
     "planning": {"evaluation", "data", "config", "sizing", "store"},
     "training": {"planning", "models", "data", "config", "sizing", "store"},
-    "serving": {"generation", "data"},
+    "serving": {"generation", "data", "config"},
     "demo": {"serving", "reports", "evaluation", "generation", "data", "store"},
     "convert": {"generation", "models", "data", "config", "sizing", "store"},
     "reports": {"planning", "evaluation", "models", "data", "config", "sizing", "store"},
