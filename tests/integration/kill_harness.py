@@ -19,6 +19,7 @@ Prints one JSON object: how many trials hit their moment, and the faults found, 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -330,15 +331,21 @@ def undisturbed(project: Project, store: Path, launch: str) -> tuple[float, dict
     return time.monotonic() - began, expected
 
 
+def import_libraries() -> None:
+    """Load what commands, agents and ranks will need, before they are forked."""
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401  (accelerate loads it in any training)
+
+    gc.freeze()
+
+
 def main() -> None:
     folder, seed = Path(sys.argv[1]).resolve(), int(sys.argv[3])
     trials = [Trial(**trial) for trial in json.loads(sys.argv[2])]
-    torch.set_num_threads(1)
+    import_libraries()
     project, draw = tiny_project(folder), random.Random(seed)
     expected, duration = {}, {}
     launches = sorted({trial.launch for trial in trials})
-    if any(launch.startswith("zero") for launch in launches):
-        import deepspeed  # noqa: F401  (before the forks, too)
     for launch in launches:
         duration[launch], expected[launch] = undisturbed(project, folder / f"begun-{launch}", launch)
     hits, faults = 0, []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -95,6 +96,7 @@ def main() -> NoReturn:
             _join_ranks(job)
             quiet_libraries()
             run = import_body(job.kind)
+            gc.freeze()  # libraries live as long as this process: a collection between two steps passes them over
             result = {"summary": run(job), "peak_rss_mib": peak_rss_mib()}
         except TinyLMMError as error:
             code = error.exit_code

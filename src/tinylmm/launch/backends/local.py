@@ -12,6 +12,10 @@ from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob
 
 
+WITHOUT_MODEL = ("data", "images", "prepare", "judge")
+"""Kinds of stages that leave no model behind: to look for one in all that the libraries hold takes half a second."""
+
+
 class Backend:
     """See `LaunchBackend`; `start` returns when the stage is done."""
 
@@ -25,7 +29,8 @@ class Backend:
         try:
             self._summary = run(job)
         finally:
-            _let_go()
+            if job.kind not in WITHOUT_MODEL:
+                _let_go()
 
     def poll(self) -> dict[str, Any] | None:
         """Return the summary."""
