@@ -33,7 +33,7 @@ def test_a_search_runs_batches_as_grids_names_the_best_and_repeats_nothing(tmp_p
     rates = {record["spec"]["recipe"]["stages"]["finetune"]["lr"] for record in records}
     assert found["best_params"]["recipe.stages.finetune.lr"] in rates and len(rates) == 3
 
-    again = project.train(*SEARCH)
+    again = project.train_here(*SEARCH)
     assert again.returncode == 0 and f"{found['best_value']:.4g}" in again.stdout
     newest = sorted(project.store.glob("runs/*/run.json"), key=lambda path: path.stat().st_mtime)[-3:]
     assert {row["status"] for path in newest for row in json.loads(path.read_text())["stages"]} == {"reused"}
