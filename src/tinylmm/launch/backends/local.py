@@ -11,7 +11,6 @@ from tinylmm.launch.worker import quiet_libraries
 from tinylmm.stages import import_body
 from tinylmm.stages.job import StageJob
 
-
 WITHOUT_MODEL = ("data", "images", "prepare", "judge")
 """Kinds of stages that leave no model behind: to look for one in all that the libraries hold takes half a second."""
 
