@@ -23,7 +23,6 @@ from tinylmm.errors import DataError, TinyLMMError, UserError
 from tinylmm.evaluation.images import open_image_ref
 from tinylmm.generation.choose import Sampling
 from tinylmm.reports.thumbnails import ThumbnailError, load_image
-from tinylmm.serving.app import failure
 from tinylmm.serving.errors import ApiError
 from tinylmm.serving.requests import SEEDS
 from tinylmm.serving.service import Service
@@ -217,8 +216,6 @@ class Page:
             yield self._told(str(error))
         except ApiError as error:
             yield self._told(error.message)
-        except Exception as error:
-            yield self._told(failure(error).message)
         else:
             yield self._ended(talk, turn, text, files)
 
