@@ -23,6 +23,8 @@ from tinylmm.errors import UserError
 from tinylmm.version import __version__
 
 MAY_BE_EMPTY = "--prompt"
+TYPERS_INTERRUPT = 130
+"""What Typer makes of Ctrl-C, without a word; ours end with EXIT_STOPPED whichever signal it was."""
 
 app = typer.Typer(
     help="Plan, look at and keep experiments with small large-multimodal models. To train: tinylmm-train.",
@@ -70,7 +72,12 @@ def refuse_empty(words: Sequence[str]) -> None:
 
 def _command() -> None:
     refuse_empty(sys.argv[1:])
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == TYPERS_INTERRUPT:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def main() -> None:
