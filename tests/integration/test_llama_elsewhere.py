@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shutil
 import subprocess
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import tinylmm
-from tests.elsewhere.environments import python_with
+from tests.elsewhere.environments import node_with, python_with
 from tests.elsewhere.gguf_models import MODELS
 from tests.elsewhere.ours import first_chances, noise, row_of
 from tests.integration.project import environment
@@ -100,3 +102,27 @@ def test_llama_cpps_server_answers_as_our_engine_does(
         assert max(abs(float(ours[token]) - chance) for token, chance in theirs.items()) < TOLERANCE
         compared += 1
     assert compared, "the answers are parts of characters: draw another model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["python", "js"])
+def test_what_the_model_card_says_to_do_gives_our_answer(tmp_path: Path, images: list[Path], language: str) -> None:
+    loaded = MODELS["nano-tokenizer"]()
+    save_model(loaded, tmp_path / "ours", None, {})
+    write_model(loaded, tmp_path / "out", "gguf", torch.float32)
+    shutil.copy(images[0], tmp_path / "cat.png")
+    [code] = re.findall(rf"^```{language}\n(.*?)^```", (tmp_path / "out/README.md").read_text(), re.M | re.S)
+    (tmp_path / f"ask.{language}").write_text(code)
+    program = ["node"] if language == "js" else [python_with("llama-server")]
+    more = node_with("llama-cpp") if language == "js" else {}
+    done = subprocess.run(
+        [*program, f"ask.{language}"],
+        cwd=tmp_path,
+        env=environment() | more,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = tinylmm.load(tmp_path / "ours").chat("What is it?", image=tmp_path / "cat.png", max_new_tokens=64)
+    assert len(set(answer)) > 5 and answer.rstrip(BROKEN) in done.stdout

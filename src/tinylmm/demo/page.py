@@ -102,6 +102,7 @@ class Page:
                             feedback_options=None,
                             latex_delimiters=[],
                             allow_tags=False,
+                            placeholder=f"{words.NOTHING_YET} {words.OR_PICK if self.sets else ''}",
                         )
                     )
                     self.figures.append(gr.HTML("", elem_id=f"figures-{number}", elem_classes="figures", padding=False))
