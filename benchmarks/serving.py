@@ -185,11 +185,8 @@ def _draw(record: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("answers a second")
-    axes.set_title(
-        f"{record['ratio']:.1f} times one request at a time: {record['questions']} questions about {record['images']} images, "
-        f"{record['new_tokens']} new tokens",
-        fontsize=9,
-    )
+    asked = f"{record['questions']} questions about {record['images']} images, {record['new_tokens']} new tokens"
+    figure.suptitle(f"{record['ratio']:.1f} times one request at a time\n{asked}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
