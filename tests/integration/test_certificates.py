@@ -36,8 +36,12 @@ def tuned(root: Path, name: str) -> Path:
     if not (root / "base").exists():
         wide_model(root / "wide")
         loaded = load_model(root / "wide", [])
+        head = loaded.model.llm.get_output_embeddings().weight
         with torch.no_grad():  # special tokens within an answer are shown in other ways by other programs
-            loaded.model.llm.get_output_embeddings().weight[loaded.tokenizer.all_special_ids] = 0
+            head[loaded.tokenizer.all_special_ids] = 0
+            head[len(loaded.tokenizer) :] = (
+                0  # rows that are no token: one becomes the image token, which nobody may say
+            )
         save_model(loaded, root / "base", None, {})
     return adapted(root / "base", root / name, name)
 
