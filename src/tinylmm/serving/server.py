@@ -74,8 +74,10 @@ class _Server(uvicorn.Server):
 
 
 def _is_a_fault(record: logging.LogRecord) -> bool:
-    """A request that is given up at the end is none, and its traceback says nothing."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+    """What is given up at the end, a request or the wait for the end itself, is none, and its traceback says nothing."""
+    if record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError):
+        return False
+    return not record.getMessage().rstrip().endswith(f"{asyncio.CancelledError.__module__}.CancelledError")
 
 
 def run(
