@@ -56,6 +56,7 @@ bench: $(STAMP)  ## Measure before against after in one run; results go to bench
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.eval
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.significance
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.grid

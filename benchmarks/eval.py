@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
@@ -26,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.arguments import file_to_write, whole
+from benchmarks.arguments import whole
+from benchmarks.middle import circumstances, middle_model, middle_tokenizer, options_of, picture, yes_or_no
 from tinylmm.data.chat import get_template
 from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
@@ -40,14 +37,7 @@ from tinylmm.evaluation.images import open_image_ref
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import Prompt, PromptMaker
-from tinylmm.models.connectors import MLPConnector
 from tinylmm.models.lmm import LMM
-from tinylmm.models.vision import HFVisionTower
-
-RESULT = Path(__file__).parent / "results" / "eval.json"
-OBJECTS = ("person", "car", "dog", "chair", "bottle", "cup", "traffic light", "dining table", "ball", "cell phone")
-SUFFIX = "\nAnswer the question using a single word or phrase."
-VOCAB = 32000
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -67,72 +57,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=whole(1), default=200)
-    parser.add_argument("--questions", type=whole(1), default=20, help="questions an image")
-    parser.add_argument("--baseline", type=whole(1), default=120, help="questions asked one at a time")
-    parser.add_argument("--new-tokens", type=whole(1), default=3)
-    parser.add_argument("--width", type=whole(128, multiple_of=128), default=384, help="of the language model")
-    parser.add_argument("--layers", type=whole(1), default=6, help="of the language model")
-    parser.add_argument("--size", type=whole(14), default=336, help="of the tower's input, in pixels")
-    parser.add_argument("--out", type=file_to_write, default=RESULT)
-    parser.add_argument("--note", default="", help="kept with the result, e.g. what else the machine was doing")
-    return parser.parse_args(words)
-
-
-def middle_model(width: int, layers: int, size: int) -> LMM:
-    """A random model of middle size: a Llama of this width, a tower for images of `size` pixels."""
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=width,
-            intermediate_size=width * 11 // 4,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 32,
-            max_position_embeddings=2048,
-        )
-    )
-    vision = SiglipVisionConfig(
-        hidden_size=width * 3 // 4,
-        intermediate_size=width * 3,
-        num_hidden_layers=layers + 2,
-        num_attention_heads=width * 3 // 128,
-        image_size=size,
-        patch_size=14,
-    )
-    tower = HFVisionTower(SiglipVisionModel(vision), -2, "patch", False)
-    return LMM(llm, tower, MLPConnector(tower.hidden_size, width), "llama").eval()
-
-
-def middle_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that knows the words of the questions."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<unk>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    texts = [get_template("llama").system, SUFFIX, *(f"Is there a {name} in the image?" for name in OBJECTS)] * 4
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-
-
-def picture(draw: random.Random) -> Image.Image:
-    """Coloured squares on a ground."""
-    image = Image.new("RGB", (320, 240), tuple(draw.randrange(256) for _ in range(3)))
-    for _ in range(6):
-        patch = Image.new("RGB", (draw.randrange(20, 120),) * 2, tuple(draw.randrange(256) for _ in range(3)))
-        image.paste(patch, (draw.randrange(300), draw.randrange(220)))
-    return image
-
-
-def yes_or_no(draw: random.Random) -> str:
-    """A question as POPE asks them."""
-    return f"Is there a {draw.choice(OBJECTS)} in the image?{SUFFIX}"
+    own = {"baseline": (whole(1), 120, "questions asked one at a time")}
+    return options_of(__doc__, words, "eval.json", own, images=200)
 
 
 def _write_set(folder: Path, options: argparse.Namespace) -> list[Item]:
@@ -178,10 +104,7 @@ def _measure(
     slow = slow + _timed(lambda: said.update({prompt.item_id: alone(prompt) for prompt in halves[1]}))
     per_s = {"one_at_a_time_per_s": len(chosen) / slow.wall, "engine_per_s": len(prompts) / fast.wall}
     return {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "note": options.note,
+        **circumstances(options),
         "images": options.images,
         "questions": len(prompts),
         "baseline_questions": len(chosen),

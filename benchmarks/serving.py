@@ -7,8 +7,8 @@ Real server processes answer over HTTP, images come as data URIs with every ques
 request at a time and keeps nothing (`--rows 1 --kept-tokens 0 --kept-images 0`), half of it before and half after the others,
 as other work on the machine may change; `one client` asks one question after the other of a server with its defaults;
 `clients` is what it is about: as many clients, each with its next question as soon as its last is answered, the same server
-options. All must say the same. The model is that of `benchmarks.eval`, random and of middle size. Clients and server share the
-machine.
+options. All must say the same. The model is that of `benchmarks.middle`, random and of middle size. Clients and server share
+the machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import base64
 import http.client
 import io
 import json
-import os
-import platform
 import queue
 import random
 import re
@@ -33,16 +31,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.arguments import whole
+from benchmarks.middle import circumstances, options_of, picture, saved_model, yes_or_no
 
-from benchmarks.arguments import file_to_write, whole
-from benchmarks.eval import middle_model, middle_tokenizer, picture, yes_or_no
-from tinylmm.config.description import ModelDescription
-from tinylmm.config.identities import ConnectorIdentity, TowerOutput
-from tinylmm.config.spec import ImageSpec
-from tinylmm.models.checkpoint import LoadedModel, save_model
-
-RESULT = Path(__file__).parent / "results" / "serving.json"
 PLAIN = ("--rows", "1", "--kept-tokens", "0", "--kept-images", "0")
 
 
@@ -50,9 +41,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Make model and questions, measure, write the result."""
     options = _options(words)
     with tempfile.TemporaryDirectory() as folder:
-        _save_model(Path(folder) / "middle", options)
-        record = _measure(options, Path(folder) / "middle", _questions(options))
+        record = _measure(options, saved_model(Path(folder) / "middle", options), requests(options))
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _draw(record, options.out.with_suffix(".png"))
     sys.stdout.write(
         f"plain {record['plain_per_s']:.2f} questions/s, one client {record['one_client_per_s']:.2f}, {options.clients} "
         f"clients {record['clients_per_s']:.2f}: {record['ratio']:.1f} times plain, "
@@ -63,36 +54,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--clients", type=whole(1), default=32)
-    parser.add_argument("--images", type=whole(1), default=40)
-    parser.add_argument("--questions", type=whole(1), default=20, help="questions an image")
-    parser.add_argument("--baseline", type=whole(2), default=80, help="questions asked one at a time")
-    parser.add_argument("--new-tokens", type=whole(1), default=3)
-    parser.add_argument("--width", type=whole(128, multiple_of=128), default=384, help="of the language model")
-    parser.add_argument("--layers", type=whole(1), default=6, help="of the language model")
-    parser.add_argument("--size", type=whole(14), default=336, help="of the tower's input, in pixels")
-    parser.add_argument("--out", type=file_to_write, default=RESULT)
-    parser.add_argument("--note", default="", help="kept with the result, e.g. what else the machine was doing")
-    return parser.parse_args(words)
+    own = {"clients": (whole(1), 32, None), "baseline": (whole(2), 80, "questions asked one at a time")}
+    return options_of(__doc__, words, "serving.json", own)
 
 
-def _save_model(folder: Path, options: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    description = ModelDescription.of_targets(
-        "transformers.LlamaForCausalLM",
-        "tinylmm.models.vision.HFVisionTower",
-        "transformers.SiglipVisionModel",
-        TowerOutput(select_layer=-2, select="patch", drop_first_token=False),
-        ConnectorIdentity(**{"_target_": "tinylmm.models.connectors.MLPConnector", "options": {}}),
-        ImageSpec(size=options.size, mean=(0.5,) * 3, std=(0.5,) * 3, mode="squash", resample="bicubic"),
-        "llama",
-    )
-    model = middle_model(options.width, options.layers, options.size)
-    save_model(LoadedModel(model, middle_tokenizer(), description, None), folder, None, {})
-
-
-def _questions(options: argparse.Namespace) -> list[bytes]:
+def requests(options: argparse.Namespace) -> list[bytes]:
     """Requests, those about one image one after the other."""
     draw = random.Random(0)
     found = []
@@ -111,16 +77,16 @@ def _measure(options: argparse.Namespace, folder: Path, bodies: list[bytes]) -> 
     chosen = random.Random(1).sample(range(len(bodies)), min(options.baseline, len(bodies)))
     half = len(chosen) // 2
     said: dict[int, str] = {}
-    with _serving(folder, *PLAIN) as address:
+    with serving(folder, *PLAIN) as address:
         plain_s = _ask(address, bodies, chosen[:half], 1, said)
     few: dict[int, str] = {}
-    with _serving(folder) as address:
+    with serving(folder) as address:
         one_s = _ask(address, bodies, list(range(min(len(bodies), 2 * options.baseline))), 1, few)
     found: dict[int, str] = {}
-    with _serving(folder) as address:
+    with serving(folder) as address:
         clients_s = _ask(address, bodies, list(range(len(bodies))), options.clients, found)
-        counts = _counts(address)
-    with _serving(folder, *PLAIN) as address:
+        told = counts(address)
+    with serving(folder, *PLAIN) as address:
         plain_s += _ask(address, bodies, chosen[half:], 1, said)
     speeds = {
         "plain_per_s": len(said) / plain_s,
@@ -128,10 +94,7 @@ def _measure(options: argparse.Namespace, folder: Path, bodies: list[bytes]) -> 
         "clients_per_s": len(found) / clients_s,
     }
     return {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "note": options.note,
+        **circumstances(options),
         "clients": options.clients,
         "images": options.images,
         "questions": len(bodies),
@@ -141,16 +104,16 @@ def _measure(options: argparse.Namespace, folder: Path, bodies: list[bytes]) -> 
         "ratio": round(speeds["clients_per_s"] / speeds["plain_per_s"], 2),
         "ratio_to_one_client": round(speeds["clients_per_s"] / speeds["one_client_per_s"], 2),
         "answers_equal": all(found[number] == text for known in (said, few) for number, text in known.items()),
-        "rows_a_step": round(counts["step_rows"] / counts["steps"], 2),
-        "prompt_tokens": int(counts["prompt_tokens"]),
-        "prompt_tokens_reused": int(counts["prompt_tokens_reused"]),
-        "near_ties": int(counts["near_ties"]),
-        "images_encoded": int(counts["images_encoded"]),
+        "rows_a_step": round(told["step_rows"] / told["steps"], 2),
+        "prompt_tokens": int(told["prompt_tokens"]),
+        "prompt_tokens_reused": int(told["prompt_tokens_reused"]),
+        "near_ties": int(told["near_ties"]),
+        "images_encoded": int(told["images_encoded"]),
     }
 
 
 @contextmanager
-def _serving(folder: Path, *more: str) -> Iterator[tuple[str, int]]:
+def serving(folder: Path, *more: str) -> Iterator[tuple[str, int]]:
     """A server process; yields its host and port."""
     command = [sys.executable, "-m", "tinylmm.cli.main", "serve", str(folder), "--port", "0", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -195,13 +158,38 @@ def _ask(address: tuple[str, int], bodies: list[bytes], wanted: list[int], clien
     return seconds
 
 
-def _counts(address: tuple[str, int]) -> dict[str, float]:
+def counts(address: tuple[str, int]) -> dict[str, float]:
     connection = http.client.HTTPConnection(*address)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()
     found = re.findall(r"^tinylmm_(\w+)_total (\S+)$", "\n".join(lines), re.M)
     return {name: float(value) for name, value in found}
+
+
+def _draw(record: dict[str, Any], path: Path) -> None:
+    """A bar for each way of asking."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    named = {
+        "one request at a time,\nnothing kept": record["plain_per_s"],
+        "one client": record["one_client_per_s"],
+        f"{record['clients']} clients": record["clients_per_s"],
+    }
+    figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    bars = axes.barh(list(named), list(named.values()), color=["#9aa5b1", "#7aa2d6", "#2f6fbb"])
+    axes.bar_label(bars, [f"{value:.2f}" for value in named.values()], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("answers a second")
+    asked = f"{record['questions']} questions about {record['images']} images, {record['new_tokens']} new tokens"
+    figure.suptitle(f"{record['ratio']:.1f} times one request at a time\n{asked}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

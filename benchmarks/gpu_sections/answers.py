@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.eval import ask_alone, middle_tokenizer, yes_or_no
+from benchmarks.eval import ask_alone
 from benchmarks.gpu_sections.kernels import Trace
 from benchmarks.gpu_sections.ours import random_model
 from benchmarks.gpu_sections.setting import Setting
+from benchmarks.middle import middle_tokenizer, yes_or_no
 from tests.builders import NoFiles
 from tinylmm.data.chat import get_template
 from tinylmm.data.slots import question

@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.eval import middle_tokenizer
 from benchmarks.gpu_sections.kernels import Trace
 from benchmarks.gpu_sections.setting import Setting, learnt_a_sample, write_prepared
+from benchmarks.middle import middle_tokenizer
 from tests.builders import NoFiles
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS

@@ -1,7 +1,7 @@
 """What vLLM alone makes of exported folders: read from stdin, answered on the last line of stdout, both JSON.
 
-{"folders": {folder: whose implementation}, "images": [...], "questions": [...], "tokens": n}
--> {"version", "folders": {folder: answers}}
+{"folders": {folder: whose implementation}, "adapters": {folder: folder of its base}, "images": [...], "questions": [...],
+"tokens": n} -> {"version", "folders": {folder: answers}}
 """
 
 import base64
@@ -21,9 +21,10 @@ os.environ |= {
 
 import vllm
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 
-def loaded(folder, implementation):
+def loaded(folder, implementation, **more):
     return vllm.LLM(
         folder,
         model_impl=implementation,
@@ -34,10 +35,11 @@ def loaded(folder, implementation):
         enforce_eager=True,
         limit_mm_per_prompt={"image": 2},
         disable_log_stats=True,
+        **more,
     )
 
 
-def asked_of(model, images, questions, tokens):
+def asked_of(model, images, questions, tokens, adapter=None):
     greedy = vllm.SamplingParams(temperature=0, max_tokens=tokens, logprobs=0)
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
 
@@ -45,7 +47,7 @@ def asked_of(model, images, questions, tokens):
         return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
 
     def answers(talks):
-        found = [done.outputs[0] for done in model.chat(talks, greedy, use_tqdm=False)]
+        found = [done.outputs[0] for done in model.chat(talks, greedy, use_tqdm=False, lora_request=adapter)]
         return [
             {
                 "ids": list(one.token_ids),
@@ -64,19 +66,32 @@ def asked_of(model, images, questions, tokens):
     }
 
 
+def with_lora(base):
+    return loaded(base, "auto", enable_lora=True, max_lora_rank=8)
+
+
+def told(work):
+    """What a folder answers, or why it does not: it is wanted beside the answers of the others."""
+    try:
+        return work()
+    except Exception as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
 def main():
     job = json.load(sys.stdin)
     images = []
     for path in job["images"]:
         images.append(f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}")
-    found = {}
+    asked, found = (images, job["questions"], job["tokens"]), {}
     for folder, implementation in job["folders"].items():
-        try:
-            found[folder] = asked_of(loaded(folder, implementation), images, job["questions"], job["tokens"])
-        except Exception as error:  # what is said of one folder is wanted beside the answers of the others
-            found[folder] = {"refused": f"{type(error).__name__}: {error}"}
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        found[folder] = told(lambda: asked_of(loaded(folder, implementation), *asked))  # noqa: B023 - called at once
+    for folder, base in job["adapters"].items():
+        adapter = LoRARequest("adapter", 1, folder)
+        found[folder] = told(lambda: asked_of(with_lora(base), *asked, adapter))  # noqa: B023
     sys.stdout.write(f"\n{json.dumps({'version': vllm.__version__, 'folders': found})}\n")
 
 

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.builders import tiny_loaded, tuning
+from tests.builders import tiny_loaded
+from tests.elsewhere.adapters import adapted
 from tests.elsewhere.environments import node_with, python_with
 from tests.integration.project import Project, environment
 from tests.integration.test_embedded import WORDS
@@ -29,38 +30,20 @@ from tinylmm.convert.conversion import Check, ExportReport, export_model, import
 from tinylmm.generation.session import load
 from tinylmm.models.checkpoint import load_model, save_model
 
-LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear", "bias": "none"}
-ADAPTED: dict[str, dict[str, Any]] = {
-    "lora": {"llm": {"lora": LORA}, "vision_tower": "frozen", "connector": "full"},
-    "every-part": {
-        "llm": {"lora": LORA | {"bias": "lora_only"}},
-        "vision_tower": {"lora": LORA | {"r": 2, "bias": "lora_only"}},
-        "connector": {"lora": LORA | {"alpha": 16, "bias": "lora_only"}},
-    },
-    "qlora": {
-        "llm": {"qlora": LORA | {"bits": 4, "quant_type": "nf4", "double_quant": True}},
-        "vision_tower": "frozen",
-        "connector": "full",
-    },
-}
 
-
-def adapted(root: Path, name: str) -> Path:
-    """A model whose adapters, and whole parts trained beside them, are far from where they began."""
+def tuned(root: Path, name: str) -> Path:
+    """A model with adapters on a base beside it."""
     if not (root / "base").exists():
         wide_model(root / "wide")
         loaded = load_model(root / "wide", [])
+        head = loaded.model.llm.get_output_embeddings().weight
         with torch.no_grad():  # special tokens within an answer are shown in other ways by other programs
-            loaded.model.llm.get_output_embeddings().weight[loaded.tokenizer.all_special_ids] = 0
+            head[loaded.tokenizer.all_special_ids] = 0
+            head[len(loaded.tokenizer) :] = (
+                0  # rows that are no token: one becomes the image token, which nobody may say
+            )
         save_model(loaded, root / "base", None, {})
-    loaded = load_model(root / "base", [])
-    adapters = {part: one.adapter for part, one in tuning(loaded.model, ADAPTED[name]).items() if one.adapter}
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in (p for p in loaded.model.parameters() if p.requires_grad):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    save_model(loaded, root / name, None, {part: root / "base" / part for part in adapters}, adapters)
-    return root / name
+    return adapted(root / "base", root / name, name)
 
 
 def said(folder: Path) -> dict[str, Any]:
@@ -143,7 +126,7 @@ def test_llama_cpp_itself_is_asked_and_a_corrupted_tensor_is_found(
     "name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every-part", "qlora"))]
 )
 def test_peft_puts_the_adapter_on_the_exported_base_and_answers_as_our_merged_model(tmp_path: Path, name: str) -> None:
-    model = adapted(tmp_path, name)
+    model = tuned(tmp_path, name)
     equal(export_model(model, tmp_path / "out", "adapter", check=Check(4)), 6)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     tensors = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -165,7 +148,7 @@ def test_a_lora_stage_is_exported_merged_in_every_form_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_cpp: dict[str, str]
 ) -> None:
     monkeypatch.setenv("NODE_PATH", llama_cpp["NODE_PATH"])
-    model = adapted(tmp_path, "lora")
+    model = tuned(tmp_path, "lora")
     for format_ in ("hf", "gguf"):
         equal(export_model(model, tmp_path / format_, format_, check=Check(4)), 6)
     names = {"llm": "ours/llm", "tower": "ours/tower"}
@@ -179,7 +162,7 @@ def test_a_lora_stage_is_exported_merged_in_every_form_and_served(
 @pytest.mark.slow
 def test_transformers_4_and_its_peft_read_the_adapter_too(tmp_path: Path) -> None:
     python = python_with("transformers-4")
-    model = adapted(tmp_path, "lora")
+    model = tuned(tmp_path, "lora")
     export_model(model, tmp_path / "out", "adapter")
     loaded, question = load_model(model, []), Question("which colour?")
     expected = ask_ours(loaded, [question], 8)

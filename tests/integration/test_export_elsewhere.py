@@ -14,22 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StableLmConfig,
-    StableLmForCausalLM,
-)
 
 import tinylmm
-from tests.builders import LLAMA, tiny_loaded
+from tests.builders import tiny_loaded
 from tests.elsewhere.environments import python_with
+from tests.elsewhere.models import TANH, random_llm
 from tests.integration.project import environment
 from tests.unit.convert.test_hf import loaded_with
 from tinylmm.convert.conversion import write_model
@@ -38,17 +27,12 @@ from tinylmm.models.checkpoint import LoadedModel, save_model
 SCRIPT = Path(__file__).parents[1] / "elsewhere/ask_llava.py"
 QUESTIONS = ["which colour?", "what?", "is there a digit in the picture, and what is it?", "which?"]
 TOKENS = 6
-TANH = "gelu_pytorch_tanh"
-"""Published Gemmas say so by two names; of one alone transformers 4 and 5 make different functions."""
-
-
 ROTARY = {"rope_type": "default", "rope_theta": 50.0}
 """Not the default of either version, so that a folder which does not say it in the words of both answers otherwise."""
 
 
-def llm(kind: Callable[..., nn.Module], config: Callable[..., Any], **more: Any) -> nn.Module:
-    torch.manual_seed(3)
-    made = kind(config(**LLAMA | more))
+def llm(kind: str, **more: Any) -> nn.Module:
+    made = random_llm(kind, **more)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             # at their own scale random weights answer alike whatever they see
@@ -60,16 +44,14 @@ def llm(kind: Callable[..., nn.Module], config: Callable[..., Any], **more: Any)
 
 MODELS: dict[str, Callable[[], LoadedModel]] = {
     "llama-siglip": tiny_loaded,
-    "qwen2-clip": lambda: loaded_with(llm(Qwen2ForCausalLM, Qwen2Config), "clip", "center_crop", select_layer=1),
+    "qwen2-clip": lambda: loaded_with(llm("Qwen2"), "clip", "center_crop", select_layer=1),
     "tied-qwen2-siglip-pad": lambda: loaded_with(
-        llm(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=True), mode="pad", drop_first_token=True
+        llm("Qwen2", tie_word_embeddings=True), mode="pad", drop_first_token=True
     ),
-    "qwen3-siglip": lambda: loaded_with(llm(Qwen3ForCausalLM, Qwen3Config, rope_parameters=ROTARY)),
-    "gemma-siglip": lambda: loaded_with(llm(GemmaForCausalLM, GemmaConfig, hidden_act=TANH, hidden_activation=TANH)),
-    "stablelm-clip": lambda: loaded_with(
-        llm(StableLmForCausalLM, StableLmConfig), "clip", "center_crop", select_layer=1
-    ),
-    "phi2-siglip": lambda: loaded_with(llm(PhiForCausalLM, PhiConfig, num_key_value_heads=4)),
+    "qwen3-siglip": lambda: loaded_with(llm("Qwen3", rope_parameters=ROTARY)),
+    "gemma-siglip": lambda: loaded_with(llm("Gemma", hidden_act=TANH, hidden_activation=TANH)),
+    "stablelm-clip": lambda: loaded_with(llm("StableLm"), "clip", "center_crop", select_layer=1),
+    "phi2-siglip": lambda: loaded_with(llm("Phi", num_key_value_heads=4)),
 }
 
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import tinylmm
+from tests.elsewhere.adapters import adapted
 from tests.elsewhere.environments import vllm_python
 from tests.elsewhere.models import MODELS
+from tests.elsewhere.ours import first_chances
 from tests.integration.project import environment
-from tests.integration.test_gguf_elsewhere import first_chances
 from tinylmm.constants import IMAGE_SLOT
-from tinylmm.convert.conversion import write_model
+from tinylmm.convert.conversion import export_model, write_model
 from tinylmm.data.chat import Turn
 from tinylmm.models.checkpoint import save_model
 
@@ -26,6 +27,8 @@ SCRIPT = Path(__file__).parents[1] / "elsewhere/ask_vllm.py"
 PICTURES, TOKENS = 50, 6
 QUESTIONS = ["which colour?", "what?", "is there a digit in the picture, and what is it?", "which?"]
 PHI = "phi2-siglip"
+ADAPTED, ADAPTER = "llama-siglip", "adapter"
+"""What an adapter is put on, and what that makes."""
 TOLERANCE = 1e-4
 """Of the log-probability of an answer's first token."""
 
@@ -43,9 +46,12 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         loaded = make()
         save_model(loaded, root / name / "ours", None, {})
         write_model(loaded, root / name / "hf", "hf", torch.float32)
+    adapted(root / ADAPTED / "ours", root / ADAPTER / "ours", "lora", far=0.1)
+    export_model(root / ADAPTER / "ours", root / ADAPTER / "hf", "adapter")
     questions = [QUESTIONS[number % len(QUESTIONS)] for number in range(PICTURES)]
     job = {
         "folders": {str(root / name / "hf"): "auto" for name in MODELS},
+        "adapters": {str(root / ADAPTER / "hf"): str(root / ADAPTER / "hf/base")},
         "images": [str(image) for image in images],
         "questions": questions,
         "tokens": TOKENS,
@@ -64,11 +70,12 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODELS if name != PHI])
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name != PHI), ADAPTER])
 def test_vllm_answers_as_our_engine_does(asked: dict[str, Any], name: str) -> None:
     theirs = asked["found"][str(asked["root"] / name / "hf")]
     assert theirs.get("class") == "LlavaForConditionalGeneration", theirs
-    loaded, model = MODELS[name](), tinylmm.load(asked["root"] / name / "ours")
+    model = tinylmm.load(asked["root"] / name / "ours")
+    loaded = model.loaded
     images, questions = asked["images"], asked["questions"]
 
     def text(answer: dict[str, Any]) -> str:
@@ -90,6 +97,12 @@ def test_vllm_answers_as_our_engine_does(asked: dict[str, Any], name: str) -> No
         answer = theirs["single"][number]
         chance = first_chances(loaded, turns, images[number]).log()[answer["ids"][0]]
         assert abs(float(chance) - answer["log_probs"][0]) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_adapter_changes_what_vllm_says(asked: dict[str, Any]) -> None:
+    with_it, without = (asked["found"][str(asked["root"] / name / "hf")]["single"] for name in (ADAPTER, ADAPTED))
+    assert sum(one["ids"] != other["ids"] for one, other in zip(with_it, without, strict=True)) > PICTURES / 2
 
 
 @pytest.mark.slow

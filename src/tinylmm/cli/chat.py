@@ -41,13 +41,18 @@ def chat(
     # imported here, as torch would slow down every other command's start
     from transformers.utils import logging as transformers_logging
 
-    from tinylmm.generation.inputs import Video
+    from tinylmm.generation.choose import Sampling
+    from tinylmm.generation.inputs import Video, local_file
     from tinylmm.generation.session import load
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger().setLevel(logging.WARNING)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    Sampling.of(options)  # what is wrong with the words is told before a model is loaded for them
+    for what, files in (("image", image), ("video", video)):
+        for file in files or ():
+            local_file(file, what)
     console = terminal(highlight=False)
     model = load(checkpoint, device=device, dtype=dtype, trust=trust or [], store=store)
     conversation = model.conversation(image or None, list(map(Video, video)) if video else None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +43,20 @@ def demo(
     given = locals()
     if questions < 0:
         raise UserError(f"--questions is {questions}; it must be 0 or more.")
-    os.environ.update(NO_NETWORK)
+    with tempfile.TemporaryDirectory(prefix="tinylmm-demo-") as folder:  # what users upload goes when this ends
+        uploads = Path(folder).resolve() / "uploads"
+        # before Gradio is imported, which otherwise makes a folder of its own for all users of the machine
+        os.environ.update(NO_NETWORK | {"GRADIO_TEMP_DIR": str(uploads)})
+        _show(given, [model] if second is None else [model, second], uploads.parent)
+
+
+def _show(given: Mapping[str, Any], wanted: list[str], folder: Path) -> None:
+    """Load the models and show the page.
+
+    Args:
+        given: the command's options.
+        folder: as `demo.app.make_app` has it.
+    """
     # imported here, as torch and Gradio would slow down every other command's start
     try:
         from tinylmm.cli.served import address, key_and_hosts, limits, loaded
@@ -55,19 +69,15 @@ def demo(
     from tinylmm.store.find_model import find_model
 
     options = limits(given, drain_s=2)
-    taken = bind(host, port)
-    key, hosts = key_and_hosts(taken, host, allow_host)
-    wanted = [model] if second is None else [model, second]
-    found = [find_model(one, store) for one in wanted]
-    sets = question_sets(found, questions) if questions else []
-    names = _names(wanted)
-    models = [loaded(one, device, dtype, trust, store) for one in found]
-    services = [Service(one, name, options) for one, name in zip(models, names, strict=True)]
-    with tempfile.TemporaryDirectory(prefix="tinylmm-demo-") as folder:  # what users upload goes when this ends
-        app = make_app(services, sets, Path(folder).resolve(), key, hosts)
-        run(
-            app, taken, options, lambda: echo(f"showing {' and '.join(names)} at {address(taken, host)} (Ctrl-C stops)")
-        )
+    host, taken = given["host"], bind(given["host"], given["port"])
+    key, hosts = key_and_hosts(taken, host, given["allow_host"])
+    found = [find_model(one, given["store"]) for one in wanted]
+    sets = question_sets(found, given["questions"]) if given["questions"] else []
+    names, how = _names(wanted), [given[name] for name in ("device", "dtype", "trust", "store")]
+    services = [Service(loaded(one, *how), name, options) for one, name in zip(found, names, strict=True)]
+    app = make_app(services, sets, folder, key, hosts)
+    where = f"{' and '.join(names)} at {address(taken, host)}"
+    run(app, taken, options, lambda: echo(f"showing {where} (Ctrl-C stops)"), app.state.stopping.set)
 
 
 def _names(wanted: list[str]) -> list[str]:

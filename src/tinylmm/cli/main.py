@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 
 import typer
 
@@ -17,7 +19,12 @@ from tinylmm.cli.report import report
 from tinylmm.cli.score import score
 from tinylmm.cli.serve import serve
 from tinylmm.cli.verify import verify
+from tinylmm.errors import UserError
 from tinylmm.version import __version__
+
+MAY_BE_EMPTY = "--prompt"
+TYPERS_INTERRUPT = 130
+"""What Typer makes of Ctrl-C, without a word; ours end with EXIT_STOPPED whichever signal it was."""
 
 app = typer.Typer(
     help="Plan, look at and keep experiments with small large-multimodal models. To train: tinylmm-train.",
@@ -48,9 +55,34 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
+def refuse_empty(words: Sequence[str]) -> None:
+    """See that no word of a command is empty, as a shell variable leaves it that is not set: a path would be this folder, and
+    an option as if it had not been given.
+
+    Raises:
+        UserError: one is.
+    """
+    for before, word in pairwise(["", *words]):
+        option, sign, value = word.partition("=")
+        name = option if sign and not value and option.startswith("--") else before if not word else None
+        if name is not None and name != MAY_BE_EMPTY:
+            what = f"{name} is followed by an empty word" if name.startswith("-") else "an argument is an empty word"
+            raise UserError(f"{what}: give a value, or leave it out.")
+
+
+def _command() -> None:
+    refuse_empty(sys.argv[1:])
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == TYPERS_INTERRUPT:
+            raise KeyboardInterrupt from None
+        raise
+
+
 def main() -> None:
     """Entry point of `tinylmm`."""
-    sys.exit(guarded(app))
+    sys.exit(guarded(_command))
 
 
 if __name__ == "__main__":

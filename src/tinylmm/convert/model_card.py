@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tinylmm.convert.certificate import CERTIFICATE, Certificate
 from tinylmm.convert.format import Outlet, Usage
 from tinylmm.convert.outlets import IMAGE_TEXT
+from tinylmm.errors import UserError
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.version import __version__
 
 CARD = "README.md"
 UNKNOWN = "unknown"
 """The hub's word for a licence that nobody has named."""
+_LICENCE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+"""What the hub's words for licences have in common; it adds to them."""
 _LIMITS = (
     "It answers as it was trained to; nothing was done to keep it from false, offensive or harmful answers.",
     "Figures hold for the questions, the prompt and the greedy decoding that they were made with.",
@@ -35,6 +39,9 @@ class About:
         licence: the hub's word; None where nobody has said.
         sections: titles and Markdown, in their order: results, recipe, data.
         results: rows of results as the hub's `EvalResult` takes them.
+
+    Raises:
+        UserError: the licence is no word that the hub could have.
     """
 
     name: str
@@ -44,6 +51,13 @@ class About:
     licence: str | None = None
     sections: Sequence[tuple[str, str]] = ()
     results: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        if self.licence is not None and not _LICENCE.fullmatch(self.licence):
+            raise UserError(
+                f"--license is {self.licence!r}; it must be one of the hub's words, small letters, digits, dots and hyphens: "
+                "apache-2.0, mit, cc-by-4.0, ..., or other. Nothing was written."
+            )
 
 
 @dataclass(frozen=True)

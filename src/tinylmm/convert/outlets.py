@@ -21,6 +21,27 @@ _PEFT = (
     .replace("parts =", 'model = PeftModel.from_pretrained(model, "FOLDER")\nparts =')
     .replace("from PIL", "from peft import PeftModel\nfrom PIL")
 )
+_XLLAMACPP = """import base64, json, urllib.request, xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path, params.mmproj.path, params.use_jinja = "FOLDER/model.gguf", "FOLDER/mmproj.gguf", True
+server = xllamacpp.Server(params)
+url = "data:image/png;base64," + base64.b64encode(open("cat.png", "rb").read()).decode()
+parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+asked = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 64}
+headers = {"Content-Type": "application/json"}
+address = f"{server.listening_address}/v1/chat/completions"
+reply = urllib.request.urlopen(urllib.request.Request(address, json.dumps(asked).encode(), headers))
+print(json.load(reply)["choices"][0]["message"]["content"])"""
+_NODE = """const { loadModel } = require("@fugood/llama.node");
+(async () => {
+  const model = await loadModel({ model: "FOLDER/model.gguf", n_ctx: 2048 });
+  model.initMultimodal({ path: "FOLDER/mmproj.gguf" });
+  const parts = [{ type: "image_url", image_url: { url: "cat.png" } }, { type: "text", text: "What is it?" }];
+  const messages = [{ role: "user", content: parts }];
+  const { text } = await model.completion({ messages, jinja: true, top_k: 1, penalty_repeat: 1, n_predict: 64 });
+  console.log(text);
+})();"""
 _VLLM = """vllm serve FOLDER --limit-mm-per-prompt '{"image": 4}' --mm-processor-kwargs '{"backend": "pil"}'"""
 _VLLM_WHICH = (
     "vLLM has LLMs of the kinds Llama, Qwen2, Qwen3, Gemma and StableLM, and towers CLIP and SigLIP; for equal answers compute "
@@ -59,7 +80,7 @@ ADAPTER = Outlet(
         Usage(
             "vLLM",
             _VLLM.replace("FOLDER", "FOLDER/base") + " --enable-lora --max-lora-rank RANK --lora-modules NAME=FOLDER",
-            remark=f"RANK is `r` of adapter_config.json. {_VLLM_WHICH}",
+            remark=f"RANK is `r` of adapter_config.json, or the next of 8, 16, 32, 64, 128, 256, 320 and 512. {_VLLM_WHICH}",
         ),
         Usage("tinylmm", "tinylmm import FOLDER MODEL --llm FOLDER/base && tinylmm serve MODEL"),
     ),
@@ -78,6 +99,13 @@ GGUF = Outlet(
             "Ollama",
             "cd FOLDER && ollama create NAME -f Modelfile && ollama run NAME",
             remark="The Modelfile has no TEMPLATE, so that the chat template of the file counts.",
+        ),
+        Usage("Python, with `pip install xllamacpp`", _XLLAMACPP, "python", "It serves OpenAI's API, too."),
+        Usage(
+            "Node.js, with `npm install @fugood/llama.node @fugood/node-llama-linux-x64`",
+            _NODE,
+            "js",
+            "Its own defaults penalise repetition; this is greedy.",
         ),
     ),
     ("Send pictures of the tower's size: llama.cpp prepares all others in a way of its own.",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -57,6 +58,41 @@ class Closed:
         await self.app(scope, receive, closed)
 
 
+class Left:
+    """Ends what pages hold open for as long as they are shown, as if their browsers had left, once the command is to stop.
+
+    Args:
+        stopping: set when it is.
+    """
+
+    def __init__(self, app: ASGIApp, stopping: asyncio.Event) -> None:
+        self.app, self.stopping = app, stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unfinished = False
+
+        async def noted(message: Message) -> None:
+            nonlocal unfinished
+            unfinished = message["type"] == "http.response.start" or bool(message.get("more_body"))
+            await send(message)
+
+        async def heard() -> Message:
+            waiting = asyncio.ensure_future(receive()), asyncio.ensure_future(self.stopping.wait())
+            try:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                return waiting[0].result() if waiting[0].done() else {"type": "http.disconnect"}
+            finally:
+                for one in waiting:
+                    one.cancel()
+
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        await self.app(scope, heard, noted)
+        if unfinished:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 def make_app(
     services: Sequence[Service],
     sets: Sequence[QuestionSet],
@@ -64,7 +100,7 @@ def make_app(
     key: str | None = None,
     hosts: tuple[str, ...] | None = None,
 ) -> FastAPI:
-    """The demo's application; it starts and closes the services.
+    """The demo's application; it starts and closes the services. Setting `state.stopping` ends what pages hold open.
 
     Args:
         sets: see `page.Page`.
@@ -113,4 +149,6 @@ def make_app(
     )
     app.add_middleware(Gate, key=None, hosts=hosts, metrics=services[0].metrics, paths=frozenset({"/", "/health"}))
     app.add_middleware(Closed, hosts=hosts)
+    app.state.stopping = asyncio.Event()
+    app.add_middleware(Left, stopping=app.state.stopping)
     return app

@@ -23,7 +23,6 @@ from tinylmm.errors import DataError, TinyLMMError, UserError
 from tinylmm.evaluation.images import open_image_ref
 from tinylmm.generation.choose import Sampling
 from tinylmm.reports.thumbnails import ThumbnailError, load_image
-from tinylmm.serving.app import failure
 from tinylmm.serving.errors import ApiError
 from tinylmm.serving.requests import SEEDS
 from tinylmm.serving.service import Service
@@ -103,6 +102,7 @@ class Page:
                             feedback_options=None,
                             latex_delimiters=[],
                             allow_tags=False,
+                            placeholder=f"{words.NOTHING_YET} {words.OR_PICK if self.sets else ''}",
                         )
                     )
                     self.figures.append(gr.HTML("", elem_id=f"figures-{number}", elem_classes="figures", padding=False))
@@ -217,8 +217,6 @@ class Page:
             yield self._told(str(error))
         except ApiError as error:
             yield self._told(error.message)
-        except Exception as error:
-            yield self._told(failure(error).message)
         else:
             yield self._ended(talk, turn, text, files)
 

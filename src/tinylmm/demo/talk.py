@@ -14,7 +14,7 @@ from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.inputs import placed
 from tinylmm.serving.answers import Answers
-from tinylmm.serving.app import failure
+from tinylmm.serving.errors import ApiError
 from tinylmm.serving.messages import Conversation, Said
 from tinylmm.serving.service import Service
 
@@ -131,7 +131,7 @@ class Talk:
     ) -> Turn:
         """Have the answers to a question begun."""
         began = time.monotonic()
-        files = {path: path.read_bytes() for path in {*images, *(path for turn in self.turns for path in turn.images)}}
+        files = {path: _content(path) for path in {*images, *(path for turn in self.turns for path in turn.images)}}
         told = [self._conversation(number, question, images, files) for number in range(len(services))]
         asked = [await service.prepare(one) for service, one in zip(services, told, strict=True)]
         turn = Turn(question, images, [Reply(len(one.prompt.ids), one.image_tokens) for one in asked])
@@ -172,6 +172,16 @@ class Talk:
         )
 
 
+def _content(path: Path) -> bytes:
+    """Raises: UserError: the file is gone, as whoever cleans temporary folders may have it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"an image of this conversation is no longer there ({error.strerror}). Begin anew, and upload it again."
+        ) from error
+
+
 async def _follow(answers: Answers, reply: Reply, began: float) -> None:
     """Write an answer down as it comes."""
     [choice] = answers.choices
@@ -186,7 +196,7 @@ async def _follow(answers: Answers, reply: Reply, began: float) -> None:
         reply.ending = "length" if choice.finish == "length" else "stop"
     except asyncio.CancelledError:
         reply.ending = "stopped"
-    except Exception as error:
-        reply.ending, reply.problem = "failed", failure(error).message
+    except ApiError as error:
+        reply.ending, reply.problem = "failed", error.message
     finally:
         answers.cancel()

@@ -9,6 +9,8 @@ from tinylmm.demo.questions import Question, QuestionSet
 from tinylmm.demo.talk import Reply, Turn
 from tinylmm.generation.session import ChatModel
 
+NOTHING_YET = "Ask below, about images that you add with the clip."
+OR_PICK = "Or pick a held-out question."
 WAITING = "Reading the question and its images …"
 NO_QUESTIONS = (
     "Models that were trained here and evaluated bring their held-out questions along. This one has none: it lies outside a "

@@ -127,21 +127,19 @@ def open_clip(video: Video, trained: SamplingSpec | None) -> Clip:
         sampling = _sampling(sampling)
     if isinstance(source, list | tuple):
         return Clip(tuple(_given_frames(source, sampling)))
+    path = local_file(source, "video") if isinstance(source, str | Path) else None
     if sampling is None:
         raise UserError(
-            "the model was trained on no videos, so nothing says which frames to show: give "
-            "Video(source, sampling={'uniform': 16}), or the frames themselves."
+            "the model was trained on no videos, so nothing says which frames of one to show it. Show it frames as images; or "
+            "say which, in Python: Video(source, sampling={'uniform': 16})."
         )
+    if path is not None:
+        return Clip(tuple(sample_frames(path, sampling)))
     if isinstance(source, bytes | bytearray | memoryview):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "video"
-            path.write_bytes(source)
-            return Clip(tuple(_named(sample_frames, path, sampling)))
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.is_file():
-            raise DataError(f"{source}: no such video file. Give the path of a local file; nothing is downloaded.")
-        return Clip(tuple(sample_frames(path, sampling)))
+            copy = Path(folder) / "video"
+            copy.write_bytes(source)
+            return Clip(tuple(_named(sample_frames, copy, sampling)))
     raise UserError(
         f"a video is given as {type(source).__name__}; allowed: a file's path or content, or a list of frames."
     )
@@ -235,13 +233,22 @@ def _from_file(name: str) -> Image.Image:
             return open_image(Path(head), base64.b64decode(encoded, validate=True), upright=True)
         except binascii.Error as error:
             raise DataError(f"the image {name[:40]!r} is a data URL that is no base64 ({error}).") from error
+    return open_image(local_file(name, "image"), upright=True)
+
+
+def local_file(name: str | Path, what: str) -> Path:
+    """The file of an image or a video.
+
+    Raises:
+        DataError: there is none.
+    """
     try:
         found = Path(name).is_file()
     except ValueError:  # a zero byte
         found = False
     if not found:
-        raise DataError(f"{name}: no such image file. Give the path of a local file; nothing is downloaded.")
-    return open_image(Path(name), upright=True)
+        raise DataError(f"{name}: no such {what} file. Give the path of a local file; nothing is downloaded.")
+    return Path(name)
 
 
 def _from_pixels(pixels: np.ndarray | Tensor) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from tinylmm.generation.choose import LogProbs, Sampling
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.generation.questions import End, Event, Question, Token
 from tinylmm.generation.text import Pieces
-from tinylmm.serving.worker import EngineWorker
+from tinylmm.serving.errors import ApiError
+from tinylmm.serving.worker import ClosedError, EngineWorker
+
+log = logging.getLogger(__name__)
 
 LEAST_LOG_PROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
@@ -107,13 +111,13 @@ class Answers:
         """Yield what comes, until all answers are complete.
 
         Raises:
-            Exception: what the engine failed with.
+            ApiError: the engine failed; what with, the log says.
         """
         try:
             while any(choice.finish is None for choice in self.choices):
                 index, event = await self._events.get()
                 if isinstance(event, Exception):
-                    raise event
+                    raise failure(event) from event
                 if (change := self._take(index, event)) is not None:
                     yield change
         finally:
@@ -123,7 +127,7 @@ class Answers:
         """Wait for all answers.
 
         Raises:
-            Exception: what the engine failed with.
+            ApiError: see `changes`.
         """
         async for _ in self.changes():
             pass
@@ -174,6 +178,18 @@ class Answers:
             "logprob": max(log_prob, LEAST_LOG_PROB),
             "bytes": list(text.encode()) if whole else None,
         }
+
+
+def failure(error: Exception) -> ApiError:
+    """What a client is told of an answer that failed; what it was stands in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ClosedError):
+        return ApiError(503, "the server is stopping. Ask again later.", None, "server_stopping", {"Retry-After": "10"})
+    if isinstance(error, FloatingPointError):
+        return ApiError(500, f"{error}; other questions may work.", None, "not_finite")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "the server could not answer; its log says why.", None, "internal_error")
 
 
 def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], item: Any) -> None:

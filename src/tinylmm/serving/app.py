@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -13,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from tinylmm.serving.answers import Answers
+from tinylmm.serving.answers import Answers, failure
 from tinylmm.serving.chat import ChatReply
 from tinylmm.serving.errors import ApiError
 from tinylmm.serving.http import EventStream, Gate, attended, read_body, told
@@ -22,8 +21,6 @@ from tinylmm.serving.requests import AnswerFields, read, read_chat
 from tinylmm.serving.responses import ResponsesReply, ResponsesRequest
 from tinylmm.serving.service import Service
 from tinylmm.serving.worker import ClosedError
-
-log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
 """Status of a reply that nobody reads, as nginx counts it."""
@@ -73,7 +70,7 @@ async def _chat(service: Service, body: bytes) -> Response:
         reply = ChatReply(service.name, asked, answers)
         if not asked.stream:
             return JSONResponse(await reply.whole())
-        return _stream(service, reply.chunks(failure), held.pop_all(), "[DONE]")
+        return _stream(service, reply.chunks(), held.pop_all(), "[DONE]")
 
 
 async def _responses(service: Service, body: bytes) -> Response:
@@ -84,7 +81,7 @@ async def _responses(service: Service, body: bytes) -> Response:
         reply = ResponsesReply(service.name, asked, await _answers(service, asked, conversation, held))
         if not asked.stream:
             return JSONResponse(await reply.whole())
-        return _stream(service, reply.events(failure), held.pop_all())
+        return _stream(service, reply.events(), held.pop_all())
 
 
 def _stream(service: Service, events: AsyncIterator[Any], held: ExitStack, last: str | None = None) -> EventStream:
@@ -125,18 +122,6 @@ def check_model(service: Service, asked: AnswerFields) -> None:
     if asked.model not in (None, service.name):
         text = f"there is no model '{str(asked.model)[:80]}' here; this server has '{service.name}'."
         raise ApiError(404, text, "model", "model_not_found")
-
-
-def failure(error: Exception) -> ApiError:
-    """What a client is told of an answer that failed; what it was stands in the log."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ClosedError):
-        return ApiError(503, "the server is stopping. Ask again later.", None, "server_stopping", {"Retry-After": "10"})
-    if isinstance(error, FloatingPointError):
-        return ApiError(500, f"{error}; other questions may work.", None, "not_finite")
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "the server could not answer; its log says why.", None, "internal_error")
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from tinylmm.serving.answers import Answers, Change
@@ -44,7 +44,7 @@ class ChatReply:
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": self.answers.usage()}
 
-    async def chunks(self, failed: Callable[[Exception], ApiError]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The reply in chunks; one that cannot be completed ends with an error, as its status was sent before."""
         for index in range(len(self.answers.choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
@@ -58,8 +58,8 @@ class ChatReply:
                 yield self._changed(change, known)
                 if change.finish is not None and change.piece:
                     yield self._chunk(change.index, {}, change.finish)
-        except Exception as error:
-            yield failed(error).body()
+        except ApiError as error:
+            yield error.body()
             return
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
             yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.answers.usage()}

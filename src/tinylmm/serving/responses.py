@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from itertools import count
 from typing import Any, ClassVar
 
@@ -85,7 +85,7 @@ class ResponsesReply:
         await self.answers.whole()
         return self._complete()
 
-    async def events(self, failed: Callable[[Exception], ApiError]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """The reply as named events."""
         number = count()
 
@@ -102,9 +102,8 @@ class ResponsesReply:
             async for change in self.answers.changes():
                 if change.piece:
                     yield event("response.output_text.delta", {**place, "delta": change.piece, "logprobs": []})
-        except Exception as error:
-            told = failed(error)
-            yield event("error", {"code": told.code, "message": told.message, "param": told.param})
+        except ApiError as error:
+            yield event("error", {"code": error.code, "message": error.message, "param": error.param})
             return
         complete = self._complete()
         text = self.answers.choices[0].text

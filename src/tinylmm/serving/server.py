@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -45,9 +46,9 @@ def bind(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Ends on any signal that ends commands, once it has finished; a second one ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], leaving: Callable[[], None]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._leaving = ready, leaving
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -69,13 +70,28 @@ class _Server(uvicorn.Server):
         else:
             log.info("%s: finishing what is begun (once more to stop at once)", signal.Signals(sig).name)
         self.should_exit = True
+        self._leaving()
 
 
-def run(app: FastAPI, taken: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
+def _is_a_fault(record: logging.LogRecord) -> bool:
+    """What is given up at the end, a request or the wait for the end itself, is none, and its traceback says nothing."""
+    if record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError):
+        return False
+    return not record.getMessage().rstrip().endswith(f"{asyncio.CancelledError.__module__}.CancelledError")
+
+
+def run(
+    app: FastAPI,
+    taken: socket.socket,
+    options: ServeOptions,
+    ready: Callable[[], None],
+    leaving: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until a signal comes, then finish the answers that were asked for, for `options.drain_s` at most.
 
     Args:
         ready: called when requests are taken.
+        leaving: called at each signal to stop.
     """
     config = uvicorn.Config(
         app,
@@ -89,4 +105,5 @@ def run(app: FastAPI, taken: socket.socket, options: ServeOptions, ready: Callab
         timeout_graceful_shutdown=max(1, round(options.drain_s)),
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    _Server(config, ready).run([taken])
+    logging.getLogger("uvicorn.error").addFilter(_is_a_fault)
+    _Server(config, ready, leaving).run([taken])

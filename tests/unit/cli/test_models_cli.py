@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 from tests.builders import tiny_loaded
 from tests.foreign import foreign, write_factory_folders
 from tinylmm.cli.convert import FORMATS, LAYOUTS
-from tinylmm.cli.main import app
+from tinylmm.cli.main import app, main, refuse_empty
 from tinylmm.convert.format import all_formats
-from tinylmm.errors import DataError, UserError, printable
+from tinylmm.errors import UserError, printable
 from tinylmm.generation.session import load
 from tinylmm.models.checkpoint import save_model
 
@@ -50,9 +51,52 @@ def test_a_conversation_goes_on_over_wrong_files_and_ends_with_ctrl_d(folder: Pa
     assert output.count("model ") == 3 and "nothing.png: no such image file" in output.replace("\n", "")
 
 
-def test_a_missing_first_image_ends_the_command_before_anything_is_asked(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"missing\.png: no such image file"):
-        run("chat", folder / "model", "--image", folder / "missing.png", text="Hi\n")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--image", "missing.png"], r"^missing\.png: no such image file"),
+        (["--video", "missing.mp4"], r"^missing\.mp4: no such video file"),
+        (["--temperature", "-1"], r"^temperature is -1.0; it must be 0"),
+        (["--max-new-tokens", "0"], r"^max_new_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_told_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded in vain")
+
+    monkeypatch.setattr("tinylmm.generation.session.load", loaded)
+    with pytest.raises(UserError, match=said):
+        run("chat", folder / "model", *words, text="Hi\n")
+
+
+@pytest.mark.parametrize("licence", ["", "Apache 2.0", "MIT", "mit\n", "-"])
+def test_a_licence_that_is_no_word_of_the_hubs_is_refused_and_nothing_written(
+    folder: Path, tmp_path: Path, licence: str
+) -> None:
+    with pytest.raises(UserError, match=r"--license is '.*'; it must be one of the hub's words"):
+        run("export", folder / "model", tmp_path / "hf", "--license", licence)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "model", "hf", "--license", ""], "--license is followed by an empty word: give a value"),
+        (["serve", "model", "--name="], "--name is followed by an empty word"),
+        (["runs", "--store", ""], "--store is followed by an empty word"),
+        (["chat", ""], "an argument is an empty word"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_no_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tinylmm", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and capsys.readouterr().err.startswith(said)
+    refuse_empty(["chat", "model", "--image", "a=.png", "--prompt", ""])
 
 
 def test_an_image_takes_the_place_of_one_that_waits_and_is_confirmed(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tinylmm
 from tests.browser import browser
 from tests.unit.demo.showing import Showing, showing
-from tests.unit.serving.process import BLUE, RED, endless_model, png, wide_model
+from tests.unit.serving.process import BLUE, RED, endless_model, png, roomy_model
 from tinylmm.demo.questions import Question, QuestionSet
 from tinylmm.evaluation.benchmarks.records import ImageRef
 
@@ -44,7 +44,7 @@ def shown(folder: Path) -> Iterator[Showing]:
         )
         for n, (name, colour) in enumerate(colours.items())
     ]
-    models = {"endless": endless_model(folder / "endless"), "wide": wide_model(folder / "wide")}
+    models = {"endless": endless_model(folder / "endless"), "wide": roomy_model(folder / "wide")}
     with showing(folder, models, [QuestionSet("colours", 100, tuple(questions))]) as running:
         yield running
 
@@ -81,6 +81,7 @@ def upload(page: Page, *files: Path) -> None:
 
 def limit(page: Page, tokens: int) -> None:
     page.click("#settings button")
+    page.locator("#seed input").wait_for()  # the last of them is there, so none is made anew
     page.fill("#max-new-tokens input", str(tokens))
     page.press("#max-new-tokens input", "Tab")
 
@@ -176,6 +177,12 @@ def test_a_held_out_question_is_asked_beside_its_truth_in_a_conversation_of_its_
     wait_for(page, 0, "4 tokens")
     page.locator("#gallery button.thumbnail-item").nth(1).click()
     page.locator("#picked .truth").filter(has_text="blue").wait_for()
+    for card in page.locator("#gallery button.thumbnail-item").all():
+        image, caption = (card.locator(place).bounding_box() for place in ("img", ".caption-label"))
+        assert image is not None and caption is not None
+        assert image["height"] > 0 and image["y"] + image["height"] <= caption["y"] + 1, (
+            "the question hides its picture"
+        )
     assert page.locator("#picked dd").all_inner_texts() == ["blue", "<b>1</b>"]  # and nothing of it is markup
     page.click("#ask-picked")
     line = wait_for(page, 0, "truth: blue")

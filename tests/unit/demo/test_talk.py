@@ -153,3 +153,31 @@ def test_two_conversations_are_answered_at_once(models: list[ChatModel]) -> None
             assert one.turns[0].replies[0].text == "".join(models[1].stream(f"Who is {number}?", max_new_tokens=6))
 
     talked(models[1:], work, rows=3)
+
+
+def test_an_upload_that_is_gone_is_told_in_a_sentence(models: list[ChatModel], pictures: dict[str, Path]) -> None:
+    async def work(talk: Talk, services: list[Service]) -> None:
+        await ask(talk, services, "What is it?", [pictures["red"]], SHORT)
+        pictures["red"].unlink()
+        with pytest.raises(UserError, match="no longer there"):
+            await ask(talk, services, "And now?", [], SHORT)
+        assert len(talk.turns) == 1 and not talk.busy
+
+    talked(models[:1], work)
+
+
+def test_an_answer_that_fails_says_so_and_the_next_one_is_asked(
+    models: list[ChatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(talk: Talk, services: list[Service]) -> None:
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(services[0].worker.engine, "_embed", lambda *_: 1 / 0)
+            async for _ in talk.ask(services, "Who?", [], SHORT):
+                seen += [(reply.ending, reply.problem) for turn in talk.turns for reply in turn.replies]
+        assert seen[-1] == ("failed", "the server could not answer; its log says why.")
+        assert talk.turns == [] and not talk.busy
+        await ask(talk, services, "Who?", [], SHORT)
+        assert talk.turns[0].replies[0].text
+
+    talked(models[:1], work)

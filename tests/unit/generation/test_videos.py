@@ -142,7 +142,8 @@ def test_a_slot_says_where_a_video_stands(files: dict[str, Path]) -> None:
         ([RED, (RED, 1.0)], None, "some have a time and some have none"),
         ([(RED, 2.0), (RED, 1.0)], None, "in the order of their times"),
         ("nowhere.mp4", {"unifrom": 2}, "sampling.unifrom"),
-        ("nowhere.mp4", None, "trained on no videos, so nothing says which frames to show"),
+        ("nowhere.mp4", None, "nowhere.mp4: no such video file"),
+        (__file__, None, "trained on no videos, so nothing says which frames of one to show"),
     ],
 )
 def test_what_is_no_video_is_refused_in_a_sentence(source: Any, sampling: Any, words: str) -> None:

@@ -40,15 +40,25 @@ def wide_model(folder: Path) -> Path:
     return folder
 
 
-def endless_model(folder: Path) -> Path:
-    """A model whose answers end at their limit alone, which may be far."""
+def roomy_model(folder: Path, endless: bool = False) -> Path:
+    """A wide model with a context that no test fills.
+
+    Args:
+        endless: its answers end at their limit alone, which may be far.
+    """
     wide_model(folder)
     loaded = load_model(folder, [])
-    loaded.model.llm.get_output_embeddings().weight.data[loaded.tokenizer.eos_token_id] = 0  # type: ignore[operator]
+    if endless:
+        loaded.model.llm.get_output_embeddings().weight.data[loaded.tokenizer.eos_token_id] = 0  # type: ignore[operator]
     loaded.model.llm.config.max_position_embeddings = 1 << 16
     shutil.rmtree(folder)
     save_model(loaded, folder, None, {})
     return folder
+
+
+def endless_model(folder: Path) -> Path:
+    """A model whose answers end at their limit alone, which may be far."""
+    return roomy_model(folder, endless=True)
 
 
 def png(image: Image.Image) -> bytes:

@@ -1,42 +1,11 @@
 // What llama.cpp makes of exported GGUF files: read from stdin, answered on the last line of stdout, both JSON.
 //
-// {"model", "mmproj", "context", "tokens", "looked_at": n, "questions": [{"prompt", "images"}]}
-// -> [{"text", "length": the prompt's tokens, "chances": [[token's text, probability], ...] of the answer's first token}]
+// A job of `answered` with "questions": [{"prompt", "images"}] -> what it says to each.
 "use strict";
-const { loadModel } = require("@fugood/llama.node");
+const { answered, follow } = require("./llama_cpp.js");
 
-// The binding's own defaults penalise repetition even where the temperature is 0.
-const PLAIN = {
-  penalty_repeat: 1, penalty_freq: 0, penalty_present: 0, penalty_last_n: 0, dry_multiplier: 0, dry_penalty_last_n: 0,
-  xtc_probability: 0, seed: 1,
-};
-const GREEDY = { ...PLAIN, temperature: 0, top_k: 1 };
-const WHOLE = { ...PLAIN, temperature: 1, top_k: 0, top_p: 1, min_p: 0, n_predict: 1 };
-
-const kept = [];
-
-// A new context a question: an old one goes on from what it remembers of the last one, and may still be at it.
-async function completion(job, options) {
-  const model = await loadModel({
-    model: job.model, n_ctx: job.context, n_gpu_layers: 0, n_threads: 2, use_mmap: true,
-    cache_type_k: "f32", cache_type_v: "f32", flash_attn_type: "off",
-  });
-  if (!model.initMultimodal({ path: job.mmproj, use_gpu: false })) throw new Error(`cannot read ${job.mmproj}`);
-  kept.push(model); // releasing it while a thread of its own still ends the answer is a crash
-  return model.completion(options);
-}
-
-async function main() {
-  const job = JSON.parse(require("fs").readFileSync(0, "utf8"));
+follow(async (job) => {
   const found = [];
-  for (const { prompt, images } of job.questions) {
-    const question = images.length ? { prompt, media_paths: images } : { prompt };
-    const answer = await completion(job, { ...question, ...GREEDY, n_predict: job.tokens });
-    const first = await completion(job, { ...question, ...WHOLE, n_probs: job.looked_at });
-    const chances = first.completion_probabilities[0].probs.map((p) => [p.tok_str, p.prob]);
-    found.push({ text: answer.text, length: first.tokens_evaluated - first.tokens_predicted, chances });
-  }
-  process.stdout.write("\n" + JSON.stringify(found) + "\n");
-}
-
-main().catch((error) => { console.error(error); process.exit(1); });
+  for (const question of job.questions) found.push(await answered(job, question));
+  return found;
+});
