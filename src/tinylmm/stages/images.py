@@ -147,7 +147,8 @@ class ImageCheck:
 
     def _frames(self, video: str) -> tuple[list[int], bool]:
         """Frames of a video that are shown, and whether they had to be decoded."""
-        assert self.sampling is not None and self.known is not None, "records with videos are refused without a sampling"
+        assert self.sampling is not None, "records with videos are refused without a sampling"
+        assert self.known is not None, "the stage names a folder"
         path = find_video(self.images, video, self.follow_links)
         status = path.stat()
         where = {"clip": str(path.absolute()), "sampling": self.sampling.given()}
