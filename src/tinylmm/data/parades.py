@@ -128,7 +128,7 @@ def _draw(rng: Rng, count: int) -> Parade | None:
             start += frames + int(rng.integers(GAPS[0], GAPS[1] + 1))
     if len(spans) < count or len(spans) > count + len(LANES):
         return None
-    found = []
+    found: list[tuple[int, int, int, int, bool]] = []
     for (lane, start, frames), right in zip(spans, (rng.random(len(spans)) < 0.5).tolist(), strict=True):
         crossing = _crossing(frames, right)
         if start + crossing.noticed[-1] < 0 or start + crossing.noticed[0] >= length:
