@@ -28,7 +28,7 @@ quickstart: $(STAMP)  ## Train a small multimodal model in stages and report it:
 	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train
 
 quickstart-video: $(STAMP)  ## Train a small model that watches videos, and report what it owes to time: two CPU cores, minutes
-	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train llm=nano_video vt=nano_video recipe=video 'video.sampling={uniform: 8}'
+	TINYLMM_STORE=$(STORE) $(BIN)/tinylmm-train llm=nano_video vt=nano_video recipe=video 'video.sampling={uniform: 8}' launch.slots=2
 
 # Coverage doubles a test's time, and what is left to cover behind the unit tests is not worth that in the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -25,7 +25,7 @@ STUDIES = {
     "factory_table_1": (10, 21, 20),
     "openelm_card": (1, 2, 2),
     "nano_paper": (39, 90, 66),
-    "nano_video": (14, 28, 28),
+    "nano_video": (15, 30, 30),
     "tinyllava_video": (4, 8, 8),
 }
 """Study -> runs, trainings asked for, distinct ones."""

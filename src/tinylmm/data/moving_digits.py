@@ -54,7 +54,7 @@ CODEC_OPTIONS = {"crf": "18", "preset": "ultrafast"}
 CAPTION_REQUESTS = ("what moves?", "what do you see?", "what is in the video?")
 FRAME_REQUEST = "what is in the picture?"
 LISTING_REQUEST = "list the moves."
-STEPS = (6, 9)
+STEPS = (8, 9)
 """Frames of the shortest and of the longest clip in words."""
 
 

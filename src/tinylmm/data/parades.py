@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -17,15 +18,17 @@ from tinylmm.data.scenes import CORNER, DIGITS, SIZE, Question, Rng, Scans, warp
 
 RATE = 4
 """Frames a second."""
-LENGTHS = (8, 16)
-"""Frames of the shortest and of the longest clip."""
-CROSSINGS = (6, 12)
+LENGTHS = (9, 11, 13, 15, 17)
+"""Frames that a clip may have: odd, so that the middle one is as far from the beginning as from the end."""
+CROSSINGS = (8, 12)
 """Frames that the fastest and the slowest digit take from outside one side to outside the other."""
 GAPS = (1, 4)
 """Frames between a digit's end and the next one's beginning in the same lane."""
 LANES = ("top", "bottom")
 COUNTS = (2, 3, 4)
 """Digits of a clip in all, equally often."""
+LEAST_SEEN = 3
+"""Frames that every digit is in the picture: of some, which are cut off by an end of the clip, even this many show no way."""
 MARGIN = 2
 """Frames that lie between two events of which a question asks which is the first."""
 GLIMPSES = (0.02, 0.3, 1.0)
@@ -114,38 +117,60 @@ def askable(parade: Parade) -> tuple[str, ...]:
 def _draw(rng: Rng, count: int) -> Parade | None:
     """A clip cut out of two endless lanes, its scans not chosen yet; None where another number of digits passes, or one too
     shortly to be told."""
-    length = int(rng.integers(LENGTHS[0], LENGTHS[1] + 1))
+    length = int(rng.choice(LENGTHS))
     spans = []
     for lane in range(len(LANES)):
         start = -int(rng.integers(CROSSINGS[1] + GAPS[1]))
         while start < length:
             frames = int(rng.integers(CROSSINGS[0], CROSSINGS[1] + 1))
-            spans.append((lane, start, frames))
+            if start + frames > 1:
+                spans.append((lane, start, frames))
             start += frames + int(rng.integers(GAPS[0], GAPS[1] + 1))
-    moving = [(lane, start, frames) for lane, start, frames in spans if start + frames > 1]
-    if len(moving) < count or len(moving) > count + len(LANES):
+    if len(spans) < count or len(spans) > count + len(LANES):
         return None
-    digits, ways = rng.permutation(len(DIGITS)), rng.random(len(moving)) < 0.5
+    found: list[tuple[int, int, int, int, bool]] = []
+    for (lane, start, frames), right in zip(spans, (rng.random(len(spans)) < 0.5).tolist(), strict=True):
+        crossing = _crossing(frames, right)
+        if start + crossing.noticed[-1] < 0 or start + crossing.noticed[0] >= length:
+            continue
+        first, last = max(0, start + crossing.inside[0]), min(length - 1, start + crossing.inside[-1])
+        if last - first + 1 < LEAST_SEEN or len(found) == count:
+            return None
+        found.append((first, lane, start, frames, right))
+    if len(found) != count:
+        return None
     movers = [
-        Mover(int(digit), 0, lane, bool(right), start, frames)
-        for digit, right, (lane, start, frames) in zip(digits, ways, moving, strict=False)
+        Mover(digit, 0, lane, right, start, frames)
+        for digit, (_, lane, start, frames, right) in zip(
+            rng.permutation(len(DIGITS))[:count].tolist(), sorted(found), strict=True
+        )
     ]
-    shown = [mover for mover in movers if any(_shows(mover, time) for time in range(length))]
-    seen = {mover: [time for time in range(length) if mover.is_in(time)] for mover in shown}
-    if len(shown) != count or any(len(times) < MARGIN for times in seen.values()):
-        return None
-    return Parade(length, tuple(sorted(shown, key=lambda mover: (seen[mover][0], mover.lane))))
+    return Parade(length, tuple(movers))
 
 
-def _shows(mover: Mover, time: int) -> bool:
-    """Whether enough of it is in the picture to be noticed."""
-    return -CORNER + 2 < mover.left_edge(time) < SIZE - 2
+@dataclass(frozen=True)
+class _Crossing:
+    """Frames, from a digit's start, in which it is in the picture, and in which enough of it is there to be noticed."""
+
+    inside: range
+    noticed: range
+
+
+@cache
+def _crossing(frames: int, right: bool) -> _Crossing:
+    """What nearly all drawn clips are turned down for, so it is computed once."""
+    mover = Mover(0, 0, 0, right, 0, frames)
+    inside = [time for time in range(frames + 1) if mover.is_in(time)]
+    noticed = [time for time in range(frames + 1) if -CORNER + 2 < mover.left_edge(time) < SIZE - 2]
+    return _Crossing(range(inside[0], inside[-1] + 1), range(noticed[0], noticed[-1] + 1))
 
 
 def _can_be_asked(parade: Parade) -> bool:
     """Whether it is clear what comes first, and no single frame tells."""
     first = first_to_leave(parade)
     if first is None or not _has_company(parade, first) or (len(parade.movers) > 2 and not _followed(parade)):
+        return False
+    if not _crossing_all(parade):
         return False
     # One in the middle frame, whatever the count: of many digits fewer clips would have none or two there than of few.
     return sum(mover.is_in((parade.frames - 1) // 2) for mover in parade.movers) == 1
@@ -166,6 +191,12 @@ def _has_company(parade: Parade, leaver: Mover) -> bool:
     """Whether another digit is in the picture as one leaves it, so that being there alone does not tell who is the first."""
     last = parade.seen(leaver)[-1]
     return any(mover.is_in(last) for mover in parade.movers if mover is not leaver)
+
+
+def _crossing_all(parade: Parade) -> list[Mover]:
+    """Digits that come and go within the clip: at least two of eight evenly spread frames show each, so that its way can be
+    seen, and the first and the last frame have none of them, so that neither tells."""
+    return [mover for mover in parade.movers if parade.seen(mover)[0] > 0 and parade.leaves(mover) is not None]
 
 
 def _followed(parade: Parade) -> list[tuple[Mover, Mover]]:
@@ -237,7 +268,8 @@ def ask(category: str, parade: Parade, rng: Rng) -> Question:
     count = len(parade.movers)
     match category:
         case "direction":
-            mover = parade.movers[rng.integers(count)]
+            crossing = _crossing_all(parade)
+            mover = crossing[rng.integers(len(crossing))]
             return Question(category, f"does the {mover.digit} move left or right?", mover.direction, 2)
         case "leaves_first":
             first = first_to_leave(parade)

@@ -1,6 +1,7 @@
 """The `images` stage: every image that a source names is decoded once, whatever tokenizers and templates read the source later.
 
-Of a video the frames that the run shows are, and noted: which they are is known from then on without opening it.
+Of a video the frames that the run shows are, and noted: which they are is known from then on without opening it, whatever
+other annotation files name it.
 
 Images that records carry in themselves (parquet cells, data URLs) become files here, each content once.
 """
@@ -26,11 +27,13 @@ from tinylmm.data.records import Place
 from tinylmm.data.sample import Sample, parse_record
 from tinylmm.data.video import choose_frames, find_video
 from tinylmm.errors import DataError
+from tinylmm.planning.cache import Cache
 from tinylmm.planning.specs import ImagesStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.pool import in_order
 from tinylmm.stages.sources import Progress, Source, processes
 from tinylmm.stop import require_claim
+from tinylmm.store.layout import StoreLayout
 from tinylmm.store.rows import frame, read_rows
 
 log = logging.getLogger(__name__)
@@ -59,16 +62,18 @@ def run(job: StageJob[ImagesStage]) -> dict[str, Any]:
         StoppedError: a stop was asked for.
     """
     source, place = Source.of(job), Place()
-    check = ImageCheck(source.images, source.follow_links, job.output / EMBEDDED_FOLDER, job.spec.sampling)
+    known = StoreLayout(job.store).fingerprints
+    check = ImageCheck(source.images, source.follow_links, job.output / EMBEDDED_FOLDER, job.spec.sampling, known)
     progress = Progress(job, "images", DOING, place, source.limit)
     names = _new_names(_samples(source, place, progress, videos=job.spec.sampling is not None), check)
     scratch = job.folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    count = 0
+    count = decoded = 0
     faults: dict[str, str] = {}
     clips: dict[str, list[int]] = {}
     for found in _checked(names, check, scratch / CHECKED_FILE, processes(job)):
         count += found.size
+        decoded += found.decoded
         faults |= found.faults
         clips |= found.clips
         progress(found.size)
@@ -81,7 +86,8 @@ def run(job: StageJob[ImagesStage]) -> dict[str, Any]:
     if job.spec.sampling is None:
         return summary
     write_clips(job.output, clips)
-    return summary | {"videos": len(clips)}
+    log.info("decoded %d of %d videos; the others were checked before", decoded, len(clips))
+    return summary | {"videos": len(clips), "videos_decoded": decoded}
 
 
 def read_faults(output: Path) -> dict[str, str]:
@@ -90,7 +96,7 @@ def read_faults(output: Path) -> dict[str, str]:
     return {row["image"]: row["fault"] for row in map(json.loads, lines)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checked:
     """What was found of some images.
 
@@ -98,11 +104,13 @@ class Checked:
         size: how many there are.
         faults: what is wrong with those that cannot be used.
         clips: frames of the videos among them that are shown.
+        decoded: how many of these videos no earlier stage had found to be whole.
     """
 
     size: int
     faults: dict[str, str]
     clips: dict[str, list[int]] = field(default_factory=dict)
+    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,12 +122,14 @@ class ImageCheck:
         follow_links: links may lead out of it.
         embedded: where images lie that records carried.
         sampling: of videos; records with videos are not asked about without it.
+        known: where it is kept which videos are whole: other annotation files often name the same ones.
     """
 
     images: Path
     follow_links: bool
     embedded: Path
     sampling: SamplingSpec | None = None
+    known: Path | None = None
 
     def __call__(self, names: list[str]) -> Checked:
         """Look at some."""
@@ -127,16 +137,27 @@ class ImageCheck:
         for name in names:
             try:
                 if (video := video_path(name)) is not None:
-                    found.clips[name] = self._frames(video)
+                    found.clips[name], decoded = self._frames(video)
+                    found.decoded += decoded
                 elif (fault := self._fault(name)) is not None:
                     found.faults[name] = fault
             except DataError as error:
                 found.faults[name] = str(error)
         return found
 
-    def _frames(self, video: str) -> list[int]:
+    def _frames(self, video: str) -> tuple[list[int], bool]:
+        """Frames of a video that are shown, and whether they had to be decoded."""
         assert self.sampling is not None, "records with videos are refused without a sampling"
-        return choose_frames(find_video(self.images, video, self.follow_links), self.sampling)
+        assert self.known is not None, "the stage names a folder"
+        path = find_video(self.images, video, self.follow_links)
+        status = path.stat()
+        where = {"clip": str(path.absolute()), "sampling": self.sampling.given()}
+        cache = Cache(self.known, where, {"stat": [status.st_size, status.st_mtime_ns]})
+        if (earlier := cache.read()) is not None:
+            return earlier.value["frames"], False
+        frames = choose_frames(path, self.sampling)
+        cache.write({"frames": frames})
+        return frames, True
 
     def keep(self, name: str, data: bytes) -> None:
         """Write an image that a record carried to its file."""
@@ -226,14 +247,14 @@ def _checked(names: Iterator[str], check: ImageCheck, kept: Path, workers: int) 
     """Yield what was found of each batch, in order; those that `kept` has from an earlier try first."""
     earlier = list(_earlier(kept))
     for row in earlier:
-        yield Checked(len(list(islice(names, AT_ONCE))), row["faults"], row.get("clips", {}))
+        yield Checked(len(list(islice(names, AT_ONCE))), row["faults"], row.get("clips", {}), row.get("decoded", 0))
     first = list(islice(names, SERIAL_BELOW))
     batches = _batches(chain(first, names))
     several = workers if len(first) == SERIAL_BELOW else 1
     with kept.open("ab", buffering=0) as file:
         for number, found in enumerate(in_order(check, batches, several, DOING), len(earlier)):
             require_claim()
-            clips = {"clips": found.clips} if found.clips else {}
+            clips = {"clips": found.clips, "decoded": found.decoded} if found.clips else {}
             file.write(frame({"batch": number, "faults": found.faults, **clips}))
             yield found
 

@@ -111,6 +111,13 @@ def open_clips(
         note_used(scratch, [folder.name for folder in folders.values()])
     missing = from_rank_zero(_missing(folders) if rank() == 0 else None)
     _compute(tower, missing, folders, _read(load, damaged), scratch / PART)
+    frames = sum(clips[name] for name in missing)
+    log.info(
+        "encoded %d clips (%d frames); of %d others the features were there",
+        len(missing),
+        frames,
+        len(clips) - len(missing),
+    )
     barrier()
     parameter = next(tower.parameters())
     shape = (tower.num_tokens, tower.hidden_size)

@@ -29,7 +29,7 @@ from tinylmm.data.scenes import CORNER, SIZE, Rng, Scans
 RIGHT = Mover(3, 0, lane=0, right=True, start=-4, frames=8)
 LEFT = Mover(7, 1, lane=1, right=False, start=2, frames=6)
 LATE = Mover(5, 2, lane=0, right=False, start=6, frames=6)
-PARADE = Parade(12, (RIGHT, LEFT, LATE))
+PARADE = Parade(11, (RIGHT, LEFT, LATE))
 
 
 def rng(number: int = 0) -> Rng:
@@ -76,13 +76,22 @@ def test_an_answer_is_what_happens(category: str, text: str, answer: str, option
     assert (question.text, question.answer, question.options) == (text, answer, options)
 
 
-def test_every_digit_may_be_asked_for_its_way_and_for_the_one_behind_it() -> None:
+def test_the_way_is_asked_of_digits_that_come_and_go_within_the_clip() -> None:
     ways = {(q.text, q.answer) for q in (ask("direction", PARADE, rng(n)) for n in range(40))}
-    assert ways == {
-        ("does the 3 move left or right?", "right"),
-        ("does the 7 move left or right?", "left"),
-        ("does the 5 move left or right?", "left"),
-    }
+    assert ways == {("does the 7 move left or right?", "left")}, "the 3 is there at the beginning, the 5 at the end"
+
+
+def test_eight_frames_show_which_way_a_digit_goes_of_which_it_is_asked(parades: list[Parade]) -> None:
+    for parade in parades:
+        times = np.linspace(0, parade.frames - 1, 8).astype(int).tolist()
+        digits = {ask("direction", parade, rng(n)).text.split()[2] for n in range(10)}
+        for mover in (mover for mover in parade.movers if str(mover.digit) in digits):
+            edges = [mover.left_edge(time) for time in times if mover.is_in(time)]
+            assert len(edges) > 1 and (edges[0] < edges[-1]) == mover.right
+            assert not mover.is_in(0) and not mover.is_in(parade.frames - 1)
+
+
+def test_of_every_digit_but_the_last_it_may_be_asked_which_comes_after_it() -> None:
     behind = {(q.text, q.answer) for q in (ask("comes_after", PARADE, rng(n)) for n in range(40))}
     assert behind == {("which digit comes in after the 3?", "7"), ("which digit comes in after the 7?", "5")}
 
@@ -98,7 +107,7 @@ def test_what_is_said_of_a_clip_names_its_digits_in_order() -> None:
 
 
 def test_clips_are_of_every_length_and_number_of_digits_and_can_be_asked_about(parades: list[Parade]) -> None:
-    assert {parade.frames for parade in parades} == set(range(LENGTHS[0], LENGTHS[1] + 1))
+    assert {parade.frames for parade in parades} == set(LENGTHS) and all(length % 2 for length in LENGTHS)
     counts = Counter(len(parade.movers) for parade in parades)
     assert set(counts) == set(COUNTS) and min(counts.values()) > 0.25 * len(parades)
     for parade in parades:
@@ -128,10 +137,27 @@ def test_where_digits_stand_in_one_frame_does_not_tell_which_way_they_go_or_how_
     def at(parade: Parade) -> int:
         return 0 if frame == "first" else (parade.frames - 1) // 2
 
-    ways = ((mover.is_in(at(p)) and (mover.left_edge(at(p)) // 8,), mover.right) for p in parades for mover in p.movers)
-    assert luck(ways) < 0.62
+    asked = [(p, ask("direction", p, rng(number))) for number, p in enumerate(parades)]
+    moving = [(p, next(m for m in p.movers if str(m.digit) == q.text.split()[2])) for p, q in asked]
+    assert luck((mover.is_in(at(p)) and (mover.left_edge(at(p)) // 8,), mover.right) for p, mover in moving) < 0.64
     counted = ((sorted(m.lane for m in p.movers if m.is_in(at(p))), len(p.movers)) for p in parades)
-    assert luck((str(seen), count) for seen, count in counted) < (0.53 if frame == "first" else 0.4)
+    assert luck((str(seen), count) for seen, count in counted) < (0.6 if frame == "first" else 0.4)
+
+
+def test_where_exactly_digits_stand_in_the_middle_frame_tells_no_more_of_their_number_than_the_docs_say(
+    parades: list[Parade],
+) -> None:
+    """Learnt from one half, those that are half out of the picture counted in: docs/video.md names what a frame gives away."""
+    known: dict[object, Counter[int]] = defaultdict(Counter)
+    right = 0
+    for number, parade in enumerate(parades):
+        edges = [mover.left_edge((parade.frames - 1) // 2) for mover in parade.movers]
+        place = tuple(sorted(edge // 8 for edge in edges if -CORNER < edge < SIZE))
+        if number < len(parades) // 2:
+            known[place][len(parade.movers)] += 1
+        else:
+            right += place in known and known[place].most_common(1)[0][0] == len(parade.movers)
+    assert right / (len(parades) // 2) < 0.84
 
 
 def test_being_there_in_one_frame_does_not_tell_which_digit_leaves_first(parades: list[Parade]) -> None:
@@ -144,7 +170,7 @@ def test_being_there_in_one_frame_does_not_tell_which_digit_leaves_first(parades
             found.append((first_to_leave(parade) in there) / max(1, len(there)))
         return float(np.mean(found))
 
-    assert guessed(lambda parade: 0) < 0.68
+    assert guessed(lambda parade: 0) < 0.7
     assert guessed(lambda parade: (parade.frames - 1) // 2) < 0.3
 
 
