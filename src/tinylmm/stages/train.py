@@ -24,6 +24,7 @@ from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
+from tinylmm.models.compiled import compile_blocks, compiles
 from tinylmm.models.devices import choose_device
 from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
@@ -69,7 +70,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     model = loaded.model
     model.set_attention(attention)
     if not _spreads_llm(job):
-        speed_up(model, device)
+        speed_up(model, device, spec.precision)
     if job.observed is not None:
         without_dropout(model)
     images = SeenImages(job, loaded)
@@ -186,6 +187,8 @@ def build_trainer(
     ranks = Ranks(world_size(), launch.deepspeed_stage)
     tune = spec.tune.model_dump(mode="json", exclude_none=True)
     cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
+    if not _spreads_llm(job) and compiles(launch.compile, device, _least_seconds(cost, samples, steps * spec.global_batch)):
+        log.info("%d blocks are compiled", compile_blocks(loaded.model))
     trainer = MeasuredTrainer(
         figures=Figures(cost, job.after_s),
         model=loaded.model,
@@ -210,6 +213,14 @@ def build_trainer(
             f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
+
+
+def _least_seconds(cost: Cost, samples: PreparedSamples, count: int) -> float | None:
+    """How long so many samples take at the devices' full rate; None where that is not known."""
+    lengths = samples.lengths.astype(float)
+    flops = cost.flops(count, count * lengths.mean(), count * (lengths**2).mean(), 0.0, count) if len(lengths) else None
+    rate = cost.peak.measured or cost.peak.sheet
+    return None if flops is None or rate is None else flops / rate
 
 
 def _sampler(job: StageJob[TrainStage], samples: PreparedSamples, on_gpu: bool) -> tuple[StepSampler, int]:
