@@ -105,6 +105,7 @@ class FixedDecoder:
     Args:
         ends: token ids that end an answer.
         tokens: most tokens that the cache of a shape has places for.
+        record: whether a GPU records steps; without, it is told every kernel anew.
 
     Attributes:
         refused: why the model cannot be computed so; None as long as nothing speaks against it.
@@ -120,9 +121,10 @@ class FixedDecoder:
         ends: frozenset[int],
         tokens: int,
         granules: Granules | None = None,
+        record: bool = True,
     ) -> None:
         self.llm, self.kind, self.ends, self.tokens = llm, kind, sorted(ends), tokens
-        self.granules = granules or Granules()
+        self.granules, self._record = granules or Granules(), record
         parameter = next(llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.refused = None if kind.shareable else kind.why
@@ -205,13 +207,18 @@ class FixedDecoder:
             found.seconds = done[line] - began
         return answers
 
+    def steps(self) -> dict[Shape, dict[str, Callable[[], None]]]:
+        """The steps of the shapes that are kept, by name, to be timed: no answer may be under way."""
+        return {shape: rows.steps() for shape, rows in self._rows.items()}
+
     def forget(self) -> None:
         """Let go of the prefix that was computed last."""
         self._prefix = None
 
     def _seated(self, batch: Batch, limits: Sequence[int]) -> tuple[list[Task | None], list[int]]:
         """The task of each row, and the rows of the batch's prompts in order."""
-        shape, tasks, lines = batch.shape, [], []
+        shape, lines = batch.shape, []
+        tasks: list[Task | None] = []
         given = iter(limits)
         for unit in batch.units:
             past = len(unit.prefix)
@@ -254,9 +261,7 @@ class FixedDecoder:
 
     # ------------------------------------------------------------------------------------------------ a new shape
 
-    def _prepared(
-        self, batch: Batch, limit: int, embed: Callable[[Prompt, tuple[int, ...]], Tensor]
-    ) -> Rows | None:
+    def _prepared(self, batch: Batch, limit: int, embed: Callable[[Prompt, tuple[int, ...]], Tensor]) -> Rows | None:
         """The rows of a shape, examined and recorded when they are new."""
         if self.refused is not None:
             return None
@@ -275,8 +280,10 @@ class FixedDecoder:
         if self.refused is not None:
             log.warning("%s is not decoded in fixed shapes: %s", type(self.llm).__name__, self.refused)
             return None
-        with fixed_attention(self.llm):
-            why = rows.record()
+        why = None
+        if self._record:
+            with fixed_attention(self.llm):
+                why = rows.record()
         if why is not None:
             log.warning("decoding is not recorded as a CUDA graph, and slower for it: %s", why)
         self.recorded &= rows.recorded

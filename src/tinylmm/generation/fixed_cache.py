@@ -191,9 +191,7 @@ def _attend_rooms(
     if shape.shared:
         grouped = split.unflatten(0, (shape.groups, shape.rows)).transpose(1, 2).flatten(2, 4)  # (I, K, R Q T, E)
         prefix_bias = layer.layout.shared_bias(heads, sliding_window)
-        theirs, their_weight = attend(
-            grouped, layer.shared_keys, layer.shared_values, prefix_bias, scale, softcap
-        )
+        theirs, their_weight = attend(grouped, layer.shared_keys, layer.shared_values, prefix_bias, scale, softcap)
         theirs, their_weight = (_by_rows(found, shape.rows) for found in (theirs, their_weight[..., None]))
         mixed = torch.lerp(mixed.float(), theirs.float(), torch.sigmoid(their_weight - weight[..., None]))
     mixed = mixed.to(query.dtype).unflatten(2, (heads, count))

@@ -85,7 +85,7 @@ class Rows:
         self.said = torch.zeros(count, shape.own, dtype=torch.long, device=device)
         self._chunk = torch.zeros(count, CHUNK, dtype=torch.long, device=device)
         self.logits = torch.empty(0)
-        self._record = {name: _Step(work, device) for name, work in (("read", self._read), ("say", self._say))}
+        self._steps = {name: _Step(work, device) for name, work in (("read", self._read), ("say", self._say))}
 
     def begin(self, tasks: Sequence[Task | None]) -> Iterator[None]:
         """Give each row its task (None: it idles), and let all read, a chunk at a time; then each has chosen a token."""
@@ -104,27 +104,36 @@ class Rows:
             self._chunk.copy_(self._tensor([[0] * (CHUNK - len(part)) + list(part) for part in now]))
             self._counts.copy_(self._tensor([len(part) for part in now]))
             self._answering.fill_(number == most - 1)
-            self._record["read"]()
+            self._steps["read"]()
             yield
 
     def say(self) -> None:
         """Choose the next token of each row that goes on."""
-        self._record["say"]()
+        self._steps["say"]()
 
     def record(self) -> str | None:
         """Have a GPU record both steps; returns why it could not, in which case they are launched kernel by kernel."""
-        for name, step in self._record.items():
-            for state in (self.columns, self._counts, self.live):  # what is tried must not run out of its room
-                state.zero_()
+        for name, step in self._steps.items():
+            self.rest()
             why = step.record()
             if why is not None:
                 return f"step '{name}': {why}"
         return None
 
+    def rest(self) -> None:
+        """Let all rows idle, so that steps may be run which nobody asked for."""
+        for state in (self.columns, self._counts, self.live):
+            state.zero_()
+
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """Both steps by name, of rows that idle."""
+        self.rest()
+        return dict(self._steps)
+
     @property
     def recorded(self) -> bool:
         """Whether steps are replayed from a recording."""
-        return all(step.recorded for step in self._record.values())
+        return all(step.recorded for step in self._steps.values())
 
     def _read(self) -> None:
         self._forward(self._chunk, self._counts)
