@@ -157,7 +157,7 @@ def _of_steps(exam: Exam, fixed: FixedDecoder) -> dict[str, Any]:
     found: dict[str, Any] = {
         "refused": fixed.refused,
         "rows_alike": fixed.alike,
-        "recorded": fixed.recorded,
+        "unrecorded": fixed.unrecorded,
         "prepared_s": fixed.seconds,
     }
     for shape, steps in fixed.steps().items():

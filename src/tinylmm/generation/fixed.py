@@ -105,12 +105,12 @@ class FixedDecoder:
     Args:
         ends: token ids that end an answer.
         tokens: most tokens that the cache of a shape has places for.
-        record: whether a GPU records steps; without, it is told every kernel anew.
+        record: whether steps are recorded; by default where there is a GPU to do so.
 
     Attributes:
         refused: why the model cannot be computed so; None as long as nothing speaks against it.
         alike: whether all rows of all shapes so far gave the same bits for the same prompt.
-        recorded: whether all steps so far are replayed from recordings.
+        unrecorded: why steps are not replayed from recordings; None where all are.
         seconds: spent on examining and recording.
     """
 
@@ -121,14 +121,16 @@ class FixedDecoder:
         ends: frozenset[int],
         tokens: int,
         granules: Granules | None = None,
-        record: bool = True,
+        record: bool | None = None,
     ) -> None:
         self.llm, self.kind, self.ends, self.tokens = llm, kind, sorted(ends), tokens
-        self.granules, self._record = granules or Granules(), record
+        self.granules = granules or Granules()
         parameter = next(llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.refused = None if kind.shareable else kind.why
-        self.alike, self.recorded, self.seconds = True, self.device.type == "cuda", 0.0
+        self._record = self.device.type == "cuda" if record is None else record
+        self.alike, self.seconds = True, 0.0
+        self.unrecorded: str | None = None
         self._rows: OrderedDict[Shape, Rows] = OrderedDict()
         self._prefix: tuple[tuple[object, ...], DynamicCache] | None = None
 
@@ -280,13 +282,13 @@ class FixedDecoder:
         if self.refused is not None:
             log.warning("%s is not decoded in fixed shapes: %s", type(self.llm).__name__, self.refused)
             return None
-        why = None
+        why: str | None = "nobody asked for it"
         if self._record:
             with fixed_attention(self.llm):
                 why = rows.record()
-        if why is not None:
-            log.warning("decoding is not recorded as a CUDA graph, and slower for it: %s", why)
-        self.recorded &= rows.recorded
+            if why is not None:
+                log.warning("decoding is not recorded as a CUDA graph, and slower for it: %s", why)
+        self.unrecorded = self.unrecorded or why
         self._rows[batch.shape] = rows
         self.seconds += time.perf_counter() - began
         log.debug("%s: examined in %.2f s", batch.shape, time.perf_counter() - began)

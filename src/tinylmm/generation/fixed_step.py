@@ -112,7 +112,7 @@ class Rows:
         self._steps["say"]()
 
     def record(self) -> str | None:
-        """Have a GPU record both steps; returns why it could not, in which case they are launched kernel by kernel."""
+        """Have a GPU record both steps; returns why it could not, in which case one or both are launched kernel by kernel."""
         for name, step in self._steps.items():
             self.rest()
             why = step.record()
@@ -129,11 +129,6 @@ class Rows:
         """Both steps by name, of rows that idle."""
         self.rest()
         return dict(self._steps)
-
-    @property
-    def recorded(self) -> bool:
-        """Whether steps are replayed from a recording."""
-        return all(step.recorded for step in self._steps.values())
 
     def _read(self) -> None:
         self._forward(self._chunk, self._counts)
@@ -188,11 +183,6 @@ class _Step:
         self._work, self._device = work, device
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    @property
-    def recorded(self) -> bool:
-        """Whether calls replay a recording."""
-        return self._graph is not None
-
     @torch.no_grad()
     def __call__(self) -> None:
         if self._graph is None:
@@ -202,9 +192,9 @@ class _Step:
 
     @torch.no_grad()
     def record(self) -> str | None:
-        """Record on a GPU, once; elsewhere nothing is to be done. Returns why it could not."""
-        if self._device.type != "cuda" or self._graph is not None:
-            return None
+        """Record, once; returns why it could not."""
+        if self._device.type != "cuda":
+            return f"a {self._device.type.upper()} records nothing"
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
