@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tinylmm.constants import IMAGE_TOKEN_ID
-from tinylmm.generation.cache import CacheKind
+from tinylmm.generation.cache import CacheKind, cache_kind
 from tinylmm.generation.decode import Continued, next_logits
 from tinylmm.generation.fixed_cache import Shape
 from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
@@ -323,6 +323,11 @@ class FixedDecoder:
             log.warning("rows of %s differ in their last bits: answers may depend on where a question stands", shape)
         self.alike &= same
         return None
+
+
+def fixed_on_gpu(llm: nn.Module, ends: frozenset[int], tokens: int) -> FixedDecoder | None:
+    """A decoder where the LLM is on a GPU; None on a CPU, where idle rows cost as much as others."""
+    return FixedDecoder(llm, cache_kind(llm), ends, tokens) if next(llm.parameters()).is_cuda else None
 
 
 def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:

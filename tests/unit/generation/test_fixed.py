@@ -25,7 +25,7 @@ from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.lmm import LMM
 
-SMALL = Granules(groups=4, rows=2, columns=4)
+SMALL = Granules(groups=4, rows=2, columns=16)
 CAPPED = {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}
 ALL: dict[str, Callable[[], PreTrainedModel]] = {
     **FAMILIES,
