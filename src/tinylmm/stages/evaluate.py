@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tinylmm.evaluation.benchmarks.records import Item
 from tinylmm.evaluation.images import cluster_of, content_keys, first_refs
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
+from tinylmm.generation.fixed import FixedDecoder, fixed_on_gpu
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
@@ -91,13 +93,13 @@ def _ask(
     counts = {"asked": 0, "near_ties": 0, "images_encoded": 0}
     exact, seconds, encoded = True, 0.0, 0
     if any(open_items.values()):
-        loaded = _load(job)
-        shown = Shown(job, loaded, first_refs(open_items[MODES[0]], keys), sampling)
+        asked = _load(job)
+        shown = Shown(job, asked.loaded, first_refs(open_items[MODES[0]], keys), sampling)
         encoded = shown.computed
         for mode in modes:
             left = open_items[mode]
             mine = [left[i] for i in shard([cluster_of(item, keys) for item in left], rank(), world_size())]
-            engine, spent = _answer(job, loaded, mine, mode, folder, keys, shown)
+            engine, spent = _answer(job, asked, mine, mode, folder, keys, shown)
             exact, seconds = exact and engine.exact, seconds + spent
             counts["asked"] += len(mine)
             counts["near_ties"] += engine.near_ties
@@ -113,20 +115,30 @@ def _ask(
     }
 
 
-def _load(job: StageJob[EvalStage]) -> LoadedModel:
+@dataclass(frozen=True)
+class _Asked:
+    """The model that is asked, how questions are put to it, and how a GPU decodes it in both modes."""
+
+    loaded: LoadedModel
+    maker: PromptMaker
+    fixed: FixedDecoder | None
+
+
+def _load(job: StageJob[EvalStage]) -> _Asked:
     launch, precision = job.settings.launch, job.spec.precision
     device = choose_device(launch.device, precision)
     attention = choose_attention(launch.attention, precision, device)
     loaded = load_model(model_folder(job), job.settings.trust, launch.attention)
     to_precision(loaded.model, device, DTYPES[precision])
     loaded.model.set_attention(attention)
-    loaded.model.eval()
-    return loaded
+    llm = loaded.model.eval().llm
+    maker = PromptMaker(get_template(job.spec.template), loaded.tokenizer)
+    return _Asked(loaded, maker, fixed_on_gpu(llm, maker.ends, launch.eval_tokens))
 
 
 def _answer(
     job: StageJob[EvalStage],
-    loaded: LoadedModel,
+    asked: _Asked,
     items: Sequence[Item],
     mode: str,
     folder: Path,
@@ -134,8 +146,7 @@ def _answer(
     shown: Shown,
 ) -> tuple[Engine, float]:
     """Answer items in one mode, each reply on disk as soon as its batch is done."""
-    launch, maker = job.settings.launch, PromptMaker(get_template(job.spec.template), loaded.tokenizer)
-    model = loaded.model
+    launch, maker, model = job.settings.launch, asked.maker, asked.loaded.model
     engine = Engine(
         model,
         shown.pixels,
@@ -145,6 +156,7 @@ def _answer(
         tokens=launch.eval_tokens,
         sizes=shown.extents,
         images=EncodedImages(model, stored=shown.stored),
+        fixed=asked.fixed,
     )
     prompts: list[Prompt] = []
     for item in items:
