@@ -37,6 +37,7 @@ class Technique:
 TECHNIQUES = (
     Technique("packing", ("launch.packing=false",), ("launch.packing=true",), ("finetune",)),
     Technique("attention", ("launch.attention=sdpa",), ("launch.attention=auto",)),
+    Technique("compiled blocks", ("launch.compile=false",), ("launch.compile=true",)),
     Technique(
         "cached tower features", ("launch.cache_features=false",), ("launch.cache_features=true",), ("pretrain",)
     ),
