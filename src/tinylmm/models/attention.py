@@ -37,8 +37,10 @@ BY_BOUNDS = (FLASH, REHEARSAL, BY_SAMPLES)
 
 LENGTHS = ("max_length_q", "max_length_k")
 """Transformers' arguments for the longest sample."""
-LENGTH_STEP = 512
-"""Positions that a bound on it is a multiple of, where a bound will do: code is compiled for each number anew."""
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+"""Transformers' arguments for where samples begin."""
+LENGTH_STEP, SAMPLES_STEP = 512, 16
+"""What the longest sample's bound and the number of samples are multiples of: kernels are planned for each number anew."""
 
 KERNELS_FROM = (8, 0)
 """Compute capability that flash-attn 2 needs (Ampere)."""
@@ -152,7 +154,7 @@ def decode_rows(decoder: nn.Module, embeddings: Tensor, position_ids: Tensor, la
         known = None if layout is None else as_arguments(layout["bounds"], layout["longest"])
         inputs |= known or bounds_of(position_ids)
         if used == BY_SAMPLES:
-            inputs |= dict.fromkeys(LENGTHS, -(-inputs[LENGTHS[0]] // LENGTH_STEP) * LENGTH_STEP)
+            inputs |= _rounded(inputs)
     # No attention mask: transformers makes it of the positions.
     hidden = cast(Tensor, decoder(**inputs, use_cache=False).last_hidden_state)
     return hidden.reshape(*position_ids.shape, -1)
@@ -169,7 +171,14 @@ def as_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
 
     The length is a number, for the kernels want one: asked for once here, not in every layer.
     """
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **dict.fromkeys(LENGTHS, longest)}
+    return dict.fromkeys(BOUNDS, bounds) | dict.fromkeys(LENGTHS, longest)
+
+
+def _rounded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Bounds with empty samples behind the last one, and a longest sample, in numbers that few batches differ in."""
+    bounds, longest = inputs[BOUNDS[0]], -(-inputs[LENGTHS[0]] // LENGTH_STEP) * LENGTH_STEP
+    bounds = F.pad(bounds, (0, -(len(bounds) - 1) % SAMPLES_STEP), value=inputs["position_ids"].numel())
+    return dict.fromkeys(BOUNDS, bounds) | dict.fromkeys(LENGTHS, longest)
 
 
 def _rehearse(

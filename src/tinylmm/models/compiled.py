@@ -42,7 +42,9 @@ def compiles(wanted: Literal["auto"] | bool, device: torch.device, seconds: floa
     """
     reason = why_not_compiled(device)
     if wanted is True and reason is not None:
-        raise ConfigError([Fault("launch.compile", f"is true, but {reason}.", "Install it, or leave launch.compile out.")])
+        raise ConfigError(
+            [Fault("launch.compile", f"is true, but {reason}.", "Install it, or leave launch.compile out.")]
+        )
     if wanted != "auto":
         return wanted
     if device.type != "cuda" or (seconds is not None and seconds < PAYS_FROM):

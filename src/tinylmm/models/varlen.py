@@ -49,7 +49,7 @@ def adapted(kernel: Callable[..., Any]) -> Attention:
     """`varlen_attn` of whatever release of PyTorch as one function, which asks what it knows once and is compiled as it is.
 
     Up to 2.10 it knows `is_causal` and no window; from 2.11 causal is the window (-1, 0), and there is `scale`; from 2.13 it
-    takes fewer key heads (`enable_gqa`), which until then are repeated.
+    takes fewer key heads only where it is told (`enable_gqa`); 2.11 and 2.12 take them unasked, and for 2.10 they are repeated.
 
     Raises (the function):
         NotImplementedError: a window is asked of a release that has none.
@@ -63,7 +63,7 @@ def adapted(kernel: Callable[..., Any]) -> Attention:
         if key.shape[1] != query.shape[1]:
             if takes_groups:
                 options["enable_gqa"] = True
-            else:
+            elif not takes_window:
                 groups = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         if takes_window:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.training_args import ParallelMode
 
@@ -28,6 +29,7 @@ from tinylmm.models.compiled import compile_blocks, compiles
 from tinylmm.models.devices import choose_device
 from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
+from tinylmm.models.vision import HFVisionTower
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.seen import Features, SeenImages, WithFeatures, open_cache, outputs_of
@@ -187,7 +189,9 @@ def build_trainer(
     ranks = Ranks(world_size(), launch.deepspeed_stage)
     tune = spec.tune.model_dump(mode="json", exclude_none=True)
     cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
-    if not _spreads_llm(job) and compiles(launch.compile, device, _least_seconds(cost, samples, steps * spec.global_batch)):
+    if not _spreads_llm(job) and compiles(
+        launch.compile, device, _least_seconds(cost, samples, steps * spec.global_batch)
+    ):
         log.info("%d blocks are compiled", compile_blocks(loaded.model))
     trainer = MeasuredTrainer(
         figures=Figures(cost, job.after_s),
@@ -195,7 +199,7 @@ def build_trainer(
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=Counted(_collate(job, loaded, images, cache), images.tokens, spec.max_length),
+        collate=Counted(_collate(job, loaded, images, cache, device), images.tokens, spec.max_length),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -246,7 +250,7 @@ def _blank_image(deepspeed_stage: int | None, cache: Features | None) -> Literal
 
 
 def _collate(
-    job: StageJob[TrainStage], loaded: LoadedModel, images: SeenImages, cache: Features | None
+    job: StageJob[TrainStage], loaded: LoadedModel, images: SeenImages, cache: Features | None, device: torch.device
 ) -> Collator | WithFeatures:
     """Return what makes batches of samples: with their images, or with the features that a frozen tower gave them."""
     spec, launch, packs = job.spec, job.settings.launch, loaded.model.packs
@@ -257,12 +261,18 @@ def _collate(
         pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=_row_length(launch, spec, loaded),
         packing=launch.packing and packs,
-        image=images.pixels if cache is None else None,
+        image=_pixels(images, loaded, spec.precision, device) if cache is None else None,
         max_length=spec.max_length,
         size=images.size if loaded.model.tiled else None,
         frames=images.frames_if_any,
     )
     return collator if cache is None else WithFeatures(collator, cache)
+
+
+def _pixels(images: SeenImages, loaded: LoadedModel, precision: str, device: torch.device) -> Callable[[str], Tensor]:
+    """What gives an image's pixels: in bf16 where the tower rounds them so before it does anything, which halves their way."""
+    plain = type(loaded.model.vision_tower) is HFVisionTower
+    return images.narrow_pixels if plain and precision == "bf16" and device.type == "cuda" else images.pixels
 
 
 def _row_length(launch: LaunchSpec, spec: TrainStage, loaded: LoadedModel) -> int:

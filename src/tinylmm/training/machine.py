@@ -27,7 +27,7 @@ def prepare_machine(device: torch.device) -> None:
     """
     if device.type == "cuda":
         # Rows differ in length from step to step, and each length would keep pieces of memory that no other one fits.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        _let_segments_grow()
     if device.type != "cpu":
         return
     name = ctypes.util.find_library("c")
@@ -37,3 +37,9 @@ def prepare_machine(device: torch.device) -> None:
         return
     libc.mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)
     libc.mallopt(_TRIM_THRESHOLD, KEPT_AT_MOST)
+
+
+def _let_segments_grow() -> None:
+    """What PYTORCH_ALLOC_CONF=expandable_segments:True does, for a process that may have begun to use the GPU."""
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from 2.10, which calls the other one old
+    (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
