@@ -23,7 +23,8 @@ from tinylmm.data.slots import question
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
-from tinylmm.generation.fixed import FixedDecoder, Granules
+from tinylmm.generation.fixed import FixedDecoder
+from tinylmm.generation.fixed_plan import Granules
 from tinylmm.generation.fixed_step import fixed_attention
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.lmm import LMM

@@ -29,7 +29,8 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
-from tinylmm.generation.fixed import Batch, FixedDecoder
+from tinylmm.generation.fixed import FixedDecoder
+from tinylmm.generation.fixed_plan import Batch
 from tinylmm.generation.groups import Group, groups_of, images_of
 from tinylmm.generation.images import EncodedImages, ReadAhead
 from tinylmm.generation.invariant import IN_DOUBLE, invariant_rows

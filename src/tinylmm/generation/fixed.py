@@ -7,7 +7,7 @@ the number of columns. Here neither number depends on the batch. How a prompt is
 - An image goes through the tower alone, and what stands in front of a question (all up to the last image token) goes through
   the LLM alone, as it would for any other question about that image.
 - What follows is read in chunks of `CHUNK` tokens, and answered a token at a time, by rows of one `Shape`: always as many rows,
-  those without a question being idle. `shape_for` picks the shape by the lengths of prefix, question and answer, rounded up.
+  those without a question being idle. The shape follows from the lengths of prefix, question and answer (`fixed_plan.py`).
 - Rows stand in groups of `GROUP` behind one copy of their prefix, whether a group is full or not.
 
 Kernels at a fixed shape treat all their rows alike, or so one hopes: `_examine` puts the same prompt into every row of a new
@@ -23,80 +23,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.generation.cache import CacheKind, cache_kind
 from tinylmm.generation.decode import Continued, next_logits
 from tinylmm.generation.fixed_cache import Shape
-from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
+from tinylmm.generation.fixed_plan import Batch, Granules, Planner, Unit
+from tinylmm.generation.fixed_step import Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
 
 log = logging.getLogger(__name__)
 
-GROUPS, GROUP = 16, 4
-"""Groups of a shape where there is room for them, and rows of a group. Four rows a group leave few idle with one question an
-image, and read its prefix five times for 20; the weights are read 16 groups at a time."""
-COLUMNS = 64
-"""Lengths are multiples of this: those of shared prefixes are rounded down, those of a row's own up."""
-LONG, LONG_COLUMNS = 512, 256
-"""From so many own columns on, they are multiples of the other number, so that there are few shapes."""
 KEPT = 2
 """Shapes whose rooms and recordings are kept."""
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-3}
 AGREES_NARROW = 0.2
 """Largest difference to the plain model's logits, as a share of the largest logit, that rounding explains; by type, and for
 narrow ones, which only gross errors exceed by far."""
-
-
-@dataclass(frozen=True)
-class Granules:
-    """What lengths are rounded to; other values are for tests with short prompts."""
-
-    groups: int = GROUPS
-    rows: int = GROUP
-    columns: int = COLUMNS
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Prompts for one group of rows: they begin alike, up to the last image token."""
-
-    prefix: tuple[int, ...]
-    prompts: tuple[Prompt, ...]
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Keys of the prefix's images."""
-        return self.prompts[0].images
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Units that are answered together, by rows of one shape."""
-
-    shape: Shape
-    units: tuple[Unit, ...]
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """All their prompts, in order."""
-        return [prompt for unit in self.units for prompt in unit.prompts]
-
-    @property
-    def images(self) -> list[str]:
-        """Keys of all their images, each once."""
-        return list(dict.fromkeys(key for unit in self.units for key in unit.images))
-
-
-def begins(prompt: Prompt) -> int:
-    """Length of a prompt's prefix: up to its last image token, 0 where it has no image."""
-    return len(prompt.ids) - prompt.ids[::-1].index(IMAGE_TOKEN_ID) if prompt.images else 0
 
 
 class FixedDecoder:
@@ -123,8 +70,8 @@ class FixedDecoder:
         granules: Granules | None = None,
         record: bool | None = None,
     ) -> None:
-        self.llm, self.kind, self.ends, self.tokens = llm, kind, sorted(ends), tokens
-        self.granules = granules or Granules()
+        self.llm, self.ends = llm, sorted(ends)
+        self.planner = Planner(kind, tokens, granules or Granules())
         parameter = next(llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.refused = None if kind.shareable else kind.why
@@ -134,49 +81,11 @@ class FixedDecoder:
         self._rows: OrderedDict[Shape, Rows] = OrderedDict()
         self._prefix: tuple[tuple[object, ...], DynamicCache] | None = None
 
-    # ------------------------------------------------------------------------------------------------ planning
-
-    def shape_for(self, prompt: Prompt, limit: int) -> Shape | None:
-        """The shape that a prompt is computed in; None where it needs another way."""
-        past, size = begins(prompt), self.granules.columns
-        longest = len(prompt.ids) + limit
-        if past == len(prompt.ids) or (self.kind.long_from is not None and longest > self.kind.long_from):
-            return None
-        shared = past // size * size
-        needed = len(prompt.ids) - shared + max(limit, CHUNK) + 1  # padding writes into a column of its own
-        step = size if needed <= LONG else LONG_COLUMNS
-        own, groups = -(-needed // step) * step, self.granules.groups
-        while groups > 1 and groups * (shared + self.granules.rows * own) > self.tokens:
-            groups //= 2
-        shape = Shape(groups, self.granules.rows, shared, own)
-        return shape if shape.tokens <= self.tokens else None
-
     def plan(
         self, prompts: Sequence[Prompt], limit: Callable[[Prompt], int], rows: int, share: bool = True
     ) -> tuple[list[Batch], list[Prompt]]:
-        """Batches, and the prompts that need another way.
-
-        Args:
-            limit: most new tokens of a prompt.
-            rows: most prompts in a batch.
-            share: whether prompts may stand behind one copy of a prefix.
-        """
-        by_shape: dict[Shape, dict[tuple[object, ...], list[Prompt]]] = {}
-        rest: list[Prompt] = []
-        for prompt in prompts:
-            shape = None if self.refused else self.shape_for(prompt, limit(prompt))
-            if shape is None:
-                rest.append(prompt)
-                continue
-            key = (prompt.ids[: begins(prompt)], prompt.images, None if share else prompt.item_id)
-            by_shape.setdefault(shape, {}).setdefault(key, []).append(prompt)
-        batches = []
-        for shape in sorted(by_shape, key=lambda shape: -shape.tokens):  # what does not fit shows at once
-            units = [unit for same in by_shape[shape].values() for unit in _units(same, min(rows, shape.rows))]
-            batches += [Batch(shape, some) for some in _batches(units, shape.groups, rows)]
-        return batches, rest
-
-    # ------------------------------------------------------------------------------------------------ answering
+        """See `Planner.plan`; all prompts need another way where the model cannot be computed so."""
+        return ([], list(prompts)) if self.refused else self.planner.plan(prompts, limit, rows, share)
 
     @torch.no_grad()
     def answer(
@@ -341,24 +250,6 @@ def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:
 
 def _name(unit: Unit) -> tuple[object, ...]:
     return unit.prefix, unit.images
-
-
-def _units(prompts: Sequence[Prompt], most: int) -> Iterator[Unit]:
-    for first in range(0, len(prompts), most):
-        some = tuple(prompts[first : first + most])
-        yield Unit(some[0].ids[: begins(some[0])], some)
-
-
-def _batches(units: Sequence[Unit], groups: int, rows: int) -> Iterator[tuple[Unit, ...]]:
-    """At most so many groups, and so many prompts, a batch."""
-    batch: list[Unit] = []
-    for unit in units:
-        if batch and (len(batch) == groups or sum(len(u.prompts) for u in [*batch, unit]) > rows):
-            yield tuple(batch)
-            batch = []
-        batch.append(unit)
-    if batch:
-        yield tuple(batch)
 
 
 def _run(rows: Rows, tasks: Sequence[Task | None], check: Callable[[], None]) -> list[float]:

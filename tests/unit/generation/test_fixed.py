@@ -19,13 +19,14 @@ from tinylmm.generation import fixed, fixed_cache
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
-from tinylmm.generation.fixed import FixedDecoder, Granules, begins
+from tinylmm.generation.fixed import FixedDecoder
 from tinylmm.generation.fixed_cache import IN_FIXED_ROOMS, Shape, attend
+from tinylmm.generation.fixed_plan import Granules, Planner, begins
 from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
 from tinylmm.models.lmm import LMM
 
-SMALL = Granules(groups=4, rows=2, columns=16)
+SMALL = Granules(groups=4, rows=2, columns=8)
 CAPPED = {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}
 ALL: dict[str, Callable[[], PreTrainedModel]] = {
     **FAMILIES,
@@ -57,7 +58,7 @@ def test_answers_are_those_of_plain_generation(family: str) -> None:
     found = answers(of_all, prompts)
     assert made.refused is None and of_all.exact and len({tuple(ids) for ids in found.values()}) > 5
     assert found == {prompt.item_id: reference(model, prompt) for prompt in prompts}
-    assert any(shape.shared for shape in made.steps())
+    assert any(batch.shape.shared for batch in made.plan(prompts, lambda _: NEW, 64)[0])
     assert model.config._attn_implementation == before
 
 
@@ -100,7 +101,7 @@ def test_what_has_no_fixed_shape_is_answered_as_before() -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
     few = decoder(model, tokens=2 * (CHUNK + 20))
-    assert {few.shape_for(prompt, NEW) is None for prompt in prompts} == {True, False}
+    assert {few.planner.shape_for(prompt, NEW) is None for prompt in prompts} == {True, False}
     found = answers(engine(model, 64, few), prompts)
     assert found == {prompt.item_id: reference(model, prompt) for prompt in prompts}
     none = decoder(model)
@@ -216,7 +217,7 @@ def test_both_parts_of_a_softmax_are_that_of_the_whole() -> None:
 
 def test_shapes_follow_from_a_prompt_and_the_room_alone() -> None:
     model = model_of(FAMILIES["llama"]())
-    made = FixedDecoder(model.llm, cache_kind(model.llm), ENDS, 32768)
+    made = Planner(cache_kind(model.llm), 32768, Granules())
     prompt = Prompt("a", (*range(10, 40), *(IMAGE_TOKEN_ID,) * 729, *range(10, 40)), ("0",))
     shape = made.shape_for(prompt, 16)
     assert shape == Shape(16, 4, 704, 128) and shape.tokens <= 32768
