@@ -157,6 +157,7 @@ def _answer(
         sizes=shown.extents,
         images=EncodedImages(model, stored=shown.stored),
         fixed=asked.fixed,
+        readers=shown.readers,
     )
     prompts: list[Prompt] = []
     for item in items:
