@@ -184,7 +184,9 @@ class Engine:
         if found is not None:
             yield [self._settled(prompt, answer, len(prompts)) for prompt, answer in zip(prompts, found, strict=True)]
             return
-        self.exact &= self.dtype in TIE
+        if self.dtype not in TIE and self.exact:
+            self.exact = False
+            self._say_what_is_promised(max(map(self._cost, prompts)))
         windows, together = self._windows_of(prompts)
         for window in windows:
             yield from self._replies(window, together)

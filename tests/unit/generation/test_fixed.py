@@ -132,6 +132,10 @@ def test_a_model_that_computes_something_else_is_found_out(
     monkeypatch.setattr(fixed_cache, "attend", broken)
     assert answers(engine(model, 64), prompts) == expected
     assert "TypeError: no such keys" in caplog.text
+    caplog.clear()
+    narrow = engine(model.to(torch.bfloat16), 64)  # type: ignore[arg-type]
+    answers(narrow, prompts)
+    assert not narrow.exact and caplog.text.count("answers may differ") == 1
 
 
 def test_rows_whose_bits_differ_take_the_promise_back(
