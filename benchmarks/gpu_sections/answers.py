@@ -23,7 +23,8 @@ from tinylmm.data.slots import question
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
-from tinylmm.generation.fixed import FixedDecoder, Granules
+from tinylmm.generation.fixed import FixedDecoder
+from tinylmm.generation.fixed_plan import Granules
 from tinylmm.generation.fixed_step import fixed_attention
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.lmm import LMM
@@ -34,10 +35,21 @@ T = TypeVar("T")
 IMAGES, QUESTIONS, NEW_TOKENS, ALONE = 8, 20, 16, 16
 """Images, questions about each, new tokens of each answer (a random model ends none early), questions asked one at a time."""
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WAYS = (
+    ("bf16", "one at a time"),
+    ("bf16", "recorded"),
+    ("fp32", "one at a time"),
+    ("fp32", "recorded"),
+    ("bf16", "engine"),
+    ("fp32", "engine"),
+    ("bf16", "launched"),
+)
 TOKENS = 32768
 """Places for tokens in a batch's cache, as an evaluation has by default."""
 SMALL = Granules(groups=4, rows=4, columns=8)
 """Of fixed shapes at tiny size, so that prompts of 50 tokens share a prefix."""
+FEW = 4
+"""Questions asked at batch 1 where that is slow."""
 STEPS = 16
 """Steps that are timed by themselves."""
 
@@ -66,7 +78,8 @@ class Exam:
     def decoder(self, record: bool) -> FixedDecoder:
         """Fixed shapes for the model in its present precision."""
         granules = SMALL if self.setting.tiny else None
-        return FixedDecoder(self.model.llm, cache_kind(self.model.llm), self.ends, TOKENS, granules, record)
+        llm, tower = self.model.llm, self.model.tower_features
+        return FixedDecoder(llm, cache_kind(llm), self.ends, TOKENS, granules, record, tower)
 
     def replies(
         self, rows: int, prompts: list[Prompt], fixed: FixedDecoder | None = None
@@ -83,21 +96,19 @@ def answer(setting: Setting) -> None:
     """Emit a row for each precision and way; what matters most comes first, as the section may be ended at its limit."""
     exam = _exam(setting)
     chosen = random.Random(1).sample(exam.prompts, 3 if setting.tiny else ALONE)
-    for name, dtype in TYPES.items():
-        exam.model.to(dtype)
-        same = {"section": "generation", "llm": setting.llms[0], "precision": name}
-        exam.alone(exam.prompts[:1])  # the first call of anything is slow
-        said, seconds = timed(setting, lambda: exam.alone(chosen))
-        alone = len(chosen) / seconds
-        setting.say(
-            **same, way="one at a time", answers_per_s=alone, prompt_tokens=max(len(p.ids) for p in exam.prompts)
-        )
-        ways = {"recorded": exam.decoder(True), "launched": exam.decoder(False), "engine": None}
-        if name == "fp32":
-            del ways["launched"]
-        for way in list(ways):
-            fixed = ways.pop(way)
-            setting.say(**same, way=way, **_row(exam, fixed, chosen, said, alone))
+    said: dict[str, tuple[dict[str, list[int]], float]] = {}
+    for name, way in WAYS:
+        exam.model.to(TYPES[name])
+        same = {"section": "generation", "llm": setting.llms[0], "precision": name, "way": way}
+        if way == "one at a time":
+            exam.alone(exam.prompts[:1])  # the first call of anything is slow
+            answers, seconds = timed(setting, lambda: exam.alone(chosen))
+            said[name] = answers, len(chosen) / seconds
+            longest = max(len(prompt.ids) for prompt in exam.prompts)
+            setting.say(**same, answers_per_s=said[name][1], prompt_tokens=longest)
+            continue
+        fixed = None if way == "engine" else exam.decoder(way == "recorded")
+        setting.say(**same, **_row(exam, fixed, chosen, *said[name]))
 
 
 def _exam(setting: Setting) -> Exam:
@@ -130,6 +141,7 @@ def _row(
     """
     setting, prompts = exam.setting, exam.prompts
     exam.replies(64, prompts[: exam.asked], fixed)  # the first call of anything is slow
+    quick = setting.tiny or (fixed is not None and fixed.unrecorded is None)
     setting.forget_peak()
     (together, engine), fast = timed(setting, lambda: exam.replies(64, prompts, fixed))
     row: dict[str, Any] = {
@@ -141,13 +153,15 @@ def _row(
         "promised": engine.exact,
         "near_ties": engine.near_ties,
         "equal_to_one_at_a_time": share(said, together),
-        "equal_at_batch_1_and_64": share(exam.replies(1, chosen, fixed)[0], together),
+        "equal_at_batch_1_and_64": share(exam.replies(1, chosen if quick else chosen[:FEW], fixed)[0], together),
     }
     if fixed is not None:
-        row |= _of_steps(exam, fixed)
+        singles = prompts[:: exam.asked]
+        _, seconds = timed(setting, lambda: exam.replies(64, singles, fixed))
+        row |= {"one_an_image_per_s": len(singles) / seconds} | _of_steps(exam, fixed)
     trace = Trace(setting.device)
     trace.begin()
-    exam.replies(64, prompts[: 3 * exam.asked], fixed)
+    exam.replies(64, prompts[: (3 if quick else 1) * exam.asked], fixed)
     trace.end()
     return row | {key: trace.found[key] for key in ("wall_ms", "kernels", "idle_share", "shares", "top")}
 

@@ -29,7 +29,8 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
-from tinylmm.generation.fixed import Batch, FixedDecoder
+from tinylmm.generation.fixed import FixedDecoder
+from tinylmm.generation.fixed_plan import Batch
 from tinylmm.generation.groups import Group, groups_of, images_of
 from tinylmm.generation.images import EncodedImages, ReadAhead
 from tinylmm.generation.invariant import IN_DOUBLE, invariant_rows
@@ -95,6 +96,7 @@ class Engine:
         images: where features are kept; shared by engines that ask about the same images.
         invariant: compute each row as if it were alone (`invariant.py`): slower, and the promise holds in bf16 and fp16 too.
         fixed: answers what it can, where the likeliest token is chosen; shared by engines with the same model and ends.
+        readers: threads that read images ahead; `load` is called from all of them.
 
     Attributes:
         exact: whether an answer is promised to be the same tokens in any batch, with and without shared prefixes.
@@ -114,6 +116,7 @@ class Engine:
         images: EncodedImages | None = None,
         invariant: bool = False,
         fixed: FixedDecoder | None = None,
+        readers: int = 1,
     ) -> None:
         self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
         self.sampling, self.rows, self.tokens, self.share = sampling, rows, tokens, share
@@ -123,10 +126,12 @@ class Engine:
         self.invariant = invariant
         self.exact = self.dtype in TIE or invariant
         self.near_ties = 0
-        self._images = images or EncodedImages(model)
+        self._images, self._readers = images or EncodedImages(model), readers
         self._fixed = fixed if not invariant and sampling.is_plain else None
         if invariant or self._fixed is not None:
             self._images.at_once = 1
+        if self._fixed is not None and self._fixed.tower is not None:
+            self._images.tower = self._fixed.tower
 
     @property
     def images_encoded(self) -> int:
@@ -154,7 +159,8 @@ class Engine:
         uses = Counter(key for _, keys in work for key in keys)
         self._images.announce(uses.elements())
         try:
-            ahead = ReadAhead(self.load, self._images.missing(key for _, keys in work for key in keys))
+            missing = self._images.missing(key for _, keys in work for key in keys)
+            ahead = ReadAhead(self.load, missing, self._readers)
             with self._rows_apart(), ahead as load:
                 for some, keys in work:
                     self._images.encode(keys, load, _check_stop)
@@ -180,7 +186,9 @@ class Engine:
         if found is not None:
             yield [self._settled(prompt, answer, len(prompts)) for prompt, answer in zip(prompts, found, strict=True)]
             return
-        self.exact &= self.dtype in TIE
+        if self.dtype not in TIE and self.exact:
+            self.exact = False
+            self._say_what_is_promised(max(map(self._cost, prompts)))
         windows, together = self._windows_of(prompts)
         for window in windows:
             yield from self._replies(window, together)

@@ -7,14 +7,15 @@ the number of columns. Here neither number depends on the batch. How a prompt is
 - An image goes through the tower alone, and what stands in front of a question (all up to the last image token) goes through
   the LLM alone, as it would for any other question about that image.
 - What follows is read in chunks of `CHUNK` tokens, and answered a token at a time, by rows of one `Shape`: always as many rows,
-  those without a question being idle. `shape_for` picks the shape by the lengths of prefix, question and answer, rounded up.
+  those without a question being idle. The shape follows from the lengths of prefix, question and answer (`fixed_plan.py`).
 - Rows stand in groups of `GROUP` behind one copy of their prefix, whether a group is full or not.
 
 Kernels at a fixed shape treat all their rows alike, or so one hopes: `_examine` puts the same prompt into every row of a new
 shape, and compares them bit by bit. It also compares the logits with those of the plain model, so that a class of model whose
 attention is something else is answered as before, not wrongly. Both take a few steps, once a shape.
 
-A step's launch costs the host more than the step costs a GPU, so steps are recorded (`fixed_step.py`); nor does the host wait
+A step's launch costs the host more than the step costs a GPU, so steps are recorded (`recording.py`), and so are tower and
+prefixes from the second image of a size on, whose recordings must give the bits that they gave before; nor does the host wait
 for a step before it asks for the next: it looks at who goes on one step late.
 """
 
@@ -23,80 +24,30 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.generation.cache import CacheKind, cache_kind
 from tinylmm.generation.decode import Continued, next_logits
 from tinylmm.generation.fixed_cache import Shape
-from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
+from tinylmm.generation.fixed_plan import Batch, Granules, Planner, Unit
+from tinylmm.generation.fixed_step import Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.recording import Replayed
+from tinylmm.models.lmm import LMM
 
 log = logging.getLogger(__name__)
 
-GROUPS, GROUP = 16, 4
-"""Groups of a shape where there is room for them, and rows of a group. Four rows a group leave few idle with one question an
-image, and read its prefix five times for 20; the weights are read 16 groups at a time."""
-COLUMNS = 64
-"""Lengths are multiples of this: those of shared prefixes are rounded down, those of a row's own up."""
-LONG, LONG_COLUMNS = 512, 256
-"""From so many own columns on, they are multiples of the other number, so that there are few shapes."""
 KEPT = 2
 """Shapes whose rooms and recordings are kept."""
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-3}
 AGREES_NARROW = 0.2
 """Largest difference to the plain model's logits, as a share of the largest logit, that rounding explains; by type, and for
 narrow ones, which only gross errors exceed by far."""
-
-
-@dataclass(frozen=True)
-class Granules:
-    """What lengths are rounded to; other values are for tests with short prompts."""
-
-    groups: int = GROUPS
-    rows: int = GROUP
-    columns: int = COLUMNS
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Prompts for one group of rows: they begin alike, up to the last image token."""
-
-    prefix: tuple[int, ...]
-    prompts: tuple[Prompt, ...]
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Keys of the prefix's images."""
-        return self.prompts[0].images
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Units that are answered together, by rows of one shape."""
-
-    shape: Shape
-    units: tuple[Unit, ...]
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """All their prompts, in order."""
-        return [prompt for unit in self.units for prompt in unit.prompts]
-
-    @property
-    def images(self) -> list[str]:
-        """Keys of all their images, each once."""
-        return list(dict.fromkeys(key for unit in self.units for key in unit.images))
-
-
-def begins(prompt: Prompt) -> int:
-    """Length of a prompt's prefix: up to its last image token, 0 where it has no image."""
-    return len(prompt.ids) - prompt.ids[::-1].index(IMAGE_TOKEN_ID) if prompt.images else 0
 
 
 class FixedDecoder:
@@ -106,11 +57,11 @@ class FixedDecoder:
         ends: token ids that end an answer.
         tokens: most tokens that the cache of a shape has places for.
         record: whether steps are recorded; by default where there is a GPU to do so.
+        tower: pixels of one image, tile or frame (1, 3, H, W) -> features (1, P, Dv).
 
     Attributes:
+        tower: the same, recorded too; None where none was given.
         refused: why the model cannot be computed so; None as long as nothing speaks against it.
-        alike: whether all rows of all shapes so far gave the same bits for the same prompt.
-        unrecorded: why steps are not replayed from recordings; None where all are.
         seconds: spent on examining and recording.
     """
 
@@ -122,61 +73,37 @@ class FixedDecoder:
         tokens: int,
         granules: Granules | None = None,
         record: bool | None = None,
+        tower: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.llm, self.kind, self.ends, self.tokens = llm, kind, sorted(ends), tokens
-        self.granules = granules or Granules()
+        self.llm, self.ends = llm, sorted(ends)
+        self.planner = Planner(kind, tokens, granules or Granules())
         parameter = next(llm.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.refused = None if kind.shareable else kind.why
         self._record = self.device.type == "cuda" if record is None else record
-        self.alike, self.seconds = True, 0.0
-        self.unrecorded: str | None = None
+        where = self.device, self.dtype, self._record
+        self._prefill = Replayed(partial(prefill_whole, llm), _held, *where)
+        self.tower = None if tower is None else Replayed(tower, lambda features: [features], *where)
+        self.seconds, self._rows_alike = 0.0, True
+        self._unrecorded: str | None = None
         self._rows: OrderedDict[Shape, Rows] = OrderedDict()
         self._prefix: tuple[tuple[object, ...], DynamicCache] | None = None
 
-    # ------------------------------------------------------------------------------------------------ planning
+    @property
+    def alike(self) -> bool:
+        """Whether, so far, all rows gave the same bits for the same prompt, and recordings those of what they record."""
+        return self._rows_alike and self._prefill.alike and (self.tower is None or self.tower.alike)
 
-    def shape_for(self, prompt: Prompt, limit: int) -> Shape | None:
-        """The shape that a prompt is computed in; None where it needs another way."""
-        past, size = begins(prompt), self.granules.columns
-        longest = len(prompt.ids) + limit
-        if past == len(prompt.ids) or (self.kind.long_from is not None and longest > self.kind.long_from):
-            return None
-        shared = past // size * size
-        needed = len(prompt.ids) - shared + max(limit, CHUNK) + 1  # padding writes into a column of its own
-        step = size if needed <= LONG else LONG_COLUMNS
-        own, groups = -(-needed // step) * step, self.granules.groups
-        while groups > 1 and groups * (shared + self.granules.rows * own) > self.tokens:
-            groups //= 2
-        shape = Shape(groups, self.granules.rows, shared, own)
-        return shape if shape.tokens <= self.tokens else None
+    @property
+    def unrecorded(self) -> str | None:
+        """Why something is not replayed from a recording; None where all is that could be."""
+        return self._unrecorded or self._prefill.failed or (None if self.tower is None else self.tower.failed)
 
     def plan(
         self, prompts: Sequence[Prompt], limit: Callable[[Prompt], int], rows: int, share: bool = True
     ) -> tuple[list[Batch], list[Prompt]]:
-        """Batches, and the prompts that need another way.
-
-        Args:
-            limit: most new tokens of a prompt.
-            rows: most prompts in a batch.
-            share: whether prompts may stand behind one copy of a prefix.
-        """
-        by_shape: dict[Shape, dict[tuple[object, ...], list[Prompt]]] = {}
-        rest: list[Prompt] = []
-        for prompt in prompts:
-            shape = None if self.refused else self.shape_for(prompt, limit(prompt))
-            if shape is None:
-                rest.append(prompt)
-                continue
-            key = (prompt.ids[: begins(prompt)], prompt.images, None if share else prompt.item_id)
-            by_shape.setdefault(shape, {}).setdefault(key, []).append(prompt)
-        batches = []
-        for shape in sorted(by_shape, key=lambda shape: -shape.tokens):  # what does not fit shows at once
-            units = [unit for same in by_shape[shape].values() for unit in _units(same, min(rows, shape.rows))]
-            batches += [Batch(shape, some) for some in _batches(units, shape.groups, rows)]
-        return batches, rest
-
-    # ------------------------------------------------------------------------------------------------ answering
+        """See `Planner.plan`; all prompts need another way where the model cannot be computed so."""
+        return ([], list(prompts)) if self.refused else self.planner.plan(prompts, limit, rows, share)
 
     @torch.no_grad()
     def answer(
@@ -245,7 +172,7 @@ class FixedDecoder:
     def _prefix_of(self, unit: Unit, embed: Callable[[Prompt, tuple[int, ...]], Tensor]) -> DynamicCache:
         if self._prefix is None or self._prefix[0] != _name(unit):
             self._prefix = None  # before the next one needs room
-            self._prefix = _name(unit), prefill_whole(self.llm, embed(unit.prompts[0], unit.prefix))
+            self._prefix = _name(unit), self._prefill(embed(unit.prompts[0], unit.prefix))
         return self._prefix[1]
 
     def _read(self, rows: Rows, seats: Sequence[tuple[int, Task]]) -> list[Continued]:
@@ -288,7 +215,7 @@ class FixedDecoder:
                 why = rows.record()
             if why is not None:
                 log.warning("decoding is not recorded as a CUDA graph, and slower for it: %s", why)
-        self.unrecorded = self.unrecorded or why
+        self._unrecorded = self._unrecorded or why
         self._rows[batch.shape] = rows
         self.seconds += time.perf_counter() - began
         log.debug("%s: examined in %.2f s", batch.shape, time.perf_counter() - began)
@@ -321,13 +248,15 @@ class FixedDecoder:
         same = all(bool((row == row[:1]).all()) for row in (found, rows.logits))
         if not same and self.dtype not in AGREES:
             log.warning("rows of %s differ in their last bits: answers may depend on where a question stands", shape)
-        self.alike &= same
+        self._rows_alike &= same
         return None
 
 
-def fixed_on_gpu(llm: nn.Module, ends: frozenset[int], tokens: int) -> FixedDecoder | None:
+def fixed_on_gpu(model: LMM, ends: frozenset[int], tokens: int) -> FixedDecoder | None:
     """A decoder where the LLM is on a GPU; None on a CPU, where idle rows cost as much as others."""
-    return FixedDecoder(llm, cache_kind(llm), ends, tokens) if next(llm.parameters()).is_cuda else None
+    if not next(model.llm.parameters()).is_cuda:
+        return None
+    return FixedDecoder(model.llm, cache_kind(model.llm), ends, tokens, tower=model.tower_features)
 
 
 def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:
@@ -339,26 +268,12 @@ def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:
     return cache
 
 
+def _held(cache: DynamicCache) -> list[Tensor]:
+    return [states for layer in cache.layers for states in (layer.keys, layer.values)]
+
+
 def _name(unit: Unit) -> tuple[object, ...]:
     return unit.prefix, unit.images
-
-
-def _units(prompts: Sequence[Prompt], most: int) -> Iterator[Unit]:
-    for first in range(0, len(prompts), most):
-        some = tuple(prompts[first : first + most])
-        yield Unit(some[0].ids[: begins(some[0])], some)
-
-
-def _batches(units: Sequence[Unit], groups: int, rows: int) -> Iterator[tuple[Unit, ...]]:
-    """At most so many groups, and so many prompts, a batch."""
-    batch: list[Unit] = []
-    for unit in units:
-        if batch and (len(batch) == groups or sum(len(u.prompts) for u in [*batch, unit]) > rows):
-            yield tuple(batch)
-            batch = []
-        batch.append(unit)
-    if batch:
-        yield tuple(batch)
 
 
 def _run(rows: Rows, tasks: Sequence[Task | None], check: Callable[[], None]) -> list[float]:

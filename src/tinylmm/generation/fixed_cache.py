@@ -193,7 +193,8 @@ def _attend_rooms(
         prefix_bias = layer.layout.shared_bias(heads, sliding_window)
         theirs, their_weight = attend(grouped, layer.shared_keys, layer.shared_values, prefix_bias, scale, softcap)
         theirs, their_weight = (_by_rows(found, shape.rows) for found in (theirs, their_weight[..., None]))
-        mixed = torch.lerp(mixed.float(), theirs.float(), torch.sigmoid(their_weight - weight[..., None]))
+        share = torch.sigmoid(their_weight - weight[..., None])
+        mixed = torch.lerp(mixed.to(share.dtype), theirs.to(share.dtype), share)
     mixed = mixed.to(query.dtype).unflatten(2, (heads, count))
     return mixed.flatten(1, 2).transpose(1, 2).contiguous(), None
 

@@ -27,16 +27,17 @@ class Stored(Protocol):
 
 
 class ReadAhead:
-    """Reads images in a thread of its own while the model works on those before.
-
-    One thread: what reads a benchmark's tables keeps the part that neighbours share, and would read it once a thread.
+    """Reads images in threads of its own while the model works on those before.
 
     Args:
         load: key -> pixels.
         keys: in the order in which they will be asked for; what is asked for besides is read there and then.
+        readers: threads. One for a benchmark's tables: what reads them keeps the part that neighbours share, and would read
+            it once a thread.
     """
 
-    def __init__(self, load: Callable[[str], Tensor], keys: Sequence[str]) -> None:
+    def __init__(self, load: Callable[[str], Tensor], keys: Sequence[str], readers: int = 1) -> None:
+        self._readers = readers
         self._load, self._keys = load, deque(keys if len(keys) > 1 else [])
         self._reading: dict[str, Future[Tensor]] = {}
         self._reader: ThreadPoolExecutor | None = None
@@ -44,7 +45,7 @@ class ReadAhead:
 
     def __enter__(self) -> Callable[[str], Tensor]:
         if self._keys:
-            self._reader = ThreadPoolExecutor(1, "read-ahead")
+            self._reader = ThreadPoolExecutor(self._readers, "read-ahead")
         return self._next
 
     def __exit__(self, *_: object) -> None:
@@ -76,12 +77,14 @@ class EncodedImages:
 
     Attributes:
         at_once: images that go through the tower together.
+        tower: (N, 3, H, W) -> (N, P, Dv), the model's own at first; what it returns may be written over by its next call.
         encoded: how many images went through the tower.
     """
 
     def __init__(self, model: LMM, keep: int = 0, stored: Stored | None = None) -> None:
         self.model, self.keep, self._stored = model, keep, stored
         self.at_once = ENCODE_IMAGES
+        self.tower: Callable[[Tensor], Tensor] = model.tower_features
         self.encoded = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._uses: Counter[str] = Counter()
@@ -132,7 +135,7 @@ class EncodedImages:
     def _run_tower(self, views: dict[str, Tensor]) -> None:
         """Encode images by key, each as its views (T, 3, H, W)."""
         pieces = torch.cat(list(views.values())).split(self.at_once)
-        features = torch.cat([self.model.tower_features(some) for some in pieces])
+        features = torch.cat([self.tower(some).clone() for some in pieces])
         self._features |= dict(zip(views, features.split([len(view) for view in views.values()]), strict=True))
         self.encoded += len(views)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from tinylmm.stages.job import StageJob
 from tinylmm.store.layout import MODEL_FOLDER, StoreLayout
 from tinylmm.training.clip_features import open_clips
 from tinylmm.training.features import estimate_gib
+
+READERS = 4
+"""Most threads that read images of a benchmark: a core decodes and resizes about 95 photos of 640 x 480 a second."""
 
 
 def model_folder(job: StageJob[AskedStage]) -> Path:
@@ -100,6 +104,12 @@ class Shown:
             where = (StoreLayout(job.store).features, job.folder, description)
             self.stored = open_clips(tower, counts, self.pixels, self._stamp, *where)
             self.computed = self.stored.computed
+
+    @property
+    def readers(self) -> int:
+        """Threads that may read at once: several where all are images in files of their own, or whose bytes are at hand."""
+        alone = any(ref.video or (ref.row is not None and ref.data is None) for ref in self.refs.values())
+        return 1 if alone else min(READERS, os.cpu_count() or 1)
 
     @property
     def _counts(self) -> dict[str, int]:

@@ -19,13 +19,15 @@ from tinylmm.generation import fixed, fixed_cache
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
-from tinylmm.generation.fixed import FixedDecoder, Granules, begins
+from tinylmm.generation.fixed import FixedDecoder
 from tinylmm.generation.fixed_cache import IN_FIXED_ROOMS, Shape, attend
+from tinylmm.generation.fixed_plan import Granules, Planner, begins
 from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
+from tinylmm.generation.recording import Recording, Replayed
 from tinylmm.models.lmm import LMM
 
-SMALL = Granules(groups=4, rows=2, columns=16)
+SMALL = Granules(groups=4, rows=2, columns=8)
 CAPPED = {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}
 ALL: dict[str, Callable[[], PreTrainedModel]] = {
     **FAMILIES,
@@ -57,7 +59,7 @@ def test_answers_are_those_of_plain_generation(family: str) -> None:
     found = answers(of_all, prompts)
     assert made.refused is None and of_all.exact and len({tuple(ids) for ids in found.values()}) > 5
     assert found == {prompt.item_id: reference(model, prompt) for prompt in prompts}
-    assert any(shape.shared for shape in made.steps())
+    assert any(batch.shape.shared for batch in made.plan(prompts, lambda _: NEW, 64)[0])
     assert model.config._attn_implementation == before
 
 
@@ -100,7 +102,7 @@ def test_what_has_no_fixed_shape_is_answered_as_before() -> None:
     model = model_of(FAMILIES["llama"]())
     prompts = ask(model)
     few = decoder(model, tokens=2 * (CHUNK + 20))
-    assert {few.shape_for(prompt, NEW) is None for prompt in prompts} == {True, False}
+    assert {few.planner.shape_for(prompt, NEW) is None for prompt in prompts} == {True, False}
     found = answers(engine(model, 64, few), prompts)
     assert found == {prompt.item_id: reference(model, prompt) for prompt in prompts}
     none = decoder(model)
@@ -131,6 +133,10 @@ def test_a_model_that_computes_something_else_is_found_out(
     monkeypatch.setattr(fixed_cache, "attend", broken)
     assert answers(engine(model, 64), prompts) == expected
     assert "TypeError: no such keys" in caplog.text
+    caplog.clear()
+    narrow = engine(model.to(torch.bfloat16), 64)  # type: ignore[arg-type]
+    answers(narrow, prompts)
+    assert not narrow.exact and caplog.text.count("answers may differ") == 1
 
 
 def test_rows_whose_bits_differ_take_the_promise_back(
@@ -157,6 +163,66 @@ def test_a_recording_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> Non
     assert answers(engine(model, 64, made), prompts) == {p.item_id: reference(model, p) for p in prompts}
     assert "not recorded as a CUDA graph, and slower for it: step 'read': a CPU records nothing" in caplog.text
     assert made.unrecorded
+
+
+class _Rehearsed:
+    """In a CUDA graph's place: works anew, and writes over what it gave before."""
+
+    def __init__(self, recording: Recording[Any], result: Any) -> None:
+        self._recording, self._result = recording, result
+
+    def replay(self) -> None:
+        for old, new in zip(_tensors(self._result), _tensors(self._recording._work()), strict=True):
+            old.copy_(new)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if result is None:
+        return []
+    return [result] if isinstance(result, Tensor) else fixed._held(result)
+
+
+def rehearse(monkeypatch: pytest.MonkeyPatch) -> list[Recording[Any]]:
+    """Let recordings behave on a CPU as on a GPU; returns those made."""
+    made: list[Recording[Any]] = []
+
+    def record(recording: Recording[Any]) -> None:
+        recording._result = recording._work()
+        recording._graph = _Rehearsed(recording, recording._result)  # type: ignore[assignment]
+        made.append(recording)
+
+    monkeypatch.setattr(Recording, "record", record)
+    return made
+
+
+def test_recordings_write_over_what_they_gave_before_and_answers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of images and prefixes that are still needed are not those of the image after."""
+    torch.manual_seed(1)
+    model = model_of(FAMILIES["llama"]())
+    prompts = asked(model)
+    expected = {prompt.item_id: reference(model, prompt) for prompt in prompts}
+    made = rehearse(monkeypatch)
+    recorded = decoder(model, record=True, tower=model.tower_features)
+    of_all = engine(model, 64, recorded)
+    assert answers(of_all, prompts) == expected and answers(engine(model, 2, recorded), prompts) == expected
+    assert recorded.alike and recorded.unrecorded is None and recorded.refused is None
+    assert len(made) > 3  # two steps, a tower and a prefix
+
+
+def test_a_recording_that_gives_other_bits_takes_the_promise_back() -> None:
+    calls: list[int] = []
+
+    def drifts(given: Tensor) -> Tensor:
+        calls.append(1)
+        return given + 1e-6 * len(calls)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        rehearse(monkeypatch)
+        replayed = Replayed(drifts, lambda found: [found], torch.device("cpu"), torch.float32, record=True)
+        replayed(torch.zeros(2))
+        assert replayed.alike
+        replayed(torch.zeros(2))
+        assert not replayed.alike
 
 
 def test_damaged_weights_are_an_error_and_no_answer() -> None:
@@ -216,7 +282,7 @@ def test_both_parts_of_a_softmax_are_that_of_the_whole() -> None:
 
 def test_shapes_follow_from_a_prompt_and_the_room_alone() -> None:
     model = model_of(FAMILIES["llama"]())
-    made = FixedDecoder(model.llm, cache_kind(model.llm), ENDS, 32768)
+    made = Planner(cache_kind(model.llm), 32768, Granules())
     prompt = Prompt("a", (*range(10, 40), *(IMAGE_TOKEN_ID,) * 729, *range(10, 40)), ("0",))
     shape = made.shape_for(prompt, 16)
     assert shape == Shape(16, 4, 704, 128) and shape.tokens <= 32768
