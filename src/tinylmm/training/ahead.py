@@ -14,8 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylmm.models.layout import layout_of
+from tinylmm.training.pipes import unpack
+
 LOOK_S = 0.2
 """Seconds after which a thread that waits looks whether it is still wanted."""
+
+
+def as_step_takes_it(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of the loader with its layout, and without what says nothing to the model but for `sample_ids` and counts."""
+    batch = unpack(batch)
+    for extra in ("segment_ids", "num_samples", "image_paths"):
+        batch.pop(extra, None)
+    batch["layout"] = layout_of(batch["input_ids"], batch["position_ids"], batch["targets"])
+    return batch
+
+
+class StepReader:
+    """The loader's batches as steps take them: read ahead on a GPU, whose work they must not hold up.
+
+    On a CPU each is made when it is asked for: the step has all cores.
+
+    Args:
+        device: that computes the steps.
+        depth: batches that wait at most: those of a step.
+    """
+
+    def __init__(self, device: torch.device, depth: int) -> None:
+        self._device, self._depth = device, depth
+        self._source: Any = None
+        self._ahead: ReadAhead | None = None
+
+    def read(self, batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+        """The batches of an iterator; asked again for the same one, it goes on where it was."""
+        if self._device.type == "cpu":
+            return map(as_step_takes_it, batches)
+        if self._ahead is None or self._source is not batches:
+            self.close()
+            self._source, self._ahead = batches, ReadAhead(batches, as_step_takes_it, self._depth, self._device)
+        return self._ahead
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._source = self._ahead = None
 
 
 class ReadAhead:

@@ -172,9 +172,9 @@ class MeasuredTrainer(LMMTrainer):
         super().__init__(**others)
         self.add_callback(figures)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """As LMMTrainer's, with what passes counted."""
-        return super().get_batch_samples(self.figures.watch(self.prepared(epoch_iterator)), num_batches, device)
+    def watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass a step's batches on, counted."""
+        return self.figures.watch(batches)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures to a row of losses, so that every tracker has them."""

@@ -27,15 +27,14 @@ from transformers import (
 )
 
 from tinylmm.errors import NonFiniteError
-from tinylmm.models.layout import layout_of
 from tinylmm.models.lmm import LMM
 from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
-from tinylmm.training.ahead import ReadAhead
+from tinylmm.training.ahead import StepReader
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import start_reader
 from tinylmm.training.optimizer import build_optimizer, parameter_groups
-from tinylmm.training.pipes import Packed, needs_pipes, readahead, unpack
+from tinylmm.training.pipes import Packed, needs_pipes, readahead
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
 from tinylmm.training.sharding import exact_shares
@@ -55,15 +54,6 @@ class SaveSchedule:
 
     steps: int
     seconds: float
-
-
-def as_step_takes_it(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of the loader with its layout, and without what says nothing to the model but for `sample_ids` and counts."""
-    batch = unpack(batch)
-    for extra in ("segment_ids", "num_samples", "image_paths"):
-        batch.pop(extra, None)
-    batch["layout"] = layout_of(batch["input_ids"], batch["position_ids"], batch["targets"])
-    return batch
 
 
 class LMMTrainer(Trainer):
@@ -111,7 +101,7 @@ class LMMTrainer(Trainer):
         self._step_sample_ids: list[list[str]] = []
         self._losses: list[Tensor] = []
         self._gradients_finite = True
-        self._ahead: tuple[Any, ReadAhead] | None = None
+        self._reader = StepReader(args.device, args.gradient_accumulation_steps)
         self.stopped = False
         self.skipped_steps = 0
         self._schedule = schedule
@@ -143,7 +133,8 @@ class LMMTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Fetch one step's micro-batches and count its supervised tokens over all ranks."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        ahead = self.watched(self._reader.read(epoch_iterator))
+        batches = [batch for _, batch in zip(range(num_batches), ahead, strict=False)]
         self._step_sample_ids = [batch.pop("sample_ids") for batch in batches]
         self._losses, self._gradients_finite = [], True
         each = torch.tensor([len(batch["layout"]["supervised"]) for batch in batches], device=device)
@@ -156,31 +147,16 @@ class LMMTrainer(Trainer):
                 batch["loss_chunks"] = num_chunks(most)
         return batches, tokens
 
-    def prepared(self, batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
-        """The loader's batches as the step takes them: read ahead on a GPU, whose work they must not hold up.
-
-        On a CPU each is made when it is asked for: the step has all cores.
-        """
-        if self.args.device.type == "cpu":
-            return map(as_step_takes_it, batches)
-        if self._ahead is None or self._ahead[0] is not batches:
-            self.stop_reading()
-            depth = self.args.gradient_accumulation_steps
-            self._ahead = (batches, ReadAhead(batches, as_step_takes_it, depth, self.args.device))
-        return self._ahead[1]
-
-    def stop_reading(self) -> None:
-        """End the thread that reads ahead, if there is one."""
-        if self._ahead is not None:
-            self._ahead[1].close()
-        self._ahead = None
+    def watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass a step's batches on; whoever keeps count of them looks here."""
+        return batches
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As Trainer's; nothing is read ahead when it ends, however it ends."""
         try:
             return super().train(*args, **options)
         finally:
-            self.stop_reading()
+            self._reader.close()
 
     def compute_loss(
         self,
