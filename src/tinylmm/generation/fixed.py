@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tinylmm.generation.cache import CacheKind, cache_kind
 from tinylmm.generation.decode import Continued, next_logits
-from tinylmm.generation.fixed_cache import Shape
+from tinylmm.generation.fixed_cache import IN_ONE_ROW, Shape
 from tinylmm.generation.fixed_plan import Batch, Granules, Planner, Unit
 from tinylmm.generation.fixed_step import Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
@@ -264,7 +264,8 @@ def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:
     cache = DynamicCache(config=llm.config)
     cache.layers = [DynamicLayer() for _ in cache.layers]
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    next_logits(llm, {"inputs_embeds": embeddings}, None, positions, cache)
+    with fixed_attention(llm, IN_ONE_ROW):
+        next_logits(llm, {"inputs_embeds": embeddings}, None, positions, cache)
     return cache
 
 

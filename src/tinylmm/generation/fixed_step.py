@@ -29,11 +29,11 @@ CHUNK = 32
 
 
 @contextmanager
-def fixed_attention(llm: nn.Module) -> Iterator[None]:
-    """Let the LLM attend to a `FixedCache` for as long as this lasts."""
+def fixed_attention(llm: nn.Module, named: str = IN_FIXED_ROOMS) -> Iterator[None]:
+    """Let the LLM attend to a `FixedCache`, or by another name that transformers knows, for as long as this lasts."""
     model = cast(PreTrainedModel, llm)
     before = model.config._attn_implementation
-    model.set_attn_implementation(IN_FIXED_ROOMS)
+    model.set_attn_implementation(named)
     try:
         yield
     finally:
