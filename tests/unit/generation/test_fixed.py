@@ -269,6 +269,22 @@ def test_every_step_is_the_same_operations_on_the_same_shapes_and_never_waits(fa
     assert not bool(rows.live.any())
 
 
+@pytest.mark.parametrize("family", ["phi", "gemma3 with a sliding window"])
+def test_a_prefix_is_computed_without_a_mask_though_transformers_would_make_one_where_a_gpu_records(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    llm = model_of(FAMILIES[family]()).llm
+    masks: list[Tensor | None] = []
+    for name, layer in llm.named_modules():
+        if name.endswith("self_attn"):
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+    fixed.prefill_whole(llm, torch.randn(1, 20, WIDTH))
+    assert masks == [None, None]
+
+
 def test_both_parts_of_a_softmax_are_that_of_the_whole() -> None:
     q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
     whole, total = attend(q, k, v, None, 0.3, 4.0)
