@@ -42,18 +42,19 @@ class Recording(Generic[T]):
         """Record, once; returns why it could not."""
         if self._device.type != "cuda":
             return f"a {self._device.type.upper()} records nothing"
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream, before = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(before)
         try:
             with torch.cuda.stream(stream):
                 for _ in range(TRIED):
                     self._work()
-            torch.cuda.current_stream(self._device).wait_stream(stream)
+            before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: a thread that reads images may allocate meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._result = self._work()
         except RuntimeError as error:  # of CUDA, and of whatever a model does that cannot be recorded
+            torch.cuda.set_stream(before)  # a recording that fails at its end leaves its own stream behind
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self._graph = graph
         return None
