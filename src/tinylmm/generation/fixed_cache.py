@@ -16,17 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tinylmm.config.attention import FLASH
-
 IN_FIXED_ROOMS = "tinylmm_fixed"
 """Name under which transformers knows `_attend_rooms`."""
-IN_ONE_ROW = "tinylmm_one_row"
-"""Name under which transformers knows `_attend_row`."""
 KERNEL_MULTIPLE, KERNEL_MOST = 8, 256
 """Head widths that PyTorch's attention kernels take: multiples of the one, up to the other."""
 
@@ -204,36 +199,6 @@ def _attend_rooms(
     return mixed.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
-def _attend_row(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention of a row alone, (1, K Q, L, E) to (1, L, K Q, E), whatever mask is given.
-
-    transformers makes a mask where it sees that a GPU records, and none where it does not: other kernels, and other bits.
-    """
-    length, heads = query.shape[2], query.shape[1] // key.shape[1]
-    if softcap is None and (sliding_window is None or sliding_window >= length):
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=heads > 1)
-    else:
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        if sliding_window is not None:
-            seen = seen.triu(1 - sliding_window)
-        bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
-        bias.masked_fill_(~seen, torch.finfo(query.dtype).min / 2)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-        mixed, _total = attend(query, key, value, bias[None, None], scale, softcap)
-    return mixed.transpose(1, 2).contiguous(), None
-
-
 def _by_rows(grouped: Tensor, rows: int) -> Tensor:
     """(I, K, R n, E) to (I R, K, n, E)."""
     return grouped.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1)
@@ -275,6 +240,4 @@ def attend(
 
 
 ALL_ATTENTION_FUNCTIONS.register(IN_FIXED_ROOMS, _attend_rooms)
-ALL_MASK_ATTENTION_FUNCTIONS.register(IN_FIXED_ROOMS, ALL_MASK_ATTENTION_FUNCTIONS[FLASH])
-ALL_ATTENTION_FUNCTIONS.register(IN_ONE_ROW, _attend_row)
-ALL_MASK_ATTENTION_FUNCTIONS.register(IN_ONE_ROW, ALL_MASK_ATTENTION_FUNCTIONS[FLASH])  # which makes none
+ALL_MASK_ATTENTION_FUNCTIONS.register(IN_FIXED_ROOMS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
