@@ -78,8 +78,7 @@ class Exam:
     def decoder(self, record: bool) -> FixedDecoder:
         """Fixed shapes for the model in its present precision."""
         granules = SMALL if self.setting.tiny else None
-        llm, tower = self.model.llm, self.model.tower_features
-        return FixedDecoder(llm, cache_kind(llm), self.ends, TOKENS, granules, record, tower)
+        return FixedDecoder(self.model.llm, cache_kind(self.model.llm), self.ends, TOKENS, granules, record)
 
     def replies(
         self, rows: int, prompts: list[Prompt], fixed: FixedDecoder | None = None
@@ -156,9 +155,7 @@ def _row(
         "equal_at_batch_1_and_64": share(exam.replies(1, chosen if quick else chosen[:FEW], fixed)[0], together),
     }
     if fixed is not None:
-        singles = prompts[:: exam.asked]
-        _, seconds = timed(setting, lambda: exam.replies(64, singles, fixed))
-        row |= {"one_an_image_per_s": len(singles) / seconds} | _of_steps(exam, fixed)
+        row |= _of_steps(exam, fixed)
     trace = Trace(setting.device)
     trace.begin()
     exam.replies(64, prompts[: (3 if quick else 1) * exam.asked], fixed)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.integration.project import Project, tiny_project, write_images
 from tests.unit.evaluation.benchmarks.disk import write_jsonl
@@ -21,7 +22,6 @@ from tinylmm.errors import ConfigError
 from tinylmm.generation.cache import cache_kind
 from tinylmm.generation.fixed import FixedDecoder
 from tinylmm.generation.fixed_plan import Granules
-from tinylmm.models.lmm import LMM
 from tinylmm.store.gc import collect_garbage, list_stored
 
 MODEL_WORDS = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
@@ -114,10 +114,8 @@ def test_questions_asked_in_fixed_shapes_as_on_a_gpu_get_the_same_answers(
     plain, _ = answers("name=plain", "eval.gqa.limit=4")
     decoders: list[FixedDecoder] = []
 
-    def always(model: LMM, ends: frozenset[int], tokens: int) -> FixedDecoder:
-        decoders.append(
-            FixedDecoder(model.llm, cache_kind(model.llm), ends, tokens, Granules(4, 2, 8), tower=model.tower_features)
-        )
+    def always(llm: nn.Module, ends: frozenset[int], tokens: int) -> FixedDecoder:
+        decoders.append(FixedDecoder(llm, cache_kind(llm), ends, tokens, Granules(4, 2, 8)))
         return decoders[-1]
 
     monkeypatch.setattr("tinylmm.stages.evaluate.fixed_on_gpu", always)

@@ -89,7 +89,7 @@ class TinyLMM(lmms):
         self.model = loaded.model.eval()
         self.prompts = PromptMaker(get_template(template or loaded.description.template), loaded.tokenizer)
         self.rows, self.tokens = _rows(batch_size, max_batch_size), _count("tokens", tokens)
-        self._fixed = fixed_on_gpu(self.model, self.prompts.ends, self.tokens)
+        self._fixed = fixed_on_gpu(self.model.llm, self.prompts.ends, self.tokens)
         self._transform = ImageTransform.of(loaded.description.image)
 
     @property

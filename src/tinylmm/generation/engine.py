@@ -130,8 +130,6 @@ class Engine:
         self._fixed = fixed if not invariant and sampling.is_plain else None
         if invariant or self._fixed is not None:
             self._images.at_once = 1
-        if self._fixed is not None and self._fixed.tower is not None:
-            self._images.tower = self._fixed.tower
 
     @property
     def images_encoded(self) -> int:

@@ -14,8 +14,7 @@ Kernels at a fixed shape treat all their rows alike, or so one hopes: `_examine`
 shape, and compares them bit by bit. It also compares the logits with those of the plain model, so that a class of model whose
 attention is something else is answered as before, not wrongly. Both take a few steps, once a shape.
 
-A step's launch costs the host more than the step costs a GPU, so steps are recorded (`recording.py`), and so are tower and
-prefixes from the second image of a size on, whose recordings must give the bits that they gave before; nor does the host wait
+A step's launch costs the host more than the step costs a GPU, so steps are recorded (`fixed_step.py`); nor does the host wait
 for a step before it asks for the next: it looks at who goes on one step late.
 """
 
@@ -25,7 +24,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +35,6 @@ from tinylmm.generation.fixed_cache import Shape
 from tinylmm.generation.fixed_plan import Batch, Granules, Planner, Unit
 from tinylmm.generation.fixed_step import Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
-from tinylmm.generation.recording import Replayed
-from tinylmm.models.lmm import LMM
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +53,11 @@ class FixedDecoder:
         ends: token ids that end an answer.
         tokens: most tokens that the cache of a shape has places for.
         record: whether steps are recorded; by default where there is a GPU to do so.
-        tower: pixels of one image, tile or frame (1, 3, H, W) -> features (1, P, Dv).
 
     Attributes:
-        tower: the same, recorded too; None where none was given.
         refused: why the model cannot be computed so; None as long as nothing speaks against it.
+        alike: whether all rows of all shapes so far gave the same bits for the same prompt.
+        unrecorded: why steps are not replayed from recordings; None where all are.
         seconds: spent on examining and recording.
     """
 
@@ -73,7 +69,6 @@ class FixedDecoder:
         tokens: int,
         granules: Granules | None = None,
         record: bool | None = None,
-        tower: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.llm, self.ends = llm, sorted(ends)
         self.planner = Planner(kind, tokens, granules or Granules())
@@ -81,23 +76,10 @@ class FixedDecoder:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.refused = None if kind.shareable else kind.why
         self._record = self.device.type == "cuda" if record is None else record
-        where = self.device, self.dtype, self._record
-        self._prefill = Replayed(partial(prefill_whole, llm), _held, *where)
-        self.tower = None if tower is None else Replayed(tower, lambda features: [features], *where)
-        self.seconds, self._rows_alike = 0.0, True
-        self._unrecorded: str | None = None
+        self.alike, self.seconds = True, 0.0
+        self.unrecorded: str | None = None
         self._rows: OrderedDict[Shape, Rows] = OrderedDict()
         self._prefix: tuple[tuple[object, ...], DynamicCache] | None = None
-
-    @property
-    def alike(self) -> bool:
-        """Whether, so far, all rows gave the same bits for the same prompt, and recordings those of what they record."""
-        return self._rows_alike and self._prefill.alike and (self.tower is None or self.tower.alike)
-
-    @property
-    def unrecorded(self) -> str | None:
-        """Why something is not replayed from a recording; None where all is that could be."""
-        return self._unrecorded or self._prefill.failed or (None if self.tower is None else self.tower.failed)
 
     def plan(
         self, prompts: Sequence[Prompt], limit: Callable[[Prompt], int], rows: int, share: bool = True
@@ -172,7 +154,7 @@ class FixedDecoder:
     def _prefix_of(self, unit: Unit, embed: Callable[[Prompt, tuple[int, ...]], Tensor]) -> DynamicCache:
         if self._prefix is None or self._prefix[0] != _name(unit):
             self._prefix = None  # before the next one needs room
-            self._prefix = _name(unit), self._prefill(embed(unit.prompts[0], unit.prefix))
+            self._prefix = _name(unit), prefill_whole(self.llm, embed(unit.prompts[0], unit.prefix))
         return self._prefix[1]
 
     def _read(self, rows: Rows, seats: Sequence[tuple[int, Task]]) -> list[Continued]:
@@ -215,7 +197,7 @@ class FixedDecoder:
                 why = rows.record()
             if why is not None:
                 log.warning("decoding is not recorded as a CUDA graph, and slower for it: %s", why)
-        self._unrecorded = self._unrecorded or why
+        self.unrecorded = self.unrecorded or why
         self._rows[batch.shape] = rows
         self.seconds += time.perf_counter() - began
         log.debug("%s: examined in %.2f s", batch.shape, time.perf_counter() - began)
@@ -248,15 +230,13 @@ class FixedDecoder:
         same = all(bool((row == row[:1]).all()) for row in (found, rows.logits))
         if not same and self.dtype not in AGREES:
             log.warning("rows of %s differ in their last bits: answers may depend on where a question stands", shape)
-        self._rows_alike &= same
+        self.alike &= same
         return None
 
 
-def fixed_on_gpu(model: LMM, ends: frozenset[int], tokens: int) -> FixedDecoder | None:
+def fixed_on_gpu(llm: nn.Module, ends: frozenset[int], tokens: int) -> FixedDecoder | None:
     """A decoder where the LLM is on a GPU; None on a CPU, where idle rows cost as much as others."""
-    if not next(model.llm.parameters()).is_cuda:
-        return None
-    return FixedDecoder(model.llm, cache_kind(model.llm), ends, tokens, tower=model.tower_features)
+    return FixedDecoder(llm, cache_kind(llm), ends, tokens) if next(llm.parameters()).is_cuda else None
 
 
 def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:
@@ -266,10 +246,6 @@ def prefill_whole(llm: nn.Module, embeddings: Tensor) -> DynamicCache:
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
     next_logits(llm, {"inputs_embeds": embeddings}, None, positions, cache)
     return cache
-
-
-def _held(cache: DynamicCache) -> list[Tensor]:
-    return [states for layer in cache.layers for states in (layer.keys, layer.values)]
 
 
 def _name(unit: Unit) -> tuple[object, ...]:

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from tinylmm.generation.choose import TIE
 from tinylmm.generation.decode import last_logits
 from tinylmm.generation.fixed_cache import IN_FIXED_ROOMS, FixedCache, Layout, Shape
-from tinylmm.generation.recording import Recording
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Tokens of each row that are read at once in front of its answer."""
+TRIED = 2
+"""Runs of a step before it is recorded: libraries choose kernels and make workspaces in the first ones."""
 
 
 @contextmanager
@@ -84,7 +85,7 @@ class Rows:
         self.said = torch.zeros(count, shape.own, dtype=torch.long, device=device)
         self._chunk = torch.zeros(count, CHUNK, dtype=torch.long, device=device)
         self.logits = torch.empty(0)
-        self._steps = {name: Recording(work, device) for name, work in (("read", self._read), ("say", self._say))}
+        self._steps = {name: _Step(work, device) for name, work in (("read", self._read), ("say", self._say))}
 
     def begin(self, tasks: Sequence[Task | None]) -> Iterator[None]:
         """Give each row its task (None: it idles), and let all read, a chunk at a time; then each has chosen a token."""
@@ -173,3 +174,39 @@ def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
     """Cut into pieces of CHUNK, the first of which may be shorter."""
     first = len(ids) % CHUNK
     return ([ids[:first]] if first else []) + [ids[at : at + CHUNK] for at in range(first, len(ids), CHUNK)]
+
+
+class _Step:
+    """Work of fixed shapes, launched kernel by kernel until it is recorded."""
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self._work, self._device = work, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if self._graph is None:
+            self._work()
+        else:
+            self._graph.replay()
+
+    @torch.no_grad()
+    def record(self) -> str | None:
+        """Record, once; returns why it could not."""
+        if self._device.type != "cuda":
+            return f"a {self._device.type.upper()} records nothing"
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(TRIED):
+                    self._work()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: a thread that reads images may allocate meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._work()
+        except RuntimeError as error:  # of CUDA, and of whatever a model does that cannot be recorded
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        self._graph = graph
+        return None

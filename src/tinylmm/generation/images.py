@@ -77,14 +77,12 @@ class EncodedImages:
 
     Attributes:
         at_once: images that go through the tower together.
-        tower: (N, 3, H, W) -> (N, P, Dv), the model's own at first; what it returns may be written over by its next call.
         encoded: how many images went through the tower.
     """
 
     def __init__(self, model: LMM, keep: int = 0, stored: Stored | None = None) -> None:
         self.model, self.keep, self._stored = model, keep, stored
         self.at_once = ENCODE_IMAGES
-        self.tower: Callable[[Tensor], Tensor] = model.tower_features
         self.encoded = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._uses: Counter[str] = Counter()
@@ -135,7 +133,7 @@ class EncodedImages:
     def _run_tower(self, views: dict[str, Tensor]) -> None:
         """Encode images by key, each as its views (T, 3, H, W)."""
         pieces = torch.cat(list(views.values())).split(self.at_once)
-        features = torch.cat([self.tower(some).clone() for some in pieces])
+        features = torch.cat([self.model.tower_features(some) for some in pieces])
         self._features |= dict(zip(views, features.split([len(view) for view in views.values()]), strict=True))
         self.encoded += len(views)
 

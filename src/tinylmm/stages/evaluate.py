@@ -131,9 +131,9 @@ def _load(job: StageJob[EvalStage]) -> _Asked:
     loaded = load_model(model_folder(job), job.settings.trust, launch.attention)
     to_precision(loaded.model, device, DTYPES[precision])
     loaded.model.set_attention(attention)
-    loaded.model.eval()
+    llm = loaded.model.eval().llm
     maker = PromptMaker(get_template(job.spec.template), loaded.tokenizer)
-    return _Asked(loaded, maker, fixed_on_gpu(loaded.model, maker.ends, launch.eval_tokens))
+    return _Asked(loaded, maker, fixed_on_gpu(llm, maker.ends, launch.eval_tokens))
 
 
 def _answer(

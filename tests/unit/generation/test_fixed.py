@@ -24,7 +24,6 @@ from tinylmm.generation.fixed_cache import IN_FIXED_ROOMS, Shape, attend
 from tinylmm.generation.fixed_plan import Granules, Planner, begins
 from tinylmm.generation.fixed_step import CHUNK, Rows, Task, fixed_attention
 from tinylmm.generation.prompts import Prompt
-from tinylmm.generation.recording import Recording, Replayed
 from tinylmm.models.lmm import LMM
 
 SMALL = Granules(groups=4, rows=2, columns=8)
@@ -163,66 +162,6 @@ def test_a_recording_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> Non
     assert answers(engine(model, 64, made), prompts) == {p.item_id: reference(model, p) for p in prompts}
     assert "not recorded as a CUDA graph, and slower for it: step 'read': a CPU records nothing" in caplog.text
     assert made.unrecorded
-
-
-class _Rehearsed:
-    """In a CUDA graph's place: works anew, and writes over what it gave before."""
-
-    def __init__(self, recording: Recording[Any], result: Any) -> None:
-        self._recording, self._result = recording, result
-
-    def replay(self) -> None:
-        for old, new in zip(_tensors(self._result), _tensors(self._recording._work()), strict=True):
-            old.copy_(new)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    if result is None:
-        return []
-    return [result] if isinstance(result, Tensor) else fixed._held(result)
-
-
-def rehearse(monkeypatch: pytest.MonkeyPatch) -> list[Recording[Any]]:
-    """Let recordings behave on a CPU as on a GPU; returns those made."""
-    made: list[Recording[Any]] = []
-
-    def record(recording: Recording[Any]) -> None:
-        recording._result = recording._work()
-        recording._graph = _Rehearsed(recording, recording._result)  # type: ignore[assignment]
-        made.append(recording)
-
-    monkeypatch.setattr(Recording, "record", record)
-    return made
-
-
-def test_recordings_write_over_what_they_gave_before_and_answers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features of images and prefixes that are still needed are not those of the image after."""
-    torch.manual_seed(1)
-    model = model_of(FAMILIES["llama"]())
-    prompts = asked(model)
-    expected = {prompt.item_id: reference(model, prompt) for prompt in prompts}
-    made = rehearse(monkeypatch)
-    recorded = decoder(model, record=True, tower=model.tower_features)
-    of_all = engine(model, 64, recorded)
-    assert answers(of_all, prompts) == expected and answers(engine(model, 2, recorded), prompts) == expected
-    assert recorded.alike and recorded.unrecorded is None and recorded.refused is None
-    assert len(made) > 3  # two steps, a tower and a prefix
-
-
-def test_a_recording_that_gives_other_bits_takes_the_promise_back() -> None:
-    calls: list[int] = []
-
-    def drifts(given: Tensor) -> Tensor:
-        calls.append(1)
-        return given + 1e-6 * len(calls)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        rehearse(monkeypatch)
-        replayed = Replayed(drifts, lambda found: [found], torch.device("cpu"), torch.float32, record=True)
-        replayed(torch.zeros(2))
-        assert replayed.alike
-        replayed(torch.zeros(2))
-        assert not replayed.alike
 
 
 def test_damaged_weights_are_an_error_and_no_answer() -> None:
