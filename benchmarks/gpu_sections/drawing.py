@@ -67,7 +67,8 @@ def _techniques(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def _shares(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.set(title="Share of the device's busy time; idle share of the whole", ylim=(0, 1))
-    names = [row.get("stage") or f"answers, {row['precision']}" for row in rows]
+    rows = [row for row in rows if "shares" in row]
+    names = [row.get("stage") or f"answers,\n{row['precision']},\n{row['way']}" for row in rows]
     bottom = [0.0] * len(rows)
     for kind in dict.fromkeys(kind for row in rows for kind in row["shares"]):
         heights = [row["shares"].get(kind, 0.0) for row in rows]

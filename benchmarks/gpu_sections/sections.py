@@ -11,7 +11,7 @@ from benchmarks.gpu_sections.answers import answer
 from benchmarks.gpu_sections.kernels import Trace
 from benchmarks.gpu_sections.ours import planned_of, train_ours
 from benchmarks.gpu_sections.plain import train_plain
-from benchmarks.gpu_sections.setting import STAGES, Setting, write_prepared
+from benchmarks.gpu_sections.setting import QUARTER, STAGES, Setting, write_prepared
 from tinylmm.planning.advice import chosen
 from tinylmm.sizing.cards import save_calibration
 from tinylmm.stages.calibrate import calibrate
@@ -35,16 +35,17 @@ class Technique:
 
 
 TECHNIQUES = (
-    Technique("packing", ("launch.packing=false",), ("launch.packing=true",), ("finetune",)),
+    Technique("compiled blocks", ("launch.compile=false",), ("launch.compile=true",)),
     Technique("attention", ("launch.attention=sdpa",), ("launch.attention=auto",)),
-    Technique(
-        "cached tower features", ("launch.cache_features=false",), ("launch.cache_features=true",), ("pretrain",)
-    ),
     Technique(
         "gradient checkpointing",
         ("launch.gradient_checkpointing=false",),
         ("launch.gradient_checkpointing=true",),
         ("finetune",),
+    ),
+    Technique("packing", ("launch.packing=false",), ("launch.packing=true",), ("finetune",)),
+    Technique(
+        "cached tower features", ("launch.cache_features=false",), ("launch.cache_features=true",), ("pretrain",)
     ),
     Technique("readers", ("launch.num_workers=0",), ("launch.num_workers=auto",), ("pretrain",), files=True),
 )
@@ -78,13 +79,18 @@ def machine(setting: Setting) -> None:
     )
 
 
+def _short(setting: Setting) -> Setting:
+    """With steps of a quarter of the samples: an update of the weights, which all of them share, weighs little there too."""
+    return replace(setting, parts=QUARTER)
+
+
 def steps(setting: Setting) -> None:
     """Our step beside the plain way's, on the same samples, images ready in memory."""
     for llm in setting.llms:
         for stage in STAGES:
             ours = train_ours(setting, llm, stage)
             setting.say(section="steps", side="ours", **ours)
-            plain = train_plain(setting, llm, stage, checkpointing=True)
+            plain = train_plain(_short(setting), llm, stage, checkpointing=True)
             more = {"ours_is_times": ours["samples_per_s"] / plain["samples_per_s"]}
             setting.say(section="steps", side="plain", **plain, **more)
 
@@ -93,7 +99,7 @@ def unchecked(setting: Setting) -> None:
     """The plain way once more, without gradient checkpointing: faster, where there is memory for it."""
     ours = {(r["llm"], r["stage"]): r for r in setting.rows if r["section"] == "steps" and r["side"] == "ours"}
     for stage in STAGES:
-        plain = train_plain(setting, setting.llms[0], stage, checkpointing=False)
+        plain = train_plain(_short(setting), setting.llms[0], stage, checkpointing=False)
         own = ours.get((setting.llms[0], stage))
         more = {} if own is None else {"ours_is_times": own["samples_per_s"] / plain["samples_per_s"]}
         setting.say(section="unchecked", **plain, **more)
@@ -101,7 +107,7 @@ def unchecked(setting: Setting) -> None:
 
 def techniques(setting: Setting) -> None:
     """Each technique off and on, everything else as a launch has it by itself."""
-    llm, short = setting.llms[0], replace(setting, timed=1)
+    llm, short = setting.llms[0], _short(setting)
     for technique in TECHNIQUES:
         for stage in technique.stages:
             off = train_ours(short, llm, stage, technique.without, technique.files)
@@ -166,7 +172,7 @@ def kernels(setting: Setting) -> None:
     """Where an optimiser step's time goes on the device."""
     for stage in STAGES:
         trace = Trace(setting.device)
-        row = train_ours(setting, setting.llms[0], stage, trace=trace)
+        row = train_ours(_short(setting), setting.llms[0], stage, trace=trace)
         setting.say(section="kernels", **{key: row[key] for key in ("llm", "stage", "at_once")}, **trace.found)
 
 

@@ -23,8 +23,11 @@ from tinylmm.sizing.cards import REACHED, card_named
 
 LLMS = ("phi2", "tinyllama", "qwen2_5_0_5b")
 STAGES = ("pretrain", "finetune")
-BATCH = {"pretrain": 64, "finetune": 32}
-"""Samples of an optimiser step."""
+BATCH = {"pretrain": 256, "finetune": 128}
+"""Samples of an optimiser step, as in the published recipes."""
+QUARTER = 4
+ROOMY, ROOMY_ROW = 100 * 2**30, 20480
+"""Bytes of a card on which so many positions go through at once; on others what a launch has by itself."""
 PHOTOS = 64
 """Distinct JPEGs, of 640 x 480."""
 TINY = {
@@ -47,6 +50,7 @@ class Setting:
         rows: what was emitted before, by this section or earlier ones.
         timed: optimiser steps that count, behind a first one that does not: it compiles, loads kernels and makes the
             optimiser's state.
+        parts: a step has this part of the recipe's samples alone, where whole ones take too long.
     """
 
     device: torch.device
@@ -55,7 +59,8 @@ class Setting:
     folder: Path
     emit: Callable[[dict[str, Any]], None]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    timed: int = 2
+    timed: int = 1
+    parts: int = 1
 
     @property
     def on_gpu(self) -> bool:
@@ -69,7 +74,7 @@ class Setting:
 
     def batch(self, stage: str) -> int:
         """Samples of an optimiser step."""
-        return 4 if self.tiny else BATCH[stage]
+        return 4 if self.tiny else BATCH[stage] // self.parts
 
     @property
     def steps(self) -> int:
@@ -80,12 +85,15 @@ class Setting:
         """A run at real shapes with random weights, its trainings as many steps long as are measured."""
         said = [f"llm={llm}", "llm.init=random", "vt=siglip", "vision_tower.init=random", "recipe=base", "eval=none"]
         said += [f"launch.device={self.device.type}", "launch.cache_features=false", "tracking.tensorboard=false"]
+        said += [f"launch.compile={str(self.on_gpu).lower()}"]  # as a stage that is long enough has it by itself
         for stage in STAGES:
             own = f"recipe.stages.{stage}"
             said += [f"++{own}.global_batch={self.batch(stage)}", f"++{own}.max_steps={self.steps}"]
             said += [f"++{own}.precision={self.precision}"]
         if self.tiny:
             said += [f"{part}.architecture={fields}" for part, fields in TINY.items()] + ["vision_tower.image.size=56"]
+        if self.on_gpu and torch.cuda.get_device_properties(0).total_memory > ROOMY:
+            said += [f"launch.row_tokens={ROOMY_ROW}"]
         card = card_named(torch.cuda.get_device_name()) if self.on_gpu else None
         said += [] if card is None else [f"launch.gpu={card.key}"]
         return compose_run([*said, *words])
@@ -170,7 +178,7 @@ def write_photos(folder: Path, count: int = PHOTOS) -> None:
 
 def write_prepared(setting: Setting, stage: str, vocabulary: int) -> Path:
     """The samples of a training as a `prepare` stage leaves them, beside their photos; returns the folder of both."""
-    folder = setting.folder / f"{stage}-{vocabulary}-{setting.steps}"
+    folder = setting.folder / f"{stage}-{vocabulary}-{setting.batch(stage)}-{setting.steps}"
     if (folder / "samples").exists():
         return folder
     rows = draw(stage, setting.batch(stage) * setting.steps, vocabulary)

@@ -10,13 +10,18 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.integration.project import Project, tiny_project, write_images
 from tests.unit.evaluation.benchmarks.disk import write_jsonl
 from tinylmm.cli.main import app, main
 from tinylmm.errors import ConfigError
+from tinylmm.generation.cache import cache_kind
+from tinylmm.generation.fixed import FixedDecoder
+from tinylmm.generation.fixed_plan import Granules
 from tinylmm.store.gc import collect_garbage, list_stored
 
 MODEL_WORDS = ("recipe.stages.pretrain.max_steps=1", "recipe.stages.finetune.max_steps=1")
@@ -90,6 +95,34 @@ def test_a_run_is_evaluated_by_name_and_a_training_run_reuses_the_answers(
     code, said = ask(str(trained.model("finetune")), *words, "name=by_folder")
     assert code == 0 and evaluations(trained) == found
     assert "<html" in (trained.store / "reports/later/report.html").read_text().lower()
+
+
+def test_questions_asked_in_fixed_shapes_as_on_a_gpu_get_the_same_answers(
+    trained: Project, ask: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without images: both modes share one decoder, and the record says that batches make no difference."""
+
+    def answers(*words: str) -> tuple[list[str], dict[str, Any]]:
+        before = evaluations(trained)
+        code, said = ask("mine", *benchmark(trained), "eval.gqa.blind=true", *words)
+        assert code == 0, said
+        (made,) = (path for path in trained.stages("eval") if path.name not in before)
+        rows = (made / "output/generations.jsonl").read_text().splitlines()
+        scores: dict[str, Any] = json.loads((made / "output/scores.json").read_text())
+        return [json.loads(row)[text] for row in rows for text in ("text", "blind_text")], scores
+
+    plain, _ = answers("name=plain", "eval.gqa.limit=4")
+    decoders: list[FixedDecoder] = []
+
+    def always(llm: nn.Module, ends: frozenset[int], tokens: int) -> FixedDecoder:
+        decoders.append(FixedDecoder(llm, cache_kind(llm), ends, tokens, Granules(4, 2, 8)))
+        return decoders[-1]
+
+    monkeypatch.setattr("tinylmm.stages.evaluate.fixed_on_gpu", always)
+    fixed, scores = answers("name=fixed", "eval.gqa.limit=4", "eval.gqa.max_new_tokens=2")
+    assert all(fixed) and all(long.startswith(short) for long, short in zip(plain, fixed, strict=True))
+    assert len(decoders) == 1 and decoders[0].refused is None and len(decoders[0].steps()) == 2
+    assert scores["generation"]["batch_independent"] is True
 
 
 def test_a_model_from_elsewhere_is_known_by_its_content_wherever_it_lies(

@@ -74,6 +74,9 @@ class LaunchSpec(Frozen):
     """Of a training, `auto` is `varlen`: each sample of a row by itself, by PyTorch's own kernels and without a mask. Of an
     evaluation it is flash-attn for bf16 or fp16 on a GPU where it is installed, else SDPA. Where scores are capped (Gemma 2) it
     is eager."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile each transformer block of a training (`torch.compile`): fewer passes over memory, the same numbers up to
+    rounding. `auto` does it on a GPU for a stage that is long enough to win back the half minute that it takes."""
     gradient_checkpointing: bool = False
     cache_features: bool = True
     """Compute a frozen tower's features once and keep them on disk."""

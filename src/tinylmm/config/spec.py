@@ -286,7 +286,8 @@ class EvalSpec(Frozen):
     sampling: SamplingSpec | None = None
     """The frames of videos that are shown; by default those that the model was trained with."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the weights. In fp32 answers are the same in any batch; bf16 and fp16 take half the memory and promise less."""
+    """Of the weights. bf16 and fp16 take half the memory. In fp32 answers are the same in any batch; so they are in bf16 and
+    fp16 on a GPU, though not those of fp32, where the scores' `batch_independent` says it."""
 
     @model_validator(mode="after")
     def _root_or_source(self) -> EvalSpec:

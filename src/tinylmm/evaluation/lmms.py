@@ -29,6 +29,7 @@ from tinylmm.data.slots import expand, positions_of, question
 from tinylmm.errors import DataError, UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
+from tinylmm.generation.fixed import fixed_on_gpu
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import load_model
@@ -88,6 +89,7 @@ class TinyLMM(lmms):
         self.model = loaded.model.eval()
         self.prompts = PromptMaker(get_template(template or loaded.description.template), loaded.tokenizer)
         self.rows, self.tokens = _rows(batch_size, max_batch_size), _count("tokens", tokens)
+        self._fixed = fixed_on_gpu(self.model.llm, self.prompts.ends, self.tokens)
         self._transform = ImageTransform.of(loaded.description.image)
 
     @property
@@ -191,6 +193,7 @@ class TinyLMM(lmms):
             rows=self.rows,
             tokens=self.tokens,
             sizes={key: image.size for key, image in images.items()} if self.model.tiled else None,
+            fixed=self._fixed,
         )
 
 

@@ -96,6 +96,11 @@ class Sampling:
                 raise UserError(f"there is no option '{name}'. {hint} Options: {', '.join(known)}.".replace("  ", " "))
         return cls(**options)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is chosen, by the logits as they are."""
+        return not self.temperature and self.repetition_penalty == 1
+
     def processors(self) -> LogitsProcessorList:
         """transformers' processors for these settings, in its order; they refuse whole numbers."""
         found: list[Any] = []

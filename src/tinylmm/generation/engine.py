@@ -6,6 +6,9 @@ prefixes are computed together and kept for as long as the window lasts, then al
 each of at most `rows` prompts and about `tokens` tokens; prompts that share a prefix lie side by side behind it (`packed.py`).
 A row is followed in its batch only while no choice is in doubt (`choose.py`); otherwise it is answered again by `decode_alone`,
 whose answer is the definition. Then every answer is that of `decode_alone`, in whatever batch it was asked.
+
+A GPU is kept waiting by that: with a `FixedDecoder` (`fixed.py`) batches are answered in fixed shapes, in which narrow types
+keep the promise too, and what does not fit in there is answered as above.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from tinylmm.errors import StoppedError
 from tinylmm.generation.cache import CacheKind, cache_kind, join_rows, new_cache, prefill, select_rows
 from tinylmm.generation.choose import TIE, Chooser, Sampling
 from tinylmm.generation.decode import Continued, Start, decode, decode_alone, last
+from tinylmm.generation.fixed import FixedDecoder
+from tinylmm.generation.fixed_plan import Batch
 from tinylmm.generation.groups import Group, groups_of, images_of
 from tinylmm.generation.images import EncodedImages, ReadAhead
 from tinylmm.generation.invariant import IN_DOUBLE, invariant_rows
@@ -90,6 +95,8 @@ class Engine:
         sizes: image key -> width and height in pixels; needed where the model takes images in tiles, and of clips.
         images: where features are kept; shared by engines that ask about the same images.
         invariant: compute each row as if it were alone (`invariant.py`): slower, and the promise holds in bf16 and fp16 too.
+        fixed: answers what it can, where the likeliest token is chosen; shared by engines with the same model and ends.
+        readers: threads that read images ahead; `load` is called from all of them.
 
     Attributes:
         exact: whether an answer is promised to be the same tokens in any batch, with and without shared prefixes.
@@ -108,6 +115,8 @@ class Engine:
         sizes: Mapping[str, Extent] | None = None,
         images: EncodedImages | None = None,
         invariant: bool = False,
+        fixed: FixedDecoder | None = None,
+        readers: int = 1,
     ) -> None:
         self.model, self.load, self.ends, self.sizes = model, load, ends, sizes
         self.sampling, self.rows, self.tokens, self.share = sampling, rows, tokens, share
@@ -117,8 +126,9 @@ class Engine:
         self.invariant = invariant
         self.exact = self.dtype in TIE or invariant
         self.near_ties = 0
-        self._images = images or EncodedImages(model)
-        if invariant:
+        self._images, self._readers = images or EncodedImages(model), readers
+        self._fixed = fixed if not invariant and sampling.is_plain else None
+        if invariant or self._fixed is not None:
             self._images.at_once = 1
 
     @property
@@ -133,24 +143,53 @@ class Engine:
             StoppedError: a stop was asked for; replies given so far count, the batch at hand does not.
             FloatingPointError: the model's logits are not finite.
         """
-        longest = max(map(self._cost, prompts), default=0)
-        if len(prompts) > 1:
-            self._say_what_is_promised(longest)
-        together = self.kind.shareable and (self.kind.long_from is None or longest <= self.kind.long_from)
-        groups = groups_of(prompts, self.share and together)
-        uses = Counter(key for group in groups for key in group.images)
+        batches: list[Batch] = []
+        rest = list(prompts)
+        if self._fixed is not None:
+            batches, rest = self._fixed.plan(prompts, self._limit, self.rows, self.share)
+        if self._fixed is not None and not rest:
+            self.exact = True
+        elif len(rest) > 1:
+            self._say_what_is_promised(max(map(self._cost, rest)))
+        work: list[tuple[Batch | list[Group], list[str]]] = [(batch, batch.images) for batch in batches]
+        windows, together = self._windows_of(rest)
+        work += [(window, [key for group in window for key in group.images]) for window in windows]
+        uses = Counter(key for _, keys in work for key in keys)
         self._images.announce(uses.elements())
         try:
-            windows = [(window, [key for group in window for key in group.images]) for window in self._windows(groups)]
-            ahead = ReadAhead(self.load, self._images.missing(key for _, keys in windows for key in keys))
+            missing = self._images.missing(key for _, keys in work for key in keys)
+            ahead = ReadAhead(self.load, missing, self._readers)
             with self._rows_apart(), ahead as load:
-                for window, keys in windows:
+                for some, keys in work:
                     self._images.encode(keys, load, _check_stop)
-                    yield from self._replies(window, together)
+                    yield from self._fixed_replies(some) if isinstance(some, Batch) else self._replies(some, together)
                     self._images.release(keys)
                     uses.subtract(keys)
         finally:  # also where the caller leaves, or an answer fails
             self._images.release((+uses).elements())
+            if self._fixed is not None:
+                self._fixed.forget()
+
+    def _windows_of(self, prompts: Sequence[Prompt]) -> tuple[list[list[Group]], bool]:
+        """Windows of prompts, and whether prompts may share a computation."""
+        longest = max(map(self._cost, prompts), default=0)
+        together = self.kind.shareable and (self.kind.long_from is None or longest <= self.kind.long_from)
+        return list(self._windows(groups_of(prompts, self.share and together))), together
+
+    def _fixed_replies(self, batch: Batch) -> Iterator[list[Reply]]:
+        assert self._fixed is not None, "it made the batch"
+        prompts = batch.prompts
+        found = self._fixed.answer(batch, [self._limit(prompt) for prompt in prompts], self._embed_part, _check_stop)
+        self.exact &= self._fixed.alike or self.dtype in TIE
+        if found is not None:
+            yield [self._settled(prompt, answer, len(prompts)) for prompt, answer in zip(prompts, found, strict=True)]
+            return
+        if self.dtype not in TIE and self.exact:
+            self.exact = False
+            self._say_what_is_promised(max(map(self._cost, prompts)))
+        windows, together = self._windows_of(prompts)
+        for window in windows:
+            yield from self._replies(window, together)
 
     def _replies(self, window: list[Group], together: bool) -> Iterator[list[Reply]]:
         if together:
@@ -337,6 +376,10 @@ class Engine:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.device)
         extents = self.model.extents([self.sizes[key] for key in images]) if self.sizes is not None else {}
         return self.model.embed(ids, None, self._images.features(images), **extents)[0]
+
+    def _embed_part(self, prompt: Prompt, ids: Sequence[int]) -> Tensor:
+        """(1, L, Dl) of a prompt's first ids, all its images among them."""
+        return self._embed([ids], prompt.images)
 
     def _alone(self, prompt: Prompt) -> Iterator[Continued]:
         embeddings = self._embed([prompt.ids], prompt.images)

@@ -27,16 +27,17 @@ class Stored(Protocol):
 
 
 class ReadAhead:
-    """Reads images in a thread of its own while the model works on those before.
-
-    One thread: what reads a benchmark's tables keeps the part that neighbours share, and would read it once a thread.
+    """Reads images in threads of its own while the model works on those before.
 
     Args:
         load: key -> pixels.
         keys: in the order in which they will be asked for; what is asked for besides is read there and then.
+        readers: threads. One for a benchmark's tables: what reads them keeps the part that neighbours share, and would read
+            it once a thread.
     """
 
-    def __init__(self, load: Callable[[str], Tensor], keys: Sequence[str]) -> None:
+    def __init__(self, load: Callable[[str], Tensor], keys: Sequence[str], readers: int = 1) -> None:
+        self._readers = readers
         self._load, self._keys = load, deque(keys if len(keys) > 1 else [])
         self._reading: dict[str, Future[Tensor]] = {}
         self._reader: ThreadPoolExecutor | None = None
@@ -44,7 +45,7 @@ class ReadAhead:
 
     def __enter__(self) -> Callable[[str], Tensor]:
         if self._keys:
-            self._reader = ThreadPoolExecutor(1, "read-ahead")
+            self._reader = ThreadPoolExecutor(self._readers, "read-ahead")
         return self._next
 
     def __exit__(self, *_: object) -> None:

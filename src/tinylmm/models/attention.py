@@ -35,6 +35,13 @@ BY_SAMPLES = "tinylmm_varlen"
 BY_BOUNDS = (FLASH, REHEARSAL, BY_SAMPLES)
 """Attention implementations that take the bounds of sequences and no mask."""
 
+LENGTHS = ("max_length_q", "max_length_k")
+"""Transformers' arguments for the longest sample."""
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+"""Transformers' arguments for where samples begin."""
+LENGTH_STEP, SAMPLES_STEP = 512, 16
+"""What the longest sample's bound and the number of samples are multiples of: kernels are planned for each number anew."""
+
 KERNELS_FROM = (8, 0)
 """Compute capability that flash-attn 2 needs (Ampere)."""
 
@@ -140,11 +147,14 @@ def decode_rows(decoder: nn.Module, embeddings: Tensor, position_ids: Tensor, la
         layout: of the rows, where it is known already.
     """
     inputs: dict[str, Any] = {"inputs_embeds": embeddings, "position_ids": position_ids}
-    if decoder.config.get_text_config()._attn_implementation in BY_BOUNDS:  # type: ignore[operator, union-attr]
+    used = decoder.config.get_text_config()._attn_implementation  # type: ignore[operator, union-attr]
+    if used in BY_BOUNDS:
         # As one row, since some classes (StableLM) hand positions to their attention, but no bounds.
         inputs = {name: tensor.flatten(0, 1).unsqueeze(0) for name, tensor in inputs.items()}
         known = None if layout is None else as_arguments(layout["bounds"], layout["longest"])
         inputs |= known or bounds_of(position_ids)
+        if used == BY_SAMPLES:
+            inputs |= _rounded(inputs)
     # No attention mask: transformers makes it of the positions.
     hidden = cast(Tensor, decoder(**inputs, use_cache=False).last_hidden_state)
     return hidden.reshape(*position_ids.shape, -1)
@@ -161,7 +171,14 @@ def as_arguments(bounds: Tensor, longest: int) -> dict[str, Any]:
 
     The length is a number, for the kernels want one: asked for once here, not in every layer.
     """
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return dict.fromkeys(BOUNDS, bounds) | dict.fromkeys(LENGTHS, longest)
+
+
+def _rounded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Bounds with empty samples behind the last one, and a longest sample, in numbers that few batches differ in."""
+    bounds, longest = inputs[BOUNDS[0]], -(-inputs[LENGTHS[0]] // LENGTH_STEP) * LENGTH_STEP
+    bounds = F.pad(bounds, (0, -(len(bounds) - 1) % SAMPLES_STEP), value=inputs["position_ids"].numel())
+    return dict.fromkeys(BOUNDS, bounds) | dict.fromkeys(LENGTHS, longest)
 
 
 def _rehearse(

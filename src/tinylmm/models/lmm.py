@@ -70,6 +70,8 @@ class LMM(nn.Module):
         table.padding_idx = None
         self.image_scale = table.weight.shape[1] ** 0.5 if scale_image_features else 1.0
         self.needed = NeededOnly()
+        self.residual_type: torch.dtype | None = None
+        """What goes from block to block of the LLM in training; None is what the embeddings have."""
         self.blank_image: Literal["none", "connector", "tower"] = "none"
         """Set where ranks must run the same modules: a micro-batch without images then sends a blank one through the
         connector, or through the tower and the connector."""
@@ -163,6 +165,8 @@ class LMM(nn.Module):
         """
         layout = layout_of(input_ids, position_ids, targets) if layout is None else layout
         embeddings, blank = self.embed(input_ids, pixel_values, image_features, image_sizes, frames, layout["images"])
+        if self.residual_type is not None:
+            embeddings = embeddings.to(self.residual_type)
         learnt = layout["supervised"]
         self.needed.positions = learnt
         hidden = decode_rows(decoder_of(self.llm), embeddings, position_ids, layout)

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from tinylmm.evaluation.benchmarks.records import Item
 from tinylmm.evaluation.images import cluster_of, content_keys, first_refs
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine, Reply
+from tinylmm.generation.fixed import FixedDecoder, fixed_on_gpu
 from tinylmm.generation.images import EncodedImages
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
@@ -121,14 +123,14 @@ def _ask(
     exact, seconds, encoded = True, 0.0, 0
     faults: dict[str, str] = {}
     if any(open_items.values()):
-        loaded = _load(job)
-        shown = Shown(job, loaded, first_refs(open_items[MODES[0]], keys), sampling)
+        model = _load(job)
+        shown = Shown(job, model.loaded, first_refs(open_items[MODES[0]], keys), sampling)
         encoded, faults = shown.computed, shown.faults
         for mode in modes:
             left = open_items[mode]
             mine = [left[i] for i in shard([cluster_of(item, keys) for item in left], rank(), world_size())]
             asking = [(item, benchmark.prompt_at(item, partial(shown.times, item, keys))) for item in mine]
-            engine, spent = _answer(job, loaded, asking, mode, keys, shown)
+            engine, spent = _answer(job, model, asking, mode, keys, shown)
             exact, seconds = exact and engine.exact, seconds + spent
             counts["asked"] += len(mine)
             counts["near_ties"] += engine.near_ties
@@ -148,20 +150,30 @@ def _ask(
     return how, unread
 
 
-def _load(job: StageJob[EvalStage]) -> LoadedModel:
+@dataclass(frozen=True)
+class _Asked:
+    """The model that is asked, how questions are put to it, and how a GPU decodes it in both modes."""
+
+    loaded: LoadedModel
+    maker: PromptMaker
+    fixed: FixedDecoder | None
+
+
+def _load(job: StageJob[EvalStage]) -> _Asked:
     launch, precision = job.settings.launch, job.spec.precision
     device = choose_device(launch.device, precision)
     attention = choose_attention(launch.attention, precision, device)
     loaded = load_model(model_folder(job), job.settings.trust, launch.attention)
     to_precision(loaded.model, device, DTYPES[precision])
     loaded.model.set_attention(attention)
-    loaded.model.eval()
-    return loaded
+    llm = loaded.model.eval().llm
+    maker = PromptMaker(get_template(job.spec.template), loaded.tokenizer)
+    return _Asked(loaded, maker, fixed_on_gpu(llm, maker.ends, launch.eval_tokens))
 
 
 def _answer(
     job: StageJob[EvalStage],
-    loaded: LoadedModel,
+    to: _Asked,
     asking: Sequence[tuple[Item, str]],
     mode: str,
     keys: Mapping[str, str],
@@ -171,8 +183,7 @@ def _answer(
 
     Replies about what could not be read are thrown away: the next try reads it anew.
     """
-    launch, maker = job.settings.launch, PromptMaker(get_template(job.spec.template), loaded.tokenizer)
-    model = loaded.model
+    launch, maker, model = job.settings.launch, to.maker, to.loaded.model
     engine = Engine(
         model,
         shown.pixels,
@@ -182,6 +193,8 @@ def _answer(
         tokens=launch.eval_tokens,
         sizes=shown.extents,
         images=EncodedImages(model, stored=shown.stored),
+        fixed=to.fixed,
+        readers=shown.readers,
     )
     prompts: list[Prompt] = []
     for item, text in asking:

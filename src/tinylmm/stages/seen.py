@@ -63,6 +63,10 @@ class SeenImages:
             return torch.stack(self.folders.see_clip(name, self.transform.one_view))
         return self.transform(self.folders.open(name))
 
+    def narrow_pixels(self, name: str) -> Tensor:
+        """`pixels` in bf16."""
+        return self.pixels(name).to(torch.bfloat16)
+
     def frames(self, name: str) -> int:
         """How many frames a clip is shown with; 0 for an image."""
         return len(self.folders.frames(name))

@@ -6,6 +6,7 @@ it, so that all else goes on as it would, and whoever asks throws the answers ab
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from tinylmm.training.features import estimate_gib
 FAULTS_SHOWN = 20
 _ANY_SIZE = (32, 32)
 """Of the black image that stands for one whose size is not known."""
+READERS = 4
+"""Most threads that read images of a benchmark: a core decodes and resizes about 95 photos of 640 x 480 a second."""
 
 
 def model_folder(job: StageJob[AskedStage]) -> Path:
@@ -126,6 +129,12 @@ class Shown:
             if ref.video and key not in self.faults:
                 found += self._clip(key, ref)[1]
         return sorted(found)
+
+    @property
+    def readers(self) -> int:
+        """Threads that may read at once: several where all are images in files of their own, or whose bytes are at hand."""
+        alone = any(ref.video or (ref.row is not None and ref.data is None) for ref in self.refs.values())
+        return 1 if alone else min(READERS, os.cpu_count() or 1)
 
     @property
     def _counts(self) -> dict[str, int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.training_args import ParallelMode
 
@@ -24,9 +25,11 @@ from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
+from tinylmm.models.compiled import compile_blocks, compiles
 from tinylmm.models.devices import choose_device
 from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
+from tinylmm.models.vision import HFVisionTower
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
 from tinylmm.stages.seen import Features, SeenImages, WithFeatures, open_cache, outputs_of
@@ -69,7 +72,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     model = loaded.model
     model.set_attention(attention)
     if not _spreads_llm(job):
-        speed_up(model, device)
+        speed_up(model, device, spec.precision)
     if job.observed is not None:
         without_dropout(model)
     images = SeenImages(job, loaded)
@@ -186,13 +189,17 @@ def build_trainer(
     ranks = Ranks(world_size(), launch.deepspeed_stage)
     tune = spec.tune.model_dump(mode="json", exclude_none=True)
     cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
+    if not _spreads_llm(job) and compiles(
+        launch.compile, device, _least_seconds(cost, samples, steps * spec.global_batch)
+    ):
+        log.info("%d blocks are compiled", compile_blocks(loaded.model))
     trainer = MeasuredTrainer(
         figures=Figures(cost, job.after_s),
         model=loaded.model,
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=Counted(_collate(job, loaded, images, cache), images.tokens, spec.max_length),
+        collate=Counted(_collate(job, loaded, images, cache, device), images.tokens, spec.max_length),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -210,6 +217,14 @@ def build_trainer(
             f"but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
+
+
+def _least_seconds(cost: Cost, samples: PreparedSamples, count: int) -> float | None:
+    """How long so many samples take at the devices' full rate; None where that is not known."""
+    lengths = samples.lengths.astype(float)
+    flops = cost.flops(count, count * lengths.mean(), count * (lengths**2).mean(), 0.0, count) if len(lengths) else None
+    rate = cost.peak.measured or cost.peak.sheet
+    return None if flops is None or rate is None else flops / rate
 
 
 def _sampler(job: StageJob[TrainStage], samples: PreparedSamples, on_gpu: bool) -> tuple[StepSampler, int]:
@@ -235,7 +250,7 @@ def _blank_image(deepspeed_stage: int | None, cache: Features | None) -> Literal
 
 
 def _collate(
-    job: StageJob[TrainStage], loaded: LoadedModel, images: SeenImages, cache: Features | None
+    job: StageJob[TrainStage], loaded: LoadedModel, images: SeenImages, cache: Features | None, device: torch.device
 ) -> Collator | WithFeatures:
     """Return what makes batches of samples: with their images, or with the features that a frozen tower gave them."""
     spec, launch, packs = job.spec, job.settings.launch, loaded.model.packs
@@ -246,12 +261,18 @@ def _collate(
         pad_id=int(loaded.tokenizer.pad_token_id),
         row_tokens=_row_length(launch, spec, loaded),
         packing=launch.packing and packs,
-        image=images.pixels if cache is None else None,
+        image=_pixels(images, loaded, spec.precision, device) if cache is None else None,
         max_length=spec.max_length,
         size=images.size if loaded.model.tiled else None,
         frames=images.frames_if_any,
     )
     return collator if cache is None else WithFeatures(collator, cache)
+
+
+def _pixels(images: SeenImages, loaded: LoadedModel, precision: str, device: torch.device) -> Callable[[str], Tensor]:
+    """What gives an image's pixels: in bf16 where the tower rounds them so before it does anything, which halves their way."""
+    plain = type(loaded.model.vision_tower) is HFVisionTower
+    return images.narrow_pixels if plain and precision == "bf16" and device.type == "cuda" else images.pixels
 
 
 def _row_length(launch: LaunchSpec, spec: TrainStage, loaded: LoadedModel) -> int:

@@ -19,7 +19,6 @@ from tinylmm.data.collate import ImageTokens, image_widths, kept_after_cut
 from tinylmm.data.slots import positions_of
 from tinylmm.store.provenance import peak_rss_mib
 from tinylmm.training.cost import Cost
-from tinylmm.training.pipes import unpack
 from tinylmm.training.ranks import over_ranks, world_size
 from tinylmm.training.trainer import LMMTrainer
 
@@ -122,7 +121,7 @@ class Figures(TrainerCallback):
         while True:
             begun = time.monotonic()
             try:
-                batch = unpack(next(source))
+                batch = next(source)
             except StopIteration:
                 return
             finally:
@@ -173,9 +172,9 @@ class MeasuredTrainer(LMMTrainer):
         super().__init__(**others)
         self.add_callback(figures)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """As LMMTrainer's, with what passes counted."""
-        return super().get_batch_samples(self.figures.watch(epoch_iterator), num_batches, device)
+    def watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass a step's batches on, counted."""
+        return self.figures.watch(batches)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures to a row of losses, so that every tracker has them."""

@@ -19,11 +19,15 @@ KEPT_AT_MOST = 2**30
 
 
 def prepare_machine(device: torch.device) -> None:
-    """Before a training's first tensor: on a CPU, let the C library keep the memory that one operation gives back for the next.
+    """Before a training's first tensor: let memory that one operation gives back serve the next.
 
-    By default it returns every tensor of more than 128 KiB to the kernel, which clears each page anew for the next tensor: tens
-    of thousands of page faults a step, as many a second as there are activations. Numbers stay as they are.
+    On a CPU the C library is asked to keep it. By default it returns every tensor of more than 128 KiB to the kernel, which
+    clears each page anew for the next tensor: tens of thousands of page faults a step, as many a second as there are
+    activations. Numbers stay as they are.
     """
+    if device.type == "cuda":
+        # Rows differ in length from step to step, and each length would keep pieces of memory that no other one fits.
+        _let_segments_grow()
     if device.type != "cpu":
         return
     name = ctypes.util.find_library("c")
@@ -33,3 +37,9 @@ def prepare_machine(device: torch.device) -> None:
         return
     libc.mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)
     libc.mallopt(_TRIM_THRESHOLD, KEPT_AT_MOST)
+
+
+def _let_segments_grow() -> None:
+    """What PYTORCH_ALLOC_CONF=expandable_segments:True does, for a process that may have begun to use the GPU."""
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from 2.10, which calls the other one old
+    (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")

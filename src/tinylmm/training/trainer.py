@@ -26,16 +26,15 @@ from transformers import (
     set_seed,
 )
 
-from tinylmm.constants import IGNORE_INDEX
 from tinylmm.errors import NonFiniteError
-from tinylmm.models.layout import layout_of
 from tinylmm.models.lmm import LMM
 from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
+from tinylmm.training.ahead import StepReader
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import start_reader
 from tinylmm.training.optimizer import build_optimizer, parameter_groups
-from tinylmm.training.pipes import Packed, needs_pipes, readahead, unpack
+from tinylmm.training.pipes import Packed, needs_pipes, readahead
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
 from tinylmm.training.sharding import exact_shares
@@ -102,6 +101,7 @@ class LMMTrainer(Trainer):
         self._step_sample_ids: list[list[str]] = []
         self._losses: list[Tensor] = []
         self._gradients_finite = True
+        self._reader = StepReader(args.device, args.gradient_accumulation_steps)
         self.stopped = False
         self.skipped_steps = 0
         self._schedule = schedule
@@ -133,14 +133,11 @@ class LMMTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Fetch one step's micro-batches and count its supervised tokens over all ranks."""
-        batches = [unpack(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        ahead = self.watched(self._reader.read(epoch_iterator))
+        batches = [batch for _, batch in zip(range(num_batches), ahead, strict=False)]
         self._step_sample_ids = [batch.pop("sample_ids") for batch in batches]
         self._losses, self._gradients_finite = [], True
-        for batch in batches:
-            for extra in ("segment_ids", "num_samples", "image_paths"):
-                batch.pop(extra, None)
-            batch["layout"] = layout_of(batch["input_ids"], batch["position_ids"], batch["targets"])
-        each = torch.stack([(batch["targets"] != IGNORE_INDEX).sum() for batch in batches]).to(device)
+        each = torch.tensor([len(batch["layout"]["supervised"]) for batch in batches], device=device)
         tokens = each.sum()
         if world_size() > 1:
             torch.distributed.all_reduce(tokens)
@@ -149,6 +146,17 @@ class LMMTrainer(Trainer):
             for batch, most in zip(batches, each.tolist(), strict=True):
                 batch["loss_chunks"] = num_chunks(most)
         return batches, tokens
+
+    def watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass a step's batches on; whoever keeps count of them looks here."""
+        return batches
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As Trainer's; nothing is read ahead when it ends, however it ends."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            self._reader.close()
 
     def compute_loss(
         self,

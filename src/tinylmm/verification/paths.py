@@ -89,6 +89,13 @@ def _not_compiled(here: Here) -> str:
     return "" if asked else "this configuration compiles nothing (trainer.torch_compile=true)"
 
 
+def _blocks_not_compiled(here: Here) -> str:
+    if here.device == "cuda":
+        return "" if find_spec("triton") else "triton is not installed"
+    asked = here.configured.get("launch.compile") is True
+    return "" if asked else "blocks are compiled on a GPU alone, unless a CPU is told to (launch.compile=true)"
+
+
 def _too_few_gpus(here: Here) -> str:
     return f"two ranks need two GPUs, and there is {here.gpus}" if here.device == "cuda" and here.gpus < 2 else ""
 
@@ -114,6 +121,7 @@ PATHS = (
     FastPath("accumulation", {"launch.micro_batch": 0.25}, {"launch.micro_batch": 0.0}, _one_sample),
     FastPath("checkpointing", {"launch.gradient_checkpointing": True}, {"launch.gradient_checkpointing": False}),
     FastPath("reading processes", {"launch.num_workers": 2}, {"launch.num_workers": 0}, exact=True),
+    FastPath("compiled blocks", {"launch.compile": True}, {"launch.compile": False}, _blocks_not_compiled),
     FastPath("compile", {"trainer.torch_compile": True}, {"trainer.torch_compile": None}, _not_compiled),
     FastPath("resume", {"launch.save_steps": 1}, {"launch.save_steps": 500}, cut=2, exact=True),
     FastPath(

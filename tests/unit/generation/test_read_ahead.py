@@ -29,6 +29,18 @@ def test_the_next_image_is_read_while_the_one_before_is_in_use() -> None:
         assert ahead("a").item() == ord("a")  # again, out of turn
 
 
+def test_several_read_at_once_and_images_still_come_in_their_order() -> None:
+    together = threading.Barrier(2, timeout=PATIENCE)
+
+    def load(key: str) -> Tensor:
+        if key in "bc":
+            together.wait()  # neither comes without the other
+        return torch.tensor([ord(key)])
+
+    with ReadAhead(load, "abcd", readers=2) as ahead:
+        assert [ahead(key).item() for key in "abcd"] == [*map(ord, "abcd")]
+
+
 def test_a_fault_comes_with_its_image_and_no_more_are_read_than_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "READ_AHEAD", 2)
     asked: list[str] = []

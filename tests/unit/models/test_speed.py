@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tests.unit.models.llms import NAMES, tiny
 from tests.unit.models.test_attention import CPU, batch, samples, step, without_dropout
+from tinylmm.models.compiled import compile_blocks, graphs_compiled
 from tinylmm.models.fused import _AtPositions
 from tinylmm.models.layout import layout_of
 from tinylmm.models.lmm import LMM
 from tinylmm.models.speed import speed_up
-from tinylmm.models.tuning import enable_checkpointing
+from tinylmm.models.tuning import decoder_blocks, enable_checkpointing
 
 
 def learnt_in_part() -> dict[str, Tensor]:
@@ -46,6 +47,48 @@ def test_a_faster_model_learns_what_the_plain_one_learns(name: str, checkpointin
     for found, slopes in (step(fast, inputs), step(fast, inputs | {"layout": layout})):
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(slopes, gradients, rtol=0, atol=1e-5 * float(gradients.abs().max()))
+
+
+def test_compiled_blocks_learn_the_same_and_lengths_are_compiled_once() -> None:
+    plain = tiny("nano").train()
+    without_dropout(plain)
+    fast = copy.deepcopy(plain)
+    fast.set_attention("varlen")
+    speed_up(fast, CPU)
+    assert compile_blocks(fast) == len(decoder_blocks(fast.llm)) - 1 + len(fast.vision_tower.blocks)
+    counts = []
+    for cut in (0, 13, 29):
+        inputs = {name: tensor[:, : tensor.shape[1] - cut] for name, tensor in learnt_in_part().items()}
+        loss, gradients = step(plain, inputs)
+        found, slopes = step(fast, inputs)
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(slopes, gradients, rtol=0, atol=1e-5 * float(gradients.abs().max()))
+        counts.append(graphs_compiled())
+    assert counts[0] > 0 and counts[2] == counts[1], "another length is no other graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "name", ["phi2", "tinyllama", "qwen2_5_0_5b", "qwen3_0_6b", "stablelm2", "gemma", "openelm_270m"]
+)
+def test_on_a_gpu_a_compiled_step_in_bf16_is_as_near_as_the_plain_one(name: str) -> None:
+    """Both against fp32: what is fast may be as far from it as what is plain, and half as far again."""
+    exact = tiny(name).train().cuda()
+    without_dropout(exact)
+    plain, fast = copy.deepcopy(exact), copy.deepcopy(exact)
+    fast.set_attention("varlen")
+    speed_up(fast, torch.device("cuda"), "bf16")
+    compile_blocks(fast)
+    inputs = {key: tensor.cuda() for key, tensor in learnt_in_part().items()}
+    loss, gradients = step(exact, inputs)
+    far = {}
+    for kind, model in (("plain", plain), ("fast", fast)):
+        with torch.autocast("cuda", torch.bfloat16):
+            found, slopes = step(model, inputs)
+        assert abs(float(found - loss)) < 0.01 * float(loss)
+        far[kind] = float((slopes - gradients).norm() / gradients.norm())
+    assert far["fast"] < 1.5 * far["plain"] + 1e-3, far
 
 
 def test_where_something_is_dropped_at_random_the_last_block_stays_whole() -> None:

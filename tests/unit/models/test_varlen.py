@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from tests.flash import attend
 from tinylmm.models import varlen
-from tinylmm.models.varlen import attend_samples, call_varlen, varlen_kernel
+from tinylmm.models.varlen import adapted, attend_samples
 
 LENGTHS = (5, 1, 9, 4)
 
@@ -40,7 +42,7 @@ def slopes(mixed: Tensor, of: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _with(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float | None, window: tuple[int, int]) -> Tensor:
     """What `varlen_attn` computes, exactly: sequences between bounds, aligned at the bottom right."""
-    assert cu.dtype == torch.int32 and q.shape[1] == k.shape[1]
+    assert cu.dtype == torch.int32
     ends = cu[1:-1].tolist()
     parts = zip(q.tensor_split(ends), k.tensor_split(ends), v.tensor_split(ends), strict=True)
     return torch.cat([attend(*part, scale, window[1] == 0, window, 0.0) for part in parts])
@@ -50,6 +52,7 @@ def of_2_10(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
     is_causal: bool = False, return_aux: Any = None,
 ) -> Tensor:  # fmt: skip
+    assert query.shape[1] == key.shape[1], "it was never tried with fewer key heads"
     return _with(query, key, value, cu_seq_q, None, (-1, 0) if is_causal else (-1, -1))
 
 
@@ -95,20 +98,19 @@ def test_every_release_of_pytorch_is_told_the_same_thing(
     of = heads(keys)
     if kernel is of_2_10 and window is not None and window < max(LENGTHS):
         with pytest.raises(NotImplementedError, match=r"no window; use PyTorch 2\.11"):
-            call_varlen(kernel, of, bounds(), max(LENGTHS), scale, window)
+            adapted(kernel)(of, bounds(), max(LENGTHS), scale, window)
         return
     expected = slopes(plain(*of, scale, window), of)
     for ends in (bounds(), bounds(padded=3)):
-        found = slopes(call_varlen(kernel, of, ends, max(LENGTHS), scale, window), of)
+        found = slopes(adapted(kernel)(of, ends, max(LENGTHS), scale, window), of)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_installed_kernel_takes_the_arguments_that_it_is_given() -> None:
     """Its signature is one of those that the stand-ins have: all it is told, it knows."""
-    kernel = varlen_kernel()
-    assert kernel is not None, "PyTorch 2.10 and later have it"
-    known = varlen._arguments(kernel)
+    assert varlen.KERNEL is not None, "PyTorch 2.10 and later have it"
+    known = inspect.signature(varlen_attn).parameters
     assert list(known)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert {"is_causal", "window_size"} & set(known)
 

@@ -58,6 +58,7 @@ LAUNCH = {
     "packing": speed(False, LAYOUT),
     "row_tokens": speed(99, LAYOUT),
     "num_workers": speed(3, "who reads samples: their order is the sampler's"),
+    "compile": speed(True, "in how many passes over memory a block is computed: the same numbers up to rounding"),
     "attention": speed("eager", "how attention is computed: the kernels agree up to rounding"),
     "gradient_checkpointing": speed(True, "activations are computed again in place of being kept"),
     "cache_features": speed(False, "the same features, computed once or at every step"),
