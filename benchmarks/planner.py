@@ -26,6 +26,7 @@ from tests.builders import build, tuning
 from tinylmm.config.groups import conf_folder
 from tinylmm.config.recipe import TuneSpec
 from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import enable_checkpointing
 from tinylmm.sizing.connectors import connector_part
 from tinylmm.sizing.llms import llm_part
@@ -117,6 +118,7 @@ def _steps(
     torch.manual_seed(0)
     model = build(spec).train()
     tuning(model, tune)
+    speed_up(model, torch.device("cpu"))
     if checkpointing:
         enable_checkpointing(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -22,10 +22,10 @@ from benchmarks.middle import middle_tokenizer
 from tests.builders import NoFiles
 from tinylmm.config.description import ModelDescription
 from tinylmm.config.fields import PARTS
-from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.spec import RunSpec
 from tinylmm.models.build import PartSource, build_lmm
 from tinylmm.models.checkpoint import LoadedModel
+from tinylmm.planning.choose import settled
 from tinylmm.planning.estimate import Training
 from tinylmm.planning.graph import build_graph
 from tinylmm.planning.lengths import Prepared
@@ -71,7 +71,7 @@ class Clock(TrainerCallback):
 
 def until_it_fits(measure: Callable[[int], dict[str, Any]], at_once: int) -> dict[str, Any]:
     """Measure with so much at once, and with half of it where the device has no room, and so on; the row says both."""
-    tried = []
+    tried: list[int] = []
     while True:
         try:
             return measure(at_once) | {"at_once": at_once, **({"out_of_memory_at": tried} if tried else {})}
@@ -94,7 +94,7 @@ def train_ours(
         trace: takes the kernels of the last step.
     """
     own = words if files else ["launch.num_workers=0", *words]
-    knob, default = _knob(setting, setting.compose(llm, *words).launch)
+    knob, default = _knob(setting, llm, stage, own)
 
     def once(at_once: int) -> dict[str, Any]:
         changed = [] if at_once == default else [f"launch.{knob}={at_once}"]
@@ -103,11 +103,11 @@ def train_ours(
     return until_it_fits(once, default) | {"at_once_is": knob}
 
 
-def _knob(setting: Setting, launch: LaunchSpec) -> tuple[str, int]:
+def _knob(setting: Setting, llm: str, stage: str, words: Sequence[str]) -> tuple[str, int]:
     """What says how much a launch takes through the model at once: samples, or positions of rows; and how much that is."""
-    if isinstance(launch.micro_batch, int):
-        return "micro_batch", launch.micro_batch
-    return "row_tokens", launch.positions(on_gpu=setting.on_gpu)
+    run = setting.compose(llm, *words)
+    planned = planned_of(setting, run, stage, write_prepared(setting, stage, int(run.llm.architecture["vocab_size"])))
+    return ("micro_batch", planned.micro_batch) if planned.positions is None else ("row_tokens", planned.positions)
 
 
 def _train(
@@ -121,7 +121,9 @@ def _train(
     work = setting.folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     location = {"root": str(data), "source": {"annotations": "a.json", "images": "images"}}
+    planned = planned_of(setting, run, stage, data)
     settings = spec.settings | {"location": location, "locations": None, "max_dropped": 1.0}
+    settings |= {"launch": planned.launch.model_dump(mode="json")}
     parents = {"prepared": data, "images": data}
     job = make_job("train", stage, spec.digest, spec.spec, parents, settings, work, setting.folder / "store")
     job.output.mkdir(parents=True)
@@ -129,7 +131,6 @@ def _train(
     clock = Clock(setting, trace)
     with _handed_in(setting, run, first, clock, files):
         summary = train.run(job)
-    planned = planned_of(setting, run, stage, data)
     seconds, batch = clock.seconds_a_step(), setting.batch(stage)
     flops = sum(planned.flops().values(), Flops()).total
     rate = batch / seconds
@@ -196,6 +197,6 @@ def random_model(setting: Setting, run: RunSpec, first: TrainStage) -> LoadedMod
 
 
 def planned_of(setting: Setting, run: RunSpec, stage: str, data: Path) -> Training:
-    """What `tinylmm plan` knows of a training on these samples."""
+    """What `tinylmm plan` knows of a training on these samples, and chooses for it."""
     prepared = Prepared(data, 1.0, learnt_a_sample(data))
-    return Training.of(run, stage, [prepared])
+    return settled(Training.of(run, stage, [prepared]))

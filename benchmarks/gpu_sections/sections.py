@@ -12,7 +12,7 @@ from benchmarks.gpu_sections.kernels import Trace
 from benchmarks.gpu_sections.ours import planned_of, train_ours
 from benchmarks.gpu_sections.plain import train_plain
 from benchmarks.gpu_sections.setting import QUARTER, STAGES, Setting, write_prepared
-from tinylmm.planning.advice import chosen
+from tinylmm.planning.choose import fit_of
 from tinylmm.sizing.cards import save_calibration
 from tinylmm.stages.calibrate import calibrate
 
@@ -151,7 +151,7 @@ def planner(setting: Setting) -> None:
         run = setting.compose(row["llm"], *row["words"])
         data = write_prepared(setting, row["stage"], int(run.llm.architecture["vocab_size"]))
         planned = planned_of(setting, run, row["stage"], data)
-        own = chosen(planned)
+        own = fit_of(planned)
         gib, lost = own.memory.total / 2**30, own.memory.fragmentation / 2**30
         seconds = planned.seconds_a_step(own.placed)
         setting.say(

@@ -26,8 +26,6 @@ STAGES = ("pretrain", "finetune")
 BATCH = {"pretrain": 256, "finetune": 128}
 """Samples of an optimiser step, as in the published recipes."""
 QUARTER = 4
-ROOMY, ROOMY_ROW = 100 * 2**30, 20480
-"""Bytes of a card on which so many positions go through at once; on others what a launch has by itself."""
 PHOTOS = 64
 """Distinct JPEGs, of 640 x 480."""
 TINY = {
@@ -92,8 +90,6 @@ class Setting:
             said += [f"++{own}.precision={self.precision}"]
         if self.tiny:
             said += [f"{part}.architecture={fields}" for part, fields in TINY.items()] + ["vision_tower.image.size=56"]
-        if self.on_gpu and torch.cuda.get_device_properties(0).total_memory > ROOMY:
-            said += [f"launch.row_tokens={ROOMY_ROW}"]
         card = card_named(torch.cuda.get_device_name()) if self.on_gpu else None
         said += [] if card is None else [f"launch.gpu={card.key}"]
         return compose_run([*said, *words])

@@ -100,6 +100,8 @@ def _details(row: dict[str, Any]) -> Iterator[str]:
     own = row["memory"][row["launch"]]
     terms = ", ".join(f"{k} {amount(v)}" for k, v in own.items() if k not in ("total", "fits") and v)
     disk = ", ".join(f"{name.replace('_', ' ')} {amount(size)}" for name, size in row["disk"].items() if size)
+    chosen = ", ".join(f"{name} {value}" for name, value in row["chosen"].items())
+    yield f"launched with {row['launched']}" + (f" (chosen: {chosen})" if chosen else "")
     yield f"memory of {row['launch']}: {terms}"
     yield f"disk: {disk}"
 

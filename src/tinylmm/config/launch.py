@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from tinylmm.config.fields import Frozen, Positive
 from tinylmm.config.gpus import ranks_here
 
-ROW_TOKENS = {"cpu": 1024, "gpu": 12288}
-"""Positions that a rank takes at once, where nothing else is said."""
+ROW_TOKENS = {"cpu": 1024, "gpu": 4096}
+"""Positions that a rank takes at once where nothing else is said: what a CPU's caches hold of a layer; and what keeps a GPU
+busy whose memory nobody knows. Where it is known, `planning/choose.py` goes by it."""
 
 
 class SlurmSpec(Frozen):
@@ -55,7 +56,8 @@ class LaunchSpec(Frozen):
     slots: Literal["auto"] | Positive = "auto"
     """Stages that run side by side, each on GPUs of its own or with its share of the CPU's cores. `auto` is as many as the GPUs
     that can be seen have room for, each with `nproc`, and one without a GPU."""
-    deepspeed_stage: Literal[2, 3] | None = None
+    deepspeed_stage: Literal["auto", 2, 3] | None = None
+    """`auto` shares a training's state out over the ranks where the memory plan says that it has to, and DeepSpeed is there."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is the GPU where there is one; a bf16 or fp16 stage then refuses to run on a CPU."""
     micro_batch: Literal["auto"] | Positive = "auto"
@@ -65,8 +67,8 @@ class LaunchSpec(Frozen):
     """Put several samples into one row (attention never crosses them)."""
     row_tokens: Literal["auto"] | Positive = "auto"
     """Positions that a rank takes at once, samples end to end, image tokens counted in; with a number for `micro_batch` the
-    length of a packed row, by default the stage's `max_length`. `auto` is 1,024 on a CPU, whose caches hold a layer of them,
-    and 12,288 on a GPU."""
+    length of a packed row, by default the stage's `max_length`. `auto` is 1,024 on a CPU, whose caches hold a layer of them;
+    on a GPU the most, up to 16,384, that the memory plan finds room for."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Processes that prepare data, and processes a rank that read images for it; 0 does both in the process itself. `auto` is
     all cores to prepare, and for a training on a GPU a rank's share of them."""
@@ -77,7 +79,8 @@ class LaunchSpec(Frozen):
     compile: Literal["auto"] | bool = "auto"
     """Compile each transformer block of a training (`torch.compile`): fewer passes over memory, the same numbers up to
     rounding. `auto` does it on a GPU for a stage that is long enough to win back the half minute that it takes."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Compute activations again in the backward pass: less memory, more time. `auto` does where the memory plan says so."""
     cache_features: bool = True
     """Compute a frozen tower's features once and keep them on disk."""
     cache_features_gib: Annotated[float, Field(gt=0)] = 20.0
@@ -122,7 +125,7 @@ class LaunchSpec(Frozen):
 
     @model_validator(mode="after")
     def _ranks_need_torchrun(self) -> LaunchSpec:
-        if self.backend == "local" and (self.ranks > 1 or self.deepspeed_stage is not None):
+        if self.backend == "local" and (self.ranks > 1 or self.sharding is not None):
             raise ValueError("several ranks or DeepSpeed need backend=torchrun: choose launch=torchrun, zero2 or zero3")
         if self.nodes > 1 and self.slots not in ("auto", 1):
             raise ValueError(
@@ -135,6 +138,16 @@ class LaunchSpec(Frozen):
         if self.micro_batch != "auto":
             return None
         return self.row_tokens if self.row_tokens != "auto" else ROW_TOKENS["gpu" if on_gpu else "cpu"]
+
+    @property
+    def sharding(self) -> Literal[2, 3] | None:
+        """Stage of ZeRO; None where there is none, or where no plan has chosen yet."""
+        return None if self.deepspeed_stage == "auto" else self.deepspeed_stage
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether activations are computed again; not where no plan has chosen yet."""
+        return self.gradient_checkpointing is True
 
     @property
     def ranks(self) -> int:

@@ -35,6 +35,7 @@ from tinylmm.launch.results import failed_with
 from tinylmm.launch.scheduler import Schedule
 from tinylmm.launch.slots import Slots
 from tinylmm.launch.worker import FAILED_RANKS, RESULT_FILE, WORDS_FOLDER, ShownFormatter
+from tinylmm.planning.estimates import settled_settings
 from tinylmm.planning.kinds import KINDS
 from tinylmm.planning.planner import RunPlan, require_files, waits_for
 from tinylmm.stages.job import StageJob, make_job
@@ -260,7 +261,8 @@ class _Grid:
         names = (stage.kind, stage.name, stage.digest)
         others = [one for one in self.schedule.open_stages() if one is not stage]
         after = self.progress.estimate.left(others, {}, self.slots.number)
-        job = make_job(*names, stage.spec, parents, stage.settings, work, root, claim.token, share, after_s=after)
+        settings = settled_settings(run.plan, stage)
+        job = make_job(*names, stage.spec, parents, settings, work, root, claim.token, share, after_s=after)
         job.write()
         launch, uses_ranks = run.plan.run.launch, KINDS[stage.kind].uses_ranks
         backend = make_backend(launch, uses_ranks, run.plan.run.trust, self.slots.side_by_side)

@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
-from tinylmm.planning.estimate import Training
+from tinylmm.planning.choose import STEP, Fit, fit_of, is_quantized, launched, settled
+from tinylmm.planning.estimate import Device, Training
 from tinylmm.sizing.cards import cards
-from tinylmm.sizing.memory import GIB, Memory, Placement
+from tinylmm.sizing.memory import GIB
 
 RANKS = (2, 4, 8)
 """Devices that a change may ask for."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A launch and the memory that it takes of each device.
-
-    Attributes:
-        fits: None where the device's memory is not known.
-    """
-
-    placed: Placement
-    memory: Memory
-    fits: bool | None
-
-    @property
-    def label(self) -> str:
-        """As `zero2 x4`."""
-        return f"{self.placed.sharding} x{self.placed.ranks}"
-
-
 def launches(training: Training) -> list[Fit]:
-    """Local, DDP and the ZeRO stages, with the run's own number of ranks, or two."""
-    launch = training.launch
-    ranks = max(launch.nproc, 2)
-    asked = [("local", 1), ("ddp", ranks), ("zero2", ranks), *([] if _quantized(training) else [("zero3", ranks)])]
-    return [
-        _fit(training, training.placed(name, count, training.micro_batch, launch.gradient_checkpointing))
-        for name, count in asked
-    ]
-
-
-def chosen(training: Training) -> Fit:
-    """The run's own launch."""
-    return _fit(training, training.placement())
+    """Local, DDP and the ZeRO stages, with the run's own number of ranks, or two; each with what is chosen for it."""
+    ranks = max(training.launch.nproc, 2)
+    asked = [("local", 1), ("ddp", ranks), ("zero2", ranks), *([] if is_quantized(training) else [("zero3", ranks)])]
+    return [fit_of(launched(training, **_fields(name, count))) for name, count in asked]
 
 
 def advice(training: Training) -> str:
@@ -54,7 +29,7 @@ def advice(training: Training) -> str:
     what is learnt.
     """
     card = training.device.card
-    if card is None or chosen(training).fits:
+    if card is None or fit_of(training).fits:
         return ""
     for words, fit in _changes(training):
         if fit.fits:
@@ -68,9 +43,9 @@ def advice(training: Training) -> str:
 
 
 def fitting_cards(training: Training) -> list[str]:
-    """The cards that hold the run's own launch, smallest first."""
-    needed = chosen(training).memory.total
-    return [card.key for card in sorted(cards().values(), key=lambda c: c.memory_bytes) if needed <= card.memory_bytes]
+    """The cards that hold the run's own launch, with what is chosen for each of them, smallest first."""
+    each = sorted(cards().values(), key=lambda card: card.memory_bytes)
+    return [card.key for card in each if fit_of(settled(replace(training, device=Device(card, True)))).fits]
 
 
 def gib(size: float) -> str:
@@ -83,35 +58,50 @@ def amount(size: float) -> str:
     return f"{gib(size)} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _fit(training: Training, placed: Placement, micro_batch: int | None = None) -> Fit:
-    memory = training.memory(placed, micro_batch or training.micro_batch)
-    card = training.device.card
-    return Fit(placed, memory, None if card is None else memory.total <= card.memory_bytes)
+def smaller(training: Training) -> str:
+    """Half as much at once as the launch takes: a word of its own; empty where it cannot take less."""
+    if training.positions is None:
+        return f"launch.micro_batch={training.micro_batch // 2}" if training.micro_batch > 1 else ""
+    half = training.positions // 2 // STEP * STEP
+    return f"launch.row_tokens={half}" if half else ""
 
 
-def _quantized(training: Training) -> bool:
-    return any(not isinstance(tune, str) and "qlora" in tune for tune in training.tune.values())
+def _fields(sharding: str, ranks: int) -> dict[str, Any]:
+    """Fields of a launch with this sharding."""
+    stage = int(sharding.removeprefix("zero")) if sharding.startswith("zero") else None
+    backend = "local" if sharding == "local" else "torchrun"
+    return {"backend": backend, "nproc": ranks, "nodes": 1, "deepspeed_stage": stage}
+
+
+def _sizes(training: Training) -> list[dict[str, int]]:
+    """As much at once as the run has it, and ever less; nothing to say where that is chosen by itself."""
+    if training.asked.micro_batch == "auto" and training.asked.row_tokens == "auto":
+        return [{}]
+    name = "micro_batch" if training.positions is None else "row_tokens"
+    size, least = training.positions or training.micro_batch, 1 if training.positions is None else STEP
+    sizes: list[dict[str, int]] = [{}]
+    while size // 2 >= least:
+        size //= 2
+        sizes.append({name: size})
+    return sizes
 
 
 def _changes(training: Training) -> Iterator[tuple[str, Fit]]:
     """Changes of the launch in words, cheapest first."""
-    launch, own = training.launch, training.placement()
-    micro = [training.micro_batch]
-    while micro[-1] > 1:
-        micro.append(micro[-1] // 2)
+    own = training.placement()
     shardings = [(own.sharding, own.ranks)]
     for ranks in (count for count in RANKS if count >= own.ranks):
-        shardings += [(name, ranks) for name in ("zero2", *(() if _quantized(training) else ("zero3",)))]
+        shardings += [(name, ranks) for name in ("zero2", *(() if is_quantized(training) else ("zero3",)))]
+    again = [{}, {"gradient_checkpointing": True}] if training.asked.gradient_checkpointing is False else [{}]
     for sharding, ranks in shardings:
         if training.stage.global_batch < ranks:
             continue
-        for checkpointing in sorted({launch.gradient_checkpointing, True}):
-            for size in micro:
-                words = []
-                if (sharding, ranks) != (own.sharding, own.ranks):
-                    words += [f"launch={sharding}", f"launch.nproc={ranks}"]
-                if size != training.micro_batch:
-                    words.append(f"launch.micro_batch={size}")
-                if checkpointing != launch.gradient_checkpointing:
-                    words.append("launch.gradient_checkpointing=true")
-                yield " ".join(words), _fit(training, training.placed(sharding, ranks, size, checkpointing), size)
+        moved = (sharding, ranks) != (own.sharding, own.ranks)
+        for checkpointing in again:
+            for size in _sizes(training):
+                words = [f"launch={sharding}", f"launch.nproc={ranks}"] if moved else []
+                words += [f"launch.{name}={value}" for name, value in size.items()]
+                words += ["launch.gradient_checkpointing=true"] if checkpointing else []
+                if words:
+                    fields = (_fields(sharding, ranks) if moved else {}) | checkpointing | size
+                    yield " ".join(words), fit_of(launched(training, **fields))

@@ -50,13 +50,19 @@ class Device:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a run and all that its cost depends on."""
+    """One training of a run and all that its cost depends on.
+
+    Attributes:
+        asked: the launch as the run has it.
+        launch: as it is reckoned with; `planning/choose.py` puts what it chooses in place of each `auto`.
+    """
 
     name: str
     stage: RecipeStage
     shapes: Shapes
     tune: Mapping[str, Tune]
     lengths: Lengths
+    asked: LaunchSpec
     launch: LaunchSpec
     device: Device
     optimizer: str | None
@@ -83,7 +89,7 @@ class Training:
             shapes = shapes.with_clips(run, max(1, round(lengths.frames / lengths.clips)))
         device = Device.of(run.launch, stage.precision)
         tune = stage.tune.model_dump(mode="json", exclude_none=True)
-        return cls(name, stage, shapes, tune, lengths, run.launch, device, run.trainer.optim)
+        return cls(name, stage, shapes, tune, lengths, run.launch, run.launch, device, run.trainer.optim)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -136,9 +142,14 @@ class Training:
         return Sample(found.tokens, found.squared, found.supervised, self.views, features=self.connected)
 
     @property
+    def positions(self) -> int | None:
+        """Positions that a rank takes at once; None where micro-batches are counted in samples."""
+        return self.launch.positions(self.device.on_gpu)
+
+    @property
     def micro_batch(self) -> int:
         """Samples that a rank takes at once; mean ones, where their positions are counted."""
-        positions = self.launch.positions(self.device.on_gpu)
+        positions = self.positions
         if positions is None:
             assert self.launch.micro_batch != "auto"
             return self.launch.micro_batch
@@ -147,13 +158,13 @@ class Training:
     def placement(self) -> Placement:
         """How the launch of the run puts it on devices."""
         launch = self.launch
-        sharding = f"zero{launch.deepspeed_stage}" if launch.deepspeed_stage else "ddp" if launch.ranks > 1 else "local"
+        sharding = f"zero{launch.sharding}" if launch.sharding else "ddp" if launch.ranks > 1 else "local"
         return Placement(
             sharding,
             launch.ranks,
             self.compute_bytes,
             self.device.on_gpu,
-            launch.gradient_checkpointing,
+            launch.checkpoints,
             self._accumulation(launch.ranks, self.micro_batch) > 1,
             optimizer_bytes(self.optimizer),
         )
@@ -228,6 +239,8 @@ class Training:
         longest = min(float(self.stage.max_length), found.tokens + 2 * found.deviation)
         tokens = min(share * found.tokens + 2 * found.deviation * share**0.5, share * float(self.stage.max_length))
         tokens = tokens * PADDING if self.launch.packing else share * longest
+        if self.positions is not None:  # no row is longer, but for a sample that is longer by itself
+            tokens = min(tokens, max(float(self.positions), longest))
         row = self._row(tokens) if self.launch.packing else longest
         images = share * self.sample.images
         pixels = image.pixels
@@ -236,7 +249,7 @@ class Training:
         return MicroBatch(tokens, row, share * found.supervised, seen, connected, pixels, self._masked())
 
     def _row(self, tokens: float) -> float:
-        row = self.launch.positions(self.device.on_gpu) or self.launch.row_tokens
+        row = self.positions or self.launch.row_tokens
         return min(float(self.stage.max_length if row == "auto" else row), tokens)
 
     def _masked(self) -> bool:

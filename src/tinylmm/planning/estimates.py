@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tinylmm.config.spec import RunSpec
-from tinylmm.planning.advice import advice, amount, chosen, fitting_cards, launches
+from tinylmm.planning.advice import advice, amount, fitting_cards, launches, smaller
+from tinylmm.planning.choose import choices, fit_of, settled
 from tinylmm.planning.estimate import PADDING, Training, disk_bytes
 from tinylmm.planning.lengths import Prepared
 from tinylmm.planning.planner import RunPlan, stage_status
@@ -20,6 +22,8 @@ from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import OUTPUT_FOLDER
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def estimate_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
@@ -47,12 +51,34 @@ def estimate_record(plans: Sequence[RunPlan]) -> dict[str, Any]:
 
 
 def training_of(plan: RunPlan, stage: Stage) -> Training:
-    """A train stage of a plan with all that its cost depends on.
+    """A train stage of a plan with all that its cost depends on, and a choice for each `auto` of its launch.
 
     Raises:
         UnknownShapeError: what a part looks like is not known.
     """
-    return Training.of(plan.run, stage.name, _prepared(plan, stage))
+    return settled(Training.of(plan.run, stage.name, _prepared(plan, stage)))
+
+
+def settled_settings(plan: RunPlan, stage: Stage) -> dict[str, Any]:
+    """How a stage is run: its settings, of a training with what the memory plan chooses for each `auto` of its launch."""
+    if stage.kind != "train" or stage.name not in plan.run.recipe.stages:
+        return stage.settings
+    try:
+        training = training_of(plan, stage)
+    except UnknownShapeError as error:
+        log.info("%s: nothing is chosen by the memory plan: %s", stage.name, error)
+        return stage.settings
+    log.info("%s: %s", stage.name, choice_words(training))
+    return stage.settings | {"launch": training.launch.model_dump(mode="json")}
+
+
+def choice_words(training: Training) -> str:
+    """What was chosen for the launch and the memory that is predicted of it: `rows of 16,384 positions, ...`."""
+    fit, card = fit_of(training), training.device.card
+    words = [] if training.positions is None else [f"rows of {training.positions:,} positions"]
+    words += [f"{fit.label}"] + ["activations computed again"] * training.launch.checkpoints
+    room = "" if card is None else f" of {amount(card.memory_bytes)}"
+    return f"{', '.join(words)}: {amount(fit.memory.total)}{room} predicted"
 
 
 def training_seconds(plan: RunPlan, stage: Stage) -> float | None:
@@ -61,7 +87,7 @@ def training_seconds(plan: RunPlan, stage: Stage) -> float | None:
         training = training_of(plan, stage)
     except UnknownShapeError:
         return None
-    return _seconds(training, training.seconds_a_step(chosen(training).placed))
+    return _seconds(training, training.seconds_a_step(fit_of(training).placed))
 
 
 def _seconds(training: Training, a_step: float | None) -> float | None:
@@ -86,7 +112,7 @@ def _prepared(plan: RunPlan, stage: Stage) -> list[Prepared]:
 
 def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
     training = training_of(plan, stage)
-    flops, own, launch = training.flops(), chosen(training), training.launch
+    flops, own, launch = training.flops(), fit_of(training), training.launch
     seconds, steps = training.seconds_a_step(own.placed), training.steps
     whole = _seconds(training, seconds)
     hours = None if whole is None else whole / 3600
@@ -112,6 +138,9 @@ def _row(plan: RunPlan, stage: Stage) -> dict[str, Any]:
         "flops_a_sample": {name: {"forward": one.forward, "backward": one.backward} for name, one in flops.items()},
         "features_cached": training.cached,
         "launch": own.label,
+        "row_tokens": training.positions,
+        "chosen": choices(training),
+        "launched": choice_words(training),
         "memory": {
             fit.label: asdict(fit.memory) | {"total": fit.memory.total, "fits": fit.fits} for fit in launches(training)
         }
@@ -168,17 +197,16 @@ def memory_words(plan: RunPlan, stage: Stage) -> str:
         training = training_of(plan, stage)
     except UnknownShapeError as error:
         asked = plan.run.launch.micro_batch
-        smaller = 8 if asked == "auto" else max(1, asked // 2)
-        return f"tinylmm plan has no estimate of it ({error}). Set launch.micro_batch={smaller}."
-    own, card = chosen(training), training.device.card
+        fewer = 8 if asked == "auto" else max(1, asked // 2)
+        return f"tinylmm plan has no estimate of it ({error}). Set launch.micro_batch={fewer}."
+    own, card = fit_of(training), training.device.card
     terms = ", ".join(f"{name} {amount(size)}" for name, size in asdict(own.memory).items() if size)
     room = "" if card is None else f" of {amount(card.memory_bytes)}"
     said = f"tinylmm plan predicts {amount(own.memory.total)}{room} for {own.label} ({terms})."
     words = advice(training)
     if words:
         return f"{said} {words}"
-    micro = training.micro_batch
-    changes = [f"launch.micro_batch={micro // 2}"] if micro > 1 else []
-    changes += [] if training.launch.gradient_checkpointing else ["launch.gradient_checkpointing=true"]
+    changes = [words for words in (smaller(training),) if words]
+    changes += [] if training.launch.checkpoints else ["launch.gradient_checkpointing=true"]
     fix = " or ".join(changes) or "launch=zero3 with more ranks"
     return f"{said} It took more: another process may hold memory of the device. Set {fix}, and give the same command again."

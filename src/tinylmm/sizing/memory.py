@@ -17,6 +17,8 @@ from tinylmm.sizing.parameters import Tune, Tuned, adapter_of, total_parameters,
 GIB = 2**30
 KEPT = {
     "gelu": 1,
+    "gelu_new": 1,
+    "gelu_fast": 1,
     "gelu_pytorch_tanh": 1,
     "silu": 1,
     "relu": 0,
@@ -25,9 +27,9 @@ KEPT = {
     "product": 2,
     "scale": 1,
 }
-"""Kind of an elementwise layer -> tensors of its width that it keeps, in the type that the model computes in."""
-GELU_NEW = {4: 16, 2: 14}
-"""Bytes that Phi's GELU keeps of an element, by bytes of the compute type: its steps are taken one by one, some in fp32."""
+"""Kind of an elementwise layer -> tensors of its width that it keeps, in the type that the model computes in.
+
+Phi's GELU is one kernel by then (`models/fused.py`)."""
 CAPPED = 8.0
 """Bytes of a score that is capped: behind its cap and, twice in bf16, behind the softmax."""
 LOSS = 12
@@ -239,8 +241,6 @@ def _layer_kept(tuned: Tuned, placed: Placement, behind_attention: bool) -> floa
         return layer.rows * layer.width * (4.0 + again)
     if isinstance(layer, Elementwise):
         each = layer.width * layer.rows
-        if layer.kind == "gelu_new":
-            return float(each * GELU_NEW[placed.compute_bytes])
         if layer.kind == "dropout":
             return each * (1.0 if placed.on_gpu else narrow)
         return each * narrow * KEPT.get(layer.kind, 1)

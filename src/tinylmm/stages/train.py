@@ -111,8 +111,18 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "train_loss": result.training_loss,
         "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
+        "launched": _launched(launch, device),
         **_seen(samples, cache, spec.max_length),
         **({"commits": commits} if (commits := _commits(loaded)) else {}),
+    }
+
+
+def _launched(launch: LaunchSpec, device: torch.device) -> dict[str, Any]:
+    """What a launch that leaves it open was run with; `tinylmm plan` chooses it (`planning/choose.py`)."""
+    return {
+        "row_tokens": launch.positions(device.type != "cpu"),
+        "sharding": launch.sharding,
+        "checkpointing": launch.checkpoints,
     }
 
 
@@ -183,10 +193,10 @@ def build_trainer(
     if (
         world_size() > 1 or arguments.parallel_mode == ParallelMode.DISTRIBUTED
     ):  # DDP, which torchrun's only rank has too
-        loaded.model.blank_image = _blank_image(launch.deepspeed_stage, cache)
-    if launch.gradient_checkpointing:
+        loaded.model.blank_image = _blank_image(launch.sharding, cache)
+    if launch.checkpoints:
         enable_checkpointing(loaded.model)
-    ranks = Ranks(world_size(), launch.deepspeed_stage)
+    ranks = Ranks(world_size(), launch.sharding)
     tune = spec.tune.model_dump(mode="json", exclude_none=True)
     cost = Cost(parts_of(loaded), tune, cache is not None, Peak.here(device, spec.precision))
     if not _spreads_llm(job) and compiles(
@@ -207,14 +217,13 @@ def build_trainer(
         schedule=SaveSchedule(launch.save_steps, 60.0 * launch.save_minutes),
         step_timeout_s=launch.step_timeout_s,
         save_timeout_s=launch.save_timeout_s,
-        same_modules=launch.deepspeed_stage == 3 and world_size() > 1,
+        same_modules=launch.sharding == 3 and world_size() > 1,
         spreads=_spreads_llm(job),
         callbacks=[MetricsRow(job.metrics.append, cost.peak.title)],
     )
-    if bool(launch.deepspeed_stage) != trainer.is_deepspeed_enabled:
+    if bool(launch.sharding) != trainer.is_deepspeed_enabled:
         raise RuntimeError(
-            f"launch.deepspeed_stage is {launch.deepspeed_stage}, "
-            f"but the Trainer runs {trainer.accelerator.distributed_type}"
+            f"launch.deepspeed_stage is {launch.sharding}, but the Trainer runs {trainer.accelerator.distributed_type}"
         )
     return trainer
 
@@ -276,10 +285,15 @@ def _pixels(images: SeenImages, loaded: LoadedModel, precision: str, device: tor
 
 
 def _row_length(launch: LaunchSpec, spec: TrainStage, loaded: LoadedModel) -> int:
-    """Positions of a packed row at most: all of a micro-batch, where each sample is attended to by itself."""
-    if launch.row_tokens != "auto":
-        return launch.row_tokens
-    return END_TO_END if loaded.model.by_samples else spec.max_length
+    """Positions of a packed row at most: all of a micro-batch, where each sample is attended to by itself.
+
+    A mask has an entry for every two positions of a row, so that rows with one are no longer than samples.
+    """
+    if loaded.model.by_samples and (launch.micro_batch == "auto" or launch.row_tokens == "auto"):
+        return END_TO_END
+    if launch.row_tokens == "auto":
+        return spec.max_length
+    return launch.row_tokens if launch.micro_batch != "auto" else min(launch.row_tokens, spec.max_length)
 
 
 def _to_device(
@@ -299,7 +313,7 @@ def _to_device(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
         )
     saves = rank() == 0 or not _spreads_llm(job)
-    frozen = frozen_in_trained_parts(model, kept) if job.settings.launch.deepspeed_stage and saves else {}
+    frozen = frozen_in_trained_parts(model, kept) if job.settings.launch.sharding and saves else {}
     if not _spreads_llm(job):
         cast_frozen(model, kept, spec.precision, device)
         model.to(device)
@@ -310,7 +324,7 @@ def _spreads_llm(job: StageJob[TrainStage]) -> bool:
     """Whether the LLM waits for `spread`. One that is quantised has to be whole first, and moves to the device as it is."""
     tune = job.spec.tune.llm
     quantised = isinstance(tune, TuneHow) and tune.qlora is not None
-    return job.settings.launch.deepspeed_stage == 3 and world_size() > 1 and not quantised
+    return job.settings.launch.sharding == 3 and world_size() > 1 and not quantised
 
 
 def _own_start(job: StageJob[TrainStage]) -> Path | None:

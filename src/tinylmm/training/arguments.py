@@ -73,7 +73,7 @@ def training_arguments(
         ddp_backend="gloo" if use_cpu and launch.ranks > 1 else None,
         dataloader_num_workers=readers,
         remove_unused_columns=False,
-        deepspeed=deepspeed_config(launch, spec, accumulation) if launch.deepspeed_stage else None,
+        deepspeed=deepspeed_config(launch, spec, accumulation) if launch.sharding else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         ddp_timeout=launch.step_timeout_s,
@@ -87,7 +87,7 @@ def _corrected(arguments: TrainingArguments, launch: LaunchSpec) -> TrainingArgu
     if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
         log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)
         arguments._n_gpu = 1
-    if launch.deepspeed_stage:
+    if launch.sharding:
         # Said until here, so that accelerate asks for the ranks of CPUs and bf16 is let through; said on, Trainer would
         # quietly leave DeepSpeed out.
         arguments.use_cpu = False
@@ -99,8 +99,8 @@ def deepspeed_config(launch: LaunchSpec, spec: TrainStage, accumulation: int) ->
 
     ZeRO-3's "auto" sizes are written out: they would be read from the LLM's config, which knows nothing of the tower.
     """
-    zero: dict[str, Any] = {"stage": launch.deepspeed_stage, "overlap_comm": True, "contiguous_gradients": True}
-    if launch.deepspeed_stage == 3:
+    zero: dict[str, Any] = {"stage": launch.sharding, "overlap_comm": True, "contiguous_gradients": True}
+    if launch.sharding == 3:
         zero |= {
             "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": launch.zero3_whole_below,

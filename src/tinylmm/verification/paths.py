@@ -118,6 +118,14 @@ PATHS = (
         if name not in ("auto", "eager")
     ),
     FastPath("feature cache", {"launch.cache_features": True}, {"launch.cache_features": False}, _tower_is_trained),
+    FastPath(
+        "positions of a row",
+        {"launch.packing": True, "launch.row_tokens": 2.0, "launch.micro_batch": "auto", "launch.attention": "auto"},
+        {"launch.packing": False, "launch.row_tokens": None, "launch.micro_batch": 0.0, "launch.attention": "eager"},
+        _one_sample,
+        shares_rows=True,
+    ),
+    FastPath("micro-batch", {"launch.micro_batch": 1.0}, {"launch.micro_batch": 0.0}, _one_sample),
     FastPath("accumulation", {"launch.micro_batch": 0.25}, {"launch.micro_batch": 0.0}, _one_sample),
     FastPath("checkpointing", {"launch.gradient_checkpointing": True}, {"launch.gradient_checkpointing": False}),
     FastPath("reading processes", {"launch.num_workers": 2}, {"launch.num_workers": 0}, exact=True),

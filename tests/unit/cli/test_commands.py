@@ -49,7 +49,9 @@ def test_a_plan_says_what_each_training_takes(tmp_path: Path) -> None:
     said = " ".join(done.stdout.split())
     for words_said in (
         "llm: 2.78G of 2.78G parameters trained",
-        "does not fit; launch.micro_batch=2 fits: ",
+        "launched with rows of 6,144 positions, local x1: ",
+        "(chosen: row_tokens 6144, gradient_checkpointing False)",
+        "does not fit; launch=zero2 launch.nproc=4 fits: ",
         "in money on NVIDIA GeForce RTX 4090",
         "as published (phi2's YAML)",
         "assumed: tokens and images",

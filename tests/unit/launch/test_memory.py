@@ -29,21 +29,22 @@ def training(plan: RunPlan, name: str = "finetune") -> Stage:
 
 @pytest.mark.parametrize("said", [CUDA, RANK, CPU], ids=["local", "a rank", "cpu"])
 def test_an_error_of_memory_ends_with_the_prediction_and_what_fits(tmp_path: Path, said: str) -> None:
-    plan = planned(tmp_path, "llm=phi2", "vt=siglip", "launch.gpu=rtx4090")
+    words = ("launch.gpu=rtx4090", "launch.row_tokens=12288", "launch.gradient_checkpointing=false")
+    plan = planned(tmp_path, "llm=phi2", "vt=siglip", *words)
     failure = with_advice(StageFailedError(said), plan, training(plan, "pretrain"))
     assert isinstance(failure, StageFailedError)
     first, last = str(failure).rsplit("\n", 1)
     assert first == said
-    assert "tinylmm plan predicts 86.3 GiB of 22.4 GiB for local x1" in last
+    assert "tinylmm plan predicts 31.4 GiB of 22.4 GiB for local x1" in last
     assert "(weights 6.0 GiB, gradients 36.3 MiB, optimizer" in last
-    assert "launch.micro_batch=2 fits" in last
+    assert "launch.row_tokens=6144 fits" in last
 
 
 def test_where_it_should_have_fitted_less_is_advised(tmp_path: Path) -> None:
     plan = planned(tmp_path, "llm=phi2", "vt=siglip", "launch.gpu=h200")
     said = str(with_advice(StageFailedError(CUDA), plan, training(plan, "pretrain")))
     assert said.endswith(
-        "Set launch.micro_batch=8 or launch.gradient_checkpointing=true, and give the same command again."
+        "Set launch.row_tokens=8192 or launch.gradient_checkpointing=true, and give the same command again."
     )
 
 

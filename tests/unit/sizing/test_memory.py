@@ -19,6 +19,7 @@ from tests.unit.models import test_product as product
 from tests.unit.sizing.test_flops import SUPERVISED, TEXT, TUNES
 from tests.unit.sizing.test_parameters import LORA, parts_of, written_out
 from tinylmm.constants import IMAGE_TOKEN_ID
+from tinylmm.models.fused import fuse
 from tinylmm.sizing.flops import PARTS
 from tinylmm.sizing.memory import BUCKET, CONTEXT, MicroBatch, Placement, kept_bytes, step_memory
 from tinylmm.sizing.parameters import total_parameters, trained_parameters
@@ -106,6 +107,8 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(llm: str, tun
     spec["tower_output"] |= {"select_layer": -1}
     model = build(spec).train()
     tuning(model, how)
+    for part in (model.llm, model.vision_tower):  # as every training does
+        fuse(part, on_cpu=False)
     rows, tokens = 2, model.image_tokens + TEXT
     ids = torch.tensor([[1] + [IMAGE_TOKEN_ID] * model.image_tokens + [5] * (TEXT - 1)] * rows)
     positions = torch.arange(tokens).repeat(rows, 1)

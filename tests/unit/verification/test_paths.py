@@ -41,6 +41,9 @@ def test_a_path_says_what_turns_it_off_again() -> None:
         ("compile", {}, "compiles nothing"),
         ("compile", {"configured": {"trainer.torch_compile": True}}, ""),
         ("packing", {"samples": 1}, "one sample"),
+        ("positions of a row", {"samples": 1}, "one sample"),
+        ("positions of a row", {}, ""),
+        ("micro-batch", {}, ""),
     ],
 )
 def test_a_path_that_cannot_run_says_why(path: str, changes: dict[str, Any], said: str) -> None:
