@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from torch import nn
 
 from tinylmm.errors import ConfigError, Fault
 from tinylmm.models.lmm import LMM
@@ -76,9 +75,3 @@ def graphs_compiled() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
-
-
-def uncompiled(module: nn.Module) -> None:
-    """Take back what `compile_blocks` did to the modules in `module`."""
-    for part in module.modules():
-        part._compiled_call_impl = None

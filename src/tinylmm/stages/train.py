@@ -25,7 +25,7 @@ from tinylmm.errors import DataError, StoppedError
 from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
-from tinylmm.models.compiled import compile_blocks, compiles
+from tinylmm.models.compiled import compile_blocks, compiles, graphs_compiled
 from tinylmm.models.devices import choose_device
 from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
@@ -119,10 +119,12 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
 
 def _launched(launch: LaunchSpec, device: torch.device) -> dict[str, Any]:
     """What a launch that leaves it open was run with; `tinylmm plan` chooses it (`planning/choose.py`)."""
+    compiled = graphs_compiled()
     return {
         "row_tokens": launch.positions(device.type != "cpu"),
         "sharding": launch.sharding,
         "checkpointing": launch.checkpoints,
+        **({"graphs_compiled": compiled} if compiled else {}),
     }
 
 
