@@ -9,11 +9,11 @@ Random weights at real shapes: SigLIP-so400m-384 with Phi-2, TinyLlama and Qwen2
     machine     what the card's products and copies reach
     steps       our train stage beside transformers' Llava and Trainer (TinyLLaVA Factory's setting), on the same samples
     generation  20 questions an image: one at a time, the engine, and the engine at batch 1 against batch 64, in bf16 and fp32
-    techniques  each technique off and on
     trainer     the train stage from JPEG files, beside images that wait in memory
     kernels     where the time of an optimiser step goes, and how long the card is idle
-    unchecked   transformers' Llava without gradient checkpointing
     planner     what `tinylmm plan` predicts of memory and time, beside what was measured
+    techniques  each technique off and on
+    unchecked   transformers' Llava without gradient checkpointing
 
 Each section is a process of its own with a time limit; the next one starts its interpreter meanwhile. Every row is written when
 it is measured: what a section that fails or runs out of time has measured stands in benchmarks/results/gpu.json all the same.
@@ -39,14 +39,14 @@ from benchmarks.arguments import choices, file_to_write
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 LIMITS = {
-    "machine": 30,
-    "steps": 160,
+    "machine": 45,
+    "steps": 200,
     "generation": 70,
-    "techniques": 90,
-    "trainer": 55,
+    "trainer": 35,
     "kernels": 35,
+    "planner": 15,
+    "techniques": 45,
     "unchecked": 25,
-    "planner": 20,
 }
 """Section -> seconds after which it is ended, in the order in which they run; less than eight minutes together."""
 NAMES = tuple(LIMITS)

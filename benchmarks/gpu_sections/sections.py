@@ -180,10 +180,10 @@ SECTIONS: dict[str, Callable[[Setting], None]] = {
     "machine": machine,
     "steps": steps,
     "generation": answer,
-    "techniques": techniques,
     "trainer": trainer,
     "kernels": kernels,
-    "unchecked": unchecked,
     "planner": planner,
+    "techniques": techniques,
+    "unchecked": unchecked,
 }
 """By the names that `benchmarks/gpu.py` gives their limits."""

@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
@@ -316,7 +316,8 @@ def test_the_local_launch_shows_every_knob_at_its_default() -> None:
 
 
 def test_every_other_launch_is_the_local_one_but_for_backend_and_ranks() -> None:
-    for name, stage in (("torchrun", None), ("zero2", 2), ("zero3", 3)):
+    sharding: dict[str, Literal["auto", 2, 3]] = {"torchrun": "auto", "zero2": 2, "zero3": 3}
+    for name, stage in sharding.items():
         expected = LaunchSpec(backend="torchrun", nproc=2, deepspeed_stage=stage)
         assert compose_run([f"launch={name}"]).launch == expected
 

@@ -66,7 +66,7 @@ WRONG = [
     ("tracking=1", "tracking", "a mapping with tensorboard"),
     ("launch.nproc=0", "launch.nproc", "above 0"),
     ("launch.keep_checkpoints=1", "launch.keep_checkpoints", "at least 2"),
-    ("launch.deepspeed_stage=1", "launch.deepspeed_stage", "one of 2, 3"),
+    ("launch.deepspeed_stage=1", "launch.deepspeed_stage", "one of auto, 2, 3"),
     ("launch.nproc=2", "launch", "backend=torchrun"),
     (
         "recipe.stages.pretrain.lr=fast",

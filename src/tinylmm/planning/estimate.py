@@ -167,6 +167,7 @@ class Training:
             launch.checkpoints,
             self._accumulation(launch.ranks, self.micro_batch) > 1,
             optimizer_bytes(self.optimizer),
+            self.device.on_gpu and launch.compile is not False and launch.sharding != 3,
         )
 
     def placed(self, sharding: str, ranks: int, micro_batch: int, checkpointing: bool) -> Placement:
@@ -199,7 +200,7 @@ class Training:
         state = trained * (8.0 + placed.optimizer_bytes)
         if placed.sharding.startswith("zero"):
             state /= placed.ranks
-        cost = StepCost(flops * samples, kept, state, self.compute_bytes)
+        cost = StepCost(flops * samples, kept, state, self.compute_bytes, placed.compiled)
         return max(cost.seconds(self.device.card), self._reading_seconds(placed.ranks))
 
     def _reading_seconds(self, ranks: int) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from tinylmm.sizing.flops import PARTS
-from tinylmm.sizing.layers import Attention, Depthwise, Elementwise, Linear, Norm, Part
+from tinylmm.sizing.layers import Attention, Depthwise, Elementwise, Layer, Linear, Norm, Part
 from tinylmm.sizing.parameters import Tune, Tuned, adapter_of, total_parameters, trained_parameters, tuned_layers
 
 GIB = 2**30
@@ -62,6 +62,7 @@ class Placement:
         checkpointing: activations are computed again in the backward pass.
         accumulates: several micro-batches make a step, so that gradients are there in each forward pass but the first.
         optimizer_bytes: state of the optimiser for a trained parameter.
+        compiled: blocks are compiled: norms, casts and products of gates are computed again of what is kept anyway.
     """
 
     sharding: str = "local"
@@ -71,6 +72,12 @@ class Placement:
     checkpointing: bool = False
     accumulates: bool = True
     optimizer_bytes: float = 8.0
+    compiled: bool = False
+
+    @property
+    def narrow_stream(self) -> bool:
+        """Whether what goes from block to block is held in half precision (`LMM.residual_type`)."""
+        return self.on_gpu and self.compute_bytes < 4
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,8 @@ class _Kept:
 
 
 def _part_kept(part: Part, tune: Tune, batch: MicroBatch, units: float, placed: Placement, flows: bool) -> _Kept:
-    kept, working, widest, behind_attention = 0.0, 0.0, 0.0, False
+    kept, working, widest = 0.0, 0.0, 0.0
+    before: Layer | None = None
     blocks = max(len(part.blocks), 1)
     for tuned in tuned_layers(part, tune):
         layer = tuned.layer
@@ -211,13 +219,13 @@ def _part_kept(part: Part, tune: Tune, batch: MicroBatch, units: float, placed: 
         flows = flows or bool(tuned.rank) or (tuned.trained and layer.parameters > 0)
         widest = max(widest, _width(tuned) * units * placed.compute_bytes)
         if flows:
-            kept += units * _layer_kept(tuned, placed, behind_attention)
+            kept += units * _layer_kept(tuned, placed, before)
             if isinstance(layer, Attention):
                 kept += _tables(layer, batch, units, placed)
-        behind_attention = isinstance(layer, Attention)
+        before = layer
     working = WORKING * widest
     if placed.checkpointing and part.blocks and flows and part.head is not None:
-        bounds = units * part.width * 4.0 * blocks
+        bounds = units * part.width * (2.0 if placed.narrow_stream else 4.0) * blocks
         kept, working = bounds, max(working, kept / blocks)
     return _Kept(kept, working, flows)
 
@@ -227,15 +235,17 @@ def _width(tuned: Tuned) -> float:
     return float(layer.outputs * layer.rows) if isinstance(layer, Linear) else 0.0
 
 
-def _layer_kept(tuned: Tuned, placed: Placement, behind_attention: bool) -> float:
-    """Bytes a unit that a layer keeps, where a gradient is asked of what comes out of it."""
+def _layer_kept(tuned: Tuned, placed: Placement, before: Layer | None) -> float:
+    """Bytes a unit that a layer keeps, where a gradient is asked of what comes out of it, the layer `before` it given."""
     layer, narrow = tuned.layer, float(placed.compute_bytes)
     if isinstance(layer, Linear):
-        return _linear_kept(tuned, layer, placed, behind_attention)
+        return _linear_kept(tuned, layer, placed, isinstance(before, Attention))
     if isinstance(layer, Depthwise):
         return layer.rows * layer.channels * narrow
     if isinstance(layer, Attention):
-        return _attention_kept(layer, narrow)
+        return _attention_kept(layer, narrow, placed.on_gpu)
+    if isinstance(layer, Norm) and placed.compiled and placed.narrow_stream:
+        return layer.rows * layer.width * narrow
     if isinstance(layer, Norm):
         again = 4.0 if tuned.trained and not layer.fused else 0.0  # what its weight is multiplied with
         return layer.rows * layer.width * (4.0 + again)
@@ -243,14 +253,15 @@ def _layer_kept(tuned: Tuned, placed: Placement, behind_attention: bool) -> floa
         each = layer.width * layer.rows
         if layer.kind == "dropout":
             return each * (1.0 if placed.on_gpu else narrow)
-        return each * narrow * KEPT.get(layer.kind, 1)
+        twice = placed.compiled and layer.kind == "product"  # one factor is computed again of what is kept for it
+        return each * narrow * (KEPT.get(layer.kind, 1) - twice)
     return 0.0
 
 
 def _linear_kept(tuned: Tuned, layer: Linear, placed: Placement, behind_attention: bool) -> float:
     narrow = float(placed.compute_bytes)
     casts = (
-        placed.on_gpu and placed.compute_bytes < 4
+        placed.narrow_stream and not placed.compiled
     )  # autocast gives each layer a copy of its own of what a norm gives
     held = behind_attention or (layer.shared and not casts)
     if tuned.rank and tuned.dropout:  # each adapter has a copy of its own, and what says which numbers it lacks
@@ -262,10 +273,14 @@ def _linear_kept(tuned: Tuned, layer: Linear, placed: Placement, behind_attentio
     return layer.rows * layer.inputs * narrow
 
 
-def _attention_kept(layer: Attention, narrow: float) -> float:
-    """Queries, keys, values and output of a fused kernel; keys and values as often as it is handed them."""
+def _attention_kept(layer: Attention, narrow: float, on_gpu: bool) -> float:
+    """Queries, keys, values and output of a fused kernel; keys and values as often as it is handed them.
+
+    A GPU's kernel takes fewer key heads as they are.
+    """
     rows, keys = layer.queries or 1, layer.keys or 1
-    return narrow * layer.head_dim * (2 * rows * layer.heads + 2 * keys * layer.heads) + 4.0 * rows * layer.heads
+    key_heads = layer.key_heads if on_gpu else layer.heads
+    return narrow * layer.head_dim * (2 * rows * layer.heads + 2 * keys * key_heads) + 4.0 * rows * layer.heads
 
 
 def _tables(layer: Attention, batch: MicroBatch, units: float, placed: Placement) -> float:

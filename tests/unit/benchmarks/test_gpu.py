@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_sections.kernels import kind_of, summary
+from benchmarks.gpu_sections.ours import planned_of
 from benchmarks.gpu_sections.sections import SECTIONS, TECHNIQUES
+from benchmarks.gpu_sections.setting import Setting, write_prepared
+from tinylmm.config.compose import compose_run
+from tinylmm.planning.choose import fit_of
 
 
 def measured(tmp_path: Path, *words: str) -> dict[str, Any]:
@@ -109,3 +114,21 @@ def test_a_trace_is_summed_up_by_kind_with_the_time_that_the_device_was_idle() -
     assert kind_of("Memcpy HtoD") == "copies" and kind_of("cudnn_secret") == "other"
     with pytest.raises(RuntimeError, match="seen no kernel"):
         summary([])
+
+
+MEASURED = [row for row in json.loads(gpu.RESULT.read_text(encoding="utf-8"))["rows"] if row.get("side") == "ours"]
+"""Trainings on one H200, at the published batch sizes."""
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['llm']}-{row['stage']}")
+def test_the_plan_foretells_memory_and_time_that_were_measured_on_an_h200(row: dict[str, Any], tmp_path: Path) -> None:
+    assert row["at_once"] == 20480
+    words = [f"llm={row['llm']}", "vt=siglip", "recipe=base", "eval=none", "launch.gpu=h200", "launch.device=cuda"]
+    run = compose_run([*words, "launch.cache_features=false", "launch.row_tokens=20480"])
+    setting = Setting(torch.device("cpu"), False, (row["llm"],), tmp_path, lambda _: None)
+    data = write_prepared(setting, row["stage"], int(run.llm.architecture["vocab_size"]))
+    planned = planned_of(setting, run, row["stage"], data)
+    assert planned.stage.global_batch == setting.batch(row["stage"])
+    memory, seconds = fit_of(planned).memory, planned.seconds_a_step(planned.placement())
+    assert (memory.total - memory.fragmentation) / 2**30 == pytest.approx(row["peak_gib"], rel=0.1)
+    assert seconds == pytest.approx(row["seconds_a_step"], rel=0.15)

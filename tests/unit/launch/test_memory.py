@@ -35,7 +35,7 @@ def test_an_error_of_memory_ends_with_the_prediction_and_what_fits(tmp_path: Pat
     assert isinstance(failure, StageFailedError)
     first, last = str(failure).rsplit("\n", 1)
     assert first == said
-    assert "tinylmm plan predicts 31.4 GiB of 22.4 GiB for local x1" in last
+    assert "tinylmm plan predicts 29.3 GiB of 22.4 GiB for local x1" in last
     assert "(weights 6.0 GiB, gradients 36.3 MiB, optimizer" in last
     assert "launch.row_tokens=6144 fits" in last
 
@@ -44,7 +44,7 @@ def test_where_it_should_have_fitted_less_is_advised(tmp_path: Path) -> None:
     plan = planned(tmp_path, "llm=phi2", "vt=siglip", "launch.gpu=h200")
     said = str(with_advice(StageFailedError(CUDA), plan, training(plan, "pretrain")))
     assert said.endswith(
-        "Set launch.row_tokens=8192 or launch.gradient_checkpointing=true, and give the same command again."
+        "Set launch.row_tokens=10240 or launch.gradient_checkpointing=true, and give the same command again."
     )
 
 

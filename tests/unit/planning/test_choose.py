@@ -39,18 +39,18 @@ def training(tmp_path: Path, *words: str, stage: str = "finetune") -> Training:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["launch.gpu=h200"], {"row_tokens": 16384, "gradient_checkpointing": False}),
-        (["launch.gpu=h100"], {"row_tokens": 6144, "gradient_checkpointing": False}),
+        (["launch.gpu=h200"], {"row_tokens": 20480, "gradient_checkpointing": False}),
+        (["launch.gpu=h100"], {"row_tokens": 7168, "gradient_checkpointing": False}),
         (
             ["launch.gpu=h200", "launch=torchrun", "launch.nproc=8"],
-            {"deepspeed_stage": None, "row_tokens": 16384, "gradient_checkpointing": False},
+            {"deepspeed_stage": None, "row_tokens": 20480, "gradient_checkpointing": False},
         ),
         (
             ["launch.gpu=h100", "launch=torchrun", "launch.nproc=8"],
-            {"deepspeed_stage": 2, "row_tokens": 16384, "gradient_checkpointing": False},
+            {"deepspeed_stage": 2, "row_tokens": 20480, "gradient_checkpointing": False},
         ),
         (["launch.gpu=h100", "launch.row_tokens=9000"], {"gradient_checkpointing": True}),
-        (["launch.gpu=h200", "launch.gradient_checkpointing=true"], {"row_tokens": 16384}),
+        (["launch.gpu=h200", "launch.gradient_checkpointing=true"], {"row_tokens": 20480}),
         (["launch.gpu=h200", "launch.micro_batch=4"], {"gradient_checkpointing": False}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -94,7 +94,7 @@ def test_where_nothing_fits_the_least_is_taken(tmp_path: Path) -> None:
 def test_a_stage_is_given_the_choice_and_its_digest_stays(tmp_path: Path) -> None:
     plan, stage = planned(tmp_path, *BIG, "launch.gpu=h200")
     launch = settled_settings(plan, stage)["launch"]
-    assert (launch["row_tokens"], launch["gradient_checkpointing"]) == (16384, False)
+    assert (launch["row_tokens"], launch["gradient_checkpointing"]) == (20480, False)
     assert planned(tmp_path, *BIG, "launch.gpu=h100")[1].digest == stage.digest
     other = next(one for one in plan.graph if one.kind == "prepare")
     assert settled_settings(plan, other) == other.settings
