@@ -1,8 +1,9 @@
 """How long a training step takes: products at the rate that a device reaches, all else by the memory it reads and writes.
 
-The constants, PASSES, were fitted to trainings of this project measured on one H200 (`benchmarks/results/gpu.json`): with them it
-gives 0.94 to 1.05 of what Phi-2 and TinyLlama with SigLIP took in both stages, compiled, at the published batch sizes, and 1.0
-of what Phi-2 took without. Steps of a quarter of that took up to 1.2 times as long. What ranks send each other is not in it.
+The constants, PASSES, were fitted to trainings of this project measured on one H200 (`benchmarks/results/gpu.json`): with them
+it gives 0.94 to 1.06 of what Phi-2 and TinyLlama with SigLIP took in both stages, compiled, at the published batch sizes, and
+1.0 of what Phi-2 took without. Steps of a quarter of that took up to 1.2 times as long. What ranks send each other is left
+out.
 """
 
 from __future__ import annotations
