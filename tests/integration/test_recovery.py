@@ -22,14 +22,20 @@ from tinylmm.models.connectors import MLPConnector
 
 
 class PlantedNaN(MLPConnector):
-    """Gives NaN in the third training forward, on the last rank only."""
+    """Gives NaN in the third training forward, or in the backward pass of it, on the last rank only."""
 
     calls = 0
 
     def forward(self, features):
         PlantedNaN.calls += self.training
         last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
-        return super().forward(features) * (float("nan") if last and PlantedNaN.calls == 3 else 1.0)
+        output = super().forward(features)
+        if not last or PlantedNaN.calls != 3:
+            return output
+        if "WHERE" == "loss":
+            return output * float("nan")
+        output.register_hook(lambda gradient: gradient * float("nan"))
+        return output
 '''
 
 
@@ -78,11 +84,20 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues(project: Project)
 
 
 @pytest.mark.parametrize(
-    "launch",
-    ["local", "torchrun", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
+    ("launch", "where"),
+    [
+        ("local", "loss"),
+        ("torchrun", "loss"),
+        pytest.param("zero2", "loss", marks=pytest.mark.slow),
+        pytest.param("zero3", "loss", marks=pytest.mark.slow),
+        pytest.param("zero2", "gradient", marks=pytest.mark.slow),
+        pytest.param("zero3", "gradient", marks=pytest.mark.slow),
+    ],
 )
-def test_a_nan_on_one_rank_stops_the_run_before_any_weight_is_touched(launch: str, project: Project) -> None:
-    (project.root / "planted.py").write_text(NAN_CONNECTOR)
+def test_a_nan_on_one_rank_stops_the_run_before_any_weight_is_touched(
+    launch: str, where: str, project: Project
+) -> None:
+    (project.root / "planted.py").write_text(NAN_CONNECTOR.replace("WHERE", where))
     words = (
         "connector._target_=planted.PlantedNaN",
         "trust=[planted]",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class SaveSchedule:
     seconds: float
 
 
+def all_finite(numbers: list[Tensor]) -> bool:
+    """Whether none of some scalars is infinite or no number; asks the device once."""
+    return not numbers or bool(torch.isfinite(torch.stack([number.float() for number in numbers])).all())
+
+
 class LMMTrainer(Trainer):
     """Trains one stage.
 
@@ -100,7 +106,7 @@ class LMMTrainer(Trainer):
         self._learning_rates = learning_rates
         self._step_sample_ids: list[list[str]] = []
         self._losses: list[Tensor] = []
-        self._gradients_finite = True
+        self._largest: list[Tensor] = []
         self._reader = StepReader(args.device, args.gradient_accumulation_steps)
         self.stopped = False
         self.skipped_steps = 0
@@ -136,7 +142,7 @@ class LMMTrainer(Trainer):
         ahead = self.watched(self._reader.read(epoch_iterator))
         batches = [batch for _, batch in zip(range(num_batches), ahead, strict=False)]
         self._step_sample_ids = [batch.pop("sample_ids") for batch in batches]
-        self._losses, self._gradients_finite = [], True
+        self._losses, self._largest = [], []
         each = torch.tensor([len(batch["layout"]["supervised"]) for batch in batches], device=device)
         tokens = each.sum()
         if world_size() > 1:
@@ -174,8 +180,6 @@ class LMMTrainer(Trainer):
             num_items_in_batch = output.num_supervised
         loss = output.loss_sum * (world_size() / torch.as_tensor(num_items_in_batch).clamp(min=1))
         self._losses.append(loss.detach())
-        if self.is_deepspeed_enabled:  # its engine steps inside backward: this is the last moment before it
-            self._agree(bool(torch.isfinite(loss)))
         return (loss, output) if return_outputs else loss
 
     # ------------------------------------------------------------------------------ agreement before the optimiser step
@@ -184,9 +188,8 @@ class LMMTrainer(Trainer):
         """Check loss and gradient norm on every rank before the optimiser step that follows this call."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.is_deepspeed_enabled:
-            losses_finite = bool(torch.isfinite(torch.stack(self._losses)).all())
             norm_finite = bool(torch.isfinite(torch.as_tensor(norm)))
-            self._agree(losses_finite and (norm_finite or self._scaler_skips()))
+            self._agree(all_finite(self._losses) and (norm_finite or self._scaler_skips()))
         return norm
 
     def _scaler_skips(self) -> bool:
@@ -233,7 +236,8 @@ class LMMTrainer(Trainer):
         return super()._wrap_model(model, training, dataloader)
 
     def _note_gradient(self, gradient: Tensor) -> None:
-        self._gradients_finite = self._gradients_finite and bool(torch.isfinite(gradient).all())
+        """One kernel and one number, which nobody waits for before the step: a GPU that was asked at once would run dry."""
+        self._largest.append(torch.linalg.vector_norm(gradient.detach(), ord=math.inf))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # else Trainer has called it already
@@ -249,7 +253,8 @@ class LMMTrainer(Trainer):
             step = model.step
 
             def checked_step(*args: Any, **kwargs: Any) -> Any:
-                self._agree(self._gradients_finite or self.args.fp16)  # DeepSpeed's own scaler skips and halves
+                # In fp16 DeepSpeed's own scaler skips a step whose gradients overflow, and halves its scale.
+                self._agree(all_finite(self._losses) and (self.args.fp16 or all_finite(self._largest)))
                 return step(*args, **kwargs)
 
             model.step = checked_step
