@@ -150,6 +150,7 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
         certificate=find_certificate(layout.root, row.digest, manifest.get("versions", {}))
         if row.kind == TRAIN
         else None,
+        launched=manifest.get("summary", {}).get("launched", {}),
     )
 
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ class StageReport(StageRow):
         peak_rss_mib: largest resident memory of the run that made it.
         error: last traceback of a failed stage.
         certificate: of a training, what `tinylmm verify` found of it.
+        launched: of a training, what its launch chose where it was left open.
     """
 
     folder: Path | None = None
@@ -180,6 +182,7 @@ class StageReport(StageRow):
     peak_rss_mib: float | None = None
     error: str | None = None
     certificate: Found | None = None
+    launched: Mapping[str, Any] = field(default_factory=dict)
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
         """Steps and finite values of one logged quantity; of a step logged twice (resumed) the later counts."""

@@ -5,7 +5,9 @@ No torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 from tinylmm.reports.records import StageReport
 
@@ -34,7 +36,17 @@ def speed_words(stage: StageReport) -> list[str]:
         said.append(f"{share:.1%} of the measured peak" + (f" ({device})" if mfu is None else ""))
     said += [f"{share:.1%} {what}" for name, what in SHARES.items() if (share := _median(stage, name)) is not None]
     _, peaks = stage.curve("peak_memory_gib")
-    return [*said, f"{max(peaks):.2f} GiB peak memory"] if peaks else said
+    said += [f"{max(peaks):.2f} GiB peak memory"] if peaks else []
+    return said + launched_words(stage.launched)
+
+
+def launched_words(launched: Mapping[str, Any]) -> list[str]:
+    """`rows of 20,480 positions`, `ZeRO-2` and so on: what a launch that leaves it open was run with."""
+    rows, sharding, graphs = (launched.get(name) for name in ("row_tokens", "sharding", "graphs_compiled"))
+    said = [f"rows of {rows:,} positions"] if rows else []
+    said += [f"ZeRO-{sharding}"] if sharding else []
+    said += ["activations computed again"] if launched.get("checkpointing") else []
+    return said + ([f"{graphs} compiled graphs"] if graphs else [])
 
 
 def _median(stage: StageReport, name: str) -> float | None:
