@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -89,6 +89,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     with (
         uninterrupted(),
         _no_reader_left(),
+        closing(trainer.reader),
         wandb_run(job.settings.tracking, StoreLayout(job.store).tracking, job.name),
     ):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -107,7 +107,7 @@ class LMMTrainer(Trainer):
         self._step_sample_ids: list[list[str]] = []
         self._losses: list[Tensor] = []
         self._largest: list[Tensor] = []
-        self._reader = StepReader(args.device, args.gradient_accumulation_steps)
+        self.reader = StepReader(args.device, args.gradient_accumulation_steps)
         self.stopped = False
         self.skipped_steps = 0
         self._schedule = schedule
@@ -139,7 +139,7 @@ class LMMTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Fetch one step's micro-batches and count its supervised tokens over all ranks."""
-        ahead = self.watched(self._reader.read(epoch_iterator))
+        ahead = self.watched(self.reader.read(epoch_iterator))
         batches = [batch for _, batch in zip(range(num_batches), ahead, strict=False)]
         self._step_sample_ids = [batch.pop("sample_ids") for batch in batches]
         self._losses, self._largest = [], []
@@ -156,13 +156,6 @@ class LMMTrainer(Trainer):
     def watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass a step's batches on; whoever keeps count of them looks here."""
         return batches
-
-    def train(self, *args: Any, **options: Any) -> Any:
-        """As Trainer's; nothing is read ahead when it ends, however it ends."""
-        try:
-            return super().train(*args, **options)
-        finally:
-            self._reader.close()
 
     def compute_loss(
         self,
