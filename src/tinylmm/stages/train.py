@@ -63,6 +63,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
     device = choose_device(launch.device, spec.precision)
     attention = choose_training_attention(launch.attention, spec.precision, device)
     prepare_machine(device)
+    compiled = graphs_compiled()
     configure_tensorboard(job.folder)
     start = _own_start(job)
     with in_turn(device.type != "cpu"):
@@ -112,15 +113,14 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "train_loss": result.training_loss,
         "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
-        "launched": _launched(launch, device),
+        "launched": _launched(launch, device, graphs_compiled() - compiled),
         **_seen(samples, cache, spec.max_length),
         **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
 
 
-def _launched(launch: LaunchSpec, device: torch.device) -> dict[str, Any]:
-    """What a launch that leaves it open was run with; `tinylmm plan` chooses it (`planning/choose.py`)."""
-    compiled = graphs_compiled()
+def _launched(launch: LaunchSpec, device: torch.device, compiled: int) -> dict[str, Any]:
+    """What a launch that leaves it open was run with (`planning/choose.py`), and how many graphs were compiled for it."""
     return {
         "row_tokens": launch.positions(device.type != "cpu"),
         "sharding": launch.sharding,
