@@ -47,10 +47,14 @@ def test_a_plan_says_what_each_training_takes(tmp_path: Path) -> None:
     done = run("tinylmm.cli.main", "plan", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
+    # how many positions fit is what the memory plan was fitted to (tests/unit/planning); here it must be told, and alike
+    plan = json.loads(run("tinylmm.cli.main", "plan", *words, "--json", cwd=tmp_path).stdout)
+    rows = plan["estimate"]["stages"][0]["chosen"]["row_tokens"]
+    assert 4_096 < rows <= 20_480 and rows % 1_024 == 0
     for words_said in (
         "llm: 2.78G of 2.78G parameters trained",
-        "launched with rows of 6,144 positions, local x1: ",
-        "(chosen: row_tokens 6144, gradient_checkpointing False)",
+        f"launched with rows of {rows:,} positions, local x1: ",
+        f"(chosen: row_tokens {rows}, gradient_checkpointing False)",
         "does not fit; launch=zero2 launch.nproc=4 fits: ",
         "in money on NVIDIA GeForce RTX 4090",
         "as published (phi2's YAML)",
