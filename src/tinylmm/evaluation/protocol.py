@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from tinylmm.evaluation.benchmarks.base import Benchmark
 from tinylmm.evaluation.benchmarks.records import Item
+
+OWN = "the model's own"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Protocol:
         code: version of the code that asks and scores (`planning/kinds.py`).
         top: best score of one question; 1 unless a judge gives ratings.
         departs: in words, what differs from the protocol that papers report.
+        own: which of template and frames were left to the model: it was asked with those that it was trained with.
     """
 
     benchmark: str
@@ -55,6 +58,23 @@ class Protocol:
     code: int | None = None
     top: float = 1.0
     departs: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+    @property
+    def general(self) -> Protocol:
+        """The same for models of any template and any frames, where they were left to the model.
+
+        They are then part of what is compared, as its weights are, and no difference in how it was asked.
+        """
+        return self.without(self.own)
+
+    def without(self, left: Collection[str]) -> Protocol:
+        """The same with `the model's own` in place of template or frames."""
+        template = OWN if "template" in left else self.template
+        if self.frames is None or "frames" not in left:
+            return replace(self, template=template)
+        baseline, of, _ = self.frames.rpartition(" of ")  # `middle of uniform 8`
+        return replace(self, template=template, frames=f"{baseline}{of}{OWN}")
 
     @property
     def name(self) -> str:
@@ -69,7 +89,9 @@ class Protocol:
     def as_json(self) -> dict[str, Any]:
         """For scores.json and results.json."""
         fields = {"name": self.name, **asdict(self), "departs": list(self.departs), "limited": self.limited}
-        return fields if self.frames is not None else {key: value for key, value in fields.items() if key != "frames"}
+        absent = {"frames"} if self.frames is None else set()
+        absent |= set() if self.own else {"own"}
+        return {key: value for key, value in fields.items() if key not in absent}
 
     @classmethod
     def of_json(cls, record: Mapping[str, Any] | str | None, benchmark: str) -> Protocol:
@@ -77,7 +99,7 @@ class Protocol:
         if not isinstance(record, Mapping):
             return cls(benchmark, str(record or "").removeprefix(f"{benchmark}-").removeprefix(benchmark))
         known = {name: record[name] for name in (one.name for one in fields(cls)) if name in record}
-        return cls(**{**known, "departs": tuple(known.get("departs", ()))})
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in ("departs", "own")}})
 
     def facts(self) -> list[tuple[str, str]]:
         """What is known of it as names and values, in the order of interest."""
@@ -102,6 +124,10 @@ class Protocol:
             *((name, str(value)) for name, value in found.items() if value not in (None, "")),
         ]
 
+    def alike(self, other: Protocol) -> bool:
+        """Whether two models' figures may stand in one column: equal, or only as different as the models are."""
+        return replace(self, own=()) == replace(other, own=()) or self.general == other.general
+
     def comparable(self, other: Protocol) -> bool:
         """Whether the two differ in which questions were asked at most: answers to the same ones can be paired."""
         blank: dict[str, Any] = {
@@ -112,11 +138,12 @@ class Protocol:
             "questions": None,
             "departs": (),
         }
-        return replace(self, **blank) == replace(other, **blank)
+        return replace(self, **blank).alike(replace(other, **blank))
 
     def differences(self, other: Protocol) -> list[str]:
         """In words, every way in which two protocols differ; other questions only where nothing else explains them."""
-        ours, theirs = dict(self.facts()), dict(other.facts())
+        one, two = (self.general, other.general) if self.own == other.own else (self, other)
+        ours, theirs = dict(one.facts()), dict(two.facts())
         names = dict.fromkeys([*ours, *theirs])
         found = [
             f"{name} {ours.get(name, 'not known')} and {theirs.get(name, 'not known')}"
@@ -126,6 +153,21 @@ class Protocol:
         if not found and self.questions != other.questions:
             return ["other questions"]
         return found
+
+
+def shared(protocols: Iterable[Protocol]) -> dict[Protocol, Protocol]:
+    """Each protocol -> the one that stands for all that are alike, without what differs between their models."""
+    groups: list[list[Protocol]] = []
+    for protocol in dict.fromkeys(protocols):
+        group = next((group for group in groups if protocol.alike(group[0])), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(protocol)
+    found: dict[Protocol, Protocol] = {}
+    for group in groups:
+        varying = [name for name in ("template", "frames") if len({getattr(one, name) for one in group}) > 1]
+        found |= dict.fromkeys(group, group[0].without(varying))
+    return found
 
 
 def protocol_of(

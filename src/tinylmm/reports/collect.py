@@ -7,9 +7,11 @@ are all readable: what is missing becomes a note on the report. Files that contr
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from tinylmm.errors import IntegrityError, UserError, suggestion
 from tinylmm.evaluation.protocol import Protocol
@@ -89,7 +91,7 @@ def _collect_run(store_root: Path, folder: Path) -> RunReport:
     models = {stage.digest: stage.name for stage in stages if stage.kind == TRAIN}
     judged, waiting = _judgements(stages)
     evaluations = tuple(
-        _collect_evaluation(stage, stage.folder, models)
+        _collect_evaluation(stage, stage.folder, models, record.spec)
         for stage in stages
         if stage.kind in EVALUATIONS and stage.folder is not None and stage.finished and stage.digest not in judged
     )
@@ -154,7 +156,7 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
     )
 
 
-def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]) -> Evaluation:
+def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str], run: Mapping[str, Any]) -> Evaluation:
     model = read_stored_spec(folder).parents.get("model")
     if model is not None and model not in models:
         raise IntegrityError(
@@ -164,6 +166,7 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
     record = read_json(path)
     name, _, evaluated = stage.name.partition("@")
     protocol = Protocol.of_json(record.get("protocol"), record["benchmark"])
+    protocol = replace(protocol, own=_left_to_model(run, protocol, name))
     scores = []
     for row in record["metrics"]:
         if not isfinite(row["value"]):
@@ -176,6 +179,15 @@ def _collect_evaluation(stage: StageReport, folder: Path, models: dict[str, str]
     return Evaluation(
         evaluated if model is None else models[model], name, record["benchmark"], protocol, tuple(scores), folder
     )
+
+
+def _left_to_model(run: Mapping[str, Any], protocol: Protocol, name: str) -> tuple[str, ...]:
+    """Which of template and frames a run's evaluation asks each model in its own way."""
+    asked = run.get("eval", {}).get(name)
+    if asked is None:
+        return ()
+    open_ = {"template": asked.get("template") == "auto", "frames": asked.get("sampling") is None}
+    return tuple(field for field, left in open_.items() if left and getattr(protocol, field) is not None)
 
 
 # ---------------------------------------------------------------------------------------------------- examples

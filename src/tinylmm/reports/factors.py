@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from tinylmm.config.video import SamplingSpec
 from tinylmm.reports.wording import ABSENT, GROUP_TITLES, facts
 
 SEED = "seed"
 NO_FACTORS = ("name", "store", "launch", "tracking", "trust", "eval", SEED)
 """Fields of a spec that decide no result, and those that have a place of their own: protocols say what `eval` does."""
+
+SAMPLING = "video.sampling"
+"""Several fields that say one thing: which frames."""
 
 Flat = dict[str, Any]
 
@@ -105,7 +109,9 @@ def _flat(spec: Mapping[str, Any]) -> Flat:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
+    if key == SAMPLING and value:
+        yield key, SamplingSpec.model_validate(value).in_words
+    elif isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _leaves(f"{key}.{name}", inner)
     else:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tinylmm.evaluation.protocol import Protocol
+from tinylmm.evaluation.protocol import Protocol, shared
 from tinylmm.evaluation.statistics import Z_95
 from tinylmm.reports.doubt import Estimate, Floats, Ints, Runs, mean_of
 from tinylmm.reports.factors import Factors, find_factors
@@ -43,7 +43,7 @@ class Column:
 
     Attributes:
         name, metric: of the evaluation, and of the figure.
-        protocol: by which it was made; `letter` tells it from other protocols of the same evaluation.
+        protocol: by which all its figures were made (`shared`); `letter` tells it from other protocols of the same evaluation.
         cells: places of the cells that have it, the order of `runs.cells`.
         runs: the figures; cell numbers in it are places in the study.
         share: whether it is a share of right answers in %.
@@ -194,10 +194,12 @@ def _columns(
     report: Report, cells: Sequence[Cell], kept: Sequence[int]
 ) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
     found: dict[tuple[str, str, Protocol | None], dict[int, Score]] = {}
+    standing = _standing([report.runs[place] for place in kept])
     for place in kept:
         for name, evaluation in report.runs[place].last_evaluations.items():
             for score in evaluation.scores:
-                found.setdefault((name, score.metric, score.protocol), {})[place] = score
+                protocol = score.protocol and standing[name, score.protocol]
+                found.setdefault((name, score.metric, protocol), {})[place] = score
     wanted = {key for key, scores in found.items() for place in scores if _is_wanted(report.runs[place], key)}
     letters = _letters([(name, protocol) for name, metric, protocol in found])
     units = _units(report, kept)
@@ -219,6 +221,15 @@ def _columns(
         (columns if key in wanted else categories).append(column)
     single = len({name for name, _, _ in found}) == 1
     return tuple(columns), tuple(categories) if single else ()
+
+
+def _standing(runs: Sequence[RunReport]) -> dict[tuple[str, Protocol], Protocol]:
+    """(evaluation, protocol) -> the one that stands for all that are alike."""
+    made: dict[str, list[Protocol]] = {}
+    for run in runs:
+        for name, evaluation in run.last_evaluations.items():
+            made.setdefault(name, []).append(evaluation.protocol)
+    return {(name, one): stands for name, found in made.items() for one, stands in shared(found).items()}
 
 
 def _is_wanted(run: RunReport, key: tuple[str, str, Protocol | None]) -> bool:

@@ -64,15 +64,19 @@ def seed_lines(study: Study) -> list[str]:
                 f"{column.title}: seeds alone move a run by {number(middle, 2)} (standard deviation; median of "
                 f"{len(several)} cells, {number(min(spreads), 2)} to {number(max(spreads), 2)})."
             )
-        lines += [_unknown(study, column, cell) for cell in column.cells if cell not in several]
+            lines += [_unknown(study, column, cell) for cell in column.cells if cell not in several]
+    if nowhere := [
+        column.title for column in study.columns if all(len(column.runs.of_cell(c)) < 2 for c in column.cells)
+    ]:
+        whose = "" if len(nowhere) == len(study.columns) else f"{', '.join(nowhere)}: "
+        lines.append(f"{whose}every cell has one seed, so the noise of seeds is unknown; run more (seed=0,1,2).")
     return lines
 
 
 def _unknown(study: Study, column: Column, cell: int) -> str:
     what = f"{column.title}, {study.label(cell)}: one seed, so its seed noise is unknown"
     noise = column.seed_noise(study, cell)
-    if noise is None:
-        return f"{what}, as that of every other cell; run more seeds (seed=0,1,2)."
+    assert noise is not None, "other cells have several"
     return f"{what}; the nearest cell that has several, {study.label(noise[1])}, has {number(noise[0], 2)}."
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylmm.errors import printable
-from tinylmm.evaluation.protocol import Protocol
+from tinylmm.evaluation.protocol import Protocol, shared
 from tinylmm.reports.effects import Findings
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report, RunReport, Score, ScoreRow
@@ -79,44 +80,56 @@ def compare_grid(report: Report) -> tuple[list[str], list[list[str]]]:
     one = len({name for name, _ in keys}) == 1
     labels = {key: words(found[key].label) for key in keys}
     header = ["run", "after", *(labels[key] if one else f"{words(key[0])} {labels[key]}" for key in keys)]
-    letters = protocol_marks(report)
+    marks = protocol_marks(report)
     rows = []
     for run in report.runs:
         after = run.scored_stages[-1] if run.scored_stages else ABSENT
-        rows.append([run.name, after, *(_marked(last[run.name].get(key), letters) for key in keys)])
+        rows.append([run.name, after, *(_marked(last[run.name].get(key), marks) for key in keys)])
     return header, rows
 
 
-def _marked(score: Score | None, letters: Mapping[tuple[str, Protocol], str]) -> str:
+def _marked(score: Score | None, marks: Mapping[tuple[str, Protocol], Mark]) -> str:
     if score is None:
         return ABSENT
-    letter = letters.get((score.title, score.protocol), "") if score.protocol else ""
+    mark = marks.get((score.title, score.protocol)) if score.protocol else None
     sample = " (sample)" if score.protocol and score.protocol.limited else ""
-    return f"{number(score.value)}{f' {letter}' if letter else ''}{sample}"
+    return f"{number(score.value)}{f' {mark.letter}' if mark else ''}{sample}"
 
 
-def protocol_marks(report: Report) -> dict[tuple[str, Protocol], str]:
-    """(evaluation, protocol) -> letter, for evaluations that the runs of a report made by several protocols."""
+@dataclass(frozen=True)
+class Mark:
+    """A letter beside figures, and the protocol that it stands for."""
+
+    letter: str
+    protocol: Protocol
+
+
+def protocol_marks(report: Report) -> dict[tuple[str, Protocol], Mark]:
+    """(evaluation, protocol) -> its mark, for evaluations that the runs of a report made by several protocols."""
     protocols: dict[str, list[Protocol]] = {}
     for run in report.runs:
         for name, evaluation in run.last_evaluations.items():
-            if evaluation.protocol not in protocols.setdefault(name, []):
-                protocols[name].append(evaluation.protocol)
-    differing = [(name, one) for name, found in protocols.items() if len(found) > 1 for one in found]
-    return {key: ascii_lowercase[number % 26] * (number // 26 + 1) for number, key in enumerate(differing)}
+            protocols.setdefault(name, []).append(evaluation.protocol)
+    marks: dict[tuple[str, Protocol], Mark] = {}
+    letters: dict[tuple[str, Protocol], str] = {}
+    for name, found in protocols.items():
+        standing = shared(found)
+        if len(set(standing.values())) > 1:
+            for one, stands in standing.items():
+                number = len(letters)
+                letter = letters.setdefault((name, stands), ascii_lowercase[number % 26] * (number // 26 + 1))
+                marks[name, one] = Mark(letter, stands)
+    return marks
 
 
 def compare_notes(report: Report) -> list[str]:
     """One line a letter of `compare_grid`: what it stands for, and that such figures are not comparable."""
-    letters = protocol_marks(report)
-    first: dict[str, Protocol] = {}
+    first: dict[str, Mark] = {}
     lines = []
-    for (name, protocol), letter in letters.items():
-        other = first.setdefault(name, protocol)
-        apart = (
-            "" if other is protocol else f" (against {letters[name, other]}: {'; '.join(other.differences(protocol))})"
-        )
-        lines.append(f"{letter}  {words(name)}: {protocol_line(protocol)}{apart}")
+    for name, mark in dict.fromkeys((name, mark) for (name, _), mark in protocol_marks(report).items()):
+        other = first.setdefault(name, mark)
+        against = f" (against {other.letter}: {'; '.join(other.protocol.differences(mark.protocol))})"
+        lines.append(f"{mark.letter}  {words(name)}: {protocol_line(mark.protocol)}{'' if other is mark else against}")
     return [*lines, "Figures with different letters are not comparable."] if lines else []
 
 

@@ -31,6 +31,11 @@ def test_a_study_that_is_a_sum_has_the_factors_of_its_parts() -> None:
     assert len({found.cell_of(run) for run in range(len(found.seeds))}) == 13
 
 
+def test_which_frames_are_one_factor_however_they_are_said() -> None:
+    found = factors_of("recipe=video", "llm=nano_video", "vt=nano_video", "video.sampling={uniform:8},{fps:1,max:16}")
+    assert levels(found) == {"sampling": ("uniform 8", "fps 1, max 16")} and found.along == ()
+
+
 @pytest.mark.parametrize(
     ("word", "title", "expected"),
     [

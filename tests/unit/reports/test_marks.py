@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tinylmm.errors import UserError
+from tinylmm.evaluation.protocol import Protocol
 from tinylmm.reports.collect import collect_report
 from tinylmm.reports.compare import compare_runs
 from tinylmm.reports.html import render_html
 from tinylmm.reports.picture import results_picture
 from tinylmm.reports.published import published_grid
 from tinylmm.reports.records import Report
+from tinylmm.reports.study import study_of
 from tinylmm.reports.tables import (
     compare_grid,
     compare_notes,
     protocol_grid,
+    protocol_line,
     render_markdown,
     render_scores,
     score_grid,
@@ -136,6 +140,56 @@ def test_figures_of_different_protocols_do_not_stand_in_one_column_unmarked(
     assert (len(notes) == 3 and apart in notes[1]) if apart else notes == []
     for text in (terminal(report), render_markdown(report), render_html(report)):
         assert ("are not comparable" in text) == bool(apart)
+
+
+CLIPS = WHOLE | {"frames": "uniform 8"}
+FEWER = CLIPS | {"frames": "uniform 4"}
+MIDDLE = WHOLE | {"frames": "middle of uniform 8"}
+OPEN: dict[str, Any] = {"template": "auto", "sampling": None}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "asked", "column"),
+    [
+        (WHOLE, WHOLE | {"template": "llama"}, (OPEN, OPEN), "template the model's own"),
+        (CLIPS, FEWER, (OPEN, OPEN), "template phi, frames the model's own"),
+        (MIDDLE, WHOLE | {"frames": "middle of uniform 4"}, (OPEN, OPEN), "frames middle of the model's own"),
+        (CLIPS, CLIPS, (OPEN, OPEN | {"sampling": {"uniform": 8}}), "frames uniform 8"),
+        (WHOLE, WHOLE, (OPEN | {"template": "phi"}, OPEN), "template phi"),
+        (WHOLE, WHOLE | {"template": "llama"}, (OPEN, OPEN | {"template": "llama"}), None),
+        (CLIPS, FEWER, (OPEN, OPEN | {"sampling": {"uniform": 4}}), None),
+        (CLIPS, MIDDLE, (OPEN, OPEN), None),
+        (WHOLE | {"precision": "fp32"}, WHOLE | {"precision": "bf16"}, (OPEN, OPEN), None),
+    ],
+    ids=["templates", "frames", "baselines", "named and open", "open and named", "one template named", "one sampling named",
+         "a baseline and none", "precision"],
+)  # fmt: skip
+def test_what_was_left_to_each_model_is_no_difference_of_protocols(
+    store: StoreBuilder,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    asked: tuple[dict[str, Any], ...],
+    column: str | None,
+) -> None:
+    for name, protocol, fields in (("a", first, asked[0]), ("b", second, asked[1])):
+        store.stages.clear()
+        trained(store, name)
+        rows = [row(n, image=f"{n}.png", score=float(n % 2), correct=n % 2 == 1) for n in range(9)]
+        evaluate(store, "gqa", {"accuracy": 61.0}, protocol, name, rows)
+        path = store.run(name) / "run.json"
+        changed = SPEC | {"eval": {"gqa": {"benchmark": "gqa", **fields}}, "llm": {"name": name}}
+        write(path, json.loads(path.read_text()) | {"spec": changed})
+    report = collect_report(store.root, ["a", "b"])
+    study = study_of(report)
+    assert study is not None
+    assert len(study.columns) == (1 if column else 2)
+    assert (compare_notes(report) == []) == (column is not None)
+    if column is None:
+        with pytest.raises(UserError, match="not comparable"):
+            compare_runs(report)
+    else:
+        assert column in protocol_line(study.columns[0].protocol or Protocol("", ""))
+        assert compare_runs(report)[0].count == 9
 
 
 def test_published_figures_stand_beside_what_sets_ours_apart(store: StoreBuilder) -> None:

@@ -104,6 +104,14 @@ def test_one_seed_says_that_its_noise_is_unknown_and_shows_the_nearest(store: St
     ]
 
 
+def test_that_no_cell_has_a_second_seed_is_said_once(store: StoreBuilder) -> None:
+    findings = found(store, sweep(store, seeds=1))
+    assert len(findings.study.cells) == 4
+    assert seed_lines(findings.study) == [
+        "every cell has one seed, so the noise of seeds is unknown; run more (seed=0,1,2)."
+    ]
+
+
 def test_neighbours_that_are_alike_come_with_what_would_tell_them_apart(store: StoreBuilder) -> None:
     store.questions = 80
     store.images()
