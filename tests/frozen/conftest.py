@@ -14,5 +14,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     product.freeze_versions(monkeypatch.setitem)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # rows of a measured machine have a field more
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # with a GPU, evaluations are in bf16 where nothing else is said
     for name in ("TINYLMM_STORE", "TINYLMM_DATA"):
         monkeypatch.delenv(name, raising=False)

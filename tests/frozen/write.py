@@ -20,6 +20,7 @@ def main(names: list[str]) -> int:
     """Write the named files, or all; each is made in an empty folder."""
     for variable in ("TINYLMM_STORE", "TINYLMM_DATA"):
         os.environ.pop(variable, None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the tests compose
     product.freeze_versions(dict.__setitem__)
     home = Path.cwd()
     for name in names or RECORDS:

@@ -187,7 +187,18 @@ def _finish(words: list[str], faults: list[Fault], opened: Session) -> RunSpec:
     faults = [*faults, *leaves, *found]
     if faults or spec is None:
         raise ConfigError(list(dict.fromkeys(faults)))
-    return spec
+    return _with_precisions(spec)
+
+
+def _with_precisions(spec: RunSpec) -> RunSpec:
+    """The run with a precision in place of each evaluation's `auto`.
+
+    Chosen here and not where a stage is planned or run: what is recorded, queued and hashed is then one and the same
+    precision, whichever machine goes on with the run.
+    """
+    chosen = {"precision": "bf16" if spec.launch.on_gpu else "fp32"}
+    settled = {k: one.model_copy(update=chosen) if one.precision == "auto" else one for k, one in spec.eval.items()}
+    return spec.model_copy(update={"eval": settled})
 
 
 def _auto_choices(cfg: DictConfig, faults: list[Fault], vocabulary: Vocabulary) -> list[str]:

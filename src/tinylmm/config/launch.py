@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tinylmm.config.fields import Frozen, Positive
-from tinylmm.config.gpus import ranks_here
+from tinylmm.config.gpus import ranks_here, visible_gpus
 
 ROW_TOKENS = {"cpu": 1024, "gpu": 4096}
 """Positions that a rank takes at once where nothing else is said: what a CPU's caches hold of a layer; and what keeps a GPU
@@ -132,6 +132,11 @@ class LaunchSpec(Frozen):
                 "slots are places on one machine; with nodes above 1 a stage takes them all: leave slots out"
             )
         return self
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether stages that use ranks run on GPUs: as `device` says, else where SLURM gives them some, else where some are."""
+        return self.device == "cuda" or (self.device == "auto" and (self.slurm is not None or visible_gpus() > 0))
 
     def positions(self, on_gpu: bool) -> int | None:
         """Positions that a rank takes at once; None where micro-batches are counted in samples."""

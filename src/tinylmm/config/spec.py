@@ -285,9 +285,10 @@ class EvalSpec(Frozen):
     template: Literal["auto"] | TemplateName = "auto"
     sampling: SamplingSpec | None = None
     """The frames of videos that are shown; by default those that the model was trained with."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the weights. bf16 and fp16 take half the memory. In fp32 answers are the same in any batch; so they are in bf16 and
-    fp16 on a GPU, though not those of fp32, where the scores' `batch_independent` says it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the weights. `auto` is bf16 where the launch means GPUs (`LaunchSpec.on_gpu`), else fp32, and becomes that word when a
+    run is composed: answers of either are another result. bf16 and fp16 take half the memory. In fp32 answers are the same in
+    any batch; so they are in bf16 and fp16 on a GPU, though not those of fp32, where the scores' `batch_independent` says it."""
 
     @model_validator(mode="after")
     def _root_or_source(self) -> EvalSpec:

@@ -33,7 +33,7 @@ from tinylmm.generation.fixed import fixed_on_gpu
 from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import load_model
-from tinylmm.models.devices import DTYPES, named_device, to_precision
+from tinylmm.models.devices import DTYPES, named_device, precision_on, to_precision
 from tinylmm.store.find_model import find_model
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class TinyLMM(lmms):
     Args:
         pretrained: a model, stage or run folder, or the name of a run in the store that TINYLMM_STORE names.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; by default the GPU where there is one.
-        precision: of the weights, fp32, bf16 or fp16.
+        precision: of the weights, fp32, bf16 or fp16; by default (`auto`) bf16 on a GPU, else fp32.
         batch_size: most prompts at once, or `auto`; lmms-eval's own default of 1 is as good, as answers do not depend on it.
         tokens: most tokens, of prompts and answers, at once.
         max_batch_size: most prompts at once where `batch_size` is `auto`.
@@ -67,7 +67,7 @@ class TinyLMM(lmms):
         self,
         pretrained: str,
         device: str | None = None,
-        precision: str = "fp32",
+        precision: str = AUTO,
         batch_size: int | str = AUTO,
         tokens: int | str = 32768,
         max_batch_size: int | str | None = None,
@@ -80,10 +80,11 @@ class TinyLMM(lmms):
                 f"tinylmm models take pretrained, device, precision, batch_size, max_batch_size, tokens and template; "
                 f"found {', '.join(unknown)} too. Remove it from --model_args."
             )
-        if precision not in DTYPES:
-            raise UserError(f"precision={precision} is none of {', '.join(DTYPES)}; correct --model_args.")
+        if precision not in (AUTO, *DTYPES):
+            raise UserError(f"precision={precision} is none of {AUTO}, {', '.join(DTYPES)}; correct --model_args.")
         loaded = load_model(find_model(pretrained), [])
         self._device = named_device(device or "auto")
+        precision = precision_on(self._device, precision)
         to_precision(loaded.model, self._device, DTYPES[precision])
         loaded.model.set_attention(choose_attention("auto", precision, self._device))
         self.model = loaded.model.eval()

@@ -34,7 +34,7 @@ from tinylmm.generation.prompts import Prompt, PromptMaker
 from tinylmm.generation.text import Pieces
 from tinylmm.models.attention import choose_attention
 from tinylmm.models.checkpoint import LoadedModel, load_model
-from tinylmm.models.devices import DTYPES, named_device, to_precision
+from tinylmm.models.devices import DTYPES, named_device, precision_on, to_precision
 from tinylmm.store.find_model import find_model
 
 KEPT_FEATURES = 32
@@ -71,7 +71,7 @@ def load(
         raise UserError(f"dtype is '{dtype}'; allowed: auto, {', '.join(DTYPES)}.")
     target = named_device(str(device))
     folder = find_model(where, None if store is None else Path(store))
-    precision = dtype if dtype != "auto" else "bf16" if target.type == "cuda" else "fp32"
+    precision = precision_on(target, dtype)
     loaded = load_model(folder, list(trust))
     to_precision(loaded.model, target, DTYPES[precision])
     loaded.model.set_attention(choose_attention(attention, precision, target))

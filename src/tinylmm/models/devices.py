@@ -13,6 +13,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number types by the names that recipes and commands have for them."""
 
 
+def precision_on(device: torch.device, wanted: str = "auto") -> str:
+    """What a model that nobody trains computes in where nothing else is said (`auto`): bf16 on a GPU, else fp32."""
+    return wanted if wanted != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
 ROTARY = "inv_freq"
 """In the names of buffers with rotary frequencies, `inv_freq` and `original_inv_freq`."""
 
@@ -76,7 +81,7 @@ def choose_device(wanted: str, precision: str) -> torch.device:
         )
     if wanted == "auto" and precision != "fp32" and not found:
         raise UserError(
-            f"this stage trains in {precision}, which is meant for a GPU, "
+            f"this stage computes in {precision}, which is meant for a GPU, "
             f"and no CUDA GPU was found (torch {torch.__version__}). "
             f"Say launch.device=cpu to run it on the CPU all the same, or set the stage's precision to fp32."
         )

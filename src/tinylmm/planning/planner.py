@@ -24,13 +24,16 @@ from tinylmm.planning.fingerprints import (
     source_fingerprint,
 )
 from tinylmm.planning.graph import MISSING, VIDEOS, StageGraph, build_graph
-from tinylmm.planning.specs import Content, JudgeStage, StageSettings
+from tinylmm.planning.specs import Content, EvalStage, JudgeStage, StageSettings
 from tinylmm.store.integrity import read_manifest
 from tinylmm.store.layout import model_folder
 from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32", "bf16", "fp16"}
+"""That an evaluation may have."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = (), known: Know
     parts = (("llm", run.llm), ("vision_tower", run.vision_tower))
     unknown = [sentence for role, part in parts if (sentence := unknown_numbers(role, part))]
     warnings = [*_warnings(run), *filter(None, map(waits_for, graph))]
+    if not any("precision" in word for word in overrides):
+        warnings += _asked_in_another_precision(run, graph)
     return RunPlan(name, list(overrides), run, graph, files.missing, files.not_found, unknown, warnings)
 
 
@@ -122,6 +127,24 @@ def _warnings(run: RunSpec) -> list[str]:
                 f"{run.llm.name} was trained on (max_position_embeddings): longer samples are read worse, or not at all."
             )
     return found
+
+
+def _asked_in_another_precision(run: RunSpec, graph: StageGraph) -> Iterator[str]:
+    """Evaluations to come that the store has in another precision: the same words on a machine with a GPU, and without one."""
+    store = Store(run.store)
+    for stage in graph:
+        if stage.kind != "eval" or store.is_complete(stage):
+            continue
+        asked = EvalStage.model_validate(stage.spec).precision
+        for precision in PRECISIONS - {asked}:
+            spec = stage.spec | {"precision": precision}
+            twin = Stage.of(stage.kind, stage.name, stage.version, spec, stage.parents, stage.settings)
+            if store.is_complete(twin):
+                yield (
+                    f"{stage.name}: the store has its answers in {precision}, and this run asks in {asked} "
+                    f"(precision: auto, by whether there is a GPU). Set eval.{stage.name.partition('@')[0]}.precision={precision} "
+                    "to use them."
+                )
 
 
 def _refuse_left_out(run: RunSpec, graph: StageGraph) -> None:
