@@ -306,8 +306,10 @@ def test_a_stage_cannot_train_on_a_question_file() -> None:
             "recipe.stages.pretrain.adam_epsilon",
             "is not read by trainer.optim=lion_32bit",
         ),
+        (["trainer.optim=muon", "launch=zero2"], "trainer.optim", "needs whole tensors on every rank"),
+        (["trainer.optim=adamw_bf16", "launch=zero3"], "trainer.optim", "Use launch=local or torchrun"),
     ],
-    ids=["limit_seed", "layout", "8 bits", "betas", "epsilon"],
+    ids=["limit_seed", "layout", "8 bits", "betas", "epsilon", "muon", "bf16 moments"],
 )
 def test_what_would_decide_nothing_is_refused(words: list[str], where: str, what: str) -> None:
     found = faults(*words)

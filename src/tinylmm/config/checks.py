@@ -16,7 +16,7 @@ from tinylmm.config.overrides import holds_secret, looks_secret, secret_fault
 from tinylmm.config.part_checks import check_parts
 from tinylmm.config.plain import mapping_at, walk
 from tinylmm.config.targets import Role, backend_target, check_target, check_trust, shipped_backends
-from tinylmm.config.trainer import NO_ADAM, NO_EPSILON, TrainerSpec, refused_field
+from tinylmm.config.trainer import NO_ADAM, NO_EPSILON, OWN_OPTIMIZERS, TrainerSpec, refused_field
 from tinylmm.errors import Fault, suggestion
 from tinylmm.sizing.compatibility import check_compatibility
 
@@ -229,6 +229,10 @@ def _check_newline(where: str, stage: Mapping[str, Any], raw: Mapping[str, Any])
 
 
 def _check_sharding(raw: Mapping[str, Any]) -> list[Fault]:
+    optim = mapping_at(raw, "trainer").get("optim")
+    if optim in OWN_OPTIMIZERS and mapping_at(raw, "launch").get("deepspeed_stage") in (2, 3):
+        what = f"is {optim}, which needs whole tensors on every rank, and ZeRO shares them out."
+        return [Fault("trainer.optim", what, "Use launch=local or torchrun, or another optimiser.")]
     if mapping_at(raw, "launch").get("deepspeed_stage") != 3:
         return []
     return [

@@ -135,7 +135,7 @@ class LaunchSpec(Frozen):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether stages that use ranks run on GPUs: as `device` says, else where SLURM gives them some, else where some are."""
+        """Whether stages that use ranks run on GPUs: as `device` says, or where SLURM gives them some, or some are here."""
         return self.device == "cuda" or (self.device == "auto" and (self.slurm is not None or visible_gpus() > 0))
 
     def positions(self, on_gpu: bool) -> int | None:

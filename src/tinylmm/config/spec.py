@@ -287,8 +287,8 @@ class EvalSpec(Frozen):
     """The frames of videos that are shown; by default those that the model was trained with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the weights. `auto` is bf16 where the launch means GPUs (`LaunchSpec.on_gpu`), else fp32, and becomes that word when a
-    run is composed: answers of either are another result. bf16 and fp16 take half the memory. In fp32 answers are the same in
-    any batch; so they are in bf16 and fp16 on a GPU, though not those of fp32, where the scores' `batch_independent` says it."""
+    run is composed: answers of either are another result. bf16 and fp16 take half the memory. In fp32 answers are the same
+    in any batch; so are bf16's and fp16's on a GPU, though not fp32's, where the scores' `batch_independent` says it."""
 
     @model_validator(mode="after")
     def _root_or_source(self) -> EvalSpec:

@@ -20,9 +20,16 @@ Optimizer = Literal[
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
     "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
     "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "muon", "adamw_bf16",
 ]  # fmt: skip
-"""Optimisers of torch, transformers and (from the third row on) bitsandbytes. Others need packages that are no dependency
-of tinylmm, or take over the training loop."""
+"""Optimisers of torch, transformers, (from the third row on) bitsandbytes and, in the last row, of `training/inexact.py`.
+Others need packages that are no dependency of tinylmm, or take over the training loop."""
+
+OWN_OPTIMIZERS = frozenset({"muon", "adamw_bf16"})
+"""Those that TrainingArguments does not know; each needs whole tensors on every rank."""
+
+ADAMW = frozenset({None, "adamw_torch", "adamw_torch_fused"})
+"""Values of `optim` that mean the one that published recipes were trained with."""
 
 _ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
 OPTIMIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
@@ -50,7 +57,7 @@ class TrainerSpec(Sparse):
     """Further fields of transformers.TrainingArguments; what is not set is as tinylmm has it."""
 
     optim: Optimizer | None = None
-    """By default adamw_torch_fused on a GPU and adamw_torch on a CPU."""
+    """By default adamw_torch_fused on a GPU and adamw_torch on a CPU; published recipes were trained with AdamW."""
     optim_args: str | None = None
     """Further numbers of the optimiser, as in `momentum=0.9,nesterov=true` of sgd."""
     lr_scheduler_kwargs: SchedulerArguments | None = None
@@ -88,12 +95,13 @@ class TrainerSpec(Sparse):
 
     def as_arguments(self) -> dict[str, Any]:
         """Return every field that is set, as TrainingArguments takes it."""
-        return self.given()
+        given = self.given()
+        return given if self.optim not in OWN_OPTIMIZERS else {k: v for k, v in given.items() if k != "optim"}
 
     @property
     def deciding(self) -> dict[str, Any]:
         """The fields that are set and decide what is learnt: part of a training stage's identity."""
-        return {name: value for name, value in self.as_arguments().items() if name in DECIDING}
+        return {name: value for name, value in self.given().items() if name in DECIDING}
 
 
 DECIDING = frozenset(

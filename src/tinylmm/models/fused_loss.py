@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinylmm.models.prepacked import Prepacked, prepacked
+
 CHUNK_BYTES = 128 * 2**20
 """Of a chunk's logits in fp32: 655 positions of Phi-2's 51,200 words."""
 
@@ -63,8 +65,9 @@ def fused_cross_entropy(
         rows: positions whose logits exist at once; by default what CHUNK_BYTES hold.
     """
     rows = rows or max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-    arguments = (hidden, head.weight, head.bias, targets, shaping, rows, compute_type(head))
-    return _FusedCrossEntropy.apply(*arguments)
+    compute = compute_type(head)
+    laid_out = prepacked(head) if compute == torch.float32 else None
+    return _FusedCrossEntropy.apply(hidden, head.weight, head.bias, targets, shaping, rows, compute, laid_out)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -80,10 +83,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
         shaping: Shaping,
         rows: int,
         compute: torch.dtype,
+        laid_out: Prepacked | None,
     ) -> Tensor:
         """See `fused_cross_entropy`."""
         wanted = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        slopes = _Slopes(hidden, weight, bias, wanted)
+        slopes = _Slopes(hidden, weight, bias, wanted, laid_out)
         narrow = weight.detach().to(compute)
         offset = None if bias is None else bias.detach().to(compute)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -91,7 +95,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for first in range(0, len(hidden), rows):
                 here = slice(first, first + rows)
                 seen = hidden[here].detach().to(compute)
-                raw = F.linear(seen, narrow, offset).float()
+                raw = F.linear(seen, narrow, offset).float() if laid_out is None else laid_out.ahead(seen)
                 shaped = shaping(raw)
                 del raw
                 gradient = F.log_softmax(shaped, dim=-1)
@@ -109,23 +113,25 @@ class _FusedCrossEntropy(torch.autograd.Function):
         """Multiply what the forward pass has made, where it lies: nobody else holds it."""
         found = [None if slope is None else slope.mul_(outer.to(slope.dtype)) for slope in ctx.slopes]
         ctx.slopes = None
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
 class _Slopes:
     """Gradients of hidden states (S, D), head (V, D) and bias (V,) as the chunks add to them."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], laid_out: Prepacked | None
+    ) -> None:
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
         # Of several chunks in fp32, which is where plain gradients are summed too.
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
-        self._types = (hidden.dtype, weight.dtype)
+        self._types, self._laid_out = (hidden.dtype, weight.dtype), laid_out
 
     def add(self, here: slice, gradient: Tensor, seen: Tensor, weight: Tensor) -> None:
         """Add a chunk's share: gradient (rows, V) of its logits."""
         if self.hidden is not None:
-            self.hidden[here] = gradient @ weight
+            self.hidden[here] = gradient @ weight if self._laid_out is None else self._laid_out.back(gradient)
         if self.weight is not None and gradient.dtype == torch.float32:
             self.weight.addmm_(gradient.t(), seen)
         elif self.weight is not None:

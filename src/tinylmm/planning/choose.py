@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from tinylmm.config.launch import ROW_TOKENS
+from tinylmm.config.trainer import OWN_OPTIMIZERS
 from tinylmm.planning.estimate import Training
 from tinylmm.sizing.memory import Memory, Placement
 
@@ -111,7 +112,8 @@ def _options(training: Training) -> Iterator[dict[str, Any]]:
     """Sharding and checkpointing, the fastest first."""
     asked = training.asked
     shardings: list[Sharding] = [asked.sharding]
-    if asked.deepspeed_stage == "auto" and asked.ranks > 1 and find_spec("deepspeed") is not None:
+    whole = training.optimizer in OWN_OPTIMIZERS
+    if asked.deepspeed_stage == "auto" and asked.ranks > 1 and not whole and find_spec("deepspeed") is not None:
         shardings += [2] if is_quantized(training) else [2, 3]
     again = [False, True] if asked.gradient_checkpointing == "auto" else [asked.checkpoints]
     lightly = [sharding for sharding in shardings if sharding != 3]

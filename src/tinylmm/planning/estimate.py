@@ -19,8 +19,17 @@ from tinylmm.sizing.flops import PARTS, Flops, Sample, block_forward, first_pass
 from tinylmm.sizing.memory import GIB, Memory, MicroBatch, Placement, kept_bytes, step_memory
 from tinylmm.sizing.parameters import Tune, adapter_of, total_parameters, trained_parameters
 
-OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
-"""State of an optimiser for a trained parameter, where it is not AdamW's two fp32 numbers; `optimizer_bytes` has the rest."""
+OPTIMIZER_BYTES = {
+    "adamw_bf16": 4.0,
+    "muon": 4.5,
+    "adafactor": 0.1,
+    "sgd": 4.0,
+    "adagrad": 4.0,
+    "rmsprop": 4.0,
+    "ademamix": 12.0,
+}
+"""State of an optimiser for a trained parameter, where it is not AdamW's two fp32 numbers; `optimizer_bytes` has the rest.
+Of Muon a matrix has one number, and embeddings and heads, some tenth of an LLM, have AdamW's."""
 PADDING = 1.05
 """Positions of packed rows over those of their samples: assumed."""
 

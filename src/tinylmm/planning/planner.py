@@ -13,6 +13,7 @@ from tinylmm.config.attention import FLASH, no_flash
 from tinylmm.config.compose import run_name
 from tinylmm.config.hub import pad_token_fault, unknown_numbers, unpinned
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
+from tinylmm.config.trainer import ADAMW
 from tinylmm.config.weight_files import check_weights
 from tinylmm.errors import ConfigError, DataError, TinyLMMError
 from tinylmm.evaluation.benchmarks.registry import check_evaluation, get_benchmark
@@ -119,6 +120,11 @@ def plan_run(run: RunSpec, name: str, overrides: Sequence[str] = (), known: Know
 def _warnings(run: RunSpec) -> list[str]:
     """Weights that are whatever the hub has at that moment, and samples that are longer than the LLM was trained on."""
     found = [sentence for role in ("llm", "vision_tower") if (sentence := unpinned(role, getattr(run, role)))]
+    if run.trainer.optim not in ADAMW:
+        found.append(
+            f"trainer.optim={run.trainer.optim} is not the AdamW that published recipes were trained with: this run learns "
+            "something else, and its figures differ from theirs for that reason too."
+        )
     limit = run.llm.architecture.get("max_position_embeddings")
     for name, stage in run.recipe.stages.items():
         if isinstance(limit, int) and stage.max_length > limit:
@@ -142,8 +148,8 @@ def _asked_in_another_precision(run: RunSpec, graph: StageGraph) -> Iterator[str
             if store.is_complete(twin):
                 yield (
                     f"{stage.name}: the store has its answers in {precision}, and this run asks in {asked} "
-                    f"(precision: auto, by whether there is a GPU). Set eval.{stage.name.partition('@')[0]}.precision={precision} "
-                    "to use them."
+                    f"(precision: auto, by whether there is a GPU). To use them, set "
+                    f"eval.{stage.name.partition('@')[0]}.precision={precision}."
                 )
 
 

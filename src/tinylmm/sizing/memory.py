@@ -49,6 +49,11 @@ LIVE = 1_000_000_000
 QUANTIZED = {(4, True): 0.516, (4, False): 0.5625, (8, True): 1.0, (8, False): 1.0}
 """Bytes a weight of (bits, doubly quantised), with its scales (QLoRA, arXiv 2305.14314, section 3)."""
 
+PREPACKED_FROM = 2**18
+"""Numbers of a frozen linear layer's weight from which a CPU is given copies that its kernels read as they lie,"""
+PREPACKED_AT_MOST = 2 * GIB
+"""and bytes that the copies of a part's layers take at most, two of each counted (`models/prepacked.py`)."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -142,7 +147,7 @@ def step_memory(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: Micr
         caches = placed.compute_bytes * trained  # autocast's copies, which the backward pass reads
     if placed.sharding == "ddp":
         gradients *= 2  # and the buckets that ranks exchange
-    caches += batch.images * batch.pixels * 4.0
+    caches += batch.images * batch.pixels * 4.0 + _prepacked(parts, tune, placed)
     kept, working = _kept(parts, tune, batch, placed)
     activations = kept + working
     logits = min(batch.supervised, _chunk_positions(parts["llm"])) * _logit_bytes(parts["llm"], placed)
@@ -170,6 +175,25 @@ def _held(part: Part, tune: Tune, placed: Placement) -> float:
         held = sum(t.layer.parameters - t.layer.biases for t in tuned_layers(part, tune) if t.rank)
         quantized, total = held * QUANTIZED[bits, double], total - held
     return quantized + total * narrow + own * trained
+
+
+def _prepacked(parts: Mapping[str, Part], tune: Mapping[str, Tune], placed: Placement) -> float:
+    """Bytes of frozen layers' copies: one for the forward pass, and one for the backward pass where gradients come by."""
+    if placed.on_gpu or placed.compute_bytes < 4 or placed.sharding == "zero3":
+        return 0.0
+    total, flows = 0.0, False
+    for name in PARTS:
+        how, room = tune[name], float(PREPACKED_AT_MOST if name != "connector" else 0)
+        quantized = isinstance(how, Mapping) and bool(how.get("qlora"))
+        for tuned in tuned_layers(parts[name], how):
+            layer = tuned.layer
+            plain = isinstance(layer, Linear) and layer.adapts and not tuned.trained and not (quantized and tuned.rank)
+            if isinstance(layer, Linear) and plain and layer.inputs * layer.outputs >= PREPACKED_FROM:
+                copy = 4.0 * layer.inputs * layer.outputs
+                room -= 2 * copy
+                total += copy * (1 + flows) if room >= 0 else 0.0
+            flows = flows or bool(tuned.rank) or (tuned.trained and layer.parameters > 0)
+    return total
 
 
 def _chunk_positions(llm: Part) -> float:

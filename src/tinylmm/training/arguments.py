@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from transformers import TrainingArguments
 from tinylmm.config.fields import PARTS
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.spec import TrackingSpec
-from tinylmm.config.trainer import TrainerSpec
+from tinylmm.config.trainer import OWN_OPTIMIZERS, TrainerSpec
 from tinylmm.planning.specs import TrainStage
 from tinylmm.store.layout import CHECKPOINT_FOLDER
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """TrainingArguments with the name of an optimiser of ours, where it is one (`training/inexact.py`)."""
+
+    own_optim: str | None = None
 
 
 def peak_learning_rates(lr: float | dict[Any, float]) -> dict[str, float]:
@@ -34,7 +42,7 @@ def training_arguments(
     accumulation: int,
     use_cpu: bool,
     readers: int,
-) -> TrainingArguments:
+) -> Arguments:
     """Translate a train stage.
 
     Args:
@@ -78,11 +86,12 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         ddp_timeout=launch.step_timeout_s,
     )
-    arguments = TrainingArguments(**(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
+    own = spec.trainer.optim if spec.trainer.optim in OWN_OPTIMIZERS else None
+    arguments = Arguments(own_optim=own, **(fields | trainer.as_arguments() | spec.trainer.as_arguments()))
     return _corrected(arguments, launch)
 
 
-def _corrected(arguments: TrainingArguments, launch: LaunchSpec) -> TrainingArguments:
+def _corrected(arguments: Arguments, launch: LaunchSpec) -> Arguments:
     """What TrainingArguments makes of this machine, put right."""
     if arguments.n_gpu > 1:  # a process is one rank: Trainer would put nn.DataParallel over all GPUs that it sees
         log.warning("this process sees %d GPUs and uses the first; launch=torchrun uses several", arguments.n_gpu)

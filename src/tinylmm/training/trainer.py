@@ -32,9 +32,10 @@ from tinylmm.models.lmm import LMM
 from tinylmm.models.loss import num_chunks
 from tinylmm.stop import stop_requested
 from tinylmm.training.ahead import StepReader
+from tinylmm.training.arguments import Arguments
 from tinylmm.training.checkpoints import CheckpointFolder
 from tinylmm.training.dataset import start_reader
-from tinylmm.training.optimizer import build_optimizer, parameter_groups
+from tinylmm.training.optimizer import make_optimizer
 from tinylmm.training.pipes import Packed, needs_pipes, readahead
 from tinylmm.training.ranks import any_rank, barrier, gather, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import StepSampler
@@ -83,7 +84,7 @@ class LMMTrainer(Trainer):
     def __init__(
         self,
         model: LMM,
-        args: TrainingArguments,
+        args: Arguments,
         dataset: Dataset[Any],
         sampler: StepSampler,
         collate: Any,
@@ -256,13 +257,10 @@ class LMMTrainer(Trainer):
     # ------------------------------------------------------------------------------------------ optimiser
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate a part; no weight decay on biases and norms, as Trainer does it."""
+        """See `make_optimizer`."""
         if self.optimizer is None:
             network = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(network))
-            groups = parameter_groups(network, decayed, self._learning_rates, self.args.weight_decay)
-            made, options = self.get_optimizer_cls_and_kwargs(self.args, network)
-            self.optimizer = build_optimizer(network, made, groups, options)
+            self.optimizer = make_optimizer(network, self.args, self._learning_rates)
         return self.optimizer
 
     # ------------------------------------------------------------------------------------------ checkpoints

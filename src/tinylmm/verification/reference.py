@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from tinylmm.config.trainer import ADAMW
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.models.anyres import TiledConnector
 from tinylmm.models.lmm import LMM
@@ -26,10 +27,9 @@ from tinylmm.stages.job import StageJob
 from tinylmm.stages.train import begin_plainly
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.observe import without_dropout
-from tinylmm.training.optimizer import parameter_groups
+from tinylmm.training.optimizer import make_optimizer
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 
-PLAIN_OPTIMIZERS = (None, "adamw_torch", "adamw_torch_fused")
 CLIP_EPSILON = 1e-6
 """torch adds it to a gradient's norm before it divides by that."""
 
@@ -179,16 +179,14 @@ class Reference:
 
     def _optimizer(self, job: StageJob[TrainStage]) -> PlainAdamW | LibraryOptimizer:
         spec, rates = self.spec, peak_learning_rates(self.spec.lr)
-        decayed = set(Trainer.get_decay_parameter_names(None, self.model))
-        if spec.trainer.optim in PLAIN_OPTIMIZERS:
+        if spec.trainer.optim in ADAMW:
+            decayed = set(Trainer.get_decay_parameter_names(None, self.model))
             return PlainAdamW(self.trained, rates, decayed, spec)
         launch, settings = job.settings.launch, job.settings
         arguments = training_arguments(
             spec, launch, settings.tracking, settings.trainer, job.folder, self.steps, 1, self.device.type == "cpu", 0
         )
-        made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
-        groups = parameter_groups(self.model, decayed, rates, spec.weight_decay)
-        return LibraryOptimizer(made(groups, **options))
+        return LibraryOptimizer(make_optimizer(self.model, arguments, rates))
 
 
 def _expanded(
@@ -242,7 +240,7 @@ class PlainAdamW:
 
 
 class LibraryOptimizer:
-    """Another optimiser, as transformers makes it: written a second time it would be a copy."""
+    """Another optimiser, as every training makes it: written a second time it would be a copy."""
 
     moved = None
 

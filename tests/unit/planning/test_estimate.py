@@ -161,7 +161,15 @@ def test_tiled_images_are_seen_as_often_as_they_have_tiles(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [(None, 8), ("adamw_torch", 8), ("adamw_bnb_8bit", 2), ("sgd", 4), ("lion_8bit", 1), ("paged_lion_32bit", 4)],
+    [
+        (None, 8),
+        ("adamw_torch", 8),
+        ("adamw_bnb_8bit", 2),
+        ("sgd", 4),
+        ("lion_8bit", 1),
+        ("paged_lion_32bit", 4),
+        ("adamw_bf16", 4),
+    ],
 )
 def test_state_of_an_optimiser_is_that_of_its_kind(name: str | None, size: float) -> None:
     assert optimizer_bytes(name) == size

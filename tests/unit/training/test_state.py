@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from tinylmm.errors import IntegrityError
+from tinylmm.training.inexact import MuonWithAdamW, NarrowAdamW
 from tinylmm.training.state import Replicated, load_state, load_weights, save_state
+
+
+def muon(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Matrices by Muon, the rest by AdamW."""
+    groups = [
+        {"params": [p for p in parameters if (p.dim() == 2) == hidden], "hidden": hidden} for hidden in (True, False)
+    ]
+    return MuonWithAdamW([group | {"weight_decay": 0.1} for group in groups], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+
 
 OPTIMIZERS: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], str]] = {
     "adamw": (lambda parameters: torch.optim.AdamW(parameters, lr=0.1), "by name"),
@@ -22,6 +32,8 @@ OPTIMIZERS: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer
     "sgd with momentum": (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), "by name"),
     "rmsprop": (lambda parameters: torch.optim.RMSprop(parameters, lr=0.1), "by name"),
     "adagrad": (lambda parameters: torch.optim.Adagrad(parameters, lr=0.1), "by name"),
+    "adamw in bf16": (lambda parameters: NarrowAdamW(parameters, lr=0.1), "by name"),
+    "muon": (lambda parameters: muon(parameters), "by name"),
     "adafactor": (
         lambda parameters: Adafactor(parameters, lr=0.1, relative_step=False, scale_parameter=False),
         "replicated",
