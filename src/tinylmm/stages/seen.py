@@ -13,7 +13,7 @@ from torch import Tensor
 from tinylmm.data.clip_list import read_clips
 from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.images import EMBEDDED_FOLDER
