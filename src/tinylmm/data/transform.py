@@ -7,7 +7,7 @@ So the two halves can be taken apart: the bytes (`views`) cost the time and can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -88,30 +88,45 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB image of any size."""
-        if self.tiling is not None:
-            import torch  # here, as reports open images without it
-
-            return torch.stack([self.one_view(image), *map(self._normalised, self._tiles(image, self.tiling))])
-        return self.one_view(image)
+        return self.normalise(self.views(image))
 
     def one_view(self, image: Image.Image) -> torch.Tensor:
         """Transform one RGB image to (3, size, size) in any mode; of `anyres` it is the view of the whole."""
+        return self.normalise(self.whole(image))
+
+    def views(self, image: Image.Image) -> np.ndarray:
+        """Bytes of one RGB image of any size before they are normalised: (3, size, size) uint8, or (T, 3, size, size)."""
+        if self.tiling is None:
+            return self.whole(image)
+        return np.stack([self.whole(image), *map(_planes, self._tiles(image, self.tiling))])
+
+    def whole(self, image: Image.Image) -> np.ndarray:
+        """Bytes of one RGB image before they are normalised, (3, size, size) uint8 in any mode."""
         if self.mode == "pad":
             image = self._squared(image)
         if self.mode == "center_crop":
-            resized = self._center_crop(image)
-        else:
-            resized = image.resize((self.size, self.size), self.resample)
-        return self._normalised(resized)
+            return _planes(self._center_crop(image))
+        return _planes(image.resize((self.size, self.size), self.resample))
 
-    def _normalised(self, image: Image.Image) -> torch.Tensor:
-        import torch
+    def normalise(self, views: np.ndarray) -> torch.Tensor:
+        """Bytes (..., 3, H, W) as float32 numbers of the same shape."""
+        import torch  # here, as reports open images without it
 
-        pixels = np.asarray(image)  # (H, W, 3)
-        planes = np.empty((3, *pixels.shape[:2]), np.float32)
+        numbers = np.empty(views.shape, np.float32)
         for channel, values in enumerate(self._values):
-            np.take(values, pixels[..., channel], out=planes[channel], mode="clip")
-        return torch.from_numpy(planes)
+            np.take(values, views[..., channel, :, :], out=numbers[..., channel, :, :], mode="clip")
+        return torch.from_numpy(numbers)
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """All that decides the bytes of `views`: transforms that share it differ in normalising alone."""
+        found = {"size": self.size, "mode": self.mode, "resample": self.resample.name.lower()}
+        own: dict[str, dict[str, Any]] = {
+            "pad": {"fill": list(self.fill)},
+            "center_crop": {"short_edge": self.short_edge},
+            "anyres": {"tiles": [list(grid) for grid in self.tiling.grids] if self.tiling else []},
+        }
+        return found | own.get(self.mode, {})
 
     def _tiles(self, image: Image.Image, tiling: Tiling) -> list[Image.Image]:
         """The image in its canvas, cut row by row."""
@@ -147,3 +162,8 @@ class ImageTransform:
         square = Image.new("RGB", (side, side), self.fill)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def _planes(image: Image.Image) -> np.ndarray:
+    """(3, H, W) uint8 of an RGB image."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +37,11 @@ def outputs_of(job: StageJob[TrainStage], role: Literal["prepared", "images"]) -
 
 
 class SeenImages:
-    """Opens the stage's images and videos, inside its image folders only."""
+    """Opens the stage's images and videos, inside its image folders only.
+
+    Attributes:
+        bytes_of: name -> what `decode` gives, from wherever it is kept (`stages/kept.py`).
+    """
 
     def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
         folders = []
@@ -47,6 +52,7 @@ class SeenImages:
             folders.append(ImageFolder(paths, embedded, source.follow_links, upright, read_clips(checked)))
         self.folders = ImageFolders(folders)
         self.transform = ImageTransform.of(loaded.description.image)
+        self.bytes_of: Callable[[str], np.ndarray] = self.decode
         self._sizes: dict[str, tuple[int, int]] = {}
         self._model = model = loaded.model
         differ = model.tiled or self.folders.have_clips
@@ -59,9 +65,13 @@ class SeenImages:
 
     def pixels(self, name: str) -> Tensor:
         """(3, H, W) of one image, (T, 3, H, W) of a clip's frames, or of an image's tiles."""
+        return self.transform.normalise(self.bytes_of(name))
+
+    def decode(self, name: str, data: bytes | None = None) -> np.ndarray:
+        """Bytes of `pixels` before they are normalised, uint8 of the same shape; of `data` where an image's file is read."""
         if self.frames(name):
-            return torch.stack(self.folders.see_clip(name, self.transform.one_view))
-        return self.transform(self.folders.open(name))
+            return np.stack(self.folders.see_clip(name, self.transform.whole))
+        return self.transform.views(self.folders.open(name, data))
 
     def narrow_pixels(self, name: str) -> Tensor:
         """`pixels` in bf16."""
