@@ -37,26 +37,31 @@ def outputs_of(job: StageJob[TrainStage], role: Literal["prepared", "images"]) -
 
 
 class SeenImages:
-    """Opens the stage's images and videos, inside its image folders only.
+    """Opens a stage's images and videos, inside its image folders only.
 
     Attributes:
         bytes_of: name -> what `decode` gives, from wherever it is kept (`stages/kept.py`).
     """
 
-    def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
-        folders = []
-        for location, checked in zip(job.locations, outputs_of(job, "images"), strict=True):
-            source = location.source
-            paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
-            embedded = checked / EMBEDDED_FOLDER
-            folders.append(ImageFolder(paths, embedded, source.follow_links, upright, read_clips(checked)))
-        self.folders = ImageFolders(folders)
+    def __init__(self, folders: ImageFolders, loaded: LoadedModel) -> None:
+        self.folders = folders
         self.transform = ImageTransform.of(loaded.description.image)
         self.bytes_of: Callable[[str], np.ndarray] = self.decode
         self._sizes: dict[str, tuple[int, int]] = {}
         self._model = model = loaded.model
         differ = model.tiled or self.folders.have_clips
         self.tokens: ImageTokens = self._tokens if differ else model.image_tokens
+
+    @classmethod
+    def of(cls, job: StageJob[TrainStage], loaded: LoadedModel) -> SeenImages:
+        """Those of a stage, as a model sees them."""
+        folders = []
+        for location, checked in zip(job.locations, outputs_of(job, "images"), strict=True):
+            source = location.source
+            paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
+            embedded = checked / EMBEDDED_FOLDER
+            folders.append(ImageFolder(paths, embedded, source.follow_links, upright, read_clips(checked)))
+        return cls(ImageFolders(folders), loaded)
 
     @property
     def frames_if_any(self) -> Callable[[str], int] | None:

@@ -78,7 +78,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         speed_up(model, device, spec.precision)
     if job.observed is not None:
         without_dropout(model)
-    images = SeenImages(job, loaded)
+    images = SeenImages.of(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
     names = samples.images()
     cache = open_cache(job, loaded, names, images)
@@ -160,7 +160,7 @@ def begin_plainly(
     """What a training starts from, for whoever computes its steps in another way: model, samples and images; on one rank."""
     loaded = _start_model(job, _own_start(job), llm_weights=True)
     _, tuning, _ = _to_device(job, loaded, device)
-    images = SeenImages(job, loaded)
+    images = SeenImages.of(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, job.spec.max_length, job.settings.max_dropped)
     return loaded, samples, images, tuning
 
