@@ -113,8 +113,9 @@ class ImageTransform:
         import torch  # here, as reports open images without it
 
         numbers = np.empty(views.shape, np.float32)
-        for channel, values in enumerate(self._values):
-            np.take(values, views[..., channel, :, :], out=numbers[..., channel, :, :], mode="clip")
+        planes = zip(views.reshape(-1, *views.shape[-2:]), numbers.reshape(-1, *views.shape[-2:]), strict=True)
+        for number, (plane, out) in enumerate(planes):  # one by one, as each lies in one piece
+            np.take(self._values[number % 3], plane, out=out, mode="clip")
         return torch.from_numpy(numbers)
 
     @property
