@@ -80,9 +80,7 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         without_dropout(model)
     images = SeenImages.of(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
-    names = samples.images()
-    cache = open_cache(job, loaded, names, images)
-    pixels = open_pixels(job, images, names, _passes(job, samples)) if cache is None else None
+    cache, pixels = _caches(job, loaded, samples, images)
     trainer = build_trainer(job, loaded, samples, images, cache, pixels, device)
     if job.observed is not None:
         trainer.add_callback(GradientRecord(job.folder, job.observed.cut))
@@ -118,10 +116,18 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "launched": _launched(launch, device, graphs_compiled() - compiled),
-        **_seen(samples, cache, spec.max_length),
-        **pixels_summary(pixels, *over_ranks(list(trainer.figures.pixels), 0.0)[0]),
+        **_seen(samples, cache, spec.max_length, pixels, trainer.figures),
         **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
+
+
+def _caches(
+    job: StageJob[TrainStage], loaded: LoadedModel, samples: PreparedSamples, images: SeenImages
+) -> tuple[Features | None, PixelShelf | None]:
+    """Features of a frozen tower, or else the pixel cache, where the launch has either. Every rank must call it."""
+    names = samples.images()
+    cache = open_cache(job, loaded, names, images)
+    return cache, open_pixels(job, images, names, _passes(job, samples)) if cache is None else None
 
 
 def _launched(launch: LaunchSpec, device: torch.device, compiled: int) -> dict[str, Any]:
@@ -134,13 +140,17 @@ def _launched(launch: LaunchSpec, device: torch.device, compiled: int) -> dict[s
     }
 
 
-def _seen(samples: PreparedSamples, cache: Features | None, max_length: int) -> dict[str, Any]:
-    """What the summary says of the data."""
+def _seen(
+    samples: PreparedSamples, cache: Features | None, max_length: int, pixels: PixelShelf | None, figures: Figures
+) -> dict[str, Any]:
+    """What the summary says of the data. Every rank must call it."""
+    (reads, hits), _ = over_ranks(list(figures.pixels), 0.0)
     return {
         "data": asdict(samples.report),
         "world_size": world_size(),
         "features_cached": cache is not None,
         **features_summary(cache),
+        **pixels_summary(pixels, reads, hits),
         **({"clips_encoded": cache.clips.computed} if isinstance(cache, MixedFeatures) else {}),
         **({"remarks": [samples.report.left_out(max_length)]} if samples.report.dropped else {}),
     }
