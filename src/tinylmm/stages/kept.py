@@ -68,6 +68,7 @@ class ThroughShelf:
     def __init__(self, shelf: PixelShelf, seen: SeenImages) -> None:
         self.shelf = shelf
         self.seen = seen
+        self._decoder = version("av") if seen.folders.have_clips else ""
 
     def __call__(self, name: str) -> np.ndarray:
         """What `decode` gives of an image or a video, to the byte.
@@ -75,11 +76,12 @@ class ThroughShelf:
         Raises:
             DataError: as `decode`.
         """
-        seen, stamp = self.seen, _digest(self.seen.stamp(name))
+        seen, clip = self.seen, self.seen.frames(name) > 0
+        stamp = _digest([seen.stamp(name), self._decoder] if clip else seen.stamp(name))
         file: list[bytes] = []
 
         def content() -> bytes:
-            if seen.frames(name):  # a video is large, and its stamp has the frames that are shown
+            if clip:  # a video is large, and its stamp has the frames that are shown
                 return stamp
             file.append(seen.folders.content(name))
             return hashlib.sha256(file[0] + bytes([seen.folders.upright(name)])).digest()[:KEY_BYTES]
