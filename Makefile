@@ -53,6 +53,7 @@ type: $(STAMP)  ## Check types (mypy)
 
 bench: $(STAMP)  ## Measure before against after in one run; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.reading
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.eval
 	$(BIN)/python -m benchmarks.serving

@@ -366,7 +366,7 @@ def _ours(case: Case, folder: Path) -> Any:
         ImageSpec.model_validate(identity["vision_tower"]["image"]),
         template="llama",
     )
-    return build_trainer(job, LoadedModel(model, drawn.tokenizer, described, None), drawn, drawn, cache, device)
+    return build_trainer(job, LoadedModel(model, drawn.tokenizer, described, None), drawn, drawn, cache, None, device)
 
 
 # ------------------------------------------------------------------------------------------------ all of them

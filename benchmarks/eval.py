@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.arguments import whole
 from benchmarks.middle import circumstances, middle_model, middle_tokenizer, options_of, picture, yes_or_no
 from tinylmm.data.chat import get_template
-from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
+from tinylmm.data.transform import ImageTransform
 from tinylmm.evaluation.benchmarks.digits import Digits
 from tinylmm.evaluation.benchmarks.records import Item
 from tinylmm.evaluation.images import open_image_ref

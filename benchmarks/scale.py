@@ -214,8 +214,9 @@ def _costs() -> dict[str, Any]:
     from PIL import Image
 
     from tinylmm.data.chat import get_template
-    from tinylmm.data.images import ImageTransform, open_image
+    from tinylmm.data.images import open_image
     from tinylmm.data.sample import Sample, parse_record
+    from tinylmm.data.transform import ImageTransform
     from tinylmm.models.tokenizer import train_tokenizer
 
     draw = random.Random(0)

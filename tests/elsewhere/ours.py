@@ -11,7 +11,7 @@ from PIL import Image
 from tests.builders import IMAGE_SIZE
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.data.chat import Turn, get_template
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.models.checkpoint import LoadedModel
 
 

@@ -218,6 +218,7 @@ NAMES_AND_PLACES: dict[str, tuple[str, list[str]]] = {
             *["launch=zero2", "launch.nproc=2", "launch.device=cpu", "launch.micro_batch=3", "launch.packing=false"],
             *["launch.row_tokens=900", "launch.num_workers=4", "launch.attention=eager"],
             *["launch.gradient_checkpointing=true", "launch.cache_features=false", "launch.cache_features_gib=1"],
+            *["launch.cache_pixels=true", "launch.cache_pixels_gib=1"],
             *["launch.save_steps=7", "launch.save_minutes=1", "launch.keep_checkpoints=3", "launch.start_timeout_s=5"],
             *["launch.step_timeout_s=5", "launch.eval_batch=2", "launch.eval_tokens=1000"],
         ],

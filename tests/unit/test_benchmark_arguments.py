@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu, scale, serving, significance
+from benchmarks import cpu, reading, scale, serving, significance
 from benchmarks import eval as engine
 
 Main = Callable[[list[str]], int]
@@ -27,6 +27,8 @@ COUNTS: list[tuple[Main, str, str]] = [
     (engine.main, "--size", "13"),
     (engine.main, "--width", "96"),
     (cpu.main, "--rounds", "0"),
+    (reading.main, "--images", "0"),
+    (reading.main, "--rounds", "0"),
     (cpu.main, "--steps", "none"),
     (serving.main, "--clients", "0"),
     (serving.main, "--baseline", "1"),
@@ -51,6 +53,7 @@ def test_a_number_that_measures_nothing_is_refused(
         (engine.main, "--out"),
         (serving.main, "--out"),
         (cpu.main, "--output"),
+        (reading.main, "--out"),
     ],
 )
 def test_a_result_that_could_not_be_written_is_refused_before_hours_of_measuring(

@@ -31,7 +31,7 @@ DEFAULT_STORE = Path("store")
 
 @app.command("ls")
 def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """List finished stages, features of frozen towers and the cache: what they are, how large, which runs use them."""
+    """List finished stages, features, kept images and the cache: what they are, how large, which runs use them."""
     rows = _open(store).ls()
     if as_json:
         echo_json([vars(row) for row in rows])
@@ -54,12 +54,13 @@ def list_stages(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False)
 @app.command("verify")
 def verify(
     keys: Annotated[
-        list[str] | None, typer.Argument(help="Stages or features to check, as `ls` names them; all by default.")
+        list[str] | None,
+        typer.Argument(help="Stages, features or images to check, as `ls` names them; all by default."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     quick: Annotated[bool, typer.Option("--quick", help="Presence and sizes only; do not read the files.")] = False,
 ) -> None:
-    """Check stored stages and features against their SHA-256 manifests; exit code 1 if a file is missing, altered or added."""
+    """Check stored stages, features and images by their checksums; exit code 1 if a file is missing, altered or added."""
     opened = _open(store)
     chosen = _chosen(opened, keys or [])
     problems: list[tuple[str, str]] = []
@@ -86,7 +87,7 @@ def collect_garbage(
     store: StoreOption = DEFAULT_STORE,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would be deleted.")] = False,
 ) -> None:
-    """Delete what no run uses: stages, abandoned work, features, old fingerprints, stages set aside as damaged."""
+    """Delete what no run uses: stages, abandoned work, features, images, old fingerprints, stages set aside as damaged."""
     opened = _open(store)
     rows = opened.gc(used_digests(opened.root), dry_run=not yes)
     if not rows:
@@ -160,7 +161,8 @@ def _chosen(store: Store, keys: list[str]) -> list[Path]:
     layout = StoreLayout(store.root)
     there = {
         folder.name: folder
-        for folder in (*folders(layout.stages), *folders(layout.features), *folders(layout.published))
+        for place in (layout.stages, layout.features, layout.pixels, layout.published)
+        for folder in folders(place)
     }
     for key in keys:
         if key not in there:

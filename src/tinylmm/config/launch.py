@@ -85,6 +85,12 @@ class LaunchSpec(Frozen):
     """Compute a frozen tower's features once and keep them on disk."""
     cache_features_gib: Annotated[float, Field(gt=0)] = 20.0
     """Above this estimated size the features are computed at every step instead."""
+    cache_pixels: Literal["auto"] | bool = "auto"
+    """Keep images as the transform leaves them, before they are normalised, for later epochs and for whichever training reads
+    the same images through the same transform. `auto` does where a training reads its images more than once and all of them
+    have room, or where some are kept already; never where features are kept."""
+    cache_pixels_gib: Annotated[float, Field(gt=0)] = 20.0
+    """Most that the store's kept images take together; further ones are decoded whenever they are read."""
     save_steps: Positive = 500
     """Checkpoint every so many optimiser steps, and"""
     save_minutes: Annotated[float, Field(gt=0)] = 10.0

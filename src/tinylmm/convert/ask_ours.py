@@ -12,7 +12,7 @@ from torch import Tensor
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.asking import LIKELIEST, Answered, Question
 from tinylmm.data.chat import Turn, get_template
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine

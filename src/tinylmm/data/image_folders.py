@@ -12,6 +12,7 @@ from PIL import Image
 from tinylmm.data.image_names import embedded_path, is_embedded, video_path
 from tinylmm.data.images import image_size, open_image, safe_path
 from tinylmm.data.video import find_video, see_frames
+from tinylmm.errors import DataError
 
 T = TypeVar("T")
 
@@ -65,14 +66,28 @@ class ImageFolders:
         folder, own = self._folder(name)
         return folder.find(own)
 
-    def open(self, name: str) -> Image.Image:
-        """Return an image as RGB, as its source wants it.
+    def open(self, name: str, data: bytes | None = None) -> Image.Image:
+        """Return an image as RGB, as its source wants it; decoded from `data` where its file has been read already.
 
         Raises:
             DataError: as `find` and `open_image`.
         """
         folder, own = self._folder(name)
-        return open_image(folder.find(own), upright=folder.upright)
+        return open_image(folder.find(own), data, folder.upright)
+
+    def content(self, name: str) -> bytes:
+        """Return an image's file.
+
+        Raises:
+            DataError: as `find`, or it cannot be read.
+        """
+        path = self.find(name)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}). Make it readable, or fetch it again."
+            ) from error
 
     def size(self, name: str) -> tuple[int, int]:
         """Return width and height of what `open` gives, in pixels.

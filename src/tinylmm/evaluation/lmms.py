@@ -24,8 +24,9 @@ from torch import Tensor
 
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.chat import Turn, get_template
-from tinylmm.data.images import ImageTransform, as_rgb
+from tinylmm.data.images import as_rgb
 from tinylmm.data.slots import expand, positions_of, question
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import DataError, UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine

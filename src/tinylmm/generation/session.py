@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tinylmm.constants import IMAGE_SLOT, Extent
 from tinylmm.data.chat import Turn, get_template
-from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import UserError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine

@@ -132,6 +132,17 @@ class Training:
         return self.cached_bytes <= self.launch.cache_features_gib * GIB
 
     @property
+    def pixel_bytes(self) -> float:
+        """What the training adds to the pixel cache at most; a store that has some of its images needs less."""
+        launch, count = self.launch, self.lengths.samples
+        if launch.cache_pixels is False or self.cached or count is None:
+            return 0.0
+        size, limit = count * self.views * self.shapes.view_bytes, launch.cache_pixels_gib * GIB
+        steps = self.steps
+        again = self.stage.epochs > 1 and steps is not None and steps * self.stage.global_batch > count
+        return min(size, limit) if launch.cache_pixels is True else size if again and size <= limit else 0.0
+
+    @property
     def compute_bytes(self) -> int:
         """Of a number in the type that the stage computes in."""
         return 4 if self.stage.precision == "fp32" else 2
@@ -294,4 +305,5 @@ def disk_bytes(training: Training) -> dict[str, float]:
         "unchanged_parts": published,
         "checkpoints": checkpoint * (keep + 1),  # one more while the newest is written
         "features": features,
+        "pixels": training.pixel_bytes,
     }

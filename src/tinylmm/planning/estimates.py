@@ -166,6 +166,7 @@ def _totals(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sums["disk"] += max((row["disk"]["checkpoints"] for row in todo), default=0.0)
     sums["disk"] += max((row["disk"]["unchanged_parts"] for row in todo), default=0.0)
     sums["disk"] += max((row["disk"]["features"] for row in todo), default=0.0)
+    sums["disk"] += max((row["disk"]["pixels"] for row in todo), default=0.0)
     return sums
 
 

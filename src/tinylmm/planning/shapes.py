@@ -23,12 +23,14 @@ class Shapes:
     Attributes:
         parts: by name.
         views: times that the tower sees an image: its tiles.
+        view_bytes: of a view before it is normalised.
         image_tokens: positions that an image takes.
         together: whether the connector takes all frames of a clip together, into as many positions as an image has.
     """
 
     parts: dict[str, Part]
     views: int
+    view_bytes: int
     image_tokens: int
     together: bool = False
 
@@ -69,10 +71,10 @@ def shapes_of(run: RunSpec, stage: str) -> Shapes:
         raise UnknownShapeError(f"connector: {error}") from error
     parts = {"vision_tower": tower, "connector": connector, "llm": llm}
     if not tiled:
-        return Shapes(parts, 1, connector.tokens, takes_clips(run.connector.target))
+        return Shapes(parts, 1, 3 * image.size**2, connector.tokens, takes_clips(run.connector.target))
     tiling = Tiling(image.size, image.tiles)
     tokens = tiling.num_tokens(*TYPICAL_IMAGE, round(connector.tokens**0.5))
-    return Shapes(parts, tiling.num_tiles(*TYPICAL_IMAGE), tokens)
+    return Shapes(parts, tiling.num_tiles(*TYPICAL_IMAGE), 3 * image.size**2, tokens)
 
 
 def _tower(run: RunSpec, image: ImageSpec) -> Part:

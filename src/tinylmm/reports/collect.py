@@ -135,7 +135,8 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
         notes.append(f"Stage {row.name} ({row.key}) has been deleted from the store; the command below makes it again.")
         folder = None
     manifest = read_json(folder / MANIFEST_FILE) if folder and (folder / MANIFEST_FILE).exists() else {}
-    notes += [f"Stage {row.name}: {remark}." for remark in manifest.get("summary", {}).get("remarks", ())]
+    summary = manifest.get("summary", {})
+    notes += [f"Stage {row.name}: {remark}." for remark in summary.get("remarks", ())]
     error_file = work / ERROR_FILE
     error = error_file.read_text(encoding="utf-8", errors="replace") if error_file.exists() else None
     return StageReport(
@@ -152,7 +153,8 @@ def _collect_stage(layout: StoreLayout, row: StageRow, notes: list[str]) -> Stag
         certificate=find_certificate(layout.root, row.digest, manifest.get("versions", {}))
         if row.kind == TRAIN
         else None,
-        launched=manifest.get("summary", {}).get("launched", {}),
+        launched=summary.get("launched", {}),
+        kept={name: summary[name] for name in ("pixels", "features") if name in summary},
     )
 
 

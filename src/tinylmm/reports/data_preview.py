@@ -17,8 +17,9 @@ from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.data.chat import ChatTemplate, get_template
 from tinylmm.data.check import Renderer, SourceFiles, TokensBySize
 from tinylmm.data.image_names import video_path
-from tinylmm.data.images import ImageTransform, open_image, safe_path
+from tinylmm.data.images import open_image, safe_path
 from tinylmm.data.sample import BadRecord, Sample, read_samples
+from tinylmm.data.transform import ImageTransform
 from tinylmm.data.video import find_video, sample_frames
 from tinylmm.errors import ConfigError, DataError, Fault, UserError, suggestion
 from tinylmm.models.build import load_tokenizer

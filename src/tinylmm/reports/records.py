@@ -175,6 +175,7 @@ class StageReport(StageRow):
         error: last traceback of a failed stage.
         certificate: of a training, what `tinylmm verify` found of it.
         launched: of a training, what its launch chose where it was left open.
+        kept: of a training, what its summary says of `pixels` and `features`, where there are such caches.
     """
 
     folder: Path | None = None
@@ -183,6 +184,7 @@ class StageReport(StageRow):
     error: str | None = None
     certificate: Found | None = None
     launched: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
         """Steps and finite values of one logged quantity; of a step logged twice (resumed) the later counts."""

@@ -16,6 +16,7 @@ TOKENS = {
     "image_tokens_per_s": "image",
     "supervised_tokens_per_s": "supervised",
 }
+GIB = 1024**3
 SHARES = {"data_wait": "of the time waited for data", "padding": "padding"}
 
 
@@ -37,7 +38,26 @@ def speed_words(stage: StageReport) -> list[str]:
     said += [f"{share:.1%} {what}" for name, what in SHARES.items() if (share := _median(stage, name)) is not None]
     _, peaks = stage.curve("peak_memory_gib")
     said += [f"{max(peaks):.2f} GiB peak memory"] if peaks else []
-    return said + launched_words(stage.launched)
+    return said + kept_words(stage) + launched_words(stage.launched)
+
+
+def kept_words(stage: StageReport) -> list[str]:
+    """What of a training's images was in the caches when it was asked for, and what these take on disk."""
+    said = []
+    (_, reads), (_, rates) = stage.curve("pixel_reads"), stage.curve("pixel_hit_rate")
+    if reads:  # not the summary's: a training that was interrupted has counted there what came behind it alone
+        share = sum(count * rate for count, rate in zip(reads, rates, strict=True)) / sum(reads)
+        said.append(
+            f"{share:.1%} of the images read from the pixel cache{_on_disk(stage.kept.get('pixels'), 'pixels')}"
+        )
+    if (features := stage.kept.get("features")) is not None:
+        share = features["hit_rate"]
+        said.append(f"{share:.1%} of the images' features were in the store{_on_disk(features, 'features')}")
+    return said
+
+
+def _on_disk(kept: Mapping[str, Any] | None, what: str) -> str:
+    return "" if kept is None else f" ({kept['disk_bytes'] / GIB:,.2f} GiB of {what} on disk)"
 
 
 def launched_words(launched: Mapping[str, Any]) -> list[str]:

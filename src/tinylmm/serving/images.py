@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tinylmm.config.video import SamplingSpec
 from tinylmm.constants import Extent
-from tinylmm.data.images import ImageTransform, image_size, open_image
+from tinylmm.data.images import image_size, open_image
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import DataError
 from tinylmm.serving.errors import wrong
 from tinylmm.serving.media import Media, VideoFile, VideoFrames

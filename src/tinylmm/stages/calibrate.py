@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.sizing.cards import Calibration, save_calibration
 from tinylmm.stages.doctor import memory_bytes
 

@@ -94,6 +94,7 @@ def fast_paths() -> list[FastPath]:
         _package_path("4 and 8 bit weights (recipe=qlora)", "bitsandbytes", "holds frozen weights in 4 or 8 bits"),
         FastPath("packing", True, "samples share rows; launch.packing"),
         FastPath("features kept", True, "a frozen tower runs once up to launch.cache_features_gib"),
+        FastPath("pixels kept", True, "images of several epochs are decoded once up to launch.cache_pixels_gib"),
         FastPath(
             "shared memory for readers",
             enough,

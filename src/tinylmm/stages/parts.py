@@ -20,9 +20,10 @@ from tinylmm.config.identities import PART_FILE
 from tinylmm.config.targets import resolve_target
 from tinylmm.constants import IGNORE_INDEX
 from tinylmm.data.chat import get_template
-from tinylmm.data.images import ImageTransform, open_image, safe_path
+from tinylmm.data.images import open_image, safe_path
 from tinylmm.data.records import Place
 from tinylmm.data.sample import BadRecord, Sample, parse_record
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import ConfigError, DataError, Fault
 from tinylmm.models.pretraining import ContrastivePair, Vocabulary
 from tinylmm.models.tokenizer import train_tokenizer

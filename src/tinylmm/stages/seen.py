@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tinylmm.data.clip_list import read_clips
 from tinylmm.data.collate import Collator, ImageTokens
 from tinylmm.data.image_folders import ImageFolder, ImageFolders
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.models.checkpoint import LoadedModel
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.images import EMBEDDED_FOLDER
@@ -36,21 +37,31 @@ def outputs_of(job: StageJob[TrainStage], role: Literal["prepared", "images"]) -
 
 
 class SeenImages:
-    """Opens the stage's images and videos, inside its image folders only."""
+    """Opens a stage's images and videos, inside its image folders only.
 
-    def __init__(self, job: StageJob[TrainStage], loaded: LoadedModel) -> None:
+    Attributes:
+        bytes_of: name -> what `decode` gives, from wherever it is kept (`stages/kept.py`).
+    """
+
+    def __init__(self, folders: ImageFolders, loaded: LoadedModel) -> None:
+        self.folders = folders
+        self.transform = ImageTransform.of(loaded.description.image)
+        self.bytes_of: Callable[[str], np.ndarray] = self.decode
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._model = model = loaded.model
+        differ = model.tiled or self.folders.have_clips
+        self.tokens: ImageTokens = self._tokens if differ else model.image_tokens
+
+    @classmethod
+    def of(cls, job: StageJob[TrainStage], loaded: LoadedModel) -> SeenImages:
+        """Those of a stage, as a model sees them."""
         folders = []
         for location, checked in zip(job.locations, outputs_of(job, "images"), strict=True):
             source = location.source
             paths, upright = job.root_of(location) / source.images, source.orientation == "apply"
             embedded = checked / EMBEDDED_FOLDER
             folders.append(ImageFolder(paths, embedded, source.follow_links, upright, read_clips(checked)))
-        self.folders = ImageFolders(folders)
-        self.transform = ImageTransform.of(loaded.description.image)
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._model = model = loaded.model
-        differ = model.tiled or self.folders.have_clips
-        self.tokens: ImageTokens = self._tokens if differ else model.image_tokens
+        return cls(ImageFolders(folders), loaded)
 
     @property
     def frames_if_any(self) -> Callable[[str], int] | None:
@@ -59,9 +70,13 @@ class SeenImages:
 
     def pixels(self, name: str) -> Tensor:
         """(3, H, W) of one image, (T, 3, H, W) of a clip's frames, or of an image's tiles."""
+        return self.transform.normalise(self.bytes_of(name))
+
+    def decode(self, name: str, data: bytes | None = None) -> np.ndarray:
+        """Bytes of `pixels` before they are normalised, uint8 of the same shape; of `data` where an image's file is read."""
         if self.frames(name):
-            return torch.stack(self.folders.see_clip(name, self.transform.one_view))
-        return self.transform(self.folders.open(name))
+            return np.stack(self.folders.see_clip(name, self.transform.whole))
+        return self.transform.views(self.folders.open(name, data))
 
     def narrow_pixels(self, name: str) -> Tensor:
         """`pixels` in bf16."""

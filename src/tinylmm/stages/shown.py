@@ -19,7 +19,7 @@ from tinylmm.config.video import Baseline, SamplingSpec
 from tinylmm.constants import Extent
 from tinylmm.data.frame_folders import folder_clip, folder_frames
 from tinylmm.data.frame_sampling import Clip, baseline_indices, frame_indices
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.data.video import read_video, see_frames
 from tinylmm.errors import DataError, UserError
 from tinylmm.evaluation.benchmarks.records import ImageRef, Item

@@ -32,9 +32,11 @@ from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.models.vision import HFVisionTower
 from tinylmm.planning.specs import TrainStage
 from tinylmm.stages.job import StageJob
+from tinylmm.stages.kept import features_summary, open_pixels, pixels_summary
 from tinylmm.stages.seen import Features, SeenImages, WithFeatures, open_cache, outputs_of
 from tinylmm.stop import uninterrupted
 from tinylmm.store.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, StoreLayout
+from tinylmm.store.pixels import PixelShelf
 from tinylmm.training.arguments import peak_learning_rates, training_arguments
 from tinylmm.training.callbacks import MetricsRow
 from tinylmm.training.checkpoints import CheckpointFolder, Ranks
@@ -46,10 +48,10 @@ from tinylmm.training.frozen import KEPT, cast_frozen, frozen_in_trained_parts, 
 from tinylmm.training.machine import prepare_machine
 from tinylmm.training.observe import GradientRecord, without_dropout, write_weights
 from tinylmm.training.pipes import num_readers
-from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, rank, set_timeout, waiting, world_size
+from tinylmm.training.ranks import barrier, from_rank_zero, in_turn, over_ranks, rank, set_timeout, waiting, world_size
 from tinylmm.training.sampler import Mixture, StepSampler, num_steps
 from tinylmm.training.trackers import configure_tensorboard, wandb_run
-from tinylmm.training.trainer import LMMTrainer, SaveSchedule
+from tinylmm.training.trainer import SaveSchedule
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +78,10 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         speed_up(model, device, spec.precision)
     if job.observed is not None:
         without_dropout(model)
-    images = SeenImages(job, loaded)
+    images = SeenImages.of(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, spec.max_length, job.settings.max_dropped)
-    cache = open_cache(job, loaded, samples.images(), images)
-    trainer = build_trainer(job, loaded, samples, images, cache, device)
+    cache, pixels = _caches(job, loaded, samples, images)
+    trainer = build_trainer(job, loaded, samples, images, cache, pixels, device)
     if job.observed is not None:
         trainer.add_callback(GradientRecord(job.folder, job.observed.cut))
     checkpoint = from_rank_zero(trainer._checkpoints.newest_valid() if rank() == 0 else None)
@@ -114,9 +116,18 @@ def run(job: StageJob[TrainStage]) -> dict[str, Any]:
         "tuning": {part: {"mode": d.mode, "trained": d.trained, "total": d.total} for part, d in tuning.items()},
         **({"skipped_steps": trainer.skipped_steps} if trainer.skipped_steps else {}),
         "launched": _launched(launch, device, graphs_compiled() - compiled),
-        **_seen(samples, cache, spec.max_length),
+        **_seen(samples, cache, spec.max_length, pixels, trainer.figures),
         **({"commits": commits} if (commits := _commits(loaded)) else {}),
     }
+
+
+def _caches(
+    job: StageJob[TrainStage], loaded: LoadedModel, samples: PreparedSamples, images: SeenImages
+) -> tuple[Features | None, PixelShelf | None]:
+    """Features of a frozen tower, or else the pixel cache, where the launch has either. Every rank must call it."""
+    names = samples.images()
+    cache = open_cache(job, loaded, names, images)
+    return cache, open_pixels(job, images, names, _passes(job, samples)) if cache is None else None
 
 
 def _launched(launch: LaunchSpec, device: torch.device, compiled: int) -> dict[str, Any]:
@@ -129,12 +140,17 @@ def _launched(launch: LaunchSpec, device: torch.device, compiled: int) -> dict[s
     }
 
 
-def _seen(samples: PreparedSamples, cache: Features | None, max_length: int) -> dict[str, Any]:
-    """What the summary says of the data."""
+def _seen(
+    samples: PreparedSamples, cache: Features | None, max_length: int, pixels: PixelShelf | None, figures: Figures
+) -> dict[str, Any]:
+    """What the summary says of the data. Every rank must call it."""
+    (reads, hits), _ = over_ranks(list(figures.pixels), 0.0)
     return {
         "data": asdict(samples.report),
         "world_size": world_size(),
         "features_cached": cache is not None,
+        **features_summary(cache),
+        **pixels_summary(pixels, reads, hits),
         **({"clips_encoded": cache.clips.computed} if isinstance(cache, MixedFeatures) else {}),
         **({"remarks": [samples.report.left_out(max_length)]} if samples.report.dropped else {}),
     }
@@ -154,7 +170,7 @@ def begin_plainly(
     """What a training starts from, for whoever computes its steps in another way: model, samples and images; on one rank."""
     loaded = _start_model(job, _own_start(job), llm_weights=True)
     _, tuning, _ = _to_device(job, loaded, device)
-    images = SeenImages(job, loaded)
+    images = SeenImages.of(job, loaded)
     samples = PreparedSamples(outputs_of(job, "prepared"), images.tokens, job.spec.max_length, job.settings.max_dropped)
     return loaded, samples, images, tuning
 
@@ -177,8 +193,9 @@ def build_trainer(
     samples: PreparedSamples,
     images: SeenImages,
     cache: Features | None,
+    pixels: PixelShelf | None,
     device: torch.device,
-) -> LMMTrainer:
+) -> MeasuredTrainer:
     """Wire model, data and launch settings to the Trainer."""
     spec, launch = job.spec, job.settings.launch
     sampler, steps = _sampler(job, samples, on_gpu=device.type != "cpu")
@@ -212,7 +229,7 @@ def build_trainer(
         args=arguments,
         dataset=samples,
         sampler=sampler,
-        collate=Counted(_collate(job, loaded, images, cache, device), images.tokens, spec.max_length),
+        collate=Counted(_collate(job, loaded, images, cache, device), images.tokens, spec.max_length, pixels),
         checkpoints=CheckpointFolder(
             job.folder / CHECKPOINT_FOLDER, launch.keep_checkpoints, job.digest, ranks, job.metrics
         ),
@@ -246,7 +263,7 @@ def _sampler(job: StageJob[TrainStage], samples: PreparedSamples, on_gpu: bool) 
         DataError: none at all.
     """
     spec, launch = job.spec, job.settings.launch
-    mixture = Mixture(samples.sizes, spec.mixture or [1.0] * len(samples.sizes))
+    mixture = _mixture(job, samples)
     if not len(mixture):
         raise DataError("the mixture's weights leave no sample to train on; raise them")
     steps = num_steps(len(mixture), spec.global_batch, spec.epochs, spec.max_steps)
@@ -254,6 +271,17 @@ def _sampler(job: StageJob[TrainStage], samples: PreparedSamples, on_gpu: bool) 
     per_step = (spec.global_batch, spec.epochs, spec.seed, micro_batch)
     ranks_of = (rank(), world_size(), mixture.epoch)
     return StepSampler(len(mixture), steps, *per_step, *ranks_of, samples.lengths, launch.positions(on_gpu)), steps
+
+
+def _mixture(job: StageJob[TrainStage], samples: PreparedSamples) -> Mixture:
+    return Mixture(samples.sizes, job.spec.mixture or [1.0] * len(samples.sizes))
+
+
+def _passes(job: StageJob[TrainStage], samples: PreparedSamples) -> float:
+    """How often each sample is seen, where a step limit ends the training before its epochs do less often."""
+    spec, count = job.spec, max(1, len(_mixture(job, samples)))
+    steps = num_steps(count, spec.global_batch, spec.epochs, spec.max_steps)
+    return min(spec.epochs, steps * spec.global_batch / count)
 
 
 def _blank_image(deepspeed_stage: int | None, cache: Features | None) -> Literal["connector", "tower"]:

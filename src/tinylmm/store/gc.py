@@ -1,8 +1,8 @@
 """What a store holds and who uses it; deleting what nobody does. No torch here.
 
-Beside stages that is the features of frozen towers, kept for as long as a kept stage reads them; published weights, kept for
-as long as a model has hard links to them; and the cached fingerprints of files outside the store, kept for CACHE_DAYS after
-they last told something. All three are made again when they are missing.
+Beside stages that is the features of frozen towers and transformed images, kept for as long as a kept stage reads them;
+published weights, kept for as long as a model has hard links to them; and the cached fingerprints of files outside the store,
+kept for CACHE_DAYS after they last told something. All of these are made again when they are missing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from tinylmm.store.layout import (
     FEATURES_USED_FILE,
     KEY_DIGITS,
     MARKER_FILE,
+    PIXELS_USED_FILE,
     SPEC_FILE,
     WORK_FOLDER,
     StoreLayout,
 )
+from tinylmm.store.pixels import check_shelf, count_images, describe_shelf
 from tinylmm.store.runs import read_runs
 
 CACHE_DAYS = 30
 """A cached fingerprint that nobody read for so long is deleted."""
 FEATURES = "features"
+PIXELS = "pixels"
 PUBLISHED = "published"
 CACHE = "cache"
 IMPORTED = "imported"
@@ -49,7 +52,7 @@ class StoredFolder:
 
     Attributes:
         key: name of the folder.
-        kind: of the stage, or `features` or `cache`.
+        kind: of the stage, or `features`, `pixels`, `published`, `imported` or `cache`.
         name, digest, finished (ISO 8601): of its manifest; empty or None where that cannot be read or says nothing of it.
         size: of all its files, bytes.
         status: found without reading the files.
@@ -86,9 +89,10 @@ def list_stored(root: Path) -> list[StoredFolder]:
     rows.sort(key=lambda row: (row.finished or "", row.key))
     readers: dict[str, list[str]] = {}
     for stage in (*folders(layout.stages), *folders(layout.work)):
-        for key in _features_of(stage):
+        for key in _caches_of(stage):
             readers.setdefault(key, []).extend(_runs_of(stage, users))
     rows += [_stored_features(folder, readers) for folder in folders(layout.features)]
+    rows += [_stored_pixels(folder, readers) for folder in folders(layout.pixels)]
     rows += [_stored_weights(folder) for folder in folders(layout.published)]
     rows += [
         StoredFolder(folder.name, IMPORTED, "", None, _size(folder), None, "complete", ())
@@ -100,10 +104,10 @@ def list_stored(root: Path) -> list[StoredFolder]:
 
 
 def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Unused]:
-    """Delete what no run uses: stages, work folders, features, what was set aside as damaged, and old imports and fingerprints.
+    """Delete what no run uses: stages, work folders, features, images, what was set aside, and old imports and fingerprints.
 
-    Kept are the stages of `keep`, those with a live claim, all ancestors of either, and the features that any of these
-    reads. Published weights go in the call after the one that deletes the last model with links to them. A stage that a
+    Kept are the stages of `keep`, those with a live claim, all ancestors of either, and the features and images that any of
+    these reads. Published weights go in the call after the one that deletes the last model with links to them. A stage that a
     run picks up while this deletes may be gone when that run reads it; the run then says so.
 
     Args:
@@ -123,12 +127,13 @@ def collect_garbage(root: Path, keep: set[str], dry_run: bool = True) -> list[Un
     live = {folder.name for folder in candidates if held(root, folder.name)}
     kept = _with_ancestors({digest[:KEY_DIGITS] for digest in keep} | set(map(_short_digest, live)), candidates)
     unused = [folder for folder in candidates if _short_digest(folder.name) not in kept]
-    in_use = {key for folder in candidates if _short_digest(folder.name) in kept for key in _features_of(folder)}
-    features = [folder for folder in folders(layout.features) if folder.name not in in_use]
+    in_use = {key for folder in candidates if _short_digest(folder.name) in kept for key in _caches_of(folder)}
+    caches = (*folders(layout.features), *folders(layout.pixels))
+    made = [folder for folder in caches if folder.name not in in_use]
     stages = [_unused(root, folder) for folder in (*unused, *folders(layout.damaged))]
     weights = [folder for folder in folders(layout.published) if not _linked(folder)]
     imported = [folder for folder in folders(layout.imported) if _is_old(folder / CONFIG_FILE)]
-    others = [_unused(root, path) for path in (*features, *weights, *imported, *_old_files(layout.cache))]
+    others = [_unused(root, path) for path in (*made, *weights, *imported, *_old_files(layout.cache))]
     if dry_run:
         return stages + others
     deleted = [row for row in stages if _delete(root, root / row.folder, row.key)]
@@ -183,21 +188,25 @@ def _delete(root: Path, folder: Path, key: str) -> bool:
     return True
 
 
-def _features_of(stage: Path) -> list[str]:
-    """Names of the folders of features that a stage reads.
+def _caches_of(stage: Path) -> list[str]:
+    """Names of the folders of features and of transformed images that a stage reads.
 
     Raises:
         IntegrityError: the stage's list of them cannot be read.
     """
-    path = stage / FEATURES_USED_FILE
+    return [key for file in (FEATURES_USED_FILE, PIXELS_USED_FILE) for key in _listed(stage, file)]
+
+
+def _listed(stage: Path, file: str) -> list[str]:
+    path = stage / file
     try:
         return [str(key) for key in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:
         raise IntegrityError(
-            f"{path} cannot be read ({error}), so which features this stage uses is unknown. Move {stage} away and give "
-            "the command of a run that uses it again."
+            f"{path} cannot be read ({error}), so what this stage reads of the store's {path.stem} is unknown. Move {stage} "
+            "away and give the command of a run that uses it again."
         ) from error
 
 
@@ -215,6 +224,13 @@ def _stored_features(folder: Path, readers: dict[str, list[str]]) -> StoredFolde
         return StoredFolder(folder.name, FEATURES, "", None, _size(folder), None, "damaged", runs)
     status: Literal["complete", "damaged"] = "damaged" if check_folder(folder, deep=False) else "complete"
     return StoredFolder(folder.name, FEATURES, name, None, _size(folder), None, status, runs)
+
+
+def _stored_pixels(folder: Path, readers: dict[str, list[str]]) -> StoredFolder:
+    runs = tuple(sorted(set(readers.get(folder.name, ()))))
+    name = f"{count_images(folder):,} images{describe_shelf(folder)}"
+    status: Literal["complete", "damaged"] = "damaged" if check_shelf(folder, deep=False) else "complete"
+    return StoredFolder(folder.name, PIXELS, name, None, _size(folder), None, status, runs)
 
 
 def _stored_weights(folder: Path) -> StoredFolder:

@@ -4,6 +4,7 @@ stages/<key>    finished stages; work/<key> those being worked on, damaged/<key>
 runs/<name>     run.json, log.txt
 claims/         who works on which stage
 features/       features of frozen towers, cache/ fingerprints of files outside the store: made again when deleted
+pixels/         transformed images of trainings, by their content: made again when deleted
 published/      weights from outside the store that trainings leave as they are, each once; models hold hard links to them
 imported/       models made of other tools' checkpoints, to be asked: made again when deleted
 certificates/   what `tinylmm verify` found of trainings
@@ -25,6 +26,7 @@ DAMAGED_FOLDER = "damaged"
 RUNS_FOLDER = "runs"
 CLAIMS_FOLDER = "claims"
 FEATURES_FOLDER = "features"
+PIXELS_FOLDER = "pixels"
 PUBLISHED_FOLDER = "published"
 CACHE_FOLDER = "cache"
 IMPORTED_FOLDER = "imported"
@@ -45,6 +47,8 @@ CHECKPOINT_FOLDER = "checkpoints"
 OUTPUT_FOLDER = "output"
 FEATURES_USED_FILE = "features.json"
 """Beside a train stage's spec: the names of the folders below `features/` that it reads, so that these are kept with it."""
+PIXELS_USED_FILE = "pixels.json"
+"""As FEATURES_USED_FILE, of folders below `pixels/`."""
 MODEL_FOLDER = "model"
 """Below a train stage's output."""
 GENERATIONS_FILE = "generations.jsonl"
@@ -95,6 +99,11 @@ class StoreLayout:
     def features(self) -> Path:
         """Folder of the cached features of frozen towers."""
         return self.root / FEATURES_FOLDER
+
+    @property
+    def pixels(self) -> Path:
+        """Folder of the transformed images of trainings."""
+        return self.root / PIXELS_FOLDER
 
     @property
     def published(self) -> Path:

@@ -42,6 +42,7 @@ from tinylmm.store.integrity import (
     write_manifest,
 )
 from tinylmm.store.layout import CHECKPOINT_FOLDER, ERROR_FILE, JOB_FILE, LOG_FILE, SPEC_FILE, StoreLayout
+from tinylmm.store.pixels import check_shelf
 from tinylmm.store.provenance import iso, peak_rss_mib, software_versions
 from tinylmm.store.stage import Stage, difference
 
@@ -94,8 +95,9 @@ class Store:
         return "complete" if self.is_complete(stage) else "todo"
 
     def verify(self, stage: Stage | Path, deep: bool = True) -> list[str]:
-        """Return what is wrong with a finished stage (or its folder), one sentence a finding, naming the file."""
-        return check_folder(stage if isinstance(stage, Path) else self.folder(stage), deep)
+        """Return what is wrong with a finished stage, or a folder of the store, one sentence a finding, naming the file."""
+        folder = stage if isinstance(stage, Path) else self.folder(stage)
+        return check_shelf(folder, deep) if folder.parent == self.layout.pixels else check_folder(folder, deep)
 
     def stage_at(self, folder: Path) -> Stage | None:
         """The finished stage in a folder of this store, without its settings; None where it is no such folder.

@@ -19,6 +19,8 @@ FIGURES = (
     "data_wait",
     "padding",
     "samples_per_row",
+    "pixel_reads",
+    "pixel_hit_rate",
     "peak_memory_gib",
     "eta_s",
     "run_eta_s",

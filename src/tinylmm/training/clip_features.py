@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from tinylmm.models.vision import HFVisionTower
 from tinylmm.stop import require_claim, stop_requested
 from tinylmm.store import integrity
 from tinylmm.store.disk import reserve
-from tinylmm.training.features import FEATURES_FILE, PART, FeatureCache, encode_views, note_used, tower_digest
+from tinylmm.training.features import FEATURES_FILE, PART, Behind, FeatureCache, encode_views, note_used, tower_digest
 from tinylmm.training.ranks import any_rank, barrier, from_rank_zero, rank, world_size
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,15 @@ class ClipFeatures:
     def __contains__(self, name: str) -> bool:
         return name in self.folders
 
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of all clips' features."""
+        tokens, width = self.shape
+        return sum(self.frames[name] for name in self.folders) * tokens * width * self.dtype.itemsize
+
     def __call__(self, name: str) -> Tensor:
         """Return (T, P, Dv) of a clip."""
         tokens, width = self.shape
@@ -66,6 +76,19 @@ class MixedFeatures:
 
     images: FeatureCache | None
     clips: ClipFeatures
+
+    def __len__(self) -> int:
+        return len(self.clips) + (0 if self.images is None else len(self.images))
+
+    @property
+    def computed(self) -> int:
+        """How many were not there before."""
+        return self.clips.computed + (0 if self.images is None else self.images.computed)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of all features."""
+        return self.clips.disk_bytes + (0 if self.images is None else self.images.disk_bytes)
 
     def __call__(self, names: Sequence[str]) -> Tensor:
         """Return the views of images and the frames of clips one behind the other, (V, P, Dv)."""
@@ -161,21 +184,23 @@ def _compute(
     load: Callable[[str], Tensor | None],
     part: Path,
 ) -> None:
-    """Each rank encodes every world_size-th clip, and publishes each as soon as it is done; of None nothing."""
+    """Each rank encodes every world_size-th clip, and publishes each while the tower has the next; of None nothing."""
     mine = missing[rank() :: world_size()]
     device = next(tower.parameters()).device
     was_training = tower.training
     tower.eval()
     pixels = _loaded(load, mine)
-    for first in range(0, len(missing), world_size()):
-        if any_rank([stop_requested()], device)[0]:
-            pixels.close()
-            at = f"stopped after the features of {first:,} of {len(missing):,} clips"
-            raise StoppedError(f"{at}; the same command continues from there")
-        if first + rank() < len(missing):
-            name, clip = missing[first + rank()], next(pixels)
-            if clip is not None:
-                _publish(encode_views(tower, [clip]), part / folders[name].name, folders[name])
+    with Behind() as behind:
+        for first in range(0, len(missing), world_size()):
+            if any_rank([stop_requested()], device)[0]:
+                pixels.close()
+                at = f"stopped after the features of {first:,} of {len(missing):,} clips"
+                raise StoppedError(f"{at}; the same command continues from there")
+            if first + rank() < len(missing):
+                name, clip = missing[first + rank()], next(pixels)
+                if clip is not None:
+                    folder = folders[name]
+                    behind.do(partial(_publish, encode_views(tower, [clip]), part / folder.name, folder))
     tower.train(was_training)
 
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,20 @@ class FeatureCache:
     Attributes:
         features: (V, P, Dv), memory-mapped, read only.
         index: image path as written in the data -> its rows.
+        computed: images whose features were not there before.
     """
 
     features: Tensor
     index: dict[str, range]
+    computed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the features' file."""
+        return self.features.numel() * self.features.element_size()
 
     def __call__(self, images: Sequence[str]) -> Tensor:
         """Return the views of `images` one behind the other: (len(images), P, Dv), or more where they are tiled."""
@@ -102,18 +113,17 @@ def open_features(
         log.warning("feature cache %s is damaged and computed again: %s", folder, "; ".join(problems))
         shutil.rmtree(folder)
     barrier()
-    if not folder.exists():
-        _compute(tower, index, load, scratch / PART, folder)
+    computed = 0 if folder.exists() else _compute(tower, index, load, scratch / PART, folder)
     barrier()
     shape = (_num_views(index), tower.num_tokens, tower.hidden_size)
     dtype = next(tower.parameters()).dtype
     flat = torch.from_file(str(folder / FEATURES_FILE), shared=False, size=shape[0] * shape[1] * shape[2], dtype=dtype)
-    return FeatureCache(flat.view(shape), index)
+    return FeatureCache(flat.view(shape), index, computed)
 
 
-def note_used(scratch: Path, keys: Sequence[str]) -> None:
-    """Write into a stage's folder that it reads features of these keys too."""
-    path = scratch / FEATURES_USED_FILE
+def note_used(scratch: Path, keys: Sequence[str], file: str = FEATURES_USED_FILE) -> None:
+    """Write into a stage's folder that it reads features (or what `file` lists) of these keys too."""
+    path = scratch / file
     scratch.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     write_atomic(path, json.dumps(list(dict.fromkeys([*known, *keys]))))
@@ -134,10 +144,13 @@ def _num_views(index: dict[str, range]) -> int:
 
 def _compute(
     tower: HFVisionTower, index: dict[str, range], load: Callable[[str], Tensor], part: Path, folder: Path
-) -> None:
+) -> int:
     """Each rank encodes every world_size-th chunk straight into one shared file; rank 0 publishes it.
 
-    Chunks that an earlier try has finished are taken over.
+    Chunks that an earlier try has finished are taken over. A chunk is written while the tower has the next one.
+
+    Returns:
+        how many images no earlier try had finished.
 
     Raises:
         StoppedError: on every rank, when some rank was asked to stop.
@@ -160,15 +173,15 @@ def _compute(
     mine = range(rank(), len(chunks), world_size())
     todo = [number for number in mine if number not in finished or finished[number] != _checksum(here[number])]
     pixels, left = _loaded(load, [chunks[number] for number in todo]), set(todo)
-    for number in range(len(chunks)):
-        if number % world_size() == 0 and any_rank([stop_requested()], parameter.device)[0]:
-            at = f"stopped after the features of about {number * CHUNK_IMAGES:,} of {len(images):,} images"
-            raise StoppedError(f"{at}; the same command continues from there")
-        if number in left:
-            here[number].copy_(encode_views(tower, next(pixels)))
-            done.note(number, _checksum(here[number]))
+    with Behind() as behind:
+        for number in range(len(chunks)):
+            if number % world_size() == 0 and any_rank([stop_requested()], parameter.device)[0]:
+                at = f"stopped after the features of about {number * CHUNK_IMAGES:,} of {len(images):,} images"
+                raise StoppedError(f"{at}; the same command continues from there")
+            if number in left:
+                behind.do(partial(_write, here[number], encode_views(tower, next(pixels)), done, number))
     tower.train(was_training)
-    del rows, here, shared
+    del rows, here, shared, behind
     barrier()
     if rank() == 0:
         done.forget()
@@ -181,6 +194,39 @@ def _compute(
             if integrity.check_folder(folder):
                 raise
             shutil.rmtree(part)
+    return sum(len(chunk) for number, chunk in enumerate(chunks) if number not in finished)
+
+
+def _write(rows: Tensor, features: Tensor, done: _Done, number: int) -> None:
+    rows.copy_(features)
+    done.note(number, _checksum(rows))
+
+
+class Behind:
+    """Does one thing at a time in a thread, while whoever gives it something goes on: writing is not to hold up the tower."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._doing: Future[None] | None = None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Begin with `work` once what was given before is done; its errors are raised here, and at the end of the block."""
+        self._wait()
+        self._doing = self._thread.submit(work)
+
+    def _wait(self) -> None:
+        if self._doing is not None:
+            self._doing.result()
 
 
 def _loaded(load: Callable[[str], Tensor], chunks: Sequence[list[str]]) -> Iterator[list[Tensor]]:

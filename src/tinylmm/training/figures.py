@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tinylmm.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from tinylmm.data.collate import ImageTokens, image_widths, kept_after_cut
 from tinylmm.data.slots import positions_of
+from tinylmm.store.pixels import PixelShelf
 from tinylmm.store.provenance import peak_rss_mib
 from tinylmm.training.cost import Cost
 from tinylmm.training.ranks import over_ranks, world_size
@@ -38,6 +39,7 @@ class Counts:
         supervised: positions that are learnt.
         views: images, or tiles of them, whose features went in.
         positions: with padding. rows: that these are in.
+        pixel_reads: images read through the pixel cache. pixel_hits: those of them that were kept.
     """
 
     samples: float = 0.0
@@ -48,6 +50,8 @@ class Counts:
     views: float = 0.0
     positions: float = 0.0
     rows: float = 0.0
+    pixel_reads: float = 0.0
+    pixel_hits: float = 0.0
 
     def add(self, other: Counts) -> None:
         """Take another's numbers in."""
@@ -62,12 +66,18 @@ class Counted:
         collate: samples -> batch, as `data/collate.py` has it.
         image_tokens: positions that an image takes.
         max_length: of a sample.
+        pixels: the pixel cache that images are read through.
     """
 
     def __init__(
-        self, collate: Callable[[list[Any]], dict[str, Any]], image_tokens: ImageTokens, max_length: int
+        self,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        image_tokens: ImageTokens,
+        max_length: int,
+        pixels: PixelShelf | None = None,
     ) -> None:
         self.collate = collate
+        self.pixels = pixels
         self.image_tokens = image_tokens
         self.max_length = max_length
 
@@ -76,6 +86,7 @@ class Counted:
         batch = self.collate(samples)
         lengths = [self._length(sample) for sample in samples]
         features = next((batch[key] for key in ("pixel_values", "image_features") if batch.get(key) is not None), ())
+        reads, hits = (0, 0) if self.pixels is None else self.pixels.take()
         batch[COUNTS] = Counts(
             samples=len(samples),
             tokens=sum(lengths),
@@ -85,6 +96,8 @@ class Counted:
             views=len(features),
             positions=batch["input_ids"].numel(),
             rows=len(batch["input_ids"]),
+            pixel_reads=reads,
+            pixel_hits=hits,
         )
         return batch
 
@@ -99,11 +112,15 @@ class Figures(TrainerCallback):
     Args:
         cost: what samples cost, and what the device can do.
         after_s: seconds that the run takes when this training is done, as far as that is known.
+
+    Attributes:
+        pixels: images that this rank has read through the pixel cache so far, and those of them that were kept.
     """
 
     def __init__(self, cost: Cost, after_s: float | None = None) -> None:
         self.cost = cost
         self.after_s = after_s
+        self.pixels = (0.0, 0.0)
         self._counts = Counts()
         self._waited = 0.0
         self._step, self._time = 0, time.monotonic()
@@ -126,7 +143,9 @@ class Figures(TrainerCallback):
                 return
             finally:
                 self._waited += time.monotonic() - begun
-            self._counts.add(batch.pop(COUNTS))
+            counts = batch.pop(COUNTS)
+            self._counts.add(counts)
+            self.pixels = self.pixels[0] + counts.pixel_reads, self.pixels[1] + counts.pixel_hits
             yield batch
 
     def take(self, step: int, steps: int) -> dict[str, float]:
@@ -134,8 +153,9 @@ class Figures(TrainerCallback):
 
         Returns:
             samples_per_s, and tokens_per_s with its parts: of text, of images, and those that are learnt; data_wait, share
-            of the time that ranks waited for batches; padding, share of positions; samples_per_row; peak_memory_gib, of
-            the rank with most (a GPU's allocated, else resident); mfu and peak_share, where they are known; eta_s, run_eta_s.
+            of the time that ranks waited for batches; padding, share of positions; samples_per_row; pixel_reads and
+            pixel_hit_rate, where there is a pixel cache; peak_memory_gib, of the rank with most (a GPU's allocated, else
+            resident); mfu and peak_share, where they are known; eta_s, run_eta_s.
         """
         now = time.monotonic()
         seconds, done = max(now - self._time, 1e-9), step - self._step
@@ -195,6 +215,9 @@ def _rates(counts: Counts, seconds: float) -> dict[str, float]:
         "padding": round(1 - counts.tokens / max(counts.positions, 1.0), 4),
         "samples_per_row": round(counts.samples / max(counts.rows, 1.0), 2),
     }
+    if counts.pixel_reads:
+        hit_rate = round(counts.pixel_hits / counts.pixel_reads, 4)
+        shared |= {"pixel_reads": counts.pixel_reads, "pixel_hit_rate": hit_rate}
     return {name: round(value / seconds, 2) for name, value in each.items()} | shared
 
 

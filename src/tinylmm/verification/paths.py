@@ -118,6 +118,7 @@ PATHS = (
         if name not in ("auto", "eager")
     ),
     FastPath("feature cache", {"launch.cache_features": True}, {"launch.cache_features": False}, _tower_is_trained),
+    FastPath("pixel cache", {"launch.cache_pixels": True}, {"launch.cache_pixels": False}, exact=True),
     FastPath(
         "positions of a row",
         {"launch.packing": True, "launch.row_tokens": 2.0, "launch.micro_batch": "auto", "launch.attention": "auto"},
@@ -146,6 +147,7 @@ ALWAYS_ON = ("supervised-only logits",)
 
 NO_ARITHMETIC = {
     "launch.rendezvous", "launch.slurm", "launch.slots", "launch.device", "launch.cache_features_gib",
+    "launch.cache_pixels_gib",
     "launch.save_minutes", "launch.keep_checkpoints", "launch.start_timeout_s", "launch.step_timeout_s",
     "launch.save_timeout_s", "launch.zero3_whole_below", "launch.eval_batch", "launch.eval_tokens", "launch.gpu",
     "launch.price", "trainer.optim", "trainer.optim_args", "trainer.lr_scheduler_kwargs", "trainer.tf32",

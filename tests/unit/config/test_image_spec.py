@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tinylmm.config.spec import ImageSpec
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 
 IMAGE: dict[str, Any] = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "mode": "square"}
 

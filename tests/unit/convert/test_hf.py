@@ -36,7 +36,7 @@ from tinylmm.convert.format import Export
 from tinylmm.convert.formats.hf import obstacles
 from tinylmm.convert.hf_folder import renamed
 from tinylmm.data.chat import TEMPLATES, Turn
-from tinylmm.data.images import ImageTransform
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import DataError, UserError
 from tinylmm.models.checkpoint import LoadedModel, load_model
 from tinylmm.models.connectors import LinearConnector, MLPConnector

@@ -20,15 +20,8 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from tinylmm.data.images import (
-    ImageTransform,
-    check_image,
-    image_header,
-    image_size,
-    open_image,
-    relative_name,
-    safe_path,
-)
+from tinylmm.data.images import check_image, image_header, image_size, open_image, relative_name, safe_path
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import DataError
 from tinylmm.sizing.tiling import Tiling
 

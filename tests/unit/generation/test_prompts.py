@@ -12,8 +12,8 @@ from tests.unit.data.test_chat_formats import CHATML, GEMMA
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.convert.hf_folder import generation_of
 from tinylmm.data.chat import get_template
-from tinylmm.data.images import ImageTransform
 from tinylmm.data.slots import question
+from tinylmm.data.transform import ImageTransform
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine
 from tinylmm.generation.prompts import PromptMaker

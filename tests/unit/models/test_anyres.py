@@ -19,8 +19,9 @@ from tests.reference import generate
 from tinylmm.config.spec import ImageSpec
 from tinylmm.data.chat import get_template
 from tinylmm.data.collate import Collator
-from tinylmm.data.images import ImageTransform, image_size, open_image
+from tinylmm.data.images import image_size, open_image
 from tinylmm.data.slots import question
+from tinylmm.data.transform import ImageTransform
 from tinylmm.errors import ConfigError
 from tinylmm.generation.choose import Sampling
 from tinylmm.generation.engine import Engine

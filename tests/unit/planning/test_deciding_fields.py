@@ -63,6 +63,8 @@ LAUNCH = {
     "gradient_checkpointing": speed(True, "activations are computed again in place of being kept"),
     "cache_features": speed(False, "the same features, computed once or at every step"),
     "cache_features_gib": speed(1.0, "the same features, computed once or at every step"),
+    "cache_pixels": speed(True, "the same bytes, decoded once or at every epoch"),
+    "cache_pixels_gib": speed(1.0, "the same bytes, decoded once or at every epoch"),
     "save_steps": speed(7, SAVES),
     "save_minutes": speed(1.0, SAVES),
     "keep_checkpoints": speed(3, SAVES),

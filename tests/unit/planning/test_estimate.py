@@ -184,3 +184,26 @@ def test_an_estimate_loads_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "NVIDIA H100" in done.stdout and "hours" in done.stdout
+
+
+def test_the_pixel_cache_counts_where_a_training_will_fill_it(tmp_path: Path) -> None:
+    def disk(*words: str) -> float:
+        return float(stages(tmp_path, *PHI, "launch.cache_features=false", *words)["finetune"]["disk"]["pixels"])
+
+    again, room = "recipe.stages.finetune.epochs=2", "launch.cache_pixels_gib=10000"
+    row = stages(tmp_path, *PHI)["finetune"]
+    all_images = row["samples"] * row["images_a_sample"] * 3 * 384**2
+    assert disk() == disk(room) == 0, "auto: images are read once"
+    assert disk(again) == 0, "auto: there is no room for all of them"
+    assert disk(again, room) == disk(room, "launch.cache_pixels=true") == pytest.approx(all_images)
+    assert disk(again, "launch.cache_pixels=true") == 20 * 1024**3, "as many as have room"
+    assert disk(again, room, "launch.cache_pixels=false") == 0
+    assert disk(again, room, "recipe.stages.finetune.max_steps=2") == 0, "it ends within the first epoch"
+    frozen = ("launch.cache_features=true", "launch.cache_features_gib=1e6", "recipe.stages.finetune.epochs=2", room)
+    assert stages(tmp_path, *PHI, *frozen)["pretrain"]["disk"]["pixels"] == 0, "features are kept instead"
+
+
+def test_the_plan_adds_the_pixel_cache_to_its_disk(tmp_path: Path) -> None:
+    words = (*PHI, "launch.cache_features=false", "launch.cache_pixels_gib=50", "launch.cache_pixels=true")
+    with_cache, without = (estimate(tmp_path, *words, *off)["totals"] for off in ((), ("launch.cache_pixels=false",)))
+    assert with_cache["disk"] - without["disk"] == 50 * 1024**3

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +84,24 @@ def test_images_and_clips_come_in_the_order_that_is_asked_for(tmp_path: Path) ->
         expected = tower(torch.cat([pixels("c.mp4"), image[None], pixels("a.mp4")]))
     torch.testing.assert_close(mixed(["c.mp4", "i.png", "a.mp4"]), expected)
     assert len(json.loads((tmp_path / "train-0/features.json").read_text())) == 4
+
+
+def test_the_tower_goes_on_while_a_clips_features_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, publish = clip_features.encode_views, clip_features._publish
+    encoded, published = [threading.Event() for _ in CLIPS], [0]
+
+    def encoding(*given: Any) -> torch.Tensor:
+        next(event for event in encoded if not event.is_set()).set()
+        return encode(*given)
+
+    def publishing(*given: Any) -> None:
+        published[0] += 1
+        assert encoded[min(published[0], 2)].wait(60), "the tower waits for the disk"
+        publish(*given)
+
+    monkeypatch.setattr(clip_features, "encode_views", encoding)
+    monkeypatch.setattr(clip_features, "_publish", publishing)
+    found = opened(tmp_path)
+    assert (found.computed, published) == (3, [3])
+    sizes = sum(path.stat().st_size for path in (tmp_path / "features").rglob("features.bin"))
+    assert (len(found), found.disk_bytes) == (3, sizes)

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -131,3 +132,46 @@ def test_features_that_find_no_room_are_refused_before_they_are_written(
             opened(disk)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_the_tower_goes_on_while_its_features_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "CHUNK_IMAGES", 1)
+    undisturbed = opened(tmp_path / "other")(IMAGES)
+    encode, write, encoded = features.encode_views, features._write, [threading.Event() for _ in IMAGES]
+
+    def encoding(*given: Any) -> torch.Tensor:
+        next(event for event in encoded if not event.is_set()).set()
+        return encode(*given)
+
+    def writing(rows: torch.Tensor, made: torch.Tensor, done: Any, number: int) -> None:
+        assert encoded[min(number + 1, 2)].wait(60), "the tower waits for the disk"
+        write(rows, made, done, number)
+
+    monkeypatch.setattr(features, "encode_views", encoding)
+    monkeypatch.setattr(features, "_write", writing)
+    torch.testing.assert_close(opened(tmp_path)(IMAGES), undisturbed, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [0, 2], ids=["the first", "the last"])
+def test_what_the_disk_refuses_behind_the_tower_is_raised(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "CHUNK_IMAGES", 1)
+    write = features._write
+
+    def writing(rows: torch.Tensor, made: torch.Tensor, done: Any, number: int) -> None:
+        if number == chunk:
+            raise DiskError("no room")
+        write(rows, made, done, number)
+
+    monkeypatch.setattr(features, "_write", writing)
+    with pytest.raises(DiskError, match="no room"):
+        opened(tmp_path)
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_cache_says_what_it_had_to_compute_and_what_it_takes(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), opened(tmp_path, "train-1")
+    assert (first.computed, second.computed, len(second)) == (3, 0, 3)
+    (path,) = (tmp_path / "features").glob("*/features.bin")
+    assert first.disk_bytes == second.disk_bytes == path.stat().st_size

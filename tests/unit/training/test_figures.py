@@ -121,8 +121,10 @@ def test_the_progress_line_says_it_while_it_runs() -> None:
 def test_counting_changes_no_bit_of_what_is_learnt(
     trained: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plain(figures: object, collate: Counted, **others: Any) -> LMMTrainer:
-        return LMMTrainer(collate=collate.collate, **others)
+    def plain(figures: object, collate: Counted, **others: Any) -> Any:
+        trainer: Any = LMMTrainer(collate=collate.collate, **others)
+        trainer.figures = figures
+        return trainer
 
     monkeypatch.setattr(train, "MeasuredTrainer", plain)
     project = tiny_project(tmp_path)
