@@ -93,7 +93,10 @@ class _Copy:
         parent, (told, self._tell) = os.getpid(), os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            for descriptor in [self._tell, *(other._tell for other in others)]:  # else none of them sees the agent's end
+            for descriptor in [
+                self._tell,
+                *(other._tell for other in others),
+            ]:  # else none of them sees the agent's end
                 os.close(descriptor)
             self._become_rank(parent, told)
         os.close(told)

@@ -33,7 +33,9 @@ class Started:
         torchrun: words for torchrun, where the process is to be that (`launch/agent.py`) and not the stage's worker.
     """
 
-    def __init__(self, starter: _Starter, folder: Path, environment: Mapping[str, str], torchrun: list[str] | None) -> None:
+    def __init__(
+        self, starter: _Starter, folder: Path, environment: Mapping[str, str], torchrun: list[str] | None
+    ) -> None:
         self.returncode: int | None = None
         self._starter, self._folder = starter, str(folder)
         starter.start(self._folder, environment, torchrun)
