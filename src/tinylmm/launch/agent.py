@@ -48,6 +48,10 @@ def supervise(parent: int, folder: Path, words: list[str], copies: bool) -> None
     os.environ[AGENT_PID] = str(os.getpid())
     if copies:
         _fork_ranks(int(next(word.split("=")[1] for word in words if word.startswith("--nproc-per-node="))))
+    else:
+        log.warning(
+            "each rank loads the libraries itself: copies of a process that has loaded them could not use a GPU"
+        )
     try:
         # torchrun's own handlers would end ranks that are saving; none of its signals ever comes.
         torchrun.main(["--signals-to-handle=SIGRTMAX", *words])
