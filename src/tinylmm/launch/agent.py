@@ -32,8 +32,8 @@ from tinylmm.stop import belong_to
 
 log = logging.getLogger(__name__)
 
-WAITED_FOR = "a rank"
 WAIT_SECONDS = 0.01
+"""Between two looks at a rank that is waited for."""
 
 
 def supervise(parent: int, folder: Path, words: list[str], copies: bool) -> None:
@@ -132,7 +132,6 @@ class _Copy:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
             os._exit(code)
 
     def poll(self) -> int | None:
@@ -152,7 +151,7 @@ class _Copy:
         end = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if end is not None and time.monotonic() > end:
-                raise subprocess.TimeoutExpired(WAITED_FOR, timeout or 0.0)
+                raise subprocess.TimeoutExpired("a rank", timeout or 0.0)
             time.sleep(WAIT_SECONDS)
         return code
 

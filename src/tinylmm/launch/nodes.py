@@ -154,6 +154,7 @@ def start_agent(folder: Path, launch: LaunchSpec, meeting: list[str]) -> Started
     _refuse_more_ranks_than_gpus(launch)
     words = [*meeting, f"--nproc-per-node={launch.nproc}", f"--log-dir={folder / WORDS_FOLDER}", "--tee=2"]
     words += ["--module", "tinylmm.launch.worker", str(folder)]
+    (folder / LOG_FILE).touch()  # where that cannot be written it is said here and now
     on_cpu = launch.device == "cpu" or not has_gpu_driver()
     return start_torchrun(folder, "fork" if on_cpu else "try", _environment(launch), words)
 

@@ -162,7 +162,6 @@ def _become(order: dict[str, Any], parent: int, anew: bool) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
         os._exit(code)
 
 

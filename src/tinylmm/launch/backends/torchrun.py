@@ -78,7 +78,8 @@ class Backend:
             if not (self._asked and _has_stopped(self._job)):
                 return None
             self.stop(now=True)
-        if (said := self._process.starter_death()) is not None and not self._asked:
+        said = self._process.starter_death()
+        if said is not None and not (self._job.folder / RESULT_FILE).exists():
             raise StageFailedError(said)
         assert self._process.returncode is not None
         return _outcome(self._job, self._process.returncode, self._log_start)
