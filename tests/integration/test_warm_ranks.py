@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -31,6 +33,14 @@ with Path(os.environ["RANKS_SEEN"]).open("a") as seen:
 
 class Connector(MLPConnector):
     pass
+"""
+ON_A_GPU = """
+import sys
+from tinylmm.cli.train import main
+from tinylmm.launch import nodes
+
+nodes.has_gpu_driver = lambda: True
+main()
 """
 SHORT = tuple(f"recipe.stages.{stage}.max_steps=2" for stage in ("pretrain", "finetune"))
 WORDS = (*SHORT, "launch.nproc=2", "launch.save_steps=1", "connector._target_=watched.Connector", "trust=[watched]")
@@ -89,6 +99,28 @@ def test_stages_on_forked_ranks_give_the_bits_of_stages_on_new_ones(
     assert found.keys() == expected.keys() and len(found) > 80
     for name, value in expected.items():
         assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value, name  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_where_copies_can_start_cuda_ranks_are_copies_that_load_what_would_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "driver.c").write_text("int cuInit(unsigned flags) { return 0; }")  # all that is asked of a driver
+    subprocess.run(["cc", "-shared", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
+    project = asking_project(tmp_path / "project")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_GPU, *project.words, "launch=torchrun"],
+        cwd=project.root,
+        env=environment() | {"LD_LIBRARY_PATH": str(tmp_path), "RANKS_SEEN": str(tmp_path / "seen.txt")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = (tmp_path / "seen.txt").read_text().splitlines()
+    assert {line.split()[0] for line in ranks} == {"tinylmm.launch.starter"} and len(ranks) == 2 * len(KINDS_OF_STAGES)
+    assert "each rank loads the libraries itself" not in (project.model("finetune").parents[1] / "log.txt").read_text()
 
 
 def test_a_run_whose_starter_is_killed_says_so_and_leaves_nothing_running(tmp_path: Path) -> None:
