@@ -5,13 +5,13 @@
 PLAN is a JSON list of trials: {"launch", "whom", "signal", "when", "real": bool, "readers": int}.
 
     launch   local (one process); torchrun, zero2, zero3 (two ranks)
-    whom     parent, agent (torchrun), rank (one of them), all (each process of the run)
+    whom     parent, agent (torchrun), rank (one of them), all (each process of the run); starter where processes are real
     when     any (a random moment), training (behind a random step), save (while a checkpoint lies in the staging folder)
     real     every process is started anew by its command, as a user's is
     readers  processes a rank that read samples
 
 Where a trial is not `real`, command, torchrun and ranks are forks of this process, which has the libraries imported: a second,
-not ten. It is torchrun's own agent either way; only how it and its ranks come to be processes differs.
+not ten. It is torchrun's own agent either way; only whose fork it is differs.
 
 Prints one JSON object: how many trials hit their moment, and the faults found, a sentence each.
 """
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -39,7 +39,6 @@ from typing import IO, Any
 import psutil
 import torch
 from safetensors.torch import load_file
-from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 import tinylmm.stages.evaluate
 import tinylmm.stages.prepare
@@ -47,7 +46,7 @@ import tinylmm.stages.train  # noqa: F401  (imported before the forks)
 from tests.integration.project import Project, environment, tiny_project
 from tinylmm.cli.errors import guarded
 from tinylmm.cli.train import run
-from tinylmm.launch import agent, worker
+from tinylmm.launch import agent
 from tinylmm.launch.backends import torchrun
 from tinylmm.launch.worker import WORDS_FOLDER
 from tinylmm.stop import held_back
@@ -128,31 +127,37 @@ class Fork:
         os.kill(self.pid, number)
 
 
+class ForkedAgent(Fork):
+    """What is used of `starting.Started`."""
+
+    def signal_children(self, number: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(self.pid).children():
+                rank.send_signal(number)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def starter_death(self) -> None:
+        """There is no starter."""
+
+
 class ForkedTorchrun(torchrun.Backend):
-    """torchrun whose agent and ranks are forks."""
+    """torchrun whose agent is a fork of the command, with nobody between."""
 
     def _spawn(self, folder: Path, meeting: list[str]) -> Any:
         words = [*meeting, f"--nproc-per-node={self._launch.nproc}", "--tee=2", f"--log-dir={folder / WORDS_FOLDER}"]
-        words = [str(os.getpid()), str(folder), *words, "--module", "tinylmm.launch.worker", str(folder)]
+        words += ["--module", "tinylmm.launch.worker", str(folder)]
+        parent = os.getpid()
 
         def become_agent() -> None:
             os.environ["OMP_NUM_THREADS"] = "1"
-            SubprocessHandler._popen = _popen_rank  # type: ignore[method-assign]
-            sys.argv = ["agent", *words]
-            agent.main()
+            agent.supervise(parent, folder, words, copies=True)
 
         with (folder / LOG_FILE).open("ab") as output, held_back():
-            return Fork(become_agent, {1: output, 2: output}, new_session=True)
-
-
-def _popen_rank(handler: SubprocessHandler, arguments: Iterable[str], variables: dict[str, str]) -> Any:
-    def become_rank() -> None:
-        os.environ.clear()
-        os.environ.update(variables)
-        sys.argv = ["worker", [*arguments][-1]]
-        worker.main()
-
-    return Fork(become_rank, {1: handler._stdout, 2: handler._stderr}, new_session=True)
+            return ForkedAgent(become_agent, {1: output, 2: output}, new_session=True)
 
 
 class Attempt:
@@ -188,15 +193,18 @@ class Attempt:
         return self.log.read_bytes()[self.begin :].decode(errors="replace")
 
 
-def victims(attempt: Attempt, whom: str, draw: random.Random) -> list[psutil.Process]:
+def victims(trial: Trial, attempt: Attempt, draw: random.Random) -> list[psutil.Process]:
     """Whom to hit; nobody where there is no such process at this moment."""
     everyone = attempt.everyone()
     by_depth: dict[str, list[psutil.Process]] = {"parent": everyone[:1], "agent": [], "rank": [], "all": everyone}
     with contextlib.suppress(psutil.NoSuchProcess):
         by_depth["agent"] = everyone[0].children()[:1] if everyone else []
+        if trial.real:
+            by_depth["starter"] = by_depth["agent"]
+            by_depth["agent"] = [one for starter in by_depth["starter"] for one in starter.children()]
         by_depth["rank"] = [rank for one in by_depth["agent"] for rank in one.children()]
-    found = by_depth[whom]
-    return [draw.choice(found)] if whom == "rank" and found else found
+    found = by_depth[trial.whom]
+    return [draw.choice(found)] if trial.whom == "rank" and found else found
 
 
 def wait_for(trial: Trial, attempt: Attempt, store: Path, draw: random.Random, duration: float) -> bool:
@@ -235,7 +243,7 @@ def disturb(trial: Trial, attempt: Attempt, store: Path, draw: random.Random) ->
     """Hit the running command; return what was wrong with how it ended."""
     faults = []
     whole = attempt.everyone()
-    for process in victims(attempt, trial.whom, draw):
+    for process in victims(trial, attempt, draw):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(getattr(signal, trial.signal))
     began = time.monotonic()
@@ -357,7 +365,7 @@ def main() -> None:
             shutil.rmtree(store, ignore_errors=True)
             shutil.copytree(folder / f"begun-{trial.launch}", store)
             attempt = Attempt(project, words, trial.real)
-            if wait_for(trial, attempt, store, draw, lasts) and victims(attempt, trial.whom, draw):
+            if wait_for(trial, attempt, store, draw, lasts) and victims(trial, attempt, draw):
                 hits += 1
                 wrong += disturb(trial, attempt, store, draw)
                 break

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tests.integration.project import Project, environment
 from tests.integration.test_embedded import WORDS as EMBEDDED
 from tests.integration.test_recovery import wait_for
+from tinylmm.launch import starting
 from tinylmm.launch.backends import process
 from tinylmm.store import store as store_module
 from tinylmm.store.integrity import check_folder
@@ -168,7 +169,7 @@ def test_where_there_is_a_gpu_a_stages_process_is_no_copy_of_another(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "has_gpu_driver", lambda: True)
-    monkeypatch.setattr(process, "_running", None)
+    monkeypatch.setattr(starting, "_running", [])
     done = project.train_here("-m", "seed=1,2", "launch.slots=2", "launch.device=cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(project.stages("train")) == 4

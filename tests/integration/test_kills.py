@@ -31,7 +31,7 @@ SIGNALS = planned("torchrun", ("SIGTERM",), ("parent", "rank", "all"), ("any", "
 SIGNALS += planned("torchrun", ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"), ("parent", "all"), ("training",), False)
 WITH_READERS = planned("torchrun", ("SIGTERM", "SIGKILL"), ("all", "parent"), ("training",), False)
 REAL = planned("torchrun", ("SIGKILL",), ("parent",), ("any",), True) + planned(
-    "torchrun", ("SIGKILL",), ("rank",), ("training",), True
+    "torchrun", ("SIGKILL",), ("rank", "agent", "starter"), ("training",), True
 )
 REAL += planned("torchrun", ("SIGTERM",), ("all",), ("any",), True) + planned(
     "torchrun", ("SIGHUP",), ("parent",), ("any",), True
@@ -69,7 +69,7 @@ def test_the_suite_kills_forty_times_and_signals_twenty_times_over_torchrun() ->
     trials = [trial for plan in SUITE.values() for trial in plan if trial["launch"] != "local"]
     kills = [trial for trial in trials if trial["signal"] == "SIGKILL"]
     assert len(kills) >= 40 and len(trials) - len(kills) >= 20
-    assert {trial["whom"] for trial in kills} == set(WHOM)
+    assert {trial["whom"] for trial in kills} == {*WHOM, "starter"}
 
 
 @pytest.mark.parametrize(

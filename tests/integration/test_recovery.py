@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -115,6 +116,12 @@ def test_a_nan_on_one_rank_stops_the_run_before_any_weight_is_touched(
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
+def ranks(command: subprocess.Popen[str]) -> list[int]:
+    """Process ids of torchrun's ranks in a run that is under way, in their order: command, starter, agent, ranks."""
+    agents = [agent for starter in psutil.Process(command.pid).children() for agent in starter.children()]
+    return sorted(rank.pid for agent in agents for rank in agent.children())
+
+
 def test_a_killed_rank_ends_the_job_quickly_and_is_named(project: Project) -> None:
     process = subprocess.Popen(
         project.command("launch=torchrun", "recipe.stages.pretrain.epochs=5000"),
@@ -125,11 +132,7 @@ def test_a_killed_rank_ends_the_job_quickly_and_is_named(project: Project) -> No
         text=True,
     )
     wait_for(lambda: any(project.store.glob("work/train-*/metrics.jsonl")))
-    (work,) = project.store.glob("work/train-*")
-    children = subprocess.run(
-        ["pgrep", "-f", f"tinylmm.launch.worker {work}"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(ranks(process)[-1], signal.SIGKILL)
     killed_at = time.monotonic()
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 1 and time.monotonic() - killed_at < 90
@@ -199,11 +202,7 @@ def test_a_hung_rank_ends_the_job_after_the_step_timeout(project: Project) -> No
         text=True,
     )
     wait_for(lambda: any(p.read_text().count("\n") > 3 for p in project.store.glob("work/train-*/metrics.jsonl")))
-    (work,) = project.store.glob("work/train-*")
-    workers = subprocess.run(
-        ["pgrep", "-f", f"tinylmm.launch.worker {work}"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGSTOP)
+    os.kill(ranks(process)[-1], signal.SIGSTOP)
     stopped_at = time.monotonic()
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 1 and time.monotonic() - stopped_at < 120

@@ -6,26 +6,22 @@ others wait for it, as for any stage that another process works on.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tinylmm.config.cores import usable_cores
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.errors import StageFailedError, StoppedError, UserError
+from tinylmm.launch.starting import Started, start_torchrun
 from tinylmm.launch.worker import WORDS_FOLDER, has_gpu_driver
 from tinylmm.stages.job import StageJob
-from tinylmm.stop import STOP_FILE, held_back
+from tinylmm.stop import STOP_FILE
 from tinylmm.store.claims import Owner, describe
 from tinylmm.store.integrity import write_atomic
 from tinylmm.store.layout import LOG_FILE
@@ -81,7 +77,7 @@ class Joined:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._agents: dict[str, tuple[Meeting, Path, subprocess.Popen[bytes]]] = {}
+        self._agents: dict[str, tuple[Meeting, Path, Started]] = {}
         """Key of a stage -> where we met, its work folder, and our agent."""
         self._met: dict[str, tuple[str, str]] = {}
         """Key of a stage that this machine has joined -> the token of that try, which it joins once, and who led it."""
@@ -129,7 +125,7 @@ class Joined:
         for key, (meeting, folder, agent) in list(self._agents.items()):
             if agent.poll() is None:
                 if not (folder / MEETING_FILE).exists() or _token(folder / MEETING_FILE) != meeting.token:
-                    end_agent(agent)
+                    agent.kill()
                 continue
             del self._agents[key]
 
@@ -137,7 +133,7 @@ class Joined:
         """Ask for all of them, on every machine, that they save and stop; or end our part at once."""
         for _, folder, agent in self._agents.values():
             if now:
-                end_agent(agent)
+                agent.kill()
             else:
                 ask_to_stop(folder, agent)
 
@@ -146,7 +142,7 @@ def _token(path: Path) -> str:
     return str(json.loads(path.read_text(encoding="utf-8"))["token"])
 
 
-def start_agent(folder: Path, launch: LaunchSpec, meeting: list[str]) -> subprocess.Popen[bytes]:
+def start_agent(folder: Path, launch: LaunchSpec, meeting: list[str]) -> Started:
     """Start this machine's torchrun (`launch/agent.py`) on the job in `folder`, in a session of its own.
 
     Args:
@@ -158,30 +154,15 @@ def start_agent(folder: Path, launch: LaunchSpec, meeting: list[str]) -> subproc
     _refuse_more_ranks_than_gpus(launch)
     words = [*meeting, f"--nproc-per-node={launch.nproc}", f"--log-dir={folder / WORDS_FOLDER}", "--tee=2"]
     words += ["--module", "tinylmm.launch.worker", str(folder)]
-    with (folder / LOG_FILE).open("ab") as output, held_back():
-        return subprocess.Popen(
-            [sys.executable, "-m", "tinylmm.launch.agent", str(os.getpid()), str(folder), *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=_environment(launch),
-            start_new_session=True,  # Ctrl-C reaches this parent alone, which then asks the ranks to save
-        )
+    (folder / LOG_FILE).touch()  # where that cannot be written it is said here and now
+    on_cpu = launch.device == "cpu" or not has_gpu_driver()
+    return start_torchrun(folder, "fork" if on_cpu else "try", _environment(launch), words)
 
 
-def ask_to_stop(folder: Path, agent: subprocess.Popen[bytes]) -> None:
+def ask_to_stop(folder: Path, agent: Started) -> None:
     """Ask the ranks to save and stop, by a file that those of every machine see, and by a signal that wakes ours."""
     (folder / STOP_FILE).touch()
-    with contextlib.suppress(psutil.NoSuchProcess):  # they are ending as it is
-        for rank in psutil.Process(agent.pid).children():
-            rank.send_signal(signal.SIGTERM)
-
-
-def end_agent(agent: subprocess.Popen[bytes]) -> None:
-    """Kill an agent with its ranks."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(agent.pid, signal.SIGKILL)
-    agent.wait()
+    agent.signal_children(signal.SIGTERM)
 
 
 def _refuse_more_ranks_than_gpus(launch: LaunchSpec) -> None:

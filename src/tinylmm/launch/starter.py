@@ -1,23 +1,32 @@
-"""Starts stages in processes of their own (`python -m tinylmm.launch.starter PARENT_PID fork|anew`).
+"""Starts stages in processes of their own (`python -m tinylmm.launch.starter PARENT_PID fork|anew|try`).
 
-torch and transformers take seconds to load, and a short stage would wait for little else: `fork` makes copies of this process,
-which has all loaded. Where there is a GPU, a copy of a process that has looked for it cannot use it: there each stage starts
-`anew`, and takes longer than its imports. Orders come as JSON lines on stdin: {"start": FOLDER, "folder": working folder,
-"environment": {...}} and {"signal": NUMBER, "pid": PID, "all": whether its whole session}. Answers go to stdout:
-{"started": FOLDER, "pid": PID} and {"ended": PID, "code": exit code, or minus the signal}.
+torch and transformers take many seconds to load, and a short stage would wait for little else: `fork` makes copies of this
+process, which has all loaded and done nothing with it. A stage's process is a copy for that stage alone, as good as a new one.
+A copy of a process that has started CUDA cannot use a GPU: with `anew` nothing is loaded here, and each stage's process loads
+what it needs; with `try` it is found out whether copies can use a GPU, and torchrun's ranks are copies only then.
+
+Orders come as JSON lines on stdin: {"start": FOLDER, "folder": working folder, "environment": {...}}, with "torchrun": [WORDS]
+where that is to be started and not the stage's worker, and {"signal": NUMBER, "pid": PID, "whom": "it"|"children"|"session"}.
+Answers go to stdout: {"started": FOLDER, "pid": PID} and {"ended": PID, "code": exit code, or minus the signal}.
 Only this process reaps, so a signal that it sends never meets a stranger under a number used again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import select
 import signal
 import sys
 import traceback
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from tinylmm.launch.worker import AGENT_PID, quiet_libraries
 from tinylmm.launch.worker import main as work
@@ -29,6 +38,9 @@ from tinylmm.store.layout import LOG_FILE
 LOG_MODE = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 POLL_SECONDS = 0.02
 """How often it is looked whether a stage has ended."""
+TORCHRUN = "torch.distributed.run"
+WITHOUT_CUDA = ("datasets", "accelerate", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+"""What takes long to load and leaves CUDA alone. bitsandbytes, which all the rest loads where it is installed, starts CUDA."""
 
 
 def main() -> None:
@@ -36,11 +48,8 @@ def main() -> None:
     belong_to(int(sys.argv[1]))
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints while it is loaded is no answer
-    anew = sys.argv[2] == "anew"
-    if not anew:
-        quiet_libraries()
-        for kind in KINDS:
-            import_body(kind)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # and none is left for copies to print again
+    anew = not _load(sys.argv[2])
     children: set[int] = set()
     rest = b""
     while True:
@@ -56,17 +65,63 @@ def main() -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
+def _load(how: str) -> bool:
+    """Load what stages need; returns whether copies of this process can do the work of one."""
+    if how == "anew":
+        return False
+    if how == "try":
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is found out without CUDA
+    quiet_libraries()
+    if how == "try" and find_spec("bitsandbytes") is not None:
+        for name in WITHOUT_CUDA:
+            import_module(name)
+    else:
+        for kind in KINDS:
+            import_body(kind)
+    return how == "fork" or _copies_can_use_cuda()
+
+
+def _copies_can_use_cuda() -> bool:
+    """Try it in a copy."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            from torch import cuda
+
+            if not cuda._is_in_bad_fork():
+                code = min(ctypes.CDLL("libcuda.so.1").cuInit(0), 1)
+        except OSError:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def _obey(order: dict[str, Any], children: set[int], answers: int, anew: bool) -> None:
     if "start" in order:
         parent = os.getpid()
+        if "torchrun" in order:
+            import_module(TORCHRUN)  # once, for all copies
         pid = os.fork()
         if not pid:
             os.close(answers)
-            _become_worker(order, parent, anew)
+            _become(order, parent, anew)
         children.add(pid)
         _answer(answers, {"started": order["start"], "pid": pid})
     elif order["pid"] in children:
-        (os.killpg if order["all"] else os.kill)(order["pid"], order["signal"])
+        _signal(order["pid"], order["signal"], order["whom"])
+
+
+def _signal(pid: int, number: int, whom: str) -> None:
+    if whom == "session":
+        os.killpg(pid, number)
+    elif whom == "it":
+        os.kill(pid, number)
+    else:
+        with contextlib.suppress(psutil.NoSuchProcess):  # they are ending as it is
+            for child in psutil.Process(pid).children():
+                child.send_signal(number)
 
 
 def _reap(children: set[int], answers: int) -> None:
@@ -81,8 +136,9 @@ def _answer(answers: int, record: dict[str, Any]) -> None:
     os.write(answers, json.dumps(record).encode() + b"\n")
 
 
-def _become_worker(order: dict[str, Any], parent: int, anew: bool) -> NoReturn:
+def _become(order: dict[str, Any], parent: int, anew: bool) -> NoReturn:
     """In the fork: a process as if started by the command itself, which writes to the stage's log."""
+    code = 1
     try:
         os.setsid()  # its helpers end with it
         os.chdir(order["folder"])
@@ -91,14 +147,22 @@ def _become_worker(order: dict[str, Any], parent: int, anew: bool) -> NoReturn:
         nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(Path(order["start"]) / LOG_FILE, LOG_MODE, 0o666)
         for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
-        if anew:
+        if "torchrun" in order:
+            from tinylmm.launch.agent import supervise
+
+            supervise(parent, Path(order["start"]), order["torchrun"], copies=not anew)
+            code = 0
+        elif anew:
             os.execv(sys.executable, [sys.executable, "-m", "tinylmm.launch.worker", order["start"]])
-        sys.argv = ["worker", order["start"]]
-        work()
+        else:
+            sys.argv = ["worker", order["start"]]
+            work()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(1)
+        os._exit(code)
 
 
 if __name__ == "__main__":

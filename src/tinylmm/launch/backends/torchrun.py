@@ -9,15 +9,15 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.errors import StageFailedError, StoppedError, TinyLMMError, UserError
-from tinylmm.launch.nodes import MEETING_FILE, ask_to_stop, call_others, end_agent, start_agent
+from tinylmm.launch.nodes import MEETING_FILE, ask_to_stop, call_others, start_agent
 from tinylmm.launch.results import ending, last_lines, read_result
+from tinylmm.launch.starting import Started
 from tinylmm.launch.worker import FAILED_RANKS, RANK_RESULTS, RESULT_FILE, WORDS_FOLDER, FailedRank
 from tinylmm.stages.job import StageJob
 from tinylmm.stop import STOP_FILE
@@ -39,11 +39,11 @@ class RankError(TinyLMMError):
 
 
 class Backend:
-    """See `LaunchBackend`: a torchrun of this machine (`launch/agent.py`), in a session of its own."""
+    """See `LaunchBackend`: a torchrun of this machine (`launch/agent.py`) for each stage, a fork of the starter."""
 
     def __init__(self, launch: LaunchSpec) -> None:
         self._launch = launch
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Started | None = None
         self._asked = False
         self._log_start = 0
         """Where this try's part of the log begins."""
@@ -62,7 +62,7 @@ class Backend:
         else:
             self._process = self._spawn(job.folder, call_others(job, self._launch).words())
 
-    def _spawn(self, folder: Path, meeting: list[str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, folder: Path, meeting: list[str]) -> Started:
         return start_agent(folder, self._launch, meeting)
 
     def poll(self) -> dict[str, Any] | None:
@@ -78,6 +78,10 @@ class Backend:
             if not (self._asked and _has_stopped(self._job)):
                 return None
             self.stop(now=True)
+        said = self._process.starter_death()
+        if said is not None and not (self._job.folder / RESULT_FILE).exists():
+            raise StageFailedError(said)
+        assert self._process.returncode is not None
         return _outcome(self._job, self._process.returncode, self._log_start)
 
     def stop(self, now: bool = False) -> None:
@@ -85,7 +89,7 @@ class Backend:
         if self._process is None or self._process.poll() is not None:
             return
         if now:
-            end_agent(self._process)
+            self._process.kill()
         elif not self._asked:
             self._asked = True
             ask_to_stop(self._job.folder, self._process)
