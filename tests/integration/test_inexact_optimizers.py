@@ -23,7 +23,11 @@ WORDS = (
 @pytest.mark.parametrize("optim", ["muon", "adamw_bf16"])
 def test_two_ranks_learn_what_one_process_learns(optim: str, tmp_path: Path) -> None:
     found = []
-    for name, words in (("one", ()), ("two", ("launch=torchrun", "launch.nproc=2")), ("plain", ("trainer.optim=null",))):
+    for name, words in (
+        ("one", ()),
+        ("two", ("launch=torchrun", "launch.nproc=2")),
+        ("plain", ("trainer.optim=null",)),
+    ):
         project = tiny_project(tmp_path / name)
         done = project.train(f"trainer.optim={optim}", *WORDS, *words)
         assert done.returncode == 0, done.stdout + done.stderr
