@@ -308,8 +308,26 @@ def test_a_stage_cannot_train_on_a_question_file() -> None:
         ),
         (["trainer.optim=muon", "launch=zero2"], "trainer.optim", "needs whole tensors on every rank"),
         (["trainer.optim=adamw_bf16", "launch=zero3"], "trainer.optim", "Use launch=local or torchrun"),
+        (["recipe.stages.pretrain.fp8=true", "launch=zero2"], "recipe.stages.pretrain.fp8", "ZeRO does not hold"),
+        (["recipe.stages.finetune.fp8=true"], "recipe.stages.finetune", "set tune.llm=frozen"),
+        (
+            ["recipe.stages.pretrain.fp8=true", "recipe.stages.pretrain.precision=fp32"],
+            "recipe.stages.pretrain",
+            "precision=bf16",
+        ),
     ],
-    ids=["limit_seed", "layout", "8 bits", "betas", "epsilon", "muon", "bf16 moments"],
+    ids=[
+        "limit_seed",
+        "layout",
+        "8 bits",
+        "betas",
+        "epsilon",
+        "muon",
+        "bf16 moments",
+        "fp8 zero",
+        "fp8 trained",
+        "fp8 fp32",
+    ],
 )
 def test_what_would_decide_nothing_is_refused(words: list[str], where: str, what: str) -> None:
     found = faults(*words)

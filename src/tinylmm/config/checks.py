@@ -233,6 +233,11 @@ def _check_sharding(raw: Mapping[str, Any]) -> list[Fault]:
     if optim in OWN_OPTIMIZERS and mapping_at(raw, "launch").get("deepspeed_stage") in (2, 3):
         what = f"is {optim}, which needs whole tensors on every rank, and ZeRO shares them out."
         return [Fault("trainer.optim", what, "Use launch=local or torchrun, or another optimiser.")]
+    if mapping_at(raw, "launch").get("deepspeed_stage") in (2, 3):
+        for name, stage in mapping_at(raw, "recipe", "stages").items():
+            if isinstance(stage, Mapping) and stage.get("fp8"):
+                what = "is true, and ZeRO does not hold weights in eight-bit floats."
+                return [Fault(f"recipe.stages.{name}.fp8", what, "Use launch=local or torchrun, or fp8=false.")]
     if mapping_at(raw, "launch").get("deepspeed_stage") != 3:
         return []
     return [

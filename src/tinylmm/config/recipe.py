@@ -107,11 +107,22 @@ class RecipeStage(Frozen):
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    fp8: bool = False
+    """Not exact: multiply by the frozen LLM's linear layers (not its head) in eight-bit floats, in a stage in bf16."""
     template: Literal["auto"] | TemplateName
     """Chat template; `auto` is the LLM's own."""
     image_mode: Literal["auto"] | ImageMode = "auto"
     """How this stage sees images, and so whoever uses its model (`vision_tower.image.mode` has the meanings); `auto` is the
     tower's own."""
+
+    @model_validator(mode="after")
+    def _eight_bits_of_what_is_frozen(self) -> RecipeStage:
+        if self.fp8 and (self.tune.llm != "frozen" or self.precision != "bf16"):
+            raise ValueError(
+                "sets fp8, which holds the linear layers of a frozen LLM in eight bits; set tune.llm=frozen and "
+                "precision=bf16, or fp8=false"
+            )
+        return self
 
     @property
     def mixture(self) -> dict[str, float]:

@@ -112,7 +112,7 @@ def _options(training: Training) -> Iterator[dict[str, Any]]:
     """Sharding and checkpointing, the fastest first."""
     asked = training.asked
     shardings: list[Sharding] = [asked.sharding]
-    whole = training.optimizer in OWN_OPTIMIZERS
+    whole = training.optimizer in OWN_OPTIMIZERS or training.stage.fp8
     if asked.deepspeed_stage == "auto" and asked.ranks > 1 and not whole and find_spec("deepspeed") is not None:
         shardings += [2] if is_quantized(training) else [2, 3]
     again = [False, True] if asked.gradient_checkpointing == "auto" else [asked.checkpoints]

@@ -188,6 +188,7 @@ class Training:
             self._accumulation(launch.ranks, self.micro_batch) > 1,
             optimizer_bytes(self.optimizer),
             self.device.on_gpu and launch.compile is not False and launch.sharding != 3,
+            self.stage.fp8,
         )
 
     def placed(self, sharding: str, ranks: int, micro_batch: int, checkpointing: bool) -> Placement:

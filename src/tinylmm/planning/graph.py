@@ -149,7 +149,8 @@ class _Builder:
                 spec = self._from_model()
             else:
                 spec, parents = {}, {"from": trained[stage.start].digest}
-            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped", "image_mode"})
+            spec |= _dump(stage, exclude={"start", "data", "template", "max_dropped", "image_mode", "fp8"})
+            spec |= {"fp8": True} if stage.fp8 else {}
             spec |= self._image_mode(name, stage) | self._sampling(*stage.mixture)
             spec |= {"seed": self.run.seed, "trainer": self.run.trainer.deciding}
             located = self._mix(name, stage, tokenizer, spec, parents) | {"max_dropped": stage.max_dropped}

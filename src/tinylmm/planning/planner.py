@@ -127,6 +127,11 @@ def _warnings(run: RunSpec) -> list[str]:
         )
     limit = run.llm.architecture.get("max_position_embeddings")
     for name, stage in run.recipe.stages.items():
+        if stage.fp8:
+            found.append(
+                f"recipe.stages.{name}.fp8 is not exact: the frozen LLM computes in eight-bit floats, so the connector learns "
+                "something else than in bf16, and figures differ for that reason too."
+            )
         if isinstance(limit, int) and stage.max_length > limit:
             found.append(
                 f"recipe.stages.{name}.max_length={stage.max_length} is more than the {limit} positions that "

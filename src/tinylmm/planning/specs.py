@@ -139,6 +139,7 @@ class TrainStage(Recorded):
     adam_epsilon: float
     max_grad_norm: float
     precision: Literal["fp32", "bf16", "fp16"]
+    fp8: bool = False
     seed: int
     trainer: TrainerSpec
     """The fields of TrainingArguments that decide what is learnt."""

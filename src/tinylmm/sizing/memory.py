@@ -49,6 +49,9 @@ LIVE = 1_000_000_000
 QUANTIZED = {(4, True): 0.516, (4, False): 0.5625, (8, True): 1.0, (8, False): 1.0}
 """Bytes a weight of (bits, doubly quantised), with its scales (QLoRA, arXiv 2305.14314, section 3)."""
 
+FP8_MULTIPLE = 16
+"""What both sides of a matrix in eight-bit floats are multiples of (`models/fp8.py`)."""
+
 PREPACKED_FROM = 2**18
 """Numbers of a frozen linear layer's weight from which a CPU is given copies that its kernels read as they lie,"""
 PREPACKED_AT_MOST = 2 * GIB
@@ -68,6 +71,7 @@ class Placement:
         accumulates: several micro-batches make a step, so that gradients are there in each forward pass but the first.
         optimizer_bytes: state of the optimiser for a trained parameter.
         compiled: blocks are compiled: norms, casts and products of gates are computed again of what is kept anyway.
+        eight_bits: the frozen LLM's linear layers are held in eight bits (`models/fp8.py`).
     """
 
     sharding: str = "local"
@@ -78,6 +82,7 @@ class Placement:
     accumulates: bool = True
     optimizer_bytes: float = 8.0
     compiled: bool = False
+    eight_bits: bool = False
 
     @property
     def narrow_stream(self) -> bool:
@@ -133,6 +138,14 @@ def step_memory(parts: Mapping[str, Part], tune: Mapping[str, Tune], batch: Micr
     """
     trained = sum(trained_parameters(parts[name], tune[name]) for name in PARTS)
     whole = {name: _held(parts[name], tune[name], placed) for name in PARTS}
+    if placed.eight_bits:
+        linears = [layer for layer in parts["llm"].layers() if isinstance(layer, Linear) and layer.adapts]
+        eight = sum(
+            layer.inputs * layer.outputs
+            for layer in linears
+            if not (layer.inputs % FP8_MULTIPLE or layer.outputs % FP8_MULTIPLE)
+        )
+        whole["llm"] -= eight * ((placed.compute_bytes if placed.on_gpu else 4) - 1.0)
     weights, caches = sum(whole.values()), 0.0
     gradients, optimizer = 4.0 * trained, placed.optimizer_bytes * trained
     if placed.sharding.startswith("zero"):

@@ -22,11 +22,13 @@ from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import TuneHow
 from tinylmm.data.collate import Collator
 from tinylmm.errors import DataError, StoppedError
+from tinylmm.models.adapters import adaptable_linears
 from tinylmm.models.attention import choose_training_attention
 from tinylmm.models.build import build_lmm, load_tokenizer, part_source
 from tinylmm.models.checkpoint import LoadedModel, load_model, save_model, set_image_mode
 from tinylmm.models.compiled import compile_blocks, compiles, graphs_compiled
 from tinylmm.models.devices import choose_device
+from tinylmm.models.fp8 import hold_in_eight_bits
 from tinylmm.models.speed import speed_up
 from tinylmm.models.tuning import PartTuning, apply_tuning, enable_checkpointing
 from tinylmm.models.vision import HFVisionTower
@@ -343,6 +345,9 @@ def _to_device(
         log.info(
             "%s: %s (%s of %s parameters trained)", part, decision.mode, f"{decision.trained:,}", f"{decision.total:,}"
         )
+    if spec.fp8:
+        held = hold_in_eight_bits(model.llm, adaptable_linears(model, "llm"))
+        log.info("%d frozen linear layers of the LLM are held in eight-bit floats, which is not exact", held)
     saves = rank() == 0 or not _spreads_llm(job)
     frozen = frozen_in_trained_parts(model, kept) if job.settings.launch.sharding and saves else {}
     if not _spreads_llm(job):

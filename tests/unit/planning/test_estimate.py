@@ -15,7 +15,7 @@ from tinylmm.config.groups import conf_folder
 from tinylmm.planning.advice import RANKS
 from tinylmm.planning.estimate import optimizer_bytes
 from tinylmm.planning.estimates import estimate_record
-from tinylmm.planning.planner import plan_run
+from tinylmm.planning.planner import RunPlan, plan_run
 from tinylmm.sizing.cards import Calibration, cards, save_calibration
 
 PHI = ("llm=phi2", "vt=siglip", "eval=none")
@@ -173,6 +173,24 @@ def test_tiled_images_are_seen_as_often_as_they_have_tiles(tmp_path: Path) -> No
 )
 def test_state_of_an_optimiser_is_that_of_its_kind(name: str | None, size: float) -> None:
     assert optimizer_bytes(name) == size
+
+
+def test_a_frozen_llm_in_eight_bits_is_said_to_be_not_exact_and_is_in_the_digest_only_where_asked(
+    tmp_path: Path,
+) -> None:
+    def planned(*words: str) -> RunPlan:
+        ((overrides, spec),) = compose_all([f"store={tmp_path}", *PHI, "eval=none", *words], False)
+        return plan_run(spec, run_name(spec), overrides)
+
+    plain, off, on = (
+        planned(*words) for words in ([], ["recipe.stages.pretrain.fp8=false"], ["recipe.stages.pretrain.fp8=true"])
+    )
+    digests = [{stage.name: stage.digest for stage in plan.graph}["pretrain"] for plan in (plain, off, on)]
+    assert digests[0] == digests[1] != digests[2]
+    said = [
+        any("recipe.stages.pretrain.fp8 is not exact" in word for word in plan.warnings) for plan in (plain, off, on)
+    ]
+    assert said == [False, False, True]
 
 
 def test_an_estimate_loads_no_torch(tmp_path: Path) -> None:

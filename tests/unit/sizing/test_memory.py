@@ -21,6 +21,7 @@ from tests.unit.sizing.test_parameters import LORA, parts_of, written_out
 from tinylmm.constants import IMAGE_TOKEN_ID
 from tinylmm.models.fused import fuse
 from tinylmm.sizing.flops import PARTS
+from tinylmm.sizing.layers import Linear
 from tinylmm.sizing.memory import BUCKET, CONTEXT, MicroBatch, Placement, kept_bytes, step_memory
 from tinylmm.sizing.parameters import total_parameters, trained_parameters
 
@@ -53,6 +54,18 @@ def test_ddp_holds_gradients_twice_and_zero_shares_them_out() -> None:
     zero3 = memory(sharding="zero3", ranks=4)
     assert zero3.weights == (TRAINED + TOWER) / 2 + TRAINED
     assert zero3.optimizer == zero2.optimizer and zero3.caches > zero2.caches
+
+
+def test_a_frozen_llm_in_eight_bits_takes_a_byte_less_a_weight_of_its_linear_layers() -> None:
+    frozen = {"llm": "frozen", "vision_tower": "frozen", "connector": "full"}
+    plain, held = (
+        step_memory(PARTS_OF_PHI, frozen, BATCH, replace(GPU, eight_bits=eight)).weights for eight in (False, True)
+    )
+    layers = [layer for layer in PARTS_OF_PHI["llm"].layers() if isinstance(layer, Linear)]
+    assert layers and plain - held == sum(
+        layer.inputs * layer.outputs for layer in layers if layer.inputs % 16 == layer.outputs % 16 == 0
+    )
+    assert plain > held
 
 
 def test_a_step_of_one_micro_batch_has_its_gradients_when_its_activations_are_gone() -> None:
