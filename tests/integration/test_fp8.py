@@ -34,4 +34,4 @@ def test_a_stage_in_eight_bits_learns_nearly_what_bf16_learns_on_one_rank_and_on
 
     size = float(sum(p.float().square().sum() for p in plain.values())) ** 0.5
     assert 0 < apart(one, plain) < 0.01 * size
-    assert apart(two, one) < 0.01 * size
+    assert apart(two, one) < 0.5 * apart(one, plain), "ranks change the order of sums, and no weight's eight bits"
