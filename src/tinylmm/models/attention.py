@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from tinylmm.config.attention import FLASH, VARLEN, no_flash
+from tinylmm.models.fused import positions_read
 from tinylmm.models.layout import Layout, sample_bounds
 from tinylmm.models.varlen import attend_samples
 
@@ -233,7 +234,8 @@ def _attend(
         cu_seq_lens_q, max_length_q = found["cu_seq_lens_q"], found["max_length_q"]
     # squeezed, not indexed: the gradient of an index is written into a row of zeros
     q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
-    return attend_samples(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window).unsqueeze(0), None
+    needed = positions_read(module)
+    return attend_samples(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window, needed).unsqueeze(0), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(BY_SAMPLES, _attend)

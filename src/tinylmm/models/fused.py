@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
+from tinylmm.models.rotary import turn_faster
+
 log = logging.getLogger(__name__)
 
 TANH_GELUS = tuple({ACT2CLS[name] for name in ("gelu_new", "gelu_fast")})
@@ -20,8 +22,11 @@ TANH_GELUS = tuple({ACT2CLS[name] for name in ("gelu_new", "gelu_fast")})
 TOLERANCE = 1e-6
 """Largest difference of a norm's output that counts as rounding (fp32, for inputs of about 1)."""
 FEED_FORWARD = ("mlp", "ffn", "feed_forward")
-OUTPUT = ("o_proj", "out_proj", "dense")
-"""Names that transformers' blocks have for their feed-forward network, and their attention for its output projection."""
+PROJECTIONS = ("q_proj", "o_proj", "out_proj", "dense")
+"""Names that transformers' blocks have for their feed-forward network, and their attention for what makes its queries and its
+output; no other position reads a query."""
+NEEDED = "needed_only"
+"""Attribute of an attention module that is told which positions are read."""
 TRIED = (3, 16.0)
 """Rows that a norm is tried on, and how far they are stretched."""
 
@@ -31,9 +36,9 @@ def fuse(model: nn.Module, on_cpu: bool) -> dict[str, int]:
 
     Args:
         model: any module; its parameters and the names of its modules stay as they are.
-        on_cpu: root-mean-square norms too, which are compiled or have kernels of their own on a GPU.
+        on_cpu: root-mean-square norms and rotary embeddings too, which are compiled or have kernels of their own on a GPU.
     """
-    counts = {"gelu": 0, "rms_norm": 0}
+    counts = {"gelu": 0, "rms_norm": 0, "rotary": 0}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, TANH_GELUS):
@@ -42,6 +47,8 @@ def fuse(model: nn.Module, on_cpu: bool) -> dict[str, int]:
             elif on_cpu and _is_rms_norm(child):
                 child.forward = _RMSForward(child)
                 counts["rms_norm"] += 1
+            elif on_cpu and turn_faster(child):
+                counts["rotary"] += 1
     log.debug("fused: %s", counts)
     return counts
 
@@ -108,7 +115,8 @@ class _RMSNorm(torch.autograd.Function):
 class NeededOnly:
     """Lets position-wise modules of the last block compute at those positions alone whose hidden states are read.
 
-    Behind the last attention no position sees another: of what comes out for the others, nothing reaches the loss.
+    Behind the last attention no position sees another: of what comes out for the others, nothing reaches the loss, and their
+    queries find nothing that is read.
     """
 
     def __init__(self) -> None:
@@ -116,29 +124,45 @@ class NeededOnly:
         """(S,) int64 in rows laid end to end; None computes all. It stays until it is set again: checkpointed blocks run in the
         backward pass too."""
 
-    def take(self, modules: list[nn.Module]) -> None:
-        """Take these modules over; each maps (..., D) to (..., D'), position by position."""
+    def take(self, modules: list[nn.Module], attentions: list[nn.Module]) -> None:
+        """Take modules over that map (..., D) to (..., D') position by position, and let attentions know what is read."""
         for module in modules:
             module.forward = _AtPositions(self, module)
+        for attention in attentions:
+            setattr(attention, NEEDED, self)
+
+
+def positions_read(attention: nn.Module) -> Tensor | None:
+    """(S,) int64, the positions whose results are read of this attention, in training; None is all."""
+    needed = getattr(attention, NEEDED, None)
+    return needed.positions if needed is not None and attention.training else None
 
 
 class _AtPositions:
     """A position-wise module's `forward` at some of the positions; zeros come out at the others."""
 
     def __init__(self, needed: NeededOnly, module: nn.Module) -> None:
-        self.needed, self.module = needed, module
+        self.needed, self.module, self.inner = needed, module, module.forward
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        plain, positions, count = type(self.module).forward, self.needed.positions, hidden.shape[:-1].numel()
+        positions, count = self.needed.positions, hidden.shape[:-1].numel()
         if positions is None or not self.module.training or len(positions) == count:
-            return plain(self.module, hidden)
-        out: Tensor = plain(self.module, hidden.flatten(0, -2).index_select(0, positions))
+            return self.inner(hidden)
+        out: Tensor = self.inner(hidden.flatten(0, -2).index_select(0, positions))
         return out.new_zeros((count, out.shape[-1])).index_copy(0, positions, out).view(*hidden.shape[:-1], -1)
 
 
 def position_wise(block: nn.Module) -> list[nn.Module]:
-    """What of a transformer block computes behind its attention, position by position, and drops nothing at random."""
+    """What of a transformer block computes each position from itself alone, for itself, and drops nothing at random.
+
+    Those are its queries and what is behind its attention.
+    """
     found = [child for name, child in block.named_children() if name in FEED_FORWARD]
-    attentions = [child for name, child in block.named_children() if name not in FEED_FORWARD]
-    found += [m for child in attentions for name, m in child.named_modules() if name.rpartition(".")[2] in OUTPUT]
+    named = (pair for child in attentions_of(block) for pair in child.named_modules())
+    found += [module for name, module in named if name.rpartition(".")[2] in PROJECTIONS]
     return [module for module in found if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())]
+
+
+def attentions_of(block: nn.Module) -> list[nn.Module]:
+    """What of a transformer block is made of parts and no feed-forward network."""
+    return [child for name, child in block.named_children() if name not in FEED_FORWARD and list(child.children())]

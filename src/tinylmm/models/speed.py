@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tinylmm.models.attention import decode_rows
-from tinylmm.models.fused import NeededOnly, fuse, position_wise
+from tinylmm.models.fused import NEEDED, NeededOnly, attentions_of, fuse, position_wise
 from tinylmm.models.llm import decoder_of
 from tinylmm.models.lmm import LMM
 from tinylmm.models.prepacked import prepack
@@ -42,18 +42,25 @@ def speed_up(model: LMM, device: torch.device, precision: str = "fp32") -> None:
             prepack(part)
     if precision == "bf16":
         model.residual_type = torch.bfloat16
-    if modules := _position_wise(model.llm, device, precision):
-        model.needed.take(modules)
+    if (block := _last_block(model.llm)) is not None:
+        modules, attentions = position_wise(block), attentions_of(block) if model.by_samples else []
+        if _changes_nothing(model.llm, modules, attentions, device, precision):
+            model.needed.take(modules, attentions)
 
 
-def _position_wise(llm: nn.Module, device: torch.device, precision: str) -> list[nn.Module]:
-    """Modules behind the last attention, where they are found to be position-wise by trying them."""
+def _last_block(llm: nn.Module) -> nn.Module | None:
     if not all(parameter.is_floating_point() for parameter in llm.parameters()):
-        return []  # quantised layers pack their weights anew, for good, when they are tried outside training
+        return None  # quantised layers pack their weights anew, for good, when they are tried outside training
     try:
-        modules = position_wise(decoder_blocks(llm)[-1])
+        return decoder_blocks(llm)[-1]
     except ValueError:  # blocks in no list
-        return []
+        return None
+
+
+def _changes_nothing(
+    llm: nn.Module, modules: list[nn.Module], attentions: list[nn.Module], device: torch.device, precision: str
+) -> bool:
+    """Whether what is read stays the same if the last block computes that alone, found by trying it on two samples."""
     forwards = [module.forward for module in modules]
     needed = NeededOnly()
     weight = next(llm.parameters())
@@ -68,14 +75,19 @@ def _position_wise(llm: nn.Module, device: torch.device, precision: str) -> list
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=low or torch.bfloat16, enabled=low is not None):
             plain = decode_rows(decoder_of(llm), embeddings, positions)[0, wanted]
-            needed.take(modules)
+            needed.take(modules, attentions)
             needed.positions = wanted
             for module in modules:
                 module.train()
+            for attention in attentions:
+                attention.training = True
             found = decode_rows(decoder_of(llm), embeddings, positions)[0, wanted]
         furthest, largest = float((found - plain).abs().max()), float(plain.abs().max())
-        return modules if furthest <= TOLERANCES[precision] * largest else []
+        return furthest <= TOLERANCES[precision] * largest
     finally:
+        for attention in attentions:
+            if hasattr(attention, NEEDED):
+                delattr(attention, NEEDED)
         for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
         for module, mode in modes:

@@ -1,8 +1,8 @@
 """Attention over samples laid end to end, each by itself: no mask, whatever the kernel.
 
 On a GPU in bf16 or fp16 that is PyTorch's `torch.nn.attention.varlen`, whose arguments have moved from release to release;
-everywhere else it is one causal `scaled_dot_product_attention` a sample, which costs the sum of the samples' squares where a
-mask over the whole row costs the square of their sum.
+everywhere else it is one causal attention a sample (`models/by_sample.py`), which costs the sum of the samples' squares where
+a mask over the whole row costs the square of their sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from tinylmm.models.by_sample import attend_sample_by_sample
 
 HALF = (torch.bfloat16, torch.float16)
 """What the varlen kernels compute in."""
@@ -25,7 +26,14 @@ Attention = Callable[[Heads, Tensor, int, float | None, int | None], Tensor]
 
 
 def attend_samples(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+    needed: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each sample.
 
@@ -36,12 +44,13 @@ def attend_samples(
         longest: positions of the longest sample, or more.
         scale: of the scores; None is 1 / sqrt(E).
         window: how many positions, its own counted in, a position sees at most; None is all before it.
+        needed: (S,) int64, ascending, the positions whose results are read; None is all.
 
     Returns:
-        (N, H, E).
+        (N, H, E), zeros perhaps where they are not needed.
     """
     if KERNEL is None or not query.is_cuda or query.dtype not in HALF:
-        return _sample_by_sample(query, key, value, bounds, scale, window)
+        return attend_sample_by_sample(query, key, value, bounds, scale, window, needed)
     return KERNEL((query, key, value), bounds, longest, scale, window)
 
 
@@ -94,24 +103,3 @@ def _installed() -> Attention | None:
 
 KERNEL = _installed()
 """Of the installed PyTorch; None where it has none."""
-
-
-@torch.compiler.disable  # how many samples there are, and of what lengths, decides what is computed
-def _sample_by_sample(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None, window: int | None
-) -> Tensor:
-    lengths = bounds.diff().tolist()
-    grouped = query.shape[1] != key.shape[1]
-    mixed = []
-    # split, whose backward pass puts all gradients together at once, where slices would each write one of the whole row
-    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-        if not len(q):
-            continue
-        seen: dict[str, Any] = {"is_causal": True}
-        if window is not None and len(q) > window:
-            band = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
-            seen = {"attn_mask": band}
-        heads = [part.transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
-        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale, enable_gqa=grouped, **seen)
-        mixed.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(mixed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.unit.models.llms import NAMES, tiny
 from tests.unit.models.test_attention import CPU, batch, samples, step, without_dropout
 from tinylmm.models.compiled import compile_blocks, graphs_compiled
-from tinylmm.models.fused import _AtPositions
+from tinylmm.models.fused import NEEDED, _AtPositions
 from tinylmm.models.layout import layout_of
 from tinylmm.models.lmm import LMM
 from tinylmm.models.speed import speed_up
@@ -39,6 +39,8 @@ def test_a_faster_model_learns_what_the_plain_one_learns(name: str, checkpointin
     fast.set_attention("varlen")
     speed_up(fast, CPU)
     assert taken_over(fast) >= 2 and list(fast.state_dict()) == list(plain.state_dict())
+    told = [module for module in fast.modules() if hasattr(module, NEEDED)]
+    assert len(told) == fast.by_samples and all(module in decoder_blocks(fast.llm)[-1].children() for module in told)
     if checkpointing:
         enable_checkpointing(fast)
     inputs = learnt_in_part()
