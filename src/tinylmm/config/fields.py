@@ -15,6 +15,7 @@ TemplateName = Literal[
 """Chat templates; their layouts are in `data/chat.py`, which has exactly these."""
 ImageMode = Literal["square", "squash", "center_crop", "pad", "anyres"]
 """How an image becomes a tower's input; `ImageSpec` has the meanings."""
+Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

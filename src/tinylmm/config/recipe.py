@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tinylmm.config.fields import Fraction, Frozen, ImageMode, PartName, Positive, Sparse, TemplateName
+from tinylmm.config.fields import Fraction, Frozen, ImageMode, PartName, Positive, Precision, Sparse, TemplateName
 from tinylmm.config.video import SamplingSpec
 
 
@@ -106,7 +106,7 @@ class RecipeStage(Frozen):
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     fp8: bool = False
     """Not exact: multiply by the frozen LLM's linear layers (not its head) in eight-bit floats, in a stage in bf16."""
     template: Literal["auto"] | TemplateName
@@ -138,7 +138,7 @@ class StageScale(Sparse):
     epochs: Annotated[float, Field(gt=0)] | None = None
     max_length: Positive | None = None
     warmup_ratio: Fraction | None = None
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
 
 
 class ShareScale(StageScale):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from tinylmm.config.fields import Fraction, Frozen, ImageMode, Positive, Sparse, TemplateName
+from tinylmm.config.fields import Fraction, Frozen, ImageMode, Positive, Precision, Sparse, TemplateName
 from tinylmm.config.launch import LaunchSpec
 from tinylmm.config.recipe import RecipeSpec, ScaleSpec
 from tinylmm.config.trainer import TrainerSpec
@@ -285,7 +285,7 @@ class EvalSpec(Frozen):
     template: Literal["auto"] | TemplateName = "auto"
     sampling: SamplingSpec | None = None
     """The frames of videos that are shown; by default those that the model was trained with."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """Of the weights. `auto` is bf16 where the launch means GPUs (`LaunchSpec.on_gpu`), else fp32, and becomes that word when a
     run is composed: answers of either are another result. bf16 and fp16 take half the memory. In fp32 answers are the same
     in any batch; so are bf16's and fp16's on a GPU, though not fp32's, where the scores' `batch_independent` says it."""

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_han
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
 from tinylmm.errors import UserError
+from tinylmm.launch.forked import end_after
 from tinylmm.launch.worker import AGENT_PID, FAILED_RANKS, RESULT_FILE, FailedRank
 from tinylmm.launch.worker import main as work
 from tinylmm.stop import belong_to
@@ -97,12 +97,9 @@ class _Copy:
         parent, (told, self._tell) = os.getpid(), os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            for descriptor in [
-                self._tell,
-                *(other._tell for other in others),
-            ]:  # else none of them sees the agent's end
-                os.close(descriptor)
-            self._become_rank(parent, told)
+            for one in (self, *others):  # else none of them sees the agent's end
+                os.close(one._tell)
+            end_after(lambda: self._become_rank(parent, told))
         os.close(told)
 
     def begin(self, arguments: Sequence[str], environment: dict[str, str], outputs: dict[int, str]) -> None:
@@ -111,28 +108,21 @@ class _Copy:
         with os.fdopen(self._tell, "wb") as pipe:
             pipe.write(json.dumps(order).encode())
 
-    def _become_rank(self, parent: int, told: int) -> NoReturn:
-        code = 1
-        try:
-            os.setsid()
-            belong_to(parent)
-            with os.fdopen(told, "rb") as pipe:
-                said = pipe.read()
-            if said:  # nothing, where ranks did not come to be
-                order = json.loads(said)
-                for descriptor, path in order["outputs"]:
-                    with open(path, "wb") as output:  # noqa: PTH123 (as torchrun's own)
-                        os.dup2(output.fileno(), descriptor)
-                os.environ.clear()
-                os.environ.update(order["environment"])
-                sys.argv = ["worker", order["arguments"][-1]]
-                work()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+    def _become_rank(self, parent: int, told: int) -> None:
+        os.setsid()
+        belong_to(parent)
+        with os.fdopen(told, "rb") as pipe:
+            said = pipe.read()
+        if not said:  # ranks did not come to be
+            sys.exit(1)
+        order = json.loads(said)
+        for descriptor, path in order["outputs"]:
+            with open(path, "wb") as output:  # noqa: PTH123 (as torchrun's own)
+                os.dup2(output.fileno(), descriptor)
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        sys.argv = ["worker", order["arguments"][-1]]
+        work()
 
     def poll(self) -> int | None:
         """Its exit code, minus the signal that ended it, None while it works."""

@@ -20,14 +20,14 @@ import os
 import select
 import signal
 import sys
-import traceback
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
+from tinylmm.launch.forked import end_after
 from tinylmm.launch.worker import AGENT_PID, quiet_libraries
 from tinylmm.launch.worker import main as work
 from tinylmm.planning.kinds import KINDS
@@ -85,17 +85,14 @@ def _copies_can_use_cuda() -> bool:
     """Try it in a copy."""
     pid = os.fork()
     if not pid:
-        code = 1
-        try:
-            from torch import cuda
-
-            if not cuda._is_in_bad_fork():
-                code = min(ctypes.CDLL("libcuda.so.1").cuInit(0), 1)
-        except OSError:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        end_after(_begin_cuda)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _begin_cuda() -> None:
+    from torch import cuda
+
+    sys.exit(1 if cuda._is_in_bad_fork() else min(ctypes.CDLL("libcuda.so.1").cuInit(0), 1))
 
 
 def _obey(order: dict[str, Any], children: set[int], answers: int, anew: bool) -> None:
@@ -106,7 +103,7 @@ def _obey(order: dict[str, Any], children: set[int], answers: int, anew: bool) -
         pid = os.fork()
         if not pid:
             os.close(answers)
-            _become(order, parent, anew)
+            end_after(lambda: _become(order, parent, anew))
         children.add(pid)
         _answer(answers, {"started": order["start"], "pid": pid})
     elif order["pid"] in children:
@@ -136,33 +133,24 @@ def _answer(answers: int, record: dict[str, Any]) -> None:
     os.write(answers, json.dumps(record).encode() + b"\n")
 
 
-def _become(order: dict[str, Any], parent: int, anew: bool) -> NoReturn:
+def _become(order: dict[str, Any], parent: int, anew: bool) -> None:
     """In the fork: a process as if started by the command itself, which writes to the stage's log."""
-    code = 1
-    try:
-        os.setsid()  # its helpers end with it
-        os.chdir(order["folder"])
-        os.environ.clear()
-        os.environ.update(order["environment"], **{AGENT_PID: str(parent)})
-        nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(Path(order["start"]) / LOG_FILE, LOG_MODE, 0o666)
-        for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, target)
-        if "torchrun" in order:
-            from tinylmm.launch.agent import supervise
+    os.setsid()  # its helpers end with it
+    os.chdir(order["folder"])
+    os.environ.clear()
+    os.environ.update(order["environment"], **{AGENT_PID: str(parent)})
+    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(Path(order["start"]) / LOG_FILE, LOG_MODE, 0o666)
+    for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, target)
+    if "torchrun" in order:
+        from tinylmm.launch.agent import supervise
 
-            supervise(parent, Path(order["start"]), order["torchrun"], copies=not anew)
-            code = 0
-        elif anew:
-            os.execv(sys.executable, [sys.executable, "-m", "tinylmm.launch.worker", order["start"]])
-        else:
-            sys.argv = ["worker", order["start"]]
-            work()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        supervise(parent, Path(order["start"]), order["torchrun"], copies=not anew)
+    elif anew:
+        os.execv(sys.executable, [sys.executable, "-m", "tinylmm.launch.worker", order["start"]])
+    else:
+        sys.argv = ["worker", order["start"]]
+        work()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tinylmm.config.attention import FLASH, no_flash
 from tinylmm.config.compose import run_name
+from tinylmm.config.fields import Precision
 from tinylmm.config.hub import pad_token_fault, unknown_numbers, unpinned
 from tinylmm.config.spec import DataSpec, EvalSpec, RunSpec
 from tinylmm.config.trainer import ADAMW
@@ -32,9 +33,6 @@ from tinylmm.store.stage import Stage
 from tinylmm.store.store import Store
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32", "bf16", "fp16"}
-"""That an evaluation may have."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _asked_in_another_precision(run: RunSpec, graph: StageGraph) -> Iterator[str
         if stage.kind != "eval" or store.is_complete(stage):
             continue
         asked = EvalStage.model_validate(stage.spec).precision
-        for precision in PRECISIONS - {asked}:
+        for precision in set(get_args(Precision)) - {asked}:
             spec = stage.spec | {"precision": precision}
             twin = Stage.of(stage.kind, stage.name, stage.version, spec, stage.parents, stage.settings)
             if store.is_complete(twin):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tinylmm.config.fields import PartName
+from tinylmm.config.fields import PartName, Precision
 from tinylmm.config.identities import (
     ConnectorIdentity,
     PartIdentity,
@@ -138,7 +138,7 @@ class TrainStage(Recorded):
     adam_betas: tuple[float, float]
     adam_epsilon: float
     max_grad_norm: float
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     fp8: bool = False
     seed: int
     trainer: TrainerSpec
@@ -169,7 +169,7 @@ class AskedStage(Recorded):
     """Of videos; in a digest only where it is set, else it is the model's."""
     frames: Baseline | None = None
     """What is shown in place of a clip's frames; in a digest only where it is set."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     source: SourceIdentity | None = None
     content: Content | None = None
     model: ModelContent | None = None
