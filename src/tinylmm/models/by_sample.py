@@ -37,7 +37,7 @@ def attend_sample_by_sample(
     lengths: list[int] = bounds.diff().tolist()
     skipped = [0] * len(lengths) if needed is None else _before(needed, bounds)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if max(lengths, default=0) <= LONGEST and query.device.type == "cpu" and query.dtype in EXACT:
+    if max(lengths, default=0) <= LONGEST and _exact_on_a_cpu(query, key, value):
         window = None if window is None or window >= LONGEST else window
         mixed: Tensor = _InBlocks.apply(query, key, value, _plan(lengths, skipped, window), scale, window)
         return mixed
@@ -49,6 +49,12 @@ def attend_sample_by_sample(
         if len(q) > first:
             pieces.append(_attend_one(q[first:] if first else q, k, v, scale, window))
     return torch.cat(pieces)
+
+
+def _exact_on_a_cpu(*heads: Tensor) -> bool:
+    """Whether products keep what they are given: autocast would round it, and cast for SDPA alone what differs in type."""
+    alike = len({one.dtype for one in heads}) == 1 and heads[0].dtype in EXACT
+    return alike and heads[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _before(needed: Tensor, bounds: Tensor) -> list[int]:

@@ -86,3 +86,14 @@ def test_half_types_keep_their_scores_in_fp32(dtype: torch.dtype) -> None:
     expected = by_definition(*(heads.float() for heads in low), bounds, 1.0, None)
     found = attend_sample_by_sample(*low, bounds, 1.0, None).float()
     assert float((found - expected).norm()) < 0.5 * torch.finfo(dtype).eps * float(expected.norm())
+
+
+def test_under_autocast_all_heads_are_cast_alike() -> None:
+    """Queries and keys that were turned by their positions are in fp32 there, and values in a half type."""
+    q, k, v, bounds = drawn((40, 90), 4, torch.float32)
+    mixed = v.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend_sample_by_sample(q, k, mixed, bounds, 1.0, None)
+    assert out.dtype == torch.bfloat16
+    slope = torch.autograd.grad(out.float().sum(), (q, k, mixed))
+    assert [one.dtype for one in slope] == [torch.float32, torch.float32, torch.bfloat16]
