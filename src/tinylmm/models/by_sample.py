@@ -19,6 +19,8 @@ BLOCK = 64
 """Queries that are attended for at once."""
 LONGEST = 512
 """Positions up to which a sample counts as short: the scores of a block and all its heads then stay in a core's cache."""
+NARROWEST = 512
+"""Heads times their size from which blocks pay: below, a product takes less time than calling it."""
 EXACT = (torch.float32, torch.float64)
 """What products of half types would round, PyTorch's kernel keeps."""
 
@@ -37,7 +39,8 @@ def attend_sample_by_sample(
     lengths: list[int] = bounds.diff().tolist()
     skipped = [0] * len(lengths) if needed is None else _before(needed, bounds)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if max(lengths, default=0) <= LONGEST and _exact_on_a_cpu(query, key, value):
+    fits = max(lengths, default=0) <= LONGEST and query.shape[1] * query.shape[2] >= NARROWEST
+    if fits and _exact_on_a_cpu(query, key, value):
         window = None if window is None or window >= LONGEST else window
         mixed: Tensor = _InBlocks.apply(query, key, value, _plan(lengths, skipped, window), scale, window)
         return mixed

@@ -15,6 +15,11 @@ LENGTHS = (1, BLOCK, 3, 2 * BLOCK + 7, 0, BLOCK + 1)
 HEADS, SIZE = 4, 8
 
 
+@pytest.fixture(autouse=True)
+def _however_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_sample, "NARROWEST", 0)
+
+
 def drawn(
     lengths: tuple[int, ...], keys: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.unit.models.llms import NAMES, tiny
 from tests.unit.models.test_attention import CPU, batch, samples, step, without_dropout
+from tinylmm.models import by_sample
 from tinylmm.models.compiled import compile_blocks, graphs_compiled
 from tinylmm.models.fused import NEEDED, _AtPositions
 from tinylmm.models.layout import layout_of
@@ -30,9 +31,13 @@ def taken_over(model: LMM) -> int:
     return sum(isinstance(module.forward, _AtPositions) for module in model.modules())
 
 
+@pytest.mark.parametrize("narrowest", [0, 512], ids=["in blocks", "at once"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_faster_model_learns_what_the_plain_one_learns(name: str, checkpointing: bool) -> None:
+def test_a_faster_model_learns_what_the_plain_one_learns(
+    name: str, checkpointing: bool, narrowest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_sample, "NARROWEST", narrowest)
     plain = tiny(name).train()
     without_dropout(plain)
     fast = copy.deepcopy(plain)
